@@ -1,0 +1,196 @@
+"""`advance` and `chunked`: the state after many tokens, and the equation over long sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.block import block
+from linearize_kernels.state import State
+
+# Tokens that are worked on in parallel: the states of a segment's chunks are in memory at once.
+SEGMENT = 2048
+
+
+@dataclass(frozen=True)
+class Advance:
+    """New tokens laid out in chunks.
+
+    Attributes:
+        starts: the state before each chunk, stacked: leading dimensions `[chunks, batch or 1]`.
+        k, v, position: the new tokens, `[chunks, batch, kv, C, D]` and `[chunks, batch or 1, C]`; -1 for pads.
+        final: the state after the last token.
+    """
+
+    starts: State
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    final: State
+
+
+def advance(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunk: int, padded: bool
+) -> Advance:
+    """Append a chain of tokens to a state.
+
+    The recent tokens and the new ones form one timeline, oldest first, pads before all others; it is filled
+    up with pads at its head to whole chunks. The chunk that starts at slot `recent + c` finds its recent
+    tokens in the R slots before it, and all that is older in S.
+
+    Args:
+        k, v: `[B, kv, T, D]`; position: `[B, T]` or, where all rows agree, `[1, T]`; -1 for pads.
+        chunk: tokens per chunk.
+        padded: whether position may hold -1.
+    """
+    eq = attention.equation
+    k, v, position = timeline(state, k, v, position, -k.shape[-2] % chunk, padded)
+    chunks = (k.shape[-2] - eq.recent) // chunk
+
+    sinks = torch.arange(eq.sinks, device=k.device)
+    stored = (sinks < state.count[:, None])[:, None, :, None]
+    arrived = (position[:, None, :] == sinks[:, None])[:, None].to(k.dtype)  # [B, 1, sinks, slots]
+    sink_k = torch.where(stored, state.sink_k, arrived @ k)
+    sink_v = torch.where(stored, state.sink_v, arrived @ v)
+    S, z = prefix_sums(attention, state, k, v, position, chunks, chunk)
+
+    slots = position[:, eq.recent :].unflatten(-1, (chunks, chunk)).movedim(1, 0)
+    new = (slots >= 0).sum(-1).flip(0).cumsum(0).flip(0)  # [chunks, B]: tokens from this chunk on
+    end = position.amax(-1) + 1
+    end = torch.where(end > 0, end, state.count[: end.shape[0]])
+
+    def cut(x: Tensor, first: int, size: int) -> Tensor:  # [B, kv, slots, D] -> [chunks, B, kv, size, D]
+        x = x[..., first : first + (chunks - 1) * chunk + size, :]
+        return x.unfold(2, size, chunk).movedim(2, 0).transpose(-1, -2)
+
+    starts = State(
+        S=S[:-1],
+        z=z[:-1],
+        sink_k=sink_k.expand(chunks, *sink_k.shape),
+        sink_v=sink_v.expand(chunks, *sink_v.shape),
+        recent_k=cut(k, 0, eq.recent),
+        recent_v=cut(v, 0, eq.recent),
+        recent_position=position[:, : k.shape[-2] - chunk].unfold(1, eq.recent, chunk).movedim(1, 0),
+        count=end - new,
+    )
+    tail = slice(k.shape[-2] - eq.recent, None)
+    final = State(
+        S=S[-1],
+        z=z[-1],
+        sink_k=sink_k,
+        sink_v=sink_v,
+        recent_k=k[..., tail, :],
+        recent_v=v[..., tail, :],
+        recent_position=position[:, tail].expand(k.shape[0], -1),
+        count=end.expand(k.shape[0]),
+    )
+    return Advance(starts, cut(k, eq.recent, chunk), cut(v, eq.recent, chunk), slots, final)
+
+
+def timeline(
+    state: State, k: Tensor, v: Tensor, position: Tensor, fill: int, padded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions; -1: no token."""
+    k = pad(torch.cat([state.recent_k, k], -2), (0, 0, fill, 0))
+    v = pad(torch.cat([state.recent_v, v], -2), (0, 0, fill, 0))
+    before = state.recent_position[: position.shape[0]]
+    position = pad(torch.cat([before, position], -1), (fill, 0), value=-1)
+    if padded:
+        order = position.argsort(dim=-1, stable=True)
+        k, v, position = take(k, order), take(v, order), position.gather(-1, order)
+    return k, v, position
+
+
+def prefix_sums(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """S and z before each chunk of a timeline and after the last: `[chunks + 1, B, far, F, Dv]` and `[.., F]`.
+    Sinks are never folded.
+    """
+    eq = attention.equation
+    if attention.k_map is None:
+        return (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+    old = slice(0, chunks * chunk)
+    features = attention.key_features(k[..., old, :].to(state.S.dtype))
+    features = features.masked_fill((position[:, old] < eq.sinks)[:, None, :, None], 0.0)
+    features = features.unflatten(-2, (chunks, chunk))
+    values = v[..., old, :].to(state.S.dtype).repeat_interleave(eq.far_heads // eq.kv_heads, -3)
+    products = features.transpose(-1, -2) @ values.unflatten(-2, (chunks, chunk))
+    S = torch.cat([state.S[None], products.movedim(2, 0)]).cumsum(0)
+    z = torch.cat([state.z[None], features.sum(-2).movedim(2, 0)]).cumsum(0)
+    return S, z
+
+
+def commit(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, padded: bool = False
+) -> State:
+    """The state after the tokens of an accepted path. Shapes as in `advance`."""
+    return advance(attention, state, k, v, position, k.shape[-2], padded).final
+
+
+def chunked(
+    attention: LinearAttention,
+    state: State | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, State]:
+    """The equation over a chain of T tokens: training, prefill and decoding.
+
+    Every chunk is one row of a batch that `block` evaluates against the states of `advance`; segments of
+    `SEGMENT` tokens follow one another with a carried state. Cost and memory are linear in T.
+
+    Args:
+        state: what came before, or None at the start of a sequence.
+        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
+        chunk: tokens per chunk; None chooses.
+
+    Returns:
+        `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
+    """
+    batch, length = q.shape[0], q.shape[-2]
+    fresh = state is None
+    if fresh:
+        state = attention.empty_state(batch, q.device, k.dtype)
+    chunk = chunk or min(max(attention.equation.recent, 32), 128)
+    outputs = []
+    for first in range(0, length, SEGMENT):
+        part = slice(first, min(first + SEGMENT, length))
+        own = None if valid is None else valid[:, part]
+        out, state = segment(
+            attention, state, q[..., part, :], k[..., part, :], v[..., part, :], own, sink_logits, chunk, fresh
+        )
+        outputs.append(out)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def segment(attention, state, q, k, v, valid, sink_logits, chunk, in_step):
+    """One segment of `chunked`. `in_step`: without pads, all rows are at the same position."""
+    length = q.shape[-2]
+    chunk = min(chunk, length)
+    offset = torch.arange(length, device=q.device)
+    if valid is None:
+        count = state.count[:1] if in_step else state.count
+        position = count[:, None] + offset
+    else:
+        position = torch.where(valid, state.count[:, None] + valid.cumsum(-1) - 1, -1)
+        order = position.argsort(dim=-1, stable=True)
+        q = take(q, order)
+    layout = advance(attention, state, k, v, position, chunk, padded=valid is not None)
+    q = pad(q, (0, 0, -length % chunk, 0))
+    q = q.unflatten(-2, (-1, chunk)).movedim(2, 0)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    out = block(attention, layout.starts, q, layout.k, layout.v, layout.position, causal, sink_logits)
+    out = out.movedim(0, 2).flatten(2, 3)[..., -length:, :].to(q.dtype)
+    return (out if valid is None else take(out, order.argsort(-1))), layout.final
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """Rows' tokens in another order: `[B, heads, T, D]` by `[B, T]`."""
+    return x.gather(-2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))

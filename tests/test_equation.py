@@ -1,0 +1,192 @@
+"""`block`, `chunked` and decoding against `step` and a dense O(T²) reference, in fp64."""
+
+import dense
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from linearize_kernels import Equation, LinearAttention, block, chunked, commit, step, step_state
+
+BASE = dict(heads=4, kv_heads=2, key_dim=6, value_dim=5, scale=0.4)
+SLIDING = dict(scope="sliding", size=5, score="softmax")
+FORMS = {
+    "augmented": dict(SLIDING, feature_map="hedgehog", feature_dim=7, conv_width=4, sinks=3),
+    "conv beyond the window": dict(SLIDING, feature_map="hedgehog", conv_width=9, sinks=2),
+    "group": dict(SLIDING, scope="group", feature_map="hedgehog", conv_width=3, sinks=2),
+    "flash augmented": dict(
+        scope="group", size=4, score="relu2", feature_map="identity", combine="none", conv_width=6
+    ),
+    "flash-local": dict(scope="group", size=4, score="relu2", combine="none"),
+    "lolcats": dict(SLIDING, feature_map="hedgehog", per_query_head=True, combine="lolcats"),
+    "linear": dict(feature_map="hedgehog"),
+    "relu": dict(feature_map="relu"),
+    "window": dict(SLIDING, sinks=3),
+    "softcap": dict(SLIDING, feature_map="hedgehog", sinks=1, softcap=2.0),
+    "window of one": dict(SLIDING, size=1, feature_map="hedgehog", conv_width=2),
+}
+
+
+def make(name: str, seed: int = 0) -> LinearAttention:
+    """A layer whose every parameter is random: nothing hides behind a zero."""
+    torch.manual_seed(seed)
+    attention = LinearAttention(Equation(**BASE, **FORMS[name])).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return attention
+
+
+def tokens(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    def normal(heads: int, size: int) -> torch.Tensor:
+        return torch.randn(batch, heads, length, size, dtype=torch.float64) + 0.2
+
+    return (
+        normal(BASE["heads"], BASE["key_dim"]),
+        normal(BASE["kv_heads"], BASE["key_dim"]),
+        normal(BASE["kv_heads"], BASE["value_dim"]),
+    )
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def chain(attention, q, k, v, sink_logits=None):
+    """One row's tokens through `step`: `[heads, T, Dv]` and the last state."""
+    state, outputs = step_state(attention), []
+    for t in range(q.shape[-2]):
+        out, state = step(attention, state, q[:, t], k[:, t], v[:, t], sink_logits)
+        outputs.append(out)
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("length", [1, 3, 8, 23])
+def test_step_and_chunked_equal_the_dense_reference(name, length):
+    attention = make(name)
+    q, k, v = tokens(2, length)
+    expected = dense.attention(attention, q, k, v)
+    close(torch.stack([chain(attention, q[b], k[b], v[b])[0] for b in range(2)]), expected)
+    for chunk in (1, 4, 7, 64):
+        close(chunked(attention, None, q, k, v, chunk=chunk)[0], expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_learned_sink_logit_joins_the_softmax(name):
+    attention = make(name)
+    if attention.equation.score != "softmax" or attention.equation.size == 0:
+        pytest.skip("a sink logit is a term of the local softmax, which this form does not have")
+    q, k, v = tokens(1, 13)
+    logits = torch.randn(BASE["heads"], dtype=torch.float64)
+    expected = dense.attention(attention, q, k, v, sink_logits=logits)
+    close(chain(attention, q[0], k[0], v[0], logits)[0][None], expected)
+    close(chunked(attention, None, q, k, v, sink_logits=logits, chunk=4)[0], expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_tree_equals_its_paths(name, data):
+    """Random trees after random prefixes: every node as if its path had been decoded token by token."""
+    attention = make(name, data.draw(st.integers(0, 99)))
+    prefix, nodes = data.draw(st.integers(0, 17)), data.draw(st.integers(1, 14))
+    parents = [data.draw(st.integers(max(-1, i - 4), i - 1)) for i in range(nodes)]
+    q, k, v = tokens(1, prefix + nodes)
+    state = attention.empty_state(1, "cpu", torch.float64)
+    if prefix:
+        _, state = chunked(attention, None, q[..., :prefix, :], k[..., :prefix, :], v[..., :prefix, :])
+    visible = torch.eye(nodes, dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    position = prefix + visible.sum(-1)[None] - 1
+    before = state.fork()
+    out = block(attention, state, *(x[..., prefix:, :] for x in (q, k, v)), position, visible)
+    for node in range(nodes):
+        path = list(range(prefix)) + [prefix + j for j in range(nodes) if visible[node, j]]
+        expected, last = chain(attention, q[0][:, path], k[0][:, path], v[0][:, path])
+        close(out[0, :, node], expected[:, -1])
+    assert all(torch.equal(getattr(state, f), getattr(before, f)) for f in vars(before))
+    accepted = [j for j in range(nodes) if visible[-1, j]]
+    after = commit(
+        attention, state, k[..., prefix:, :][..., accepted, :], v[..., prefix:, :][..., accepted, :],
+        position[:, accepted],
+    )  # fmt: skip
+    more = tokens(1, 3)
+    for t in range(3):
+        out, after = chunked(attention, after, *(x[..., t : t + 1, :] for x in more))
+        expected, last = step(attention, last, *(x[0, :, t] for x in more))
+        close(out[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_pads_and_cuts_change_nothing(name, data):
+    """Rows with pads anywhere, fed in random pieces, equal each row alone in one piece."""
+    attention = make(name)
+    length, rows = data.draw(st.integers(1, 24)), 3
+    valid = torch.tensor([[data.draw(st.booleans()) for _ in range(length)] for _ in range(rows)])
+    q, k, v = tokens(rows, length)
+    state, first, outputs = None, 0, []
+    while first < length:
+        part = slice(first, first + data.draw(st.integers(1, 9)))
+        chunk = data.draw(st.sampled_from([1, 3, 8]))
+        out, state = chunked(
+            attention, state, q[..., part, :], k[..., part, :], v[..., part, :], valid[:, part], chunk=chunk
+        )
+        outputs.append(out)
+        first = part.stop
+    out = torch.cat(outputs, -2)
+    for row in range(rows):
+        own = valid[row]
+        assert int(state.count[row]) == int(own.sum())
+        if own.any():
+            expected, last = chain(attention, q[row][:, own], k[row][:, own], v[row][:, own])
+            close(out[row][:, own], expected)
+            if attention.k_map is not None and attention.equation.recent == attention.equation.size:
+                if attention.equation.scope == "sliding" and int(own.sum()) == 0:
+                    close(state.S[row], last.S)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_gradients_equal_the_dense_reference(name):
+    attention = make(name)
+    q, k, v = (x.requires_grad_() for x in tokens(1, 19))
+    weight = torch.randn(1, BASE["heads"], 19, BASE["value_dim"], dtype=torch.float64)
+    inputs = [q, k, v, *attention.parameters()]
+
+    def gradients(out):
+        return torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
+
+    expected = gradients(dense.attention(attention, q, k, v))
+    for got, want in zip(gradients(chunked(attention, None, q, k, v, chunk=5)[0]), expected, strict=True):
+        close(torch.zeros(()) if got is None else got, torch.zeros(()) if want is None else want)
+
+
+def test_the_state_has_one_size(name="augmented"):
+    attention = make(name)
+    sizes = set()
+    for length in (1, 10, 100, 1000):
+        sizes.add(chunked(attention, None, *tokens(1, length))[1].nbytes())
+    assert len(sizes) == 1
+
+
+def test_segments_carry_the_state(monkeypatch):
+    attention = make("augmented")
+    q, k, v = tokens(2, 50)
+    whole, _ = chunked(attention, None, q, k, v)
+    from linearize_kernels import chunked as _  # noqa: F401
+    import sys
+
+    monkeypatch.setattr(sys.modules["linearize_kernels.chunked"], "SEGMENT", 16)
+    close(chunked(attention, None, q, k, v)[0], whole)
+
+
+@pytest.mark.parametrize("dropped", ["local", "far"])
+def test_a_dropped_part_leaves_the_normaliser_too(dropped):
+    attention = make("augmented")
+    q, k, v = tokens(1, 17)
+    attention.dropped = dropped
+    close(chunked(attention, None, q, k, v, chunk=4)[0], dense.attention(attention, q, k, v, dropped=dropped))
