@@ -24,7 +24,10 @@ def one_head(layer, head, q, k, v, dropped, sink_logit):
     kv = head // (eq.heads // eq.kv_heads)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     causal = j <= i
-    near = {"sliding": i - j < eq.size, "group": (i // max(eq.size, 1) == j // max(eq.size, 1)) & (eq.size > 0)}
+    near = {
+        "sliding": i - j < eq.size,
+        "group": (i // max(eq.size, 1) == j // max(eq.size, 1)) & (eq.size > 0),
+    }
     local = causal & (near[eq.scope] | (j < eq.sinks))
     far = causal & ~local
     if dropped == "local":
@@ -56,7 +59,10 @@ def one_head(layer, head, q, k, v, dropped, sink_logit):
         else:
             extra = 0 if sink_logit is None else sink_logit.exp()
             if layer.combine.mix is not None:
-                far_weights = far_weights * (q @ layer.combine.mix[head, :-1] + layer.combine.mix[head, -1]).exp()[:, None]
+                far_weights = (
+                    far_weights
+                    * (q @ layer.combine.mix[head, :-1] + layer.combine.mix[head, -1]).exp()[:, None]
+                )
         weights = weights + far_weights
         total = weights.sum(-1) + extra
         weights = weights / torch.where(total > 0, total, torch.ones_like(total))[:, None]

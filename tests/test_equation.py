@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from linearize_kernels import Equation, LinearAttention, block, chunked, commit, step, step_state
 
 BASE = dict(heads=4, kv_heads=2, key_dim=6, value_dim=5, scale=0.4)
@@ -108,10 +107,7 @@ def test_a_tree_equals_its_paths(name, data):
         close(out[0, :, node], expected[:, -1])
     assert all(torch.equal(getattr(state, f), getattr(before, f)) for f in vars(before))
     accepted = [j for j in range(nodes) if visible[-1, j]]
-    after = commit(
-        attention, state, k[..., prefix:, :][..., accepted, :], v[..., prefix:, :][..., accepted, :],
-        position[:, accepted],
-    )  # fmt: skip
+    after = commit(attention, state, *(x[..., prefix:, :][..., accepted, :] for x in (k, v)))
     more = tokens(1, 3)
     for t in range(3):
         out, after = chunked(attention, after, *(x[..., t : t + 1, :] for x in more))
@@ -144,9 +140,9 @@ def test_pads_and_cuts_change_nothing(name, data):
         if own.any():
             expected, last = chain(attention, q[row][:, own], k[row][:, own], v[row][:, own])
             close(out[row][:, own], expected)
-            if attention.k_map is not None and attention.equation.recent == attention.equation.size:
-                if attention.equation.scope == "sliding" and int(own.sum()) == 0:
-                    close(state.S[row], last.S)
+            if attention.equation.scope == "sliding" and attention.equation.recent == attention.equation.size:
+                close(state.S[row], last.S)
+                close(state.z[row], last.z)
     assert out.isfinite().all()
 
 
@@ -173,15 +169,14 @@ def test_the_state_has_one_size(name="augmented"):
     assert len(sizes) == 1
 
 
-def test_segments_carry_the_state(monkeypatch):
-    attention = make("augmented")
+@pytest.mark.parametrize("name", FORMS)
+def test_segments_carry_the_state(name):
+    attention = make(name)
     q, k, v = tokens(2, 50)
-    whole, _ = chunked(attention, None, q, k, v)
-    from linearize_kernels import chunked as _  # noqa: F401
-    import sys
-
-    monkeypatch.setattr(sys.modules["linearize_kernels.chunked"], "SEGMENT", 16)
-    close(chunked(attention, None, q, k, v)[0], whole)
+    whole, state = chunked(attention, None, q, k, v)
+    out, end = chunked(attention, None, q, k, v, segment=16)
+    close(out, whole)
+    close(end.S, state.S)
 
 
 @pytest.mark.parametrize("dropped", ["local", "far"])

@@ -43,9 +43,7 @@ def block(
 
     sink_position, recent_position = committed_positions(attention, state)
     key_position = torch.cat([sink_position, recent_position, position], -1)
-    seen = (key_position >= 0)[..., None, :] & pad(
-        visible, (key_position.shape[-1] - length, 0), value=True
-    )
+    seen = (key_position >= 0)[..., None, :] & pad(visible, (key_position.shape[-1] - length, 0), value=True)
     local = seen & (eq.near(position, key_position) | (key_position < eq.sinks)[..., None, :])
     far = seen & ~local
     if attention.dropped == "local":

@@ -10,9 +10,6 @@ from linearize_kernels.attention import LinearAttention
 from linearize_kernels.block import block
 from linearize_kernels.state import State
 
-# Tokens that are worked on in parallel: the states of a segment's chunks are in memory at once.
-SEGMENT = 2048
-
 
 @dataclass(frozen=True)
 class Advance:
@@ -20,7 +17,8 @@ class Advance:
 
     Attributes:
         starts: the state before each chunk, stacked: leading dimensions `[chunks, batch or 1]`.
-        k, v, position: the new tokens, `[chunks, batch, kv, C, D]` and `[chunks, batch or 1, C]`; -1 for pads.
+        k, v: the new tokens, `[chunks, batch, kv, C, D]`.
+        position: `[chunks, batch or 1, C]`; -1 for pads.
         final: the state after the last token.
     """
 
@@ -32,7 +30,13 @@ class Advance:
 
 
 def advance(
-    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunk: int, padded: bool
+    attention: LinearAttention,
+    state: State,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    chunk: int,
+    in_step: bool,
 ) -> Advance:
     """Append a chain of tokens to a state.
 
@@ -41,12 +45,13 @@ def advance(
     tokens in the R slots before it, and all that is older in S.
 
     Args:
-        k, v: `[B, kv, T, D]`; position: `[B, T]` or, where all rows agree, `[1, T]`; -1 for pads.
+        k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, or None: no pads.
         chunk: tokens per chunk.
-        padded: whether position may hold -1.
+        in_step: all rows are at the same position and none has pads; positions, masks and counts then stay
+            one row wide.
     """
     eq = attention.equation
-    k, v, position = timeline(state, k, v, position, -k.shape[-2] % chunk, padded)
+    k, v, position = timeline(state, k, v, valid, -k.shape[-2] % chunk, in_step)
     chunks = (k.shape[-2] - eq.recent) // chunk
 
     sinks = torch.arange(eq.sinks, device=k.device)
@@ -90,24 +95,34 @@ def advance(
 
 
 def timeline(
-    state: State, k: Tensor, v: Tensor, position: Tensor, fill: int, padded: bool
+    state: State, k: Tensor, v: Tensor, valid: Tensor | None, fill: int, in_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions; -1: no token."""
+    rows = slice(0, 1 if in_step else None)
+    position = torch.cat(
+        [state.recent_position[rows], next_positions(state.count[rows], k.shape[-2], valid)], -1
+    )
     k = pad(torch.cat([state.recent_k, k], -2), (0, 0, fill, 0))
     v = pad(torch.cat([state.recent_v, v], -2), (0, 0, fill, 0))
-    before = state.recent_position[: position.shape[0]]
-    position = pad(torch.cat([before, position], -1), (fill, 0), value=-1)
-    if padded:
+    position = pad(position, (fill, 0), value=-1)
+    if valid is not None:
         order = position.argsort(dim=-1, stable=True)
         k, v, position = take(k, order), take(v, order), position.gather(-1, order)
     return k, v, position
 
 
+def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
+    """Positions `[B, T]` of T tokens that follow `count` others in their rows; -1 for pads."""
+    if valid is None:
+        return count[:, None] + torch.arange(length, device=count.device)
+    return torch.where(valid, count[:, None] + valid.cumsum(-1) - 1, -1)
+
+
 def prefix_sums(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """S and z before each chunk of a timeline and after the last: `[chunks + 1, B, far, F, Dv]` and `[.., F]`.
-    Sinks are never folded.
+    """S and z before each chunk of a timeline and after the last, `[chunks + 1, B, far, F, Dv]` and
+    `[chunks + 1, B, far, F]`. Sinks are never folded.
     """
     eq = attention.equation
     if attention.k_map is None:
@@ -124,10 +139,10 @@ def prefix_sums(
 
 
 def commit(
-    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, padded: bool = False
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> State:
-    """The state after the tokens of an accepted path. Shapes as in `advance`."""
-    return advance(attention, state, k, v, position, k.shape[-2], padded).final
+    """The state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
+    return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
 
 
 def chunked(
@@ -139,52 +154,67 @@ def chunked(
     valid: Tensor | None = None,
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
+    segment: int = 2048,
 ) -> tuple[Tensor, State]:
     """The equation over a chain of T tokens: training, prefill and decoding.
 
-    Every chunk is one row of a batch that `block` evaluates against the states of `advance`; segments of
-    `SEGMENT` tokens follow one another with a carried state. Cost and memory are linear in T.
+    Every chunk is one row of a batch that `block` evaluates against the states of `advance`; segments
+    follow one another with a carried state. Cost is linear in T, and memory beyond q, k, v and the output
+    that of one segment.
 
     Args:
         state: what came before, or None at the start of a sequence.
         q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
         valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
         chunk: tokens per chunk; None chooses.
+        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
     batch, length = q.shape[0], q.shape[-2]
-    fresh = state is None
-    if fresh:
+    in_step = state is None and valid is None
+    if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
     chunk = chunk or min(max(attention.equation.recent, 32), 128)
     outputs = []
-    for first in range(0, length, SEGMENT):
-        part = slice(first, min(first + SEGMENT, length))
+    for first in range(0, length, segment):
+        part = slice(first, min(first + segment, length))
         own = None if valid is None else valid[:, part]
-        out, state = segment(
-            attention, state, q[..., part, :], k[..., part, :], v[..., part, :], own, sink_logits, chunk, fresh
+        out, state = run_segment(
+            attention,
+            state,
+            q[..., part, :],
+            k[..., part, :],
+            v[..., part, :],
+            own,
+            sink_logits,
+            chunk,
+            in_step,
         )
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
 
 
-def segment(attention, state, q, k, v, valid, sink_logits, chunk, in_step):
-    """One segment of `chunked`. `in_step`: without pads, all rows are at the same position."""
+def run_segment(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    sink_logits: Tensor | None,
+    chunk: int,
+    in_step: bool,
+) -> tuple[Tensor, State]:
+    """One segment of `chunked`; `in_step` as in `advance`."""
     length = q.shape[-2]
     chunk = min(chunk, length)
-    offset = torch.arange(length, device=q.device)
-    if valid is None:
-        count = state.count[:1] if in_step else state.count
-        position = count[:, None] + offset
-    else:
-        position = torch.where(valid, state.count[:, None] + valid.cumsum(-1) - 1, -1)
-        order = position.argsort(dim=-1, stable=True)
+    if valid is not None:
+        order = valid.long().argsort(dim=-1, stable=True)  # pads first, as in the timeline
         q = take(q, order)
-    layout = advance(attention, state, k, v, position, chunk, padded=valid is not None)
-    q = pad(q, (0, 0, -length % chunk, 0))
-    q = q.unflatten(-2, (-1, chunk)).movedim(2, 0)
+    layout = advance(attention, state, k, v, valid, chunk, in_step)
+    q = pad(q, (0, 0, -length % chunk, 0)).unflatten(-2, (-1, chunk)).movedim(2, 0)
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     out = block(attention, layout.starts, q, layout.k, layout.v, layout.position, causal, sink_logits)
     out = out.movedim(0, 2).flatten(2, 3)[..., -length:, :].to(q.dtype)

@@ -65,7 +65,9 @@ def step(
         far = head if eq.per_query_head else kv
         local = sinks + kept
         values = [local_v[kv] for _, _, local_v in local]
-        scores = [attention.score(q[head, None], x[kv, None], eq.scale, eq.softcap)[0, 0] for _, x, _ in local]
+        scores = [
+            attention.score(q[head, None], x[kv, None], eq.scale, eq.softcap)[0, 0] for _, x, _ in local
+        ]
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
         mass = None if phi_q is None else phi_q[head] @ z[far]
@@ -76,7 +78,5 @@ def step(
         for delay, old in enumerate(past_v):
             out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
         outputs.append(out)
-    following = replace(
-        state, S=S, z=z, count=now + 1, folded=folded, sinks=sinks, near=kept, past_v=past_v
-    )
+    following = replace(state, S=S, z=z, count=now + 1, folded=folded, sinks=sinks, near=kept, past_v=past_v)
     return torch.stack(outputs), following
