@@ -1,0 +1,10 @@
+"""All that a linearized model needs at inference. Importing it lets transformers load artifacts without
+`trust_remote_code`.
+"""
+
+from linearize_cli.runtime.config import register as _register
+from linearize_cli.runtime.model import LinearizedForCausalLM, linearize
+
+_register(LinearizedForCausalLM)
+
+__all__ = ["LinearizedForCausalLM", "linearize"]

@@ -1,0 +1,186 @@
+"""A converted layer's place in a transformers cache: one constant-size state, with rollback."""
+
+from collections.abc import Callable
+
+import torch
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.chunked import commit
+from linearize_kernels.state import State
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+)
+
+# Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
+ROLLBACK = 256
+
+
+class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """Holds a `State` instead of keys and values.
+
+    `update` returns the new keys and values as they are; the attention module appends the state it computed.
+    While past recording is on, the state as of the last crop is kept with the tokens since then: a crop
+    replays those that stay.
+
+    Attributes:
+        state: the state after all tokens, or None before the first.
+        seen: tokens appended per row, pads counted, as transformers counts cache positions.
+    """
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, record_past: bool = False):
+        LinearAttentionCacheLayerMixin.__init__(self)
+        CacheLayerMixin.__init__(self)
+        self.record_past = record_past
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: State | None = None
+        self.seen = 0
+        self.has_previous_state = {0: False}
+        self.attention: LinearAttention | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """No rollback beyond this point."""
+        self.snapshot: State | None = None
+        self.trail: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def append(
+        self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
+    ) -> None:
+        """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
+        if self.record_past:
+            self.record(attention, k, v, valid)
+        self.state = state.fork()
+        self.attention = attention
+        self.seen += k.shape[-2]
+        self.has_previous_state[0] = self.is_initialized = True
+
+    def record(self, attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        valid = (
+            torch.ones(k.shape[0], k.shape[-2], dtype=torch.bool, device=k.device) if valid is None else valid
+        )
+        if self.trail is None:
+            self.snapshot = self.state or attention.empty_state(k.shape[0], k.device, k.dtype)
+            self.trail = (k, v, valid)
+        else:
+            old_k, old_v, old_valid = self.trail
+            self.trail = (
+                torch.cat([old_k, k], -2),
+                torch.cat([old_v, v], -2),
+                torch.cat([old_valid, valid], -1),
+            )
+        excess = self.trail[0].shape[-2] - ROLLBACK
+        if excess > 0:
+            self.snapshot = self.replay(attention, excess)
+            self.trail = (*(x[..., excess:, :] for x in self.trail[:2]), self.trail[2][:, excess:])
+
+    def replay(self, attention: LinearAttention, length: int) -> State:
+        """The snapshot, advanced by the first tokens of the trail."""
+        if length == 0:
+            return self.snapshot
+        k, v, valid = self.trail
+        valid = valid[:, :length]
+        with torch.no_grad():
+            return commit(
+                attention,
+                self.snapshot,
+                k[..., :length, :],
+                v[..., :length, :],
+                None if bool(valid.all()) else valid,
+            ).fork()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            RuntimeError: the layer was not recording, or not so many tokens were recorded.
+            ValueError: the number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "a linear-attention state is cropped by a negative number: the tokens to take back"
+            )
+        if tokens_to_remove < 0:
+            kept = -1 if self.trail is None else self.trail[0].shape[-2] + tokens_to_remove
+            if kept < 0:
+                raise RuntimeError(
+                    f"cannot take back {-tokens_to_remove} tokens: call activate_past_recording() on the cache "
+                    f"first, and take back at most {ROLLBACK} tokens since the last crop"
+                )
+            self.state = self.replay(self.attention, kept)
+            self.seen += tokens_to_remove
+        self.forget()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def nbytes(self) -> int:
+        """Bytes of the state; 0 before the first token."""
+        return 0 if self.state is None else self.state.nbytes()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = self.state.map(function)
+        if self.snapshot is not None:
+            self.snapshot = self.snapshot.map(function)
+            self.trail = tuple(function(x) for x in self.trail)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def lazy_initialization(self, *args, **kwargs) -> None: ...
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        raise NotImplementedError("a converted attention layer has no conv state of a Mamba kind")
+
+    update_recurrent_state = update_conv_state
+
+
+def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
+    """The cache's layer `index`, turned into a `LinearCacheLayer` while it is still empty.
+
+    Raises:
+        RuntimeError: the layer already holds keys and values of softmax attention.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, LinearCacheLayer):
+        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+            raise RuntimeError(
+                f"the cache's layer {index} holds keys and values of softmax attention; a linearized model "
+                "needs a cache of its own from the first token on"
+            )
+        layer = cache.layers[index] = LinearCacheLayer(getattr(layer, "record_past", False))
+    return layer

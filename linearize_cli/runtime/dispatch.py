@@ -1,0 +1,105 @@
+"""How a converted layer hooks into transformers: the attention interface, masks and the cache.
+
+Registration is global to the process, and artifacts with different code may share one: the registered
+functions only call what the module itself carries.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from linearize_cli.runtime.cache import cache_layer
+from linearize_cli.runtime.layer import LinearizedAttention
+
+IMPLEMENTATION = "linearize"
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    return module.linear_attention(query, key, value, attention_mask, **kwargs), None
+
+
+def compact_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    """All that linear attention needs of a mask, O(T): `[B, 1, T, 1]` int8, 0 for pads; None without pads."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, -q_length:]
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask.to(torch.int8)[:, None, :, None]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
+
+
+def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a converted module: its place in the cache rides along as `linearize_state`."""
+    if module.config._attn_implementation != IMPLEMENTATION:
+        return None
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    if cache is None:
+        return None
+    return args, {**kwargs, "linearize_state": cache_layer(cache, module.layer_idx)}
+
+
+def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
+    """Give each named attention module its linear attention. Kept softmax layers stay native.
+
+    A config object all of whose attention modules are converted is switched as a whole, so that the model
+    makes no O(T²) mask.
+    """
+    users: dict[int, list[str]] = {}
+    configs: dict[int, PreTrainedConfig] = {}
+    for name, module in model.named_modules():
+        if name in layers:
+            configs[id(module.config)] = module.config
+            users.setdefault(id(module.config), []).append(name)
+    for name, linear_attention in layers.items():
+        module = model.get_submodule(name)
+        module.linear_attention = linear_attention
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = IMPLEMENTATION
+        module.register_forward_pre_hook(pass_state, with_kwargs=True)
+    kept = {id(config) for config in kept_configs(model, layers)}
+    for key, config in configs.items():
+        if key not in kept:
+            config._attn_implementation_internal = IMPLEMENTATION
+
+
+def kept_configs(model: nn.Module, layers: Iterable[str]) -> Iterator[PreTrainedConfig]:
+    """Configs of the attention modules that stay softmax, as far as the model's record of layers names them."""
+    for name in model.config.linearize["softmax"]:
+        yield model.get_submodule(name).config
+
+
+def converted(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules that carry a linear attention, by name."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "linear_attention")}
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Run the converted layers with another attention, as the softmax teacher ("sdpa") or a recorder."""
+    configs = {
+        id(m.config): m.config for m in model.modules() if is_linearized_config(getattr(m, "config", None))
+    }
+    for config in configs.values():
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config._attn_implementation_internal = IMPLEMENTATION
+
+
+def is_linearized_config(config: object) -> bool:
+    return getattr(config, "_attn_implementation_internal", None) == IMPLEMENTATION

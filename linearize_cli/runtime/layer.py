@@ -1,0 +1,88 @@
+"""A converted layer's attention: masks, pads and state around the equation."""
+
+import torch
+from linearize_kernels.attention import Equation, LinearAttention
+from linearize_kernels.chunked import chunked
+from torch import Tensor
+
+from linearize_cli.runtime.cache import LinearCacheLayer
+
+
+def equation(attention: dict, geometry: dict) -> Equation:
+    """The equation of one layer.
+
+    Args:
+        attention: the `attention` part of a recipe.
+        geometry: heads, kv_heads, key_dim, value_dim, scale and softcap of the base model's layer.
+    """
+    local, far = attention.get("local") or {}, attention.get("far") or {}
+    return Equation(
+        **geometry,
+        scope=local.get("scope", "sliding"),
+        size=local.get("size", 0),
+        score=local.get("score", "softmax"),
+        feature_map=far.get("feature_map"),
+        feature_dim=far.get("feature_dim"),
+        per_query_head=far.get("per_query_head", False),
+        combine=attention.get("combine", "none"),
+        conv_width=(attention.get("conv") or {}).get("width", 0),
+        sinks=attention.get("sinks", 0),
+    )
+
+
+class LinearizedAttention(LinearAttention):
+    """What stands behind the attention interface of transformers in a converted layer."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        linearize_state: LinearCacheLayer | None = None,
+        s_aux: Tensor | None = None,
+        cache: object = None,
+        **unused: object,
+    ) -> Tensor:
+        """query `[B, heads, T, D]`, key and value `[B, kv, T, D]` -> `[B, T, heads, Dv]` in query's dtype.
+
+        Args:
+            attention_mask: any mask that transformers makes: None, 2-D, 4-D boolean or additive, or the
+                compact one of `dispatch.compact_mask`. Only pads are read from it: causality and the window
+                are the equation's.
+            linearize_state: the layer's place in the cache, or None without one.
+            s_aux: `[heads]` learned sink logits (gpt-oss).
+            cache: the paged cache of continuous batching, which holds no state.
+        """
+        if cache is not None:
+            raise NotImplementedError(
+                "continuous batching pages keys and values; a linearized layer keeps a state instead. "
+                "Use model.generate()."
+            )
+        past = 0 if linearize_state is None else linearize_state.seen
+        valid = valid_tokens(attention_mask, query.shape[0], query.shape[-2], past)
+        state = None if linearize_state is None else linearize_state.state
+        sink_logits = s_aux if self.equation.score == "softmax" else None
+        out, state = chunked(self, state, query, key, value, valid, sink_logits)
+        if linearize_state is not None:
+            linearize_state.append(self, state, key, value, valid)
+        return out.transpose(1, 2).contiguous()
+
+
+def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
+    """Which of the T new tokens are not pads, `[B, T]` bool; None: all.
+
+    In a 4-D mask a token is a pad if it may not see itself.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        return mask[:, -length:].bool()
+    if mask.dtype == torch.int8:  # compact_mask
+        return mask[:, 0, :, 0].bool()
+    mask = mask[:, 0]
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    start = past if mask.shape[-1] >= past + length else mask.shape[-1] - length
+    valid = mask[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
+    return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid

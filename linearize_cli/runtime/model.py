@@ -1,0 +1,140 @@
+"""The model class of a linearized checkpoint: its base model's class with converted layers."""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from linearize_cli.runtime.bundle import AUTO_MAP, copy_code
+from linearize_cli.runtime.cache import cache_layer
+from linearize_cli.runtime.config import LinearizedConfig
+from linearize_cli.runtime.dispatch import attach
+from linearize_cli.runtime.layer import LinearizedAttention, equation
+
+_classes: dict[type, type] = {}
+
+
+class LinearizeMixin:
+    """Goes before the base model's class: attaches the converted layers that `config.linearize` names."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.attach_linear_attention()
+        self.post_init()
+
+    def attach_linear_attention(self) -> None:
+        record = self.config.linearize
+        attach(
+            self,
+            {
+                name: LinearizedAttention(equation(record["attention"], geometry))
+                for name, geometry in record["layers"].items()
+            },
+        )
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
+        for module in self.modules():
+            if isinstance(module, LinearizedAttention) and not getattr(module, "_is_hf_initialized", False):
+                if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                    module.reset_parameters()
+                for part in module.modules():
+                    part._is_hf_initialized = True
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, and the code that loads it where `linearize` is not installed."""
+        self.config.auto_map = dict(AUTO_MAP)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        copy_code(Path(save_directory))
+        return result
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            # The layers must be in place before generate() turns on past recording.
+            for name in self.config.linearize["layers"]:
+                cache_layer(cache, self.get_submodule(name).layer_idx)
+        return result
+
+
+def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class `Linearized<Base>` of linearized models of one base class."""
+    if base not in _classes:
+        name = f"Linearized{base.__name__}"
+        strict = set(base._keep_in_fp32_modules_strict or ()) | {"linear_attention"}
+        namespace = {
+            "__module__": __name__,
+            "_keep_in_fp32_modules_strict": strict,
+            # vLLM's transformers backend would run the modules without their state.
+            "_supports_attention_backend": False,
+        }
+        _classes[base] = type(name, (LinearizeMixin, base), namespace)
+        setattr(sys.modules[__name__], name, _classes[base])  # by this name pickle finds it
+    return _classes[base]
+
+
+def concrete_model(config) -> type[PreTrainedModel]:
+    """The model class for a linearized config."""
+    base = getattr(transformers, config.linearize["base_class"])
+    cls = linearized_class(base)
+    cls.config_class = type(config)
+    # transformers looks up weight renamings (MoE experts, say) by class name or model type.
+    for source in (base.__name__, config.linearize["base_model_type"]):
+        mapping = get_checkpoint_conversion_mapping(source)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+            break
+    return cls
+
+
+class LinearizedForCausalLM:
+    """What `auto_map` names; resolves to `Linearized<Base>` when a config is at hand."""
+
+    _auto_class = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        cls._auto_class = auto_class
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        if config is None:
+            config = LinearizedConfig.from_pretrained(pretrained_model_name_or_path)
+        return concrete_model(config).from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, **kwargs
+        )
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return concrete_model(config)._from_config(config, **kwargs)
+
+
+def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
+    """Swap the attention of `model` in place, and give it the class and config of a linearized model.
+
+    Args:
+        record: the `config.linearize` record; see `LinearizedConfig`.
+    """
+    base, config = type(model), model.config
+    config.__class__ = LinearizedConfig.concrete(record["base_model_type"])
+    config.linearize = record
+    config.architectures = [f"Linearized{base.__name__}"]
+    model.__class__ = concrete_model(config)
+    model.attach_linear_attention()
+    return model
+
+
+def linear_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that conversion added."""
+    return [p for m in model.modules() if isinstance(m, LinearizedAttention) for p in m.parameters()]
