@@ -25,7 +25,7 @@ class Identity(nn.Module):
 
 
 class Relu(nn.Module):
-    """`max(x, 0)` (arXiv 2104.07012)."""
+    """`max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__()

@@ -91,7 +91,7 @@ class Shared(nn.Module):
 
 
 class Lolcats(nn.Module):
-    """LoLCATs' combine (arXiv 2410.10254, eq. 6): local weights `γ exp(s - max s)`, far weights `φφ`, one
+    """LoLCATs' combine (arXiv 2410.10254): local weights `γ exp(s - max s)`, far weights `φφ`, one
     normaliser. The maximum runs over the local part alone, so it is part of the meaning. γ starts at 0.1.
     """
 
