@@ -1,19 +1,21 @@
 """Which layers of a model can be converted, and why not the others: found by a probe, not by name."""
 
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from linearize_cli.errors import UserError
+from linearize_cli.runtime.dispatch import find_cache
 
 PROBE = "linearize_probe"
-BIASES = ("position_bias", "alibi", "attn_bias")
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,15 @@ def plan_layers(model: PreTrainedModel) -> list[Layer]:
     """Every attention module that the model's forward reaches, in order.
 
     Raises:
-        UserError: the model is an encoder-decoder, or none of its layers dispatches its attention.
+        UserError: the model's code is not transformers' own, it is an encoder-decoder, or none of its layers
+            dispatches its attention.
     """
     kind = type(model).__name__
+    if getattr(transformers, kind, None) is not type(model):
+        raise UserError(
+            f"{kind} is not a class of transformers, and an artifact cannot carry another repository's code",
+            "Choose a checkpoint whose model type transformers knows itself.",
+        )
     if model.config.is_encoder_decoder:
         raise UserError(
             f"{kind} is an encoder-decoder; only decoder-only models can be converted",
@@ -77,7 +85,9 @@ def plan_layers(model: PreTrainedModel) -> list[Layer]:
 
 
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
-    """Two forwards of three tokens: the first finds the modules, the second sees what reaches each."""
+    """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
+    each.
+    """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
     before = [c._attn_implementation_internal for c in configs]
@@ -95,7 +105,7 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
             for module in recorder.calls:
                 hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
             recorder.calls.clear()
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=True)
     finally:
         model.train(training)
         for hook in hooks:
@@ -103,10 +113,15 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
         AttentionInterface._global_mapping.pop(PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(PROBE, None)
     return recorder.calls
 
 
-def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """As `runtime.dispatch.pass_state`, with a marker in place of the state."""
+    parameters = signature(module.forward).parameters.values()
+    if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
+        return None
     return args, {**kwargs, "linearize_state": PROBE}
 
 
@@ -131,19 +146,19 @@ def refusal(module: nn.Module, call: Call, cache: DynamicCache) -> str | None:
         return "its attention is not causal"
     if call.count > 1:
         return f"it calls attention {call.count} times in one forward"
-    bias = [name for name in BIASES if call.extra.get(name) is not None]
+    tensors = {name: x for name, x in call.extra.items() if isinstance(x, torch.Tensor) and name != "s_aux"}
+    bias = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
     if bias or has_bias(call.mask):
         return f"it adds a bias to its scores ({bias[0] if bias else 'in the mask'})"
     if call.extra.get("linearize_state") != PROBE:
-        return "it does not pass keyword arguments on to its attention, so a state cannot reach it"
+        return "it is given no cache, or passes no keyword arguments on: a state cannot reach its attention"
     if not isinstance(getattr(module, "layer_idx", None), int):
         return "it has no layer_idx, so it has no place in a cache"
     if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
         return "it shares keys and values with other layers"
-    if module.layer_idx < len(cache.layers):
-        place = cache.layers[module.layer_idx]
-        if isinstance(place, LinearAttentionCacheLayerMixin) or hasattr(place, "update_indexer"):
-            return "its cache also holds a recurrent state or an index of its own"
+    place = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+    if type(place) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return "its cache holds more than keys and values (a recurrent state or an index, say)"
     return None
 
 
@@ -159,15 +174,38 @@ def has_bias(mask: torch.Tensor | None) -> bool:
     return mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask > -1e4)).any())
 
 
-def choose_layers(layers: list[Layer]) -> tuple[list[Layer], list[Layer]]:
+def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:
     """The layers to convert, and those that stay softmax.
 
+    Args:
+        keep: softmax layers to keep besides: `N`, evenly spread, or `at:i,j,k`, counted from 0.
+
     Raises:
-        UserError: none can be converted.
+        UserError: none can be converted, or `keep` names what is not there.
     """
     linear = [layer for layer in layers if layer.refusal is None]
     if not linear:
         reasons = "\n".join(f"  {layer.name}: {layer.refusal}" for layer in layers[:8])
         more = "" if len(layers) <= 8 else f"\n  and {len(layers) - 8} more"
         raise UserError(f"no layer of this model can be converted:\n{reasons}{more}")
-    return linear, [layer for layer in layers if layer.refusal is not None]
+    kept = {linear[i].name for i in kept_indices(keep, len(linear))} if keep else set()
+    linear = [layer for layer in linear if layer.name not in kept]
+    names = {layer.name for layer in linear}
+    return linear, [layer for layer in layers if layer.name not in names]
+
+
+def kept_indices(keep: str, count: int) -> list[int]:
+    """Which of `count` layers to keep: `2` of 8 are the layers 2 and 6."""
+    kind, _, rest = keep.rpartition(":")
+    try:
+        numbers = [int(part) for part in rest.split(",")]
+    except ValueError:
+        numbers = []
+    if kind == "at" and numbers and all(0 <= i < count for i in numbers):
+        return numbers
+    if kind == "" and len(numbers) == 1 and 0 <= numbers[0] < count:
+        return [(2 * i + 1) * count // (2 * numbers[0]) for i in range(numbers[0])]
+    raise UserError(
+        f"--keep-softmax {keep}: the model has {count} layers that can be converted",
+        f"Use a number below {count} (spread evenly), or at:i,j,k with layers 0 to {count - 1}.",
+    )

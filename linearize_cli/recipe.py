@@ -108,7 +108,11 @@ class Recipe:
 
 def method_names() -> list[str]:
     """The names of the recipes that come with the package, the default first."""
-    names = [p.name[: -len(".yaml")].replace("-over-", ":") for p in _folder().iterdir() if p.name.endswith(".yaml")]
+    names = [
+        p.name[: -len(".yaml")].replace("-over-", ":")
+        for p in _folder().iterdir()
+        if p.name.endswith(".yaml")
+    ]
     return sorted(names, key=lambda name: (name != "augmented", name))
 
 
@@ -124,7 +128,9 @@ def load_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {error}", "Mend the file, or name a method.") from None
     if not isinstance(data, dict):
-        raise UserError(f"{where} holds no recipe", "A recipe is a mapping with a name and an attention part.")
+        raise UserError(
+            f"{where} holds no recipe", "A recipe is a mapping with a name and an attention part."
+        )
     for override in overrides:
         _apply(data, override)
     problems: list[str] = []
@@ -162,11 +168,15 @@ def _read(method: str) -> tuple[str, str]:
         try:
             return Path(method).read_text(), method
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the recipe {method}: {error}", "Name a YAML file, or a method.") from None
+            raise UserError(
+                f"cannot read the recipe {method}: {error}", "Name a YAML file, or a method."
+            ) from None
     if method not in method_names():
         near = difflib.get_close_matches(method, method_names(), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no method {method!r}", f"{hint}The methods are: {', '.join(method_names())}.")
+        raise UserError(
+            f"there is no method {method!r}", f"{hint}The methods are: {', '.join(method_names())}."
+        )
     return _folder().joinpath(f"{method.replace(':', '-over-')}.yaml").read_text(), method
 
 
@@ -185,7 +195,9 @@ def _apply(data: dict, override: str) -> None:
 def _build(cls: type, data: Any, path: str, problems: list[str]) -> Any:
     """A dataclass from plain data; whatever does not fit is added to `problems` with its key path."""
     if not isinstance(data, dict):
-        problems.append(f"{path.rstrip('.')}: expected keys ({', '.join(f.name for f in fields(cls))}), got {data!r}")
+        problems.append(
+            f"{path.rstrip('.')}: expected keys ({', '.join(f.name for f in fields(cls))}), got {data!r}"
+        )
         return None
     known = {f.name: f.type for f in fields(cls)}
     for key in data:

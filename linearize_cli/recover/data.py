@@ -11,6 +11,8 @@ from torch import Tensor
 
 from linearize_cli.errors import UserError
 
+DEMO = "demo"
+DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 PIECE = 1 << 20  # characters of a text file read at once
 HELD_OUT_SHARE = 0.01
 HELD_OUT_LIMIT = 500_000  # tokens held out at most, so that measuring stays a small part of a long run
@@ -31,16 +33,20 @@ class Source:
 
 def open_source(name: str) -> Source:
     """A text file (one document), JSONL (`text` field) or parquet, a folder of them, or a Hub dataset
-    `name[:config][:split]`.
+    `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
 
     Raises:
         UserError: nothing is there, the form is unknown, or it holds no text.
     """
+    if name == DEMO:
+        return demo_source()
     path = Path(name).expanduser()
     if path.exists():
         return local_source(name, path)
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise UserError(f"no such data: {name}", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset.")
+        raise UserError(
+            f"no such data: {name}", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset."
+        )
     return hub_source(name)
 
 
@@ -50,7 +56,9 @@ def local_source(name: str, path: Path) -> Source:
         raise UserError(f"the folder {name} holds no {', '.join(SUFFIXES)} file", "Name one that does.")
     for file in files:
         if file.suffix not in SUFFIXES:
-            raise UserError(f"cannot read {file}: its ending is none of {', '.join(SUFFIXES)}", "Rename or convert it.")
+            raise UserError(
+                f"cannot read {file}: its ending is none of {', '.join(SUFFIXES)}", "Rename or convert it."
+            )
 
     def documents() -> Iterator[Document]:
         for file in files:
@@ -60,6 +68,15 @@ def local_source(name: str, path: Path) -> Source:
     if count == 0:
         raise UserError(f"{name} holds no text", "Name data with at least one document that is not empty.")
     return Source(name, documents, count)
+
+
+def demo_source() -> Source:
+    from linearize_cli.demo.corpus import generate_documents
+
+    def documents() -> Iterator[Document]:
+        return ([document.text] for document in generate_documents(DEMO_SEED, DEMO_DOCUMENTS))
+
+    return Source(DEMO, documents, DEMO_DOCUMENTS)
 
 
 def read_text(file: Path) -> Iterator[Document]:
@@ -96,11 +113,15 @@ def read_parquet(file: Path) -> Iterator[Document]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if "text" not in table.schema_arrow.names:
-            raise UserError(f"{file} has no `text` column", f"Its columns: {', '.join(table.schema_arrow.names)}.")
+            raise UserError(
+                f"{file} has no `text` column", f"Its columns: {', '.join(table.schema_arrow.names)}."
+            )
         for batch in table.iter_batches(columns=["text"]):
             yield from ([text] for text in batch.column(0).to_pylist() if text)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {file}: {error}", "The file may be cut short; fetch it again.") from None
+        raise UserError(
+            f"cannot read {file}: {error}", "The file may be cut short; fetch it again."
+        ) from None
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -155,7 +176,11 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     kept = source.count - held
     return (
         Source(source.name, lambda: islice(source.documents(), kept), kept),
-        Source(f"the last {held} documents of {source.name}", lambda: islice(source.documents(), kept, None), held),
+        Source(
+            f"the last {held} documents of {source.name}",
+            lambda: islice(source.documents(), kept, None),
+            held,
+        ),
     )
 
 
@@ -212,7 +237,9 @@ def evaluation_blocks(source: Source, tokenizer, length: int, limit: int | None 
     Raises:
         UserError: the text does not fill one block.
     """
-    found = list(islice(blocks(source, tokenizer, length), None if limit is None else max(1, limit // length)))
+    found = list(
+        islice(blocks(source, tokenizer, length), None if limit is None else max(1, limit // length))
+    )
     if not found:
         raise UserError(
             f"the evaluation text ({source.name}) is shorter than one block of {length} tokens",

@@ -1,0 +1,24 @@
+"""linearize: turn a softmax checkpoint into a linear-attention model.
+
+`convert`, `load`, `verify` and `push` are imported on first use, so that the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+_API = {
+    "convert": "linearize_cli.convert",
+    "load": "linearize_cli.artifact.load",
+    "verify": "linearize_cli.verify",
+    "push": "linearize_cli.artifact.push",
+}
+__all__ = list(_API)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A function and its module share a name here; the function stays in front of the imported module.
+    value = globals()[name] = getattr(import_module(_API[name]), name)
+    return value

@@ -1,0 +1,29 @@
+"""Writing an artifact: weights, config, code, tokenizer, recipe, report and card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.artifact.card import card
+from linearize_cli.recipe import Recipe
+
+
+def save_artifact(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> None:
+    """Write all but the report and the card: they need the artifact loaded again."""
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(recipe.dump())
+
+
+def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:
+    """Write `linearize.json` and the card, README.md."""
+    (folder / "linearize.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    (folder / "README.md").write_text(card(report, repo_name=name, recipe=recipe.to_dict()))

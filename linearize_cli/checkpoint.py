@@ -1,0 +1,300 @@
+"""Loads any model that a user names. Here a failed load becomes a message that says what to do.
+
+torch and transformers are imported inside the functions: `linearize --help` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from linearize_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
+FORMATS = (
+    "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
+    "and consolidated.*.pth (Meta). A LoRA adapter must first be merged into its base model."
+)
+WEIGHT_FILES = "Download the checkpoint again: a file of it is missing or damaged."
+TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model) beside config.json."
+
+
+def load_teacher(
+    model: str, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model that `model` names, in eval mode, and its tokenizer.
+
+    Args:
+        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo`; see `resolve_model`.
+        dtype: of the weights, by torch's name (`bfloat16`); None keeps the checkpoint's.
+        device: where the weights go, by torch's name (`cuda:0`).
+        trust_remote_code: whether Python code in the checkpoint may run. If not, a model that needs it is
+            refused; nothing asks. Pickled weights are read as tensors only, with or without it.
+
+    Raises:
+        UserError: the checkpoint is missing, not whole, not accessible or not a causal language model.
+    """
+    import torch
+
+    from linearize_cli.meta_llama import is_meta_folder
+
+    torch_dtype = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(torch_dtype, torch.dtype):
+        raise UserError(f"`{dtype}` is not a dtype.", "Use float32, bfloat16 or float16.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device `{device}` cannot be used.", _brief(error)) from error
+
+    source = resolve_model(model)
+    if is_meta_folder(source):
+        loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
+    else:
+        loaded, tokenizer = _load_hugging_face(model, source, torch_dtype, device, trust_remote_code)
+    # Not the folder of the local cache: the name is kept where the model or an adapter of it is saved.
+    loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
+    return loaded, tokenizer
+
+
+def resolve_model(model: str) -> str:
+    """The local folder of the checkpoint that `model` names; from the Hub, what it needs is downloaded first.
+
+    `demo` is the embedded teacher (`./demo` a folder of that name). A folder that exists wins over a Hub id.
+
+    Raises:
+        UserError: there is no such folder, it holds no checkpoint, or the Hub does not give it.
+    """
+    if model == "demo":
+        from linearize_cli.demo import teacher_path
+
+        return str(teacher_path())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _require_checkpoint(path, path)
+        return str(path)
+    if path.exists():
+        raise UserError(f"{path} is a file.", f"Name the folder it is in. {NAMES}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{path}: no such folder.", NAMES)
+    with _explained(model, "the checkpoint", FORMATS):
+        return _download(model)
+
+
+def _download(model: str) -> str:
+    """The folder of a Hub repository's snapshot: its small files and one format of its weights."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns: str, commit: str | None = None) -> Path:
+        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns="*/*"))
+
+    folder = fetch("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken")
+    _require_checkpoint(model, folder)
+    if not (folder / "config.json").is_file():
+        fetch("consolidated.*.pth", commit=folder.name)
+    elif not any(fetch("model*.safetensors", commit=folder.name).glob("model*.safetensors")):
+        fetch("pytorch_model*.bin", commit=folder.name)
+    return str(folder)
+
+
+def _require_checkpoint(model: str | Path, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in ("config.json", "params.json")):
+        raise UserError(f"{model} has neither config.json nor params.json.", FORMATS)
+
+
+def _load_meta(
+    model: str, source: str, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from linearize_cli.meta_llama import load_meta_llama, load_meta_tokenizer
+
+    with _explained(model, "the checkpoint", FORMATS):
+        tokenizer = load_meta_tokenizer(source)
+        loaded = load_meta_llama(source, dtype).to(device)
+    for config in (loaded.config, loaded.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return loaded, tokenizer
+
+
+def _load_hugging_face(
+    model: str, source: str, dtype: torch.dtype | None, device: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _explained(model, "its config.json", FORMATS):
+        config = _load_config(model, source, trust_remote_code)
+    with _explained(model, "its tokenizer", TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    _check_tokenizer(model, tokenizer)
+    with _explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device,
+            # sdpa where the class supports it, else eager, whatever config.json asks for.
+            attn_implementation=None,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_weights refuses them
+        )
+    _check_weights(model, loaded, info)
+    return loaded.eval(), tokenizer
+
+
+def _load_config(model: str, source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+    raw, _ = PreTrainedConfig.get_config_dict(source)
+    kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
+    if kind is None and not own_code:
+        raise UserError(f"{model}: config.json has no model_type.", FORMATS)
+    if kind not in CONFIG_MAPPING and not own_code:
+        what = f"{model}: this transformers does not know the model_type `{kind}` in config.json."
+        raise UserError(what, "Update it: pip install --upgrade transformers")
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        what = f"{model}: by its config.json it is a `{kind}`, not a causal language model."
+        raise UserError(what, "Choose a model that transformers' AutoModelForCausalLM loads.")
+    return config
+
+
+def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without tokenizer files, transformers may make a tokenizer that knows special tokens alone."""
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise UserError(f"{model} has no tokenizer files.", TOKENIZER_FILES)
+
+
+def _check_weights(model: str, loaded: PreTrainedModel, info: dict) -> None:
+    """transformers fills weights that are missing, or of another shape, with random numbers."""
+    hint = f"{WEIGHT_FILES} Or config.json is another model's."
+    if info["missing_keys"]:
+        raise UserError(f"{model} lacks the weights {first_five(info['missing_keys'])}.", hint)
+    if info["mismatched_keys"]:
+        shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
+        raise UserError(f"{model}, by config.json, has wrong shapes: {first_five(shapes)}.", hint)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise UserError(f"{model} has a LoRA adapter beside it.", "Merge it with peft's merge_and_unload().")
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' table of missing weights: _check_weights makes it an error."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _explained(model: str, part: str, hint: str, source: str | None = None) -> Iterator[None]:
+    """Turns what other libraries raise while they load `part` of `model` into a UserError.
+
+    Args:
+        source: the folder whose weight files may be to blame.
+    """
+    import torch
+
+    try:
+        yield
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{model} does not fit into the device's memory.", "Try --dtype bfloat16.") from error
+    except Exception as error:
+        known = _known_cause(error, model) or (_unreadable_file(source) if source else None)
+        if isinstance(error, ImportError):
+            hint = "Install the package that it names."
+        raise known or UserError(f"{model}: {part} cannot be loaded: {_brief(error)}", hint) from error
+
+
+def _known_cause(error: Exception, model: str) -> UserError | None:
+    """What the Hub refused, or the code that was not run. transformers wraps such errors: hence the chain."""
+    from huggingface_hub import errors
+
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for link in chain:  # a traceback shows them
+        link.args = tuple(_redacted(arg) if isinstance(arg, str) else arg for arg in link.args)
+
+    answer = next((link for link in chain if isinstance(link, errors.HfHubHTTPError)), None)
+    said, who = (_brief(answer), _signed_in()) if answer else ("", "")
+    sign_in, or_folder = "`hf auth login` or set HF_TOKEN", "or name a local folder."
+    gated = f"1) accept the licence at https://huggingface.co/{model}; 2) {sign_in}\n"
+    gated += f"(fine-grained tokens need gated-repo read); {who}."
+    unseen = f"Check the spelling. A private model needs a token: {sign_in}; {who}."
+    unreachable = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError)
+    causes = (  # the first that fits: a GatedRepoError is also a RepositoryNotFoundError
+        (errors.GatedRepoError, "is gated.", gated),
+        (errors.RepositoryNotFoundError, "is no folder here, nor a model that the Hub shows.", unseen),
+        (errors.HFValidationError, "is neither a folder nor a Hub id.", NAMES),
+        (errors.OfflineModeIsEnabled, "is not cached, and HF_HUB_OFFLINE is set.", f"Unset it, {or_folder}"),
+        (errors.HfHubHTTPError, f"was refused: {said}", f"Try later, check the token ({who}), {or_folder}"),
+        (unreachable, "is not cached, and the Hub cannot be reached.", f"Check the network, {or_folder}"),
+    )
+    for types, what, hint in causes:
+        if any(isinstance(link, types) for link in chain):
+            return UserError(f"{model} {what}", hint)
+    if "trust_remote_code=True" in str(error):
+        hint = "Read that code. If you trust it, add --trust-remote-code."
+        return UserError(f"{model} needs Python code of its own, which was not run.", hint)
+    return None
+
+
+def _signed_in() -> str:
+    from huggingface_hub import get_token, whoami
+
+    if get_token() is None:
+        return "not signed in"
+    try:
+        return f"signed in as {whoami()['name']}"
+    except Exception:  # this line only adds to a message about another failure
+        return "the Hub does not know the token in use"
+
+
+def _unreadable_file(source: str) -> UserError | None:
+    """Names the first weight file that cannot be read, if there is one."""
+    import torch
+    from safetensors import safe_open
+
+    for file in sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]):
+        try:
+            if file.suffix == ".bin":
+                torch.load(file, map_location="meta", weights_only=True)
+            else:
+                safe_open(file, framework="pt")
+        except pickle.UnpicklingError:
+            what = f"{file} is damaged or holds Python code, which was not run."
+            return UserError(what, "Take the checkpoint from a source you trust, or one in safetensors.")
+        except Exception as error:  # safetensors, zipfile and torch raise types of their own
+            hint = "Download it again. A Git LFS pointer (a few lines of text) wants `git lfs pull`."
+            return UserError(f"{file} cannot be read: {_brief(error)}", hint)
+    return None
+
+
+def _brief(error: BaseException) -> str:
+    """The start of another library's message."""
+    return _redacted(" ".join(str(error).split("\n")[:2]).strip() or type(error).__name__)
+
+
+def _redacted(text: str) -> str:
+    """Without Hub tokens: a message may quote a request's headers."""
+    return re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
+
+
+def first_five(names: Iterable[str]) -> str:
+    """The first five names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,256 @@
+"""The commands. Each imports what it needs when it runs: `--help` loads no torch."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from linearize_cli import __version__
+from linearize_cli.console import Terminal, fail, write_json
+from linearize_cli.errors import UserError
+
+
+class TokenCount(click.ParamType):
+    name = "N"
+
+    def convert(self, value, param, ctx):
+        from linearize_cli.recipe import parse_count
+
+        try:
+            return parse_count(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
+
+
+TOKENS = TokenCount()
+
+
+def options(*decorators: Callable) -> Callable[[Callable], Callable]:
+    def apply(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def command_options(function: Callable) -> Callable:
+    """`--json` and `-q`, which all commands have; the function gets a `terminal` and returns its result."""
+
+    @wraps(function)
+    def run(json_file: str | None, quiet: bool, **kwargs: Any) -> Any:
+        result = function(terminal=Terminal(quiet), **kwargs)
+        if json_file:
+            write_json(json_file, result)
+        return result
+
+    json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as data, too.")
+    quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    return json_option(quiet_option(run))
+
+
+model_options = options(
+    click.option("--device", default="cpu", show_default=True, help="Where it runs, as torch names it."),
+    click.option(
+        "--dtype", default=None, help="float32, bfloat16 or float16; the checkpoint's own if not given."
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+)
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the source model's own code.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="linearize")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Turn a softmax checkpoint into a linear-attention model: constant memory while decoding."""
+    context.obj = debug
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="DIR", help="Where to; ./MODEL-METHOD if not given.")
+@click.option(
+    "--method", default="augmented", show_default=True, help="NAME[:BASE] or FILE.yaml; see `methods`."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--keep-softmax", metavar="N|at:i,j,k", help="Layers to keep as they are.")
+@click.option("--data", multiple=True, metavar="SRC", help="Text to train on; may be repeated.")
+@click.option("--eval-data", metavar="SRC", help="Text to measure on; else the last 1% of documents.")
+@click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")
+@click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step.")
+@click.option("--no-train", is_flag=True, help="Swap only.")
+@click.option("--medusa-heads", type=click.IntRange(0), default=0, metavar="K", help="Train K Medusa heads.")
+@click.option("--keep-adapter", is_flag=True, help="Keep the unmerged LoRA under adapter/.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
+@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@trust_option
+@model_options
+@command_options
+def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: Any) -> dict[str, Any]:
+    """Convert MODEL: swap its attention, recover the quality, check and save.
+
+    MODEL is a Hub id, a folder (Hugging Face's or Meta's Llama format), or `demo`. SRC is a text, JSONL or
+    parquet file, a folder of them, a Hub dataset NAME[:CONFIG][:SPLIT], or `self` (sampled from the model).
+    """
+    if medusa_heads:
+        raise UserError("--medusa-heads: this version trains no Medusa heads", "Leave the option out.")
+    from linearize_cli.convert import convert as run
+    from linearize_cli.render import conversion, plan
+
+    result = run(train=not no_train, terminal=terminal, **arguments)
+    terminal.out.print(plan(result) if arguments["dry_run"] else conversion(result))
+    return result
+
+
+@cli.command()
+@click.argument("artifact", default=".")
+@click.option("--prompts", metavar="FILE", help="Prompts for the greedy check: a line each, or JSONL.")
+@click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens per prompt.")
+@click.option("--draft", metavar="medusa|lookup|MODEL", help="Drafter for speculative checks.")
+@click.option("--target", type=click.Choice(["self", "teacher"]), default="self", show_default=True)
+@click.option("--tree", metavar="NAME|FILE", help="Token tree for speculative checks.")
+@model_options
+@command_options
+def verify(
+    terminal: Terminal, draft: str | None, target: str, tree: str | None, **arguments: Any
+) -> dict[str, Any]:
+    """Prove that all forms of ARTIFACT (default: this folder) compute the same."""
+    if draft or tree or target != "self":
+        raise UserError(
+            "verify: this version checks forms, padding, greedy decoding and rollback, not drafters or trees",
+            "Leave out --draft, --target and --tree.",
+        )
+    from linearize_cli.errors import CheckFailed
+    from linearize_cli.verify import render
+    from linearize_cli.verify import verify as run
+
+    report = run(**arguments, terminal=terminal)
+    terminal.out.print(render(report))
+    if report["verdict"] == "FAIL":
+        raise CheckFailed(f"verify: FAIL ({', '.join(report['failed'])})", result=report)
+    return report
+
+
+@cli.command()
+@click.argument("artifact", default=".")
+@click.argument("repo_id", required=False)
+@click.option("--private/--no-private", default=None, help="Visibility of a new repository.")
+@click.option("--revision", help="Branch to push to; it must exist.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--commit-message", metavar="M")
+@click.option("--token", metavar="T", help="Instead of the one you signed in with.")
+@click.option("--dry-run", is_flag=True, help="Show what would be pushed.")
+@command_options
+def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Push ARTIFACT (default: this folder) to the Hub as REPO_ID (default: your name and the folder's)."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from linearize_cli.artifact.push import push as run
+    from linearize_cli.render import pushed
+
+    if terminal.quiet:
+        disable_progress_bars()
+    result = run(**arguments)
+    terminal.out.print(pushed(result))
+    return result
+
+
+@cli.command()
+@click.argument("artifact")
+@click.argument("prompt")
+@click.option("--max-new", type=click.IntRange(1), default=128, show_default=True, help="Tokens at most.")
+@click.option("--speculative", type=click.Choice(["medusa", "lookup"]), help="Draft tokens and verify them.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@model_options
+@command_options
+def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Continue PROMPT with ARTIFACT, as the text comes."""
+    from linearize_cli.generate import generate as run
+
+    return run(**arguments)
+
+
+@cli.command()
+@click.argument("model")
+@trust_option
+@model_options
+@command_options
+def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict[str, Any]:
+    """Show which layers of MODEL can be converted, why not the others, and the memory it saves."""
+    from linearize_cli.inspect import inspect as run
+    from linearize_cli.render import inspection
+
+    result = run(model, **arguments)
+    terminal.out.print(inspection(result))
+    return result
+
+
+@cli.command()
+@click.argument("name", required=False)
+@command_options
+def methods(terminal: Terminal, name: str | None) -> Any:
+    """List the methods, or print the recipe NAME."""
+    from linearize_cli.recipe import load_recipe, method_names
+    from linearize_cli.render import method_table
+
+    if name:
+        recipe = load_recipe(name)
+        click.echo(recipe.dump(), nl=False)
+        return recipe.to_dict()
+    recipes = [load_recipe(method) for method in method_names()]
+    terminal.out.print(method_table(recipes))
+    return [recipe.to_dict() for recipe in recipes]
+
+
+@cli.command()
+@click.option("-o", "--output", metavar="DIR", default="demo-augmented", show_default=True)
+@click.option("--tokens", type=TOKENS, help="Budget of recovery.")
+@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@model_options
+@command_options
+def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Run the whole pipeline on the embedded teacher, in minutes on two cores."""
+    from linearize_cli.demo.run import demo as run
+    from linearize_cli.render import demonstration
+
+    result = run(terminal=terminal, **arguments)
+    terminal.out.print(demonstration(result))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script: runs a command and turns what goes wrong into the contract's exit codes."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = (
+        "--debug" in arguments[: next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)]
+    )
+    try:
+        sys.exit(cli.main(arguments, prog_name="linearize", standalone_mode=False) and 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted")
+        sys.exit(130)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        fail(
+            f"internal: {type(error).__name__}: {error}\nThis is a fault of linearize. `linearize --debug ...` shows where."
+        )
+        sys.exit(3)

@@ -1,0 +1,137 @@
+"""`convert`: turn a softmax checkpoint into a linear-attention artifact."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from linearize_cli.checkpoint import load_teacher
+from linearize_cli.console import Terminal
+from linearize_cli.errors import UserError
+from linearize_cli.job import Job, check_output, check_space, partial_folder
+from linearize_cli.pipeline import Run
+from linearize_cli.plan import Layer, choose_layers, plan_layers
+from linearize_cli.recipe import load_recipe, with_budget
+from linearize_cli.recover import data as text
+
+
+def default_output(model: str, method: str) -> Path:
+    """`./MODEL-METHOD`."""
+    method = Path(method).stem if method.endswith((".yaml", ".yml")) else method
+    return Path(f"{Path(model).name or 'model'}-{method.replace(':', '-')}")
+
+
+def convert(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    method: str = "augmented",
+    overrides: tuple[str, ...] = (),
+    keep_softmax: str | None = None,
+    data: tuple[str, ...] = (),
+    eval_data: str | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    train: bool = True,
+    keep_adapter: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+) -> dict[str, Any]:
+    """Turn a softmax checkpoint into a linear-attention artifact.
+
+    The arguments are those of `linearize convert`. Returns the report (the contents of `linearize.json`, and
+    `output`); with `dry_run` the plan, and nothing is written.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+        CheckFailed: the converted model's forms do not agree; nothing is saved.
+        KeyboardInterrupt: `<output>.partial` is left for `resume`.
+    """
+    terminal = terminal or Terminal(quiet=True)
+    recipe = with_budget(load_recipe(method, overrides), tokens)
+    if data:
+        recipe = with_budget(recipe, data=", ".join(data))
+    folder = Path(output) if output else default_output(model, method)
+    partial = folder.with_name(folder.name + ".partial")
+    job = Job(
+        model,
+        recipe,
+        tuple(data),
+        eval_data,
+        keep_softmax,
+        seq_len,
+        batch_size,
+        train,
+        keep_adapter,
+        dtype,
+        seed,
+    )
+    if not dry_run:
+        check_output(folder, partial, job, resume, force)
+    train_text, eval_text = open_texts(job)
+    teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
+    linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)
+    length = check_length(seq_len, teacher)
+    if dry_run:
+        return plan_report(job, teacher, linear, softmax, length)
+    check_space(folder, teacher)
+    with partial_folder(partial, job, resume):
+        run = Run(job, teacher, tokenizer, linear, softmax, length, partial, terminal)
+        report = run.all(train_text, eval_text, folder.name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        (partial / "artifact").rename(folder)
+    shutil.rmtree(partial)
+    return {**report, "output": str(folder)}
+
+
+def open_texts(job: Job) -> tuple[text.Source | None, text.Source | None]:
+    """The text to train on and the text to measure on, where there is one."""
+    names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
+    train_text = text.joined(text.open_source(name) for name in names) if job.train or job.data else None
+    if job.eval_data:
+        eval_text = text.open_source(job.eval_data)
+    elif train_text is None:
+        eval_text = None
+    else:
+        train_text, eval_text = text.hold_out(train_text)
+    return train_text if job.train else None, eval_text
+
+
+def check_length(seq_len: int | None, model: PreTrainedModel) -> int:
+    """Tokens per block: as asked for, else 1024 or the model's context if that is shorter."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if seq_len is None:
+        return min(1024, limit)
+    if seq_len > limit:
+        raise UserError(
+            f"--seq-len {seq_len} is beyond the model's context of {limit}", f"Use at most {limit}."
+        )
+    return seq_len
+
+
+def plan_report(
+    job: Job, model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], length: int
+) -> dict[str, Any]:
+    """What a conversion would do."""
+    return {
+        "base_model": job.model,
+        "method": job.recipe.name,
+        "recipe": job.recipe.to_dict(),
+        "layers": {
+            "linear": [layer.name for layer in linear],
+            "softmax": {layer.name: layer.refusal or "kept on request" for layer in softmax},
+        },
+        "tokens": job.recipe.recover.tokens if job.train else None,
+        "seq_len": length,
+        "batch_size": job.batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -1,0 +1,67 @@
+"""`generate`: continue a prompt, printing text as it comes."""
+
+import time
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from linearize_cli.artifact.load import load
+from linearize_cli.errors import UserError
+
+
+def generate(
+    artifact: str,
+    prompt: str,
+    *,
+    max_new: int = 128,
+    speculative: str | None = None,
+    temperature: float = 0.0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Continue a prompt with an artifact and stream it to standard output.
+
+    Args:
+        speculative: "lookup" drafts with n-grams of the text so far (transformers' prompt lookup).
+        temperature: 0 is greedy.
+
+    Raises:
+        UserError: no such artifact, an empty prompt, or a drafter that the artifact does not have.
+    """
+    if speculative == "medusa":
+        raise UserError(f"{artifact} has no Medusa heads", "Use --speculative lookup, or none.")
+    model, tokenizer = load(artifact, device=device, dtype=dtype)
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long)
+    if tokenizer.bos_token_id is not None:
+        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
+    if not ids.numel():
+        raise UserError(
+            "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
+        )
+    torch.manual_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    lookup = {"prompt_lookup_num_tokens": 8} if speculative == "lookup" else {}
+    ids = ids.to(model.device)
+    started = time.monotonic()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+        **lookup,
+    )[0]
+    new = output[ids.shape[1] :].tolist()
+    return {
+        "artifact": artifact,
+        "prompt": prompt,
+        "text": tokenizer.decode(output, skip_special_tokens=True),
+        "tokens": new,
+        "tokens_per_s": round(len(new) / (time.monotonic() - started), 1),
+        "seed": seed,
+    }

@@ -1,0 +1,95 @@
+"""A conversion's order, and the folders it works in: nothing half-written is ever under the final name."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a conversion was asked to do; a resumed one must have been asked the same."""
+
+    model: str
+    recipe: Recipe
+    data: tuple[str, ...]
+    eval_data: str | None
+    keep_softmax: str | None
+    seq_len: int | None
+    batch_size: int
+    train: bool
+    keep_adapter: bool
+    dtype: str | None
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}
+
+
+def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: bool) -> None:
+    if folder.exists() and not force:
+        raise UserError(
+            f"{folder} exists already", "Pass --force to replace it, or -o DIR to write elsewhere."
+        )
+    if not folder.parent.is_dir():
+        raise UserError(f"{folder.parent} is no folder", "Create it, or pass -o DIR in one that exists.")
+    if resume:
+        if not (partial / "job.json").exists():
+            raise UserError(f"nothing to resume: there is no {partial}", "Run without --resume.")
+        before, now = json.loads((partial / "job.json").read_text()), json.loads(json.dumps(job.to_dict()))
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                f"{partial} is of a run with another {', '.join(changed)}",
+                "Resume with the arguments of that run, or start over with --force.",
+            )
+    elif partial.exists():
+        if not force:
+            raise UserError(
+                f"{partial} is left of an interrupted run",
+                "Pass --resume to go on, or --force to start over.",
+            )
+        shutil.rmtree(partial)
+
+
+def check_space(folder: Path, model: PreTrainedModel) -> None:
+    need = 2 * sum(p.nbytes for p in model.parameters()) + (64 << 20)
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise UserError(
+            f"not enough disk space at {folder.parent.resolve().name or folder.parent}: "
+            f"{free >> 20} MB are free, about {need >> 20} MB are needed",
+            "Free some space, or pass -o DIR on another disk.",
+        )
+
+
+@contextmanager
+def partial_folder(partial: Path, job: Job, resume: bool) -> Iterator[None]:
+    """`DIR.partial` while the run goes on. An interruption keeps it; a refusal or an early error does not; a
+    later one keeps what was trained, if anything was.
+    """
+    try:
+        partial.mkdir(exist_ok=resume)
+        (partial / "job.json").write_text(json.dumps(job.to_dict(), indent=2) + "\n")
+        yield
+    except CheckFailed:
+        shutil.rmtree(partial)
+        raise
+    except Exception as error:
+        kept = (partial / "checkpoint.pt").exists()
+        shutil.rmtree(partial / "artifact" if kept else partial, ignore_errors=True)
+        hint = f"What was trained is kept in {partial}: go on with --resume." if kept else "Nothing was kept."
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError("the disk is full", f"Free some space. {hint}") from error
+        if isinstance(error, UserError) and kept:
+            raise UserError(error.what, f"{error.hint}\n{hint}".strip()) from error
+        raise

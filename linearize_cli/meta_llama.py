@@ -1,0 +1,291 @@
+"""Meta's original Llama format: `params.json`, `consolidated.NN.pth` shards and `tokenizer.model`.
+
+The shards are the slices of a tensor-parallel model, one per GPU. They are joined and renamed in memory into
+a transformers `LlamaForCausalLM`; nothing is written. The layout is that of https://github.com/meta-llama/llama
+and https://github.com/meta-llama/llama-models. The files of the original Llama and of Llama 2 look the same:
+both get a context of 4096 tokens, though the original saw 2048 (`max_seq_len` in `params.json` overrides it).
+"""
+
+import base64
+import json
+import pickle
+import re
+from itertools import count
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from linearize_cli.checkpoint import first_five
+from linearize_cli.errors import UserError
+
+Shards = dict[Path, dict[str, torch.Tensor]]
+
+REQUIRED = {"dim", "n_layers", "n_heads", "norm_eps"}
+OPTIONAL = {"n_kv_heads", "vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len"}
+UNUSED = {"multiple_of", "ffn_dim_multiplier", "max_batch_size"}  # the MLP's width comes from its tensors
+
+CONTEXT_BY_ROPE_THETA = {500_000: 8192, 1_000_000: 16384}  # Llama 3, Code Llama
+SCALED_ROPE_CONTEXT = 131072
+
+# Meta's name: (transformers' name, the axis along which shards cut it; None where every shard has it whole)
+LAYER_TENSORS = {
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),
+    "ffn_norm": ("post_attention_layernorm", None),
+}
+
+DOWNLOAD_AGAIN = "Download the checkpoint again: the file is cut short or is not one of Meta's Llama files."
+
+
+def is_meta_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder in Meta's format. A `config.json` beside it means Hugging Face's format."""
+    return Path(path, "params.json").is_file() and not Path(path, "config.json").is_file()
+
+
+def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    """The model in the folder `path`, on the CPU, in eval mode.
+
+    Args:
+        path: a folder with `params.json` and `consolidated.NN.pth`.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        UserError: a file is missing, unreadable, or at odds with `params.json`. Pickled code never runs.
+    """
+    folder = Path(path)
+    params = _read_params(folder / "params.json")
+    shards = {file: _read_shard(file) for file in _shard_files(folder)}
+    config = _config(params, shards)
+    weights = _join(config, shards)
+    dtype = dtype or weights["model.embed_tokens.weight"].dtype
+    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
+
+
+def _read_params(file: Path) -> dict:
+    try:
+        params = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable JSON: {error}", DOWNLOAD_AGAIN) from error
+    missing = REQUIRED - params.keys() if isinstance(params, dict) else REQUIRED
+    if missing:
+        raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
+    unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
+    if unknown:
+        raise UserError(
+            f"{file} has {first_five(unknown)}, unknown to Llama 1 to 3: as a Llama it would be wrong.",
+            "Use the model's Hugging Face checkpoint (with `config.json`) instead.",
+        )
+    return params
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("consolidated.*.pth"))
+    for i in range(max(len(files), 1)):
+        expected = folder / f"consolidated.{i:02d}.pth"
+        if expected not in files:
+            found = first_five(file.name for file in files) or "no shard"
+            raise UserError(
+                f"{expected} is missing: the folder holds {found}.",
+                "Download the missing shard into the folder; shards count from 00.",
+            )
+    return files
+
+
+def _read_shard(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds Python code besides tensors. It was not run.",
+            "Take the checkpoint from a source you trust, or use one with safetensors files.",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be read: {reason}", DOWNLOAD_AGAIN) from error
+    if not isinstance(shard, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in shard.values()):
+        raise UserError(f"{file} is not a mapping of names to tensors.", DOWNLOAD_AGAIN)
+    shard.pop("rope.freqs", None)  # follows from rope_theta
+    return shard
+
+
+def _config(params: dict, shards: Shards) -> LlamaConfig:
+    """The sizes: from `params.json` and, where it leaves them open, from the first shard's tensors."""
+    (file, first), dim = next(iter(shards.items())), params["dim"]
+    names = ("layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "tok_embeddings.weight")
+    if missing := [name for name in names if name not in first or first[name].dim() != 2]:
+        raise UserError(f"{file} lacks {first_five(missing)}: it is not a Llama's shard.", DOWNLOAD_AGAIN)
+    query, gate, embedding = (first[name].shape for name in names)
+    needed = dim // query[0]
+    if dim % query[0] == 0 and needed != len(shards):
+        raise UserError(
+            f"{file} holds 1/{needed} of each layer: {needed} shard(s) belong together, not {len(shards)}.",
+            "Put all the shards of one model, and no others, into the folder.",
+        )
+    vocab = embedding[0] * (len(shards) if _embedding_axis(embedding, dim) == 0 else 1)
+    if (params.get("vocab_size") or -1) not in (-1, vocab):
+        raise UserError(
+            f"{file.parent / 'params.json'}: vocab_size {params['vocab_size']} is {vocab} in {file.name}.",
+            DOWNLOAD_AGAIN,
+        )
+    theta = params.get("rope_theta") or 10_000
+    context = CONTEXT_BY_ROPE_THETA.get(theta, 4096)
+    rope = {"rope_type": "default", "rope_theta": float(theta)}
+    if params.get("use_scaled_rope"):
+        context = SCALED_ROPE_CONTEXT
+        # params.json leaves the factor out: 32 for Llama 3.2 1B and 3B, which alone are narrower than 4096,
+        # else 8 (https://github.com/meta-llama/llama-models/issues/241).
+        factor = params.get("rope_scaling_factor") or (8 if dim >= 4096 else 32)
+        rope |= {"rope_type": "llama3", "factor": float(factor), "original_max_position_embeddings": 8192}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=dim,
+        intermediate_size=gate[0] * len(shards),
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads") or params["n_heads"],
+        rms_norm_eps=params["norm_eps"],
+        rope_parameters=rope,
+        max_position_embeddings=params.get("max_seq_len") or context,
+        tie_word_embeddings=not any("output.weight" in shard for shard in shards.values()),
+    )
+
+
+def _embedding_axis(shape: torch.Size, dim: int) -> int:
+    """Llama 1 and 2 cut the embedding [vocabulary, dim] along its width, Llama 3 along the vocabulary."""
+    return 0 if shape[1] == dim else 1
+
+
+def _join(config: LlamaConfig, shards: Shards) -> dict[str, torch.Tensor]:
+    """The whole tensors under transformers' names. Each shard's names and shapes are checked first."""
+    first = next(iter(shards.values()))
+    embedding_axis = _embedding_axis(first["tok_embeddings.weight"].shape, config.hidden_size)
+    names = {  # Meta's name: (transformers' name, cut axis)
+        "tok_embeddings.weight": ("model.embed_tokens.weight", embedding_axis),
+        "norm.weight": ("model.norm.weight", None),
+    }
+    for i in range(config.num_hidden_layers):
+        for meta, (hf, axis) in LAYER_TENSORS.items():
+            names[f"layers.{i}.{meta}.weight"] = (f"model.layers.{i}.{hf}.weight", axis)
+    if not config.tie_word_embeddings:
+        names["output.weight"] = ("lm_head.weight", 0)
+
+    _check_shards(config, shards, names)
+    weights = {}
+    for meta, (hf, axis) in names.items():
+        parts = [shard[meta] for shard in shards.values()]
+        whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
+        if meta.endswith("attention.wq.weight"):
+            whole = _half_split(whole, config.num_attention_heads)
+        elif meta.endswith("attention.wk.weight"):
+            whole = _half_split(whole, config.num_key_value_heads)
+        weights[hf] = whole
+    return weights
+
+
+def _check_shards(config: LlamaConfig, shards: Shards, names: dict) -> None:
+    with torch.device("meta"):
+        whole = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    for file, shard in shards.items():
+        if missing := names.keys() - shard.keys():
+            raise UserError(f"{file} lacks {first_five(missing)}, due by params.json.", DOWNLOAD_AGAIN)
+        if unexpected := shard.keys() - names.keys():
+            raise UserError(f"{file} has {first_five(unexpected)}, not due by params.json.", DOWNLOAD_AGAIN)
+        for meta, (hf, axis) in names.items():
+            expected = [size // len(shards) if i == axis else size for i, size in enumerate(whole[hf])]
+            if list(shard[meta].shape) != expected:
+                raise UserError(
+                    f"{file}: {meta} is {list(shard[meta].shape)}, but params.json calls for {expected}.",
+                    DOWNLOAD_AGAIN,
+                )
+
+
+def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders each head's rows for RoPE: Meta rotates rows 2i and 2i+1 together, transformers i and i + d/2.
+
+    Args:
+        weight: [heads * d, dim].
+    """
+    rows, dim = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def load_meta_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in the folder `path`; it puts BOS before each text, as Llama expects.
+
+    `tokenizer.model` is a SentencePiece model (Llama 1 and 2) or tiktoken's BPE ranks (Llama 3).
+
+    Raises:
+        UserError: `tokenizer.model` is missing or is neither of the two.
+    """
+    file = Path(path) / "tokenizer.model"
+    if not file.is_file():
+        raise UserError(f"{file} is missing.", "Download Meta's tokenizer.model into the folder.")
+    with file.open("rb") as lines:
+        is_tiktoken = re.fullmatch(rb"[\w+/=]+ \d+\s*", lines.readline(200))
+    return _tiktoken(file) if is_tiktoken else _sentencepiece(file)
+
+
+def _sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+    reference = SentencePieceProcessor()
+    try:
+        reference.Load(str(file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file} is neither SentencePiece nor tiktoken's BPE.", DOWNLOAD_AGAIN) from error
+    bos, eos, unk = reference.bos_id(), reference.eos_id(), reference.unk_id()
+    if min(bos, eos, unk) < 0:
+        raise UserError(f"{file} lacks a BOS, EOS or unknown token.", DOWNLOAD_AGAIN)
+    backend = LlamaTokenizer.from_pretrained(file.parent).backend_tokenizer
+    # LlamaTokenizer adds no "▁" to a text that starts with a space; SentencePiece does.
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = _with_bos(backend, *(reference.id_to_piece(i) for i in (bos, eos, unk)))
+    probe = " Two  spaces,\n12 ☃ naïve"
+    if tokenizer.encode(probe) != [bos, *reference.encode(probe)]:
+        raise UserError(f"{file} has SentencePiece settings other than Llama's.", DOWNLOAD_AGAIN)
+    return tokenizer
+
+
+class _Llama3Converter(TikTokenConverter):
+    """Reads the ranks itself: transformers would need the `tiktoken` package for that alone."""
+
+    @staticmethod
+    def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        lines = (line.split() for line in Path(tiktoken_url).read_bytes().splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+
+
+def _tiktoken(file: Path) -> PreTrainedTokenizerFast:
+    # The 256 tokens after the ranks, by Llama 3.1's names; in Llama 3.0 some of them are still reserved.
+    named = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>"}
+    named |= {6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>"}
+    named |= {10: "<|python_tag|>"}
+    reserved = count()
+    special = [named.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    try:
+        backend = _Llama3Converter(str(file)).converted()
+    except ValueError as error:
+        raise UserError(f"{file} is not tiktoken's BPE: {error}", DOWNLOAD_AGAIN) from error
+    backend.add_special_tokens(special)
+    return _with_bos(backend, special[0], special[1])
+
+
+def _with_bos(backend: Tokenizer, bos: str, eos: str, unk: str | None = None) -> PreTrainedTokenizerFast:
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk)

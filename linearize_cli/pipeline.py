@@ -1,0 +1,229 @@
+"""One conversion, from the loaded teacher to a checked artifact."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.artifact.save import save_artifact, save_report
+from linearize_cli.console import Terminal
+from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.job import Job
+from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
+from linearize_cli.measure.perplexity import perplexity
+from linearize_cli.measure.selfcheck import full_logits, incremental_difference, padded_difference, tolerance
+from linearize_cli.plan import Layer
+from linearize_cli.recipe import learning_rate
+from linearize_cli.recover import data as text
+from linearize_cli.recover.distill import add_lora, distill_loss
+from linearize_cli.recover.train import Checkpoint, Log, train
+from linearize_cli.recover.transfer import transferring
+from linearize_cli.runtime import linearize
+from linearize_cli.runtime.model import linear_parameters
+from linearize_cli.versions import versions
+
+SCHEMA = 1
+
+
+class Run:
+    """One conversion, from the loaded teacher to the artifact in `partial/artifact`."""
+
+    def __init__(
+        self,
+        job: Job,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        linear: list[Layer],
+        softmax: list[Layer],
+        length: int,
+        partial: Path,
+        terminal: Terminal,
+    ):
+        self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
+        self.linear, self.softmax, self.length, self.partial = linear, softmax, length, partial
+        path = partial / "checkpoint.pt"
+        self.checkpoint = Checkpoint.load(path) if path.exists() else Checkpoint()
+        self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes)
+        self.native = model.config._attn_implementation
+        steps = job.recipe.recover.tokens // self.tokens_per_step if job.train else 0
+        if job.train and steps < 1:
+            raise UserError(
+                f"{job.recipe.recover.tokens} tokens are less than one batch of {self.tokens_per_step}",
+                "Raise --tokens, or lower --batch-size or --seq-len.",
+            )
+        self.steps = {"transfer": round(steps * job.recipe.recover.transfer.share), "distill": steps}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.length * self.job.batch_size
+
+    def all(self, train_text: text.Source | None, eval_text: text.Source | None, name: str) -> dict[str, Any]:
+        blocks = None
+        if eval_text is not None:
+            limit = None if self.job.eval_data else text.HELD_OUT_LIMIT
+            blocks = text.evaluation_blocks(eval_text, self.tokenizer, self.length, limit)
+        self.measure("teacher", blocks)
+        torch.manual_seed(self.job.seed)
+        record = {
+            "base_class": type(self.model).__name__,
+            "base_model_type": self.model.config.model_type,
+            "method": self.job.recipe.name,
+            "attention": self.job.recipe.to_dict()["attention"],
+            "layers": {layer.name: layer.geometry for layer in self.linear},
+            "softmax": [layer.name for layer in self.softmax],
+        }
+        kv_bytes = kv_bytes_per_token([*self.linear, *self.softmax], self.model.dtype)
+        linearize(self.model, record)
+        self.measure("swapped", blocks)
+        if not linear_parameters(self.model):
+            self.steps["transfer"] = 0
+        self.steps["distill"] -= self.steps["transfer"]
+        if train_text is not None:
+            self.recover(train_text, blocks)
+        self.ablate(blocks)
+        report = {
+            "schema": SCHEMA,
+            "base_model": self.job.model,
+            "method": self.job.recipe.name,
+            "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
+            "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.steps.items()},
+            "perplexity": {s: self.result(s) for s in ("teacher", "swapped", "transferred", "recovered")},
+            "ablation": {s: self.result(s) for s in ("full", "local_only", "linear_only")},
+            "self_check": {},
+            "state_bytes": state_bytes(self.model),
+            "kv_bytes_per_token": kv_bytes,
+            "seconds": self.checkpoint.results.get("seconds", {}),
+            "versions": versions(),
+        }
+        self.save(name, report, blocks)
+        return report
+
+    def result(self, name: str) -> float | None:
+        return self.checkpoint.results.get(name)
+
+    def measure(self, name: str, blocks: torch.Tensor | None, title: str | None = None) -> None:
+        """Perplexity under a name, unless an interrupted run measured it already."""
+        if blocks is None or name in self.checkpoint.results:
+            return
+        started = time.monotonic()
+        with self.terminal.progress(title or f"perplexity, {name}", blocks.numel()) as advance:
+            value = perplexity(self.model, blocks, self.job.batch_size, advance)
+        self.checkpoint.results[name] = value
+        self.took("measure", started)
+        self.log.write(stage="measure", name=name, perplexity=value)
+        self.terminal.note(f"perplexity, {title or name}: {value:.4f}")
+
+    def took(self, stage: str, started: float) -> None:
+        seconds = self.checkpoint.results.setdefault("seconds", {})
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+
+    def recover(self, source: text.Source, blocks: torch.Tensor | None) -> None:
+        """Transfer, then distill, then merge."""
+        recipe = self.job.recipe.recover
+
+        def batches_from(start: int):
+            size, length = self.job.batch_size, self.length
+            return lambda done: text.batches(source, self.tokenizer, length, size, start + done)
+
+        def stage(name: str, model: torch.nn.Module, loss_of, lr: float, start: int) -> None:
+            started = time.monotonic()
+            stream, steps = batches_from(start), self.steps[name]
+            common = (self.tokens_per_step, lr, self.checkpoint, self.partial, self.terminal, self.log)
+            train(name, model, loss_of, stream, steps, *common)
+            self.took(name, started)
+
+        self.model.requires_grad_(False)
+        for parameter in linear_parameters(self.model):
+            parameter.requires_grad_(True)
+        if self.steps["transfer"] and self.checkpoint.stage != "distill":
+            with transferring(self.model, self.native) as losses:
+
+                def transfer_loss(ids):
+                    losses.clear()
+                    self.model(input_ids=ids, use_cache=False)
+                    return sum(losses.values()), {"layers": {n: loss.item() for n, loss in losses.items()}}
+
+                stage("transfer", self.model, transfer_loss, recipe.transfer.lr, 0)
+        if self.steps["transfer"]:
+            self.measure("transferred", blocks)
+        if self.steps["distill"]:
+            student = add_lora(self.model, recipe.distill.lora)
+
+            def loss_of(ids):
+                return distill_loss(student, self.native, ids, recipe.distill), {}
+
+            lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
+            stage("distill", student, loss_of, lr, self.steps["transfer"])
+            if self.job.keep_adapter:
+                student.save_pretrained(self.partial / "adapter")
+            self.model = student.merge_and_unload()
+        self.model.requires_grad_(False)
+        self.measure("recovered", blocks)
+
+    def ablate(self, blocks: torch.Tensor | None) -> None:
+        """Perplexity with either part left out, of models that have both."""
+        results, attention = self.checkpoint.results, self.job.recipe.attention
+        last = results.get("recovered", results.get("swapped"))
+        if blocks is None or not (attention.local and attention.far):
+            return
+        results["full"] = last
+        for name, dropped in (("local_only", "far"), ("linear_only", "local")):
+            set_dropped(self.model, dropped)
+            self.measure(name, blocks, name.replace("_", " "))
+        set_dropped(self.model, None)
+
+    def save(self, name: str, report: dict[str, Any], blocks: torch.Tensor | None) -> None:
+        """Write the artifact, load it again, and refuse it if the forms of the model disagree.
+
+        Raises:
+            CheckFailed: which forms, by how much.
+        """
+        started = time.monotonic()
+        model, folder = self.model.eval(), self.partial / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_artifact(folder, model, self.tokenizer, self.job.recipe)
+        if (self.partial / "adapter").exists():
+            (self.partial / "adapter").rename(folder / "adapter")
+        ids = check_tokens(model, blocks).to(model.device)
+        logits = full_logits(model, ids)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+        report["self_check"] = differences = {
+            "incremental": incremental_difference(model, ids),
+            "padded": padded_difference(model, ids),
+            "reload": (full_logits(again, ids) - logits).abs().max().item(),
+        }
+        limit = tolerance(logits)
+        # Written so that a nan fails too.
+        failed = [form for form, difference in differences.items() if not difference <= limit]
+        if failed:
+            raise CheckFailed(
+                "the self-check refused the converted model: logits differ by "
+                + ", ".join(f"{differences[form]:.2g} ({form})" for form in failed)
+                + f", {limit:.2g} is allowed",
+                "Nothing was saved. `linearize inspect MODEL` shows its layers; --keep-softmax at:... leaves some out.",
+            )
+        self.took("check and save", started)
+        report["seconds"] = self.checkpoint.results["seconds"]
+        save_report(folder, name, self.job.recipe, report)
+
+
+def set_dropped(model: PreTrainedModel, part: str | None) -> None:
+    for module in model.modules():
+        if hasattr(module, "linear_attention"):
+            module.linear_attention.dropped = part
+
+
+def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
+    """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
+    recent = max(
+        m.linear_attention.equation.recent for m in model.modules() if hasattr(m, "linear_attention")
+    )
+    config = model.config.get_text_config()
+    length = min(3 * recent + 45, getattr(config, "max_position_embeddings", None) or 1 << 20)
+    if blocks is not None and blocks.numel() >= 2 * length:
+        return blocks.flatten()[: 2 * length].view(2, length)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (2, length), generator=generator)

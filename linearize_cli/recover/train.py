@@ -1,0 +1,144 @@
+"""The training loop of both stages: interruptible at any moment, with the same result as without."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize_cli.console import Terminal
+
+SAVE_EVERY = 20.0  # seconds between checkpoints, at least; a save takes at most a twentieth of the time
+WARMUP = 0.1
+CLIP = 1.0
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands; a file that is replaced as a whole.
+
+    Attributes:
+        stage: the stage that was last worked on; step: its finished steps.
+        parameters, optimizer: of that stage, after its last finished step.
+        results: what was measured so far.
+        log_bytes: length of the log at that moment.
+    """
+
+    stage: str = ""
+    step: int = 0
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    log_bytes: int = 0
+
+    def save(self, path: Path) -> None:
+        beside = path.with_suffix(".new")
+        torch.save(self.__dict__, beside)
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        return cls(**torch.load(path, weights_only=True, map_location="cpu"))
+
+
+class Log:
+    """A JSONL file, a line a record."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0):
+        self.stream = path.open("ab")
+        self.stream.truncate(keep_bytes)
+
+    def write(self, **record: Any) -> None:
+        self.stream.write((json.dumps(record) + "\n").encode())
+        self.stream.flush()
+
+    def size(self) -> int:
+        return self.stream.seek(0, 2)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warmup over the first tenth, then a cosine to zero; a factor of the rate for step 0, 1, .."""
+    warmup = max(1, int(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(
+    stage: str,
+    model: nn.Module,
+    loss_of: Callable[[Tensor], tuple[Tensor, dict[str, Any]]],
+    batches: Callable[[int], Iterator[Tensor]],
+    steps: int,
+    tokens_per_step: int,
+    lr: float,
+    checkpoint: Checkpoint,
+    folder: Path,
+    terminal: Terminal,
+    log: Log,
+) -> None:
+    """Train what is trainable in `model` for `steps` steps, from where `checkpoint` stands.
+
+    Args:
+        loss_of: ids `[B, L]` -> the loss and further records for the log.
+        tokens_per_step: for the progress bar.
+        batches: the number of steps already done in this stage -> the batches that follow.
+        lr: the peak rate of AdamW.
+    """
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
+    if checkpoint.stage == stage:
+        with torch.no_grad():
+            for name, value in checkpoint.parameters.items():
+                parameters[name].copy_(value)
+        if checkpoint.optimizer:
+            optimizer.load_state_dict(checkpoint.optimizer)
+    else:
+        checkpoint.stage, checkpoint.step = stage, 0
+    device = next(iter(parameters.values())).device
+    path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
+
+    def save() -> None:
+        checkpoint.parameters = {name: p.detach() for name, p in parameters.items()}
+        checkpoint.optimizer, checkpoint.log_bytes = optimizer.state_dict(), log.size()
+        checkpoint.save(path)
+
+    stream = batches(checkpoint.step)
+    model.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
+    with terminal.progress(stage, steps * tokens_per_step, checkpoint.step * tokens_per_step) as advance:
+        while checkpoint.step < steps:
+            ids = next(stream).to(device)
+            started = time.monotonic()
+            rate = lr * schedule(checkpoint.step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, records = loss_of(ids)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            checkpoint.step += 1
+            speed = ids.numel() / (time.monotonic() - started)
+            log.write(
+                stage=stage,
+                step=checkpoint.step,
+                loss=loss.item(),
+                lr=rate,
+                tokens_per_s=round(speed),
+                **records,
+            )
+            advance(ids.numel())
+            if time.monotonic() - saved > max(SAVE_EVERY, 20 * cost):
+                begin = time.monotonic()
+                save()
+                saved, cost = time.monotonic(), time.monotonic() - begin
+    save()

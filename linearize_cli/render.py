@@ -1,0 +1,128 @@
+"""Results as tables for a person."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from linearize_cli.recipe import Recipe
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; columns that start with `>` are aligned to the right."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        result.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    return result
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: `1.5 MB`."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, _ = amount / 1000, units.pop(0)
+    return f"{amount:.0f} {units[0]}" if amount >= 100 or units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def perplexities(report: dict[str, Any]) -> Table:
+    rows = table("", ">perplexity", ">x teacher")
+    teacher = report["perplexity"]["teacher"]
+    for name, value in report["perplexity"].items():
+        rows.add_row(name, number(value), number(value and teacher and value / teacher))
+    for name, value in report["ablation"].items():
+        if name != "full" and value is not None:
+            rows.add_row(name.replace("_", " "), number(value), number(value / teacher))
+    return rows
+
+
+def conversion(report: dict[str, Any]) -> RenderableType:
+    layers, check = report["layers"], report["self_check"]
+    state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
+    lines = [
+        f"{report['output']}: {report['base_model']} as {report['method']}, "
+        f"{len(layers['linear'])} layers linear, {len(layers['softmax'])} softmax",
+        f"self-check passed: logits differ by at most {max(check.values()):.1e} between full, "
+        "incremental, padded and reloaded",
+        f"state {size(state)} whatever the context; softmax needs {size(per_token)} a token "
+        f"(as much at {state // per_token:,} tokens)",
+    ]
+    measured = [perplexities(report)] if any(report["perplexity"].values()) else []
+    return Group(*measured, "", *lines)
+
+
+def plan(report: dict[str, Any]) -> RenderableType:
+    layers = report["layers"]
+    rows = table("layer", "becomes")
+    for name in layers["linear"]:
+        rows.add_row(name, report["method"])
+    for name, reason in layers["softmax"].items():
+        rows.add_row(name, f"softmax: {reason}")
+    budget = f"{report['tokens']:,} tokens" if report["tokens"] else "no training"
+    return Group(
+        rows,
+        "",
+        f"{budget}, blocks of {report['seq_len']}, {report['batch_size']} a step; nothing was written",
+    )
+
+
+def inspection(report: dict[str, Any]) -> RenderableType:
+    rows = table("layer", "attention", ">heads", ">kv", ">head size", "convertible")
+    for layer in report["layers"]:
+        g = layer["geometry"]
+        head = f"{g['key_dim']}" if g["key_dim"] == g["value_dim"] else f"{g['key_dim']}/{g['value_dim']}"
+        rows.add_row(
+            layer["name"],
+            layer["attention"],
+            str(g["heads"]),
+            str(g["kv_heads"]),
+            head,
+            layer["refusal"] or "yes",
+        )
+    memory = table(">context", ">softmax", f">{report['method']}", title="memory of one sequence")
+    for row in report["memory"]:
+        memory.add_row(f"{row['context']:,}", size(row["kv_bytes"]), size(row["state_bytes"]))
+    return Group(rows, "", memory)
+
+
+def method_table(recipes: list[Recipe]) -> RenderableType:
+    rows = table("method", "local", "far", "combine", ">conv", ">sinks", ">tokens", "paper")
+    for recipe in recipes:
+        a = recipe.attention
+        local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"
+        rows.add_row(
+            recipe.name,
+            local,
+            a.far.feature_map if a.far else "-",
+            a.combine,
+            str(a.conv.width),
+            str(a.sinks),
+            f"{recipe.recover.tokens / 1e6:g}M",
+            recipe.paper,
+        )
+    return rows
+
+
+def pushed(result: dict[str, Any]) -> RenderableType:
+    rows = table("file", ">size")
+    for file in result["files"]:
+        rows.add_row(file["path"], size(file["size"]))
+    verb = "would be pushed" if result["dry_run"] else "pushed"
+    where = result["pull_request"] or result["url"]
+    return Group(rows, "", f"{len(result['files'])} files, {size(result['bytes'])}, {verb} to {where}")
+
+
+def demonstration(result: dict[str, Any]) -> RenderableType:
+    recall, context = result["recall"], result["context"]
+    rows = perplexities(result)
+    facts = table("", ">teacher", ">recovered")
+    facts.add_row("recall of facts told earlier", f"{recall['teacher']:.1%}", f"{recall['student']:.1%}")
+    facts.add_row(
+        f"memory at {context:,} tokens",
+        size(result["kv_bytes_per_token"] * context),
+        size(result["state_bytes"]),
+    )
+    return Group(rows, "", facts, "", f"verify: {result['verdict']}    artifact: {result['output']}")

@@ -1,0 +1,149 @@
+"""The model card: of a finished, an untrained and a local conversion, and what it must never say."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from linearize_cli.artifact.card import card
+
+RECIPE = {
+    "name": "augmented",
+    "summary": "sliding softmax window + far features + masked conv",
+    "paper": "arXiv 2406.07368, 2410.10254",
+}
+
+
+@pytest.fixture
+def report():
+    return {
+        "schema": 1,
+        "base_model": "meta-llama/Llama-2-7b",
+        "method": "augmented:relu",
+        "layers": {"linear": ["model.layers.0.self_attn"], "softmax": ["model.layers.1.self_attn"]},
+        "tokens": {"transfer": 16_000_000, "distill": 24_000_000},
+        "perplexity": {"teacher": 3.67, "swapped": 1234.5, "transferred": 4.01, "recovered": 3.79},
+        "ablation": {"full": 3.79, "local_only": 5.25, "linear_only": 9.5},
+        "self_check": {"incremental": 1.2e-6, "padded": 3.4e-7, "reload": 0.0},
+        "state_bytes": 2_048_000,
+        "kv_bytes_per_token": 1_024,
+        "seconds": {"transfer": 61.25, "distill": 120.0},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    }
+
+
+@pytest.fixture
+def untrained(report):
+    """With --no-train and without evaluation data: only what the swap itself gives."""
+    return report | {
+        "tokens": {"transfer": None, "distill": None},
+        "perplexity": dict.fromkeys(report["perplexity"]),
+        "ablation": None,
+        "seconds": None,
+        "kv_bytes_per_token": None,
+    }
+
+
+def rows(text: str) -> dict[str, str]:
+    """The rows of all tables: label -> value."""
+    cells = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {label.strip(): value.strip() for label, value in cells}
+
+
+def test_metadata_is_what_the_hub_reads(report):
+    data = ModelCard(card(report, repo_name="llama-relu")).data
+    assert data.base_model == "meta-llama/Llama-2-7b" and data.base_model_relation == "finetune"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.tags == ["linearize", "linear-attention", "augmented:relu"]
+    (result,) = data.eval_results
+    assert data.model_name == "llama-relu"
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-generation",
+        "perplexity",
+        3.79,
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({"swapped": 1234.5}, 1234.5),
+        ({"swapped": 1234.5, "transferred": 4.01}, 4.01),
+        ({"teacher": 3.67}, None),
+    ],
+)
+def test_the_perplexity_in_the_metadata_is_of_the_saved_weights(report, measured, expected):
+    report["perplexity"] = dict.fromkeys(report["perplexity"]) | measured
+    results = ModelCard(card(report, repo_name="x")).data.eval_results
+    assert (results[0].metric_value if results else None) == expected
+
+
+def test_every_number_is_shown(report):
+    text = card(report, repo_name="llama-relu", recipe=RECIPE)
+    assert rows(text) == {
+        "model": "perplexity",
+        "teacher (softmax attention)": "3.67",
+        "swapped, before any training": "1,234.50",
+        "after attention transfer": "4.01",
+        "after distillation": "3.79",
+        "ablation": "perplexity",
+        "full model": "3.79",
+        "local part only": "5.25",
+        "linear part only": "9.50",
+        "memory for decoding": "size",
+        "state of the linear layers, bytes per sequence": "2,048,000",
+        "KV cache that it replaces, bytes per token": "1,024",
+        "context from which the state is the smaller, tokens": "2,001",
+        "check": "difference",
+        "one pass against token by token": "1.2e-06",
+        "padded against unpadded": "3.4e-07",
+        "saved and loaded again": "0.0e+00",
+        "---": "---:",
+    }
+    assert "in 1 of 2 attention layers" in text
+    assert "- linear attention: `model.layers.0.self_attn`" in text
+    assert "- softmax attention: `model.layers.1.self_attn`" in text
+    assert "- tokens of training: transfer 16,000,000, distill 24,000,000" in text
+    assert "- seconds: transfer 61.2, distill 120.0" in text
+    assert "- versions: torch 2.13.0, transformers 5.23.0" in text
+    assert "`augmented:relu`: sliding softmax window" in text
+    assert "[2406.07368](https://arxiv.org/abs/2406.07368)" in text
+
+
+def test_what_was_not_run_is_not_measured(untrained):
+    text = card(untrained, repo_name="x")
+    values = rows(text)
+    for label in ("teacher (softmax attention)", "after distillation", "full model"):
+        assert values[label] == "not measured"
+    assert values["context from which the state is the smaller, tokens"] == "not measured"
+    assert "- tokens of training: transfer not measured, distill not measured" in text
+    assert "- seconds: not measured" in text
+    assert "None" not in text and "null" not in text
+    assert ModelCard(text).data.eval_results is None
+
+
+def test_the_code_that_loads_the_model_compiles(report):
+    block = card(report, repo_name="alice/llama-relu").split("```python\n")[1].split("```")[0]
+    compile(block, "README.md", "exec")
+    assert 'path = "alice/llama-relu"' in block and "trust_remote_code=True" in block
+
+
+def test_a_local_base_model_shows_its_name_only(report, tmp_path, monkeypatch):
+    folder = tmp_path / "secret-place" / "my-llama"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base_model in (
+        str(folder),
+        "secret-place/my-llama",
+        "./secret-place/my-llama/",
+        "/gone/secret-place/my-llama",
+    ):
+        report |= {"base_model": base_model, "method": "/home/secret-place/mine.yaml"}
+        text = card(report, repo_name="x", recipe=RECIPE)
+        assert "`my-llama`" in text and "`mine`" in text
+        assert "secret-place" not in text and "/home" not in text and str(tmp_path) not in text
+        data = ModelCard(text).data
+        assert data.base_model is None and "base_model_relation" not in data
+
+
+def test_the_demo_teacher_is_no_base_model_on_the_hub(report):
+    text = card(report | {"base_model": "demo"}, repo_name="x")
+    assert ModelCard(text).data.base_model is None and "The demo teacher with linear attention" in text
