@@ -10,7 +10,7 @@ import click
 
 from linearize_cli import __version__
 from linearize_cli.console import Terminal, fail, write_json
-from linearize_cli.errors import UserError
+from linearize_cli.errors import CheckFailed, UserError
 
 
 class TokenCount(click.ParamType):
@@ -38,18 +38,34 @@ def options(*decorators: Callable) -> Callable[[Callable], Callable]:
 
 
 def command_options(function: Callable) -> Callable:
-    """`--json` and `-q`, which all commands have; the function gets a `terminal` and returns its result."""
+    """`--json` and `-q`, which all commands have; the function gets a `terminal` and returns its result. A
+    result with the verdict FAIL ends the program with exit code 1.
+    """
 
     @wraps(function)
-    def run(json_file: str | None, quiet: bool, **kwargs: Any) -> Any:
+    def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
         result = function(terminal=Terminal(quiet), **kwargs)
         if json_file:
             write_json(json_file, result)
-        return result
+        if isinstance(result, dict) and result.get("verdict") == "FAIL":
+            sys.exit(CheckFailed.exit_code)
 
     json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as data, too.")
     quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
     return json_option(quiet_option(run))
+
+
+def calm_libraries() -> None:
+    """Only our own progress and errors are shown."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 model_options = options(
@@ -104,6 +120,7 @@ def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: 
     from linearize_cli.convert import convert as run
     from linearize_cli.render import conversion, plan
 
+    calm_libraries()
     result = run(train=not no_train, terminal=terminal, **arguments)
     terminal.out.print(plan(result) if arguments["dry_run"] else conversion(result))
     return result
@@ -127,14 +144,12 @@ def verify(
             "verify: this version checks forms, padding, greedy decoding and rollback, not drafters or trees",
             "Leave out --draft, --target and --tree.",
         )
-    from linearize_cli.errors import CheckFailed
     from linearize_cli.verify import render
     from linearize_cli.verify import verify as run
 
-    report = run(**arguments, terminal=terminal)
+    calm_libraries()
+    report = run(**arguments)
     terminal.out.print(render(report))
-    if report["verdict"] == "FAIL":
-        raise CheckFailed(f"verify: FAIL ({', '.join(report['failed'])})", result=report)
     return report
 
 
@@ -174,6 +189,7 @@ def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """Continue PROMPT with ARTIFACT, as the text comes."""
     from linearize_cli.generate import generate as run
 
+    calm_libraries()
     return run(**arguments)
 
 
@@ -187,6 +203,7 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
     from linearize_cli.inspect import inspect as run
     from linearize_cli.render import inspection
 
+    calm_libraries()
     result = run(model, **arguments)
     terminal.out.print(inspection(result))
     return result
@@ -220,6 +237,7 @@ def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.demo.run import demo as run
     from linearize_cli.render import demonstration
 
+    calm_libraries()
     result = run(terminal=terminal, **arguments)
     terminal.out.print(demonstration(result))
     return result
@@ -251,6 +269,6 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         fail(
-            f"internal: {type(error).__name__}: {error}\nThis is a fault of linearize. `linearize --debug ...` shows where."
+            f"internal: {type(error).__name__}: {error}\nA fault of linearize; `linearize --debug ...` shows where."
         )
         sys.exit(3)

@@ -14,6 +14,7 @@ from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, choose_layers, plan_layers
 from linearize_cli.recipe import load_recipe, with_budget
 from linearize_cli.recover import data as text
+from linearize_cli.recover.sample import write_corpus
 
 
 def default_output(model: str, method: str) -> Path:
@@ -76,7 +77,7 @@ def convert(
     )
     if not dry_run:
         check_output(folder, partial, job, resume, force)
-    train_text, eval_text = open_texts(job)
+    texts = None if text.SELF in data else open_texts(job)
     teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
     linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)
     length = check_length(seq_len, teacher)
@@ -84,8 +85,12 @@ def convert(
         return plan_report(job, teacher, linear, softmax, length)
     check_space(folder, teacher)
     with partial_folder(partial, job, resume):
+        if texts is None:
+            corpus = partial / "self.jsonl"
+            write_corpus(teacher, tokenizer, corpus, recipe.recover.tokens, length, seed, terminal)
+            texts = open_texts(job, corpus)
         run = Run(job, teacher, tokenizer, linear, softmax, length, partial, terminal)
-        report = run.all(train_text, eval_text, folder.name)
+        report = run.all(*texts, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
         (partial / "artifact").rename(folder)
@@ -93,15 +98,13 @@ def convert(
     return {**report, "output": str(folder)}
 
 
-def open_texts(job: Job) -> tuple[text.Source | None, text.Source | None]:
-    """The text to train on and the text to measure on, where there is one."""
+def open_texts(job: Job, corpus: Path | None = None) -> tuple[text.Source | None, text.Source | None]:
+    """The text to train on and the text to measure on, where there is one; `corpus` is what `self` stands for."""
     names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
-    train_text = text.joined(text.open_source(name) for name in names) if job.train or job.data else None
-    if job.eval_data:
-        eval_text = text.open_source(job.eval_data)
-    elif train_text is None:
-        eval_text = None
-    else:
+    names = [str(corpus) if name == text.SELF else name for name in names]
+    train_text = text.joined(map(text.open_source, names)) if job.train or job.data else None
+    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    if train_text is not None and eval_text is None:
         train_text, eval_text = text.hold_out(train_text)
     return train_text if job.train else None, eval_text
 

@@ -154,7 +154,7 @@ def parse_count(text: str | int) -> int:
     digits = text.strip().lower().replace("_", "").replace(",", "")
     scale = scales.get(digits[-1:], 1)
     number = float(digits[:-1] if scale > 1 else digits) * scale
-    if number != int(number) or number < 1:
+    if not 1 <= number < 1e18 or number != int(number):
         raise ValueError(text)
     return int(number)
 
@@ -224,8 +224,11 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
             return parse_count(value)
         except ValueError:
             pass
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if float in options and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except (TypeError, ValueError):
+            pass
     if any(type(value) is option for option in options):
         return value
     names = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)

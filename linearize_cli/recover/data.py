@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linearize_cli.errors import UserError
 
-DEMO = "demo"
+DEMO, SELF = "demo", "self"
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 PIECE = 1 << 20  # characters of a text file read at once
 HELD_OUT_SHARE = 0.01

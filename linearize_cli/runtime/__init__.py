@@ -3,8 +3,8 @@
 """
 
 from linearize_cli.runtime.config import register as _register
-from linearize_cli.runtime.model import LinearizedForCausalLM, linearize
+from linearize_cli.runtime.model import LinearizedForCausalLM, LinearizeMixin, linearize
 
 _register(LinearizedForCausalLM)
 
-__all__ = ["LinearizedForCausalLM", "linearize"]
+__all__ = ["LinearizeMixin", "LinearizedForCausalLM", "linearize"]

@@ -45,6 +45,7 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.state: State | None = None
         self.seen = 0
         self.has_previous_state = {0: False}
+        self.is_initialized = False
         self.attention: LinearAttention | None = None
         self.forget()
 
@@ -113,8 +114,9 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             kept = -1 if self.trail is None else self.trail[0].shape[-2] + tokens_to_remove
             if kept < 0:
                 raise RuntimeError(
-                    f"cannot take back {-tokens_to_remove} tokens: call activate_past_recording() on the cache "
-                    f"first, and take back at most {ROLLBACK} tokens since the last crop"
+                    f"cannot take back {-tokens_to_remove} tokens: call activate_past_recording() on the "
+                    "cache after its first tokens and before these, and take back none from before the last "
+                    f"crop and at most {ROLLBACK}"
                 )
             self.state = self.replay(self.attention, kept)
             self.seen += tokens_to_remove

@@ -5,12 +5,11 @@ functions only call what the module itself carries.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -45,10 +44,15 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     """Forward pre-hook of a converted module: its place in the cache rides along as `linearize_state`."""
     if module.config._attn_implementation != IMPLEMENTATION:
         return None
-    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    cache = find_cache(args, kwargs)
     if cache is None:
         return None
     return args, {**kwargs, "linearize_state": cache_layer(cache, module.layer_idx)}
+
+
+def find_cache(args: tuple, kwargs: dict) -> Cache | None:
+    """The cache among a module's arguments: models differ in what they call it."""
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
 def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
@@ -57,28 +61,18 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
     A config object all of whose attention modules are converted is switched as a whole, so that the model
     makes no O(T²) mask.
     """
-    users: dict[int, list[str]] = {}
-    configs: dict[int, PreTrainedConfig] = {}
-    for name, module in model.named_modules():
-        if name in layers:
-            configs[id(module.config)] = module.config
-            users.setdefault(id(module.config), []).append(name)
+    configs = [model.get_submodule(name).config for name in layers]
     for name, linear_attention in layers.items():
         module = model.get_submodule(name)
-        module.linear_attention = linear_attention
+        device = next(module.parameters()).device
+        module.linear_attention = linear_attention.to(device, torch.float32)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
-    kept = {id(config) for config in kept_configs(model, layers)}
-    for key, config in configs.items():
-        if key not in kept:
+    kept = {id(model.get_submodule(name).config) for name in model.config.linearize["softmax"]}
+    for config in configs:
+        if id(config) not in kept:
             config._attn_implementation_internal = IMPLEMENTATION
-
-
-def kept_configs(model: nn.Module, layers: Iterable[str]) -> Iterator[PreTrainedConfig]:
-    """Configs of the attention modules that stay softmax, as far as the model's record of layers names them."""
-    for name in model.config.linearize["softmax"]:
-        yield model.get_submodule(name).config
 
 
 def converted(model: nn.Module) -> dict[str, nn.Module]:
@@ -88,7 +82,10 @@ def converted(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Run the converted layers with another attention, as the softmax teacher ("sdpa") or a recorder."""
+    """Run the converted layers with another attention, as the softmax teacher ("sdpa") or a recorder.
+
+    Beside kept softmax layers it must take masks of their implementation, for one mask serves both.
+    """
     configs = {
         id(m.config): m.config for m in model.modules() if is_linearized_config(getattr(m, "config", None))
     }

@@ -1,6 +1,5 @@
 """The model class of a linearized checkpoint: its base model's class with converted layers."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.bundle import AUTO_MAP, copy_code
 from linearize_cli.runtime.cache import cache_layer
-from linearize_cli.runtime.config import LinearizedConfig
+from linearize_cli.runtime.config import LinearizedConfig, base_of
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import LinearizedAttention, equation
 
@@ -62,40 +61,43 @@ class LinearizeMixin:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
-            # The layers must be in place before generate() turns on past recording.
+            # The layers must be in place before past recording is turned on; plain layers cannot record.
             for name in self.config.linearize["layers"]:
                 cache_layer(cache, self.get_submodule(name).layer_idx)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         return result
 
 
 def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class `Linearized<Base>` of linearized models of one base class."""
     if base not in _classes:
-        name = f"Linearized{base.__name__}"
-        strict = set(base._keep_in_fp32_modules_strict or ()) | {"linear_attention"}
+        name, base_type = f"Linearized{base.__name__}", base.config_class.model_type
         namespace = {
             "__module__": __name__,
-            "_keep_in_fp32_modules_strict": strict,
+            "config_class": LinearizedConfig.concrete(base_type),
+            "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "linear_attention"},
             # vLLM's transformers backend would run the modules without their state.
             "_supports_attention_backend": False,
         }
         _classes[base] = type(name, (LinearizeMixin, base), namespace)
-        setattr(sys.modules[__name__], name, _classes[base])  # by this name pickle finds it
+        # transformers looks up weight renamings (MoE experts, say) by class name or model type.
+        for source in (base.__name__, base_type):
+            mapping = get_checkpoint_conversion_mapping(source)
+            if mapping is not None:
+                register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+                break
     return _classes[base]
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """`Linearized<Base>`: so pickle finds it, in a process that has not made it yet too."""
+    return linearized_class(base_of(name))
 
 
 def concrete_model(config) -> type[PreTrainedModel]:
     """The model class for a linearized config."""
-    base = getattr(transformers, config.linearize["base_class"])
-    cls = linearized_class(base)
-    cls.config_class = type(config)
-    # transformers looks up weight renamings (MoE experts, say) by class name or model type.
-    for source in (base.__name__, config.linearize["base_model_type"]):
-        mapping = get_checkpoint_conversion_mapping(source)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
-            break
-    return cls
+    return linearized_class(getattr(transformers, config.linearize["base_class"]))
 
 
 class LinearizedForCausalLM:

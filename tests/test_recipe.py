@@ -1,0 +1,115 @@
+"""Recipes: every shipped one reads, and what does not fit is said all at once with key paths."""
+
+import pytest
+import yaml
+
+from linearize_cli.errors import UserError
+from linearize_cli.recipe import learning_rate, load_recipe, method_names, parse_count
+
+METHODS = ["augmented", "augmented:flash", "flash", "flash-local", "hedgehog", "lolcats", "relu", "window"]
+
+
+def test_the_methods_are_there():
+    assert method_names() == METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dumped_recipe_reads_back_the_same(method, tmp_path):
+    recipe = load_recipe(method)
+    assert recipe.name == method and recipe.summary and recipe.paper
+    file = tmp_path / "copy.yaml"
+    file.write_text(recipe.dump())
+    assert load_recipe(str(file)) == recipe
+
+
+def test_the_default_is_the_contract_s():
+    attention = load_recipe("augmented").to_dict()["attention"]
+    assert attention == {
+        "local": {"scope": "sliding", "size": 64, "score": "softmax"},
+        "far": {"feature_map": "hedgehog", "feature_dim": 64, "per_query_head": False},
+        "memory": {"kind": "none"},
+        "combine": "shared",
+        "conv": {"width": 32},
+        "sinks": 4,
+    }
+
+
+def test_overrides_reach_any_depth():
+    recipe = load_recipe("window", ["attention.local.size=32", "recover.distill.lora.rank=4", "recover.tokens=650k"])
+    assert recipe.attention.local.size == 32
+    assert recipe.recover.distill.lora.rank == 4
+    assert recipe.recover.tokens == 650_000
+    assert load_recipe("augmented", ["attention.far=null"]).attention.far is None
+
+
+def test_all_unknown_keys_are_named_at_once(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {"name": "mine", "colour": 1, "attention": {"locl": {}, "far": {"dim": 3, "feature_map": "hedgehog"}}}
+        )
+    )
+    with pytest.raises(UserError) as error:
+        load_recipe(str(file))
+    message = str(error.value)
+    assert all(key in message for key in ("colour", "attention.locl", "attention.far.dim", str(file)))
+    assert "did you mean local" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("augmented", "attention.local.size=0", ["attention.local.size"]),
+        ("augmented", "attention.local.size=true", ["attention.local.size", "int"]),
+        ("augmented", "attention.local.scope=block", ["scope", "sliding", "group"]),
+        ("augmented", "attention.far.feature_map=cosine", ["feature_map", "hedgehog"]),
+        ("augmented", "attention.combine=none", ["softmax", "combine"]),
+        ("augmented", "attention.local.score=relu2", ["relu2", "combine"]),
+        ("flash", "attention.sinks=4", ["attention.sinks"]),
+        ("lolcats", "attention.far=null", ["lolcats"]),
+        ("window", "attention.local=null", ["nothing would be attended"]),
+        ("augmented", "attention.memory.kind=delta", ["memory.kind", "none"]),
+        ("augmented", "recover.distill.lr=fast", ["recover.distill.lr", "auto"]),
+        ("augmented", "recover.transfer.share=2", ["share"]),
+        ("augmented", "attention", ["KEY=VALUE"]),
+    ],
+)
+def test_misfits_are_refused_with_their_keys(method, override, words):
+    with pytest.raises(UserError) as error:
+        load_recipe(method, [override])
+    assert all(word in str(error.value) for word in words)
+
+
+def test_an_unknown_method_is_answered_with_the_nearest_and_the_list():
+    with pytest.raises(UserError) as error:
+        load_recipe("augmentd")
+    assert "Did you mean augmented?" in str(error.value)
+    assert all(method in str(error.value) for method in METHODS)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_recipe(str(file))
+    with pytest.raises(UserError, match="cannot read"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(("text", "count"), [("650k", 650_000), ("40M", 40_000_000), ("1_000", 1000), ("1.5k", 1500)])
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "k", "-3", "0", "1.5", "many", "nan", "inf"])
+def test_no_counts(text):
+    with pytest.raises(ValueError):
+        parse_count(text)
+
+
+def test_the_rate_falls_with_the_width():
+    recipe = load_recipe("augmented")
+    assert learning_rate(recipe, 64) == pytest.approx(2e-3)
+    assert learning_rate(recipe, 4096) == pytest.approx(2e-4, rel=1e-3)
+    assert learning_rate(load_recipe("augmented", ["recover.distill.lr=1e-3"]), 4096) == 1e-3
