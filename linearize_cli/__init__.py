@@ -8,9 +8,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 _API = {
-    "convert": "linearize_cli.convert",
+    "convert": "linearize_cli.conversion",
     "load": "linearize_cli.artifact.load",
-    "verify": "linearize_cli.verify",
+    "verify": "linearize_cli.verification",
     "push": "linearize_cli.artifact.push",
 }
 __all__ = list(_API)
@@ -19,6 +19,4 @@ __all__ = list(_API)
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A function and its module share a name here; the function stays in front of the imported module.
-    value = globals()[name] = getattr(import_module(_API[name]), name)
-    return value
+    return getattr(import_module(_API[name]), name)

@@ -117,7 +117,7 @@ def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: 
     """
     if medusa_heads:
         raise UserError("--medusa-heads: this version trains no Medusa heads", "Leave the option out.")
-    from linearize_cli.convert import convert as run
+    from linearize_cli.conversion import convert as run
     from linearize_cli.render import conversion, plan
 
     calm_libraries()
@@ -144,11 +144,11 @@ def verify(
             "verify: this version checks forms, padding, greedy decoding and rollback, not drafters or trees",
             "Leave out --draft, --target and --tree.",
         )
-    from linearize_cli.verify import render
-    from linearize_cli.verify import verify as run
+    from linearize_cli.verification import render
+    from linearize_cli.verification import verify as run
 
     calm_libraries()
-    report = run(**arguments)
+    report = run(**arguments, progress=lambda check: terminal.note(f"checking {check}"))
     terminal.out.print(render(report))
     return report
 

@@ -208,6 +208,7 @@ class Run:
         self.took("check and save", started)
         report["seconds"] = self.checkpoint.results["seconds"]
         save_report(folder, name, self.job.recipe, report)
+        shutil.copy(self.partial / "log.jsonl", folder)
 
 
 def set_dropped(model: PreTrainedModel, part: str | None) -> None:

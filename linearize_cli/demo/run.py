@@ -6,12 +6,12 @@ from typing import Any
 from linearize_cli.artifact.load import load
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.console import Terminal
-from linearize_cli.convert import convert
+from linearize_cli.conversion import convert
 from linearize_cli.demo import heldout_path
 from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.measure.recall import recall
 from linearize_cli.recover.data import DEMO
-from linearize_cli.verify import verify
+from linearize_cli.verification import verify
 
 WINDOW = 32  # well below the distances over which the demo's text must be recalled
 TOKENS = 400_000

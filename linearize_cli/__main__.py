@@ -1,0 +1,5 @@
+"""`python -m linearize_cli`."""
+
+from linearize_cli.cli import main
+
+main()

@@ -1,0 +1,288 @@
+"""The pipeline on a tiny checkpoint: what it writes, how it is interrupted, and how it refuses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
+
+from linearize_cli import convert, load
+from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.measure.perplexity import perplexity
+from linearize_cli.recover import data
+
+SMALL = dict(overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
+Teacher = namedtuple("Teacher", "path text folder")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    model = tiny_model(num_key_value_heads=1, max_position_embeddings=256)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / "teacher")
+    save_tokenizer(folder / "teacher")
+    rng = random.Random(0)
+    lines = (" ".join(rng.choices(WORDS[3:], k=30)) for _ in range(200))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return Teacher(str(folder / "teacher"), str(folder / "text.jsonl"), folder)
+
+
+def run(teacher, output, **changes):
+    return convert(teacher.path, output, data=(teacher.text,), batch_size=4, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(teacher):
+    """A conversion that nothing interrupted."""
+    output = teacher.folder / "whole"
+    return output, run(teacher, output)
+
+
+def losses(folder):
+    """The last record of every step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {(r["stage"], r["step"]): r["loss"] for r in records if "loss" in r}
+
+
+def test_an_artifact_is_whole(whole, teacher):
+    output, report = whole
+    names = {path.name for path in output.iterdir()}
+    assert names >= {
+        "README.md", "config.json", "linearize.json", "model.safetensors", "recipe.yaml", "tokenizer.json",
+        "modeling_linearized.py", "configuration_linearized.py", "log.jsonl",
+    }  # fmt: skip
+    assert not [name for name in names if "partial" in name]
+    assert not (teacher.folder / "whole.partial").exists()
+    saved = json.loads((output / "linearize.json").read_text())
+    assert saved == {key: value for key, value in report.items() if key != "output"}
+    assert set(saved) == {
+        "schema", "base_model", "method", "layers", "tokens", "perplexity", "ablation", "self_check",
+        "state_bytes", "kv_bytes_per_token", "seconds", "versions",
+    }  # fmt: skip
+    assert saved["layers"] == {"linear": ["model.layers.0.self_attn", "model.layers.1.self_attn"], "softmax": []}
+    assert saved["tokens"] == {"transfer": 8 * 64, "distill": 12 * 64}
+    assert saved["kv_bytes_per_token"] == 2 * 2 * 8 * 4  # layers, k and v, one head of 8, fp32
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "linearized" and set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+
+
+def test_its_numbers_are_those_of_the_saved_model(whole, teacher):
+    output, report = whole
+    model, tokenizer = load(output)
+    _, held = data.hold_out(data.open_source(teacher.text))
+    blocks = data.evaluation_blocks(held, tokenizer, 16)
+    assert perplexity(model, blocks) == pytest.approx(report["perplexity"]["recovered"], rel=1e-5)
+    from linearize_cli.checkpoint import load_teacher
+
+    original, _ = load_teacher(teacher.path)
+    assert perplexity(original, blocks) == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
+    assert report["ablation"]["full"] == report["perplexity"]["recovered"]
+    assert report["ablation"]["local_only"] != report["ablation"]["full"] != report["ablation"]["linear_only"]
+
+
+def test_training_lowers_the_losses(teacher):
+    output = teacher.folder / "longer"
+    report = run(teacher, output, tokens=16 * 4 * 150)
+    loss = losses(output)
+    first, last = loss["transfer", 1], loss["transfer", 60]
+    assert last < 0.7 * first
+    assert abs(report["perplexity"]["recovered"] / report["perplexity"]["teacher"] - 1) < 0.05
+
+
+RUN = """
+import sys, os, signal
+import torch; torch.set_num_threads(1)
+from linearize_cli.recover import train
+from linearize_cli.conversion import convert
+train.SAVE_EVERY = 0.0
+path, text, output, moment, resume = sys.argv[1:]
+save, count = train.torch.save, 0
+def killing_save(*arguments, **keywords):
+    global count
+    count += 1
+    if moment.startswith("in-save") and count == int(moment.split("-")[-1]):
+        arguments[1].with_suffix(".new").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(*arguments, **keywords)
+    if moment.startswith("after-save") and count == int(moment.split("-")[-1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+train.torch.save = killing_save
+from linearize_cli import pipeline
+perplexity, measured = pipeline.perplexity, 0
+def killing_perplexity(*arguments):
+    global measured
+    measured += 1
+    if moment.startswith("in-measure") and measured == int(moment.split("-")[-1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return perplexity(*arguments)
+pipeline.perplexity = killing_perplexity
+convert(path, output, data=(text,), batch_size=4, resume=resume == "resume", keep_adapter=False,
+        overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["in-measure-1", "after-save-3", "in-save-5", "after-save-9", "in-measure-4", "after-save-14", "in-save-21"]
+)
+def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
+    output = teacher.folder / f"killed-{moment}"
+    arguments = [teacher.path, teacher.text, str(output)]
+    killed = subprocess.run([sys.executable, "-c", RUN, *arguments, moment, "fresh"], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
+    assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
+    report = run(teacher, output, resume=True)
+    expected = losses(whole[0])
+    resumed = losses(output)
+    assert resumed.keys() == expected.keys()
+    assert max(abs(resumed[step] - expected[step]) for step in expected) < 1e-6
+    for name, value in whole[1]["perplexity"].items():
+        assert report["perplexity"][name] == pytest.approx(value, rel=1e-6)
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [(r["stage"], r["step"]) for r in log if "loss" in r]
+    assert len(steps) == len(set(steps)), "a step stands in the log twice"
+
+
+def command(*arguments, **keywords):
+    return [sys.executable, "-m", "linearize_cli", *arguments]
+
+
+def test_ctrl_c_leaves_only_what_resume_needs(teacher):
+    output = teacher.folder / "stopped"
+    arguments = command("convert", teacher.path, "-o", str(output), "--data", teacher.text, "--seq-len", "16")
+    process = subprocess.Popen(
+        [*arguments, "--tokens", "50M"], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    log = output.with_name("stopped.partial") / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 3' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert b"--resume" in errors and b"Traceback" not in errors
+    assert not output.exists() and log.parent.is_dir()
+    again = subprocess.run(arguments + ["--tokens", "50M"], capture_output=True)
+    assert again.returncode == 2 and b"--resume" in again.stderr
+    other = subprocess.run(arguments + ["--tokens", "40M", "--resume"], capture_output=True)
+    assert other.returncode == 2 and b"recipe" in other.stderr
+
+
+def test_without_training_only_the_swap_is_measured(teacher):
+    output = teacher.folder / "swapped"
+    report = run(teacher, output, train=False)
+    assert report["tokens"] == {"transfer": None, "distill": None}
+    assert report["perplexity"]["transferred"] is None and report["perplexity"]["recovered"] is None
+    assert report["perplexity"]["swapped"] > 0
+    bare = convert(teacher.path, teacher.folder / "bare", train=False)
+    assert set(bare["perplexity"].values()) == {None}
+
+
+def test_layers_are_kept_and_the_adapter_too(teacher):
+    output = teacher.folder / "hybrid"
+    report = run(teacher, output, keep_softmax="at:1", keep_adapter=True)
+    assert report["layers"] == {"linear": ["model.layers.0.self_attn"], "softmax": ["model.layers.1.self_attn"]}
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    model, _ = load(output)
+    assert not hasattr(model.model.layers[1].self_attn, "linear_attention")
+
+
+def test_the_teacher_writes_its_own_corpus(teacher):
+    report = convert(
+        teacher.path, teacher.folder / "self", data=("self",), batch_size=4, **{**SMALL, "tokens": 16 * 4 * 4}
+    )
+    assert report["perplexity"]["recovered"] > 0
+
+
+def test_a_dry_run_writes_nothing(teacher):
+    before = sorted(teacher.folder.iterdir())
+    plan = run(teacher, teacher.folder / "dry", dry_run=True)
+    assert plan["layers"]["linear"] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert sorted(teacher.folder.iterdir()) == before
+
+
+def test_an_existing_folder_needs_force(teacher, whole):
+    output = teacher.folder / "again"
+    run(teacher, output, train=False)
+    with pytest.raises(UserError, match="--force"):
+        run(teacher, output, train=False)
+    marker = output / "marker"
+    marker.write_text("old")
+    run(teacher, output, train=False, force=True)
+    assert not marker.exists()
+
+
+def test_a_model_whose_forms_disagree_is_refused(teacher, monkeypatch):
+    """A layer that forgets its last tokens while decoding: the self-check sees it, and nothing is left."""
+    from linearize_cli.runtime.cache import LinearCacheLayer
+
+    append = LinearCacheLayer.append
+
+    def forgetful(self, attention, state, k, v, valid):
+        state.recent_v.zero_()
+        append(self, attention, state, k, v, valid)
+
+    monkeypatch.setattr(LinearCacheLayer, "append", forgetful)
+    output = teacher.folder / "refused"
+    with pytest.raises(CheckFailed, match="incremental"):
+        run(teacher, output, train=False)
+    assert not output.exists() and not output.with_name("refused.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(tokens=10), "less than one batch"),
+        (dict(seq_len=10_000), "context"),
+        (dict(keep_softmax="2"), "--keep-softmax"),
+        (dict(keep_softmax="at:7"), "--keep-softmax"),
+        (dict(keep_softmax="x"), "--keep-softmax"),
+        (dict(method="no-such"), "no method"),
+        (dict(overrides=("attention.x=1",)), "attention.x"),
+        (dict(data=("absent.jsonl",)), "no such data"),
+        (dict(eval_data="absent.jsonl"), "no such data"),
+        (dict(resume=True), "nothing to resume"),
+        (dict(device="cuda:99"), "cuda:99"),
+        (dict(dtype="float3"), "float3"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(changes, words, teacher):
+    before = sorted(teacher.folder.iterdir())
+    arguments = {"data": (teacher.text,), "batch_size": 4, **SMALL, **changes}
+    with pytest.raises(UserError, match=words):
+        convert(teacher.path, teacher.folder / "bad", **arguments)
+    assert sorted(teacher.folder.iterdir()) == before
+
+
+def test_a_full_disk_is_told_before_anything_is_written(teacher, monkeypatch):
+    before = sorted(teacher.folder.iterdir())
+    usage = shutil.disk_usage(teacher.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="disk space"):
+        run(teacher, teacher.folder / "full")
+    assert sorted(teacher.folder.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_is_told(teacher, monkeypatch):
+    import errno
+
+    from linearize_cli import pipeline
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "save_report", full)
+    output = teacher.folder / "filled"
+    with pytest.raises(UserError, match="disk is full"):
+        run(teacher, output, train=False)
+    assert not output.exists() and not output.with_name("filled.partial").exists()
