@@ -257,8 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        fail("interrupted")
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        reason = interrupt if str(interrupt) else interrupt.__cause__ or interrupt.__context__ or ""
+        fail(f"interrupted; {reason}" if str(reason) else "interrupted")
         sys.exit(130)
     except UserError as error:
         if debug:

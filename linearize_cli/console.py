@@ -14,6 +14,7 @@ from rich.text import Text
 from linearize_cli.errors import UserError
 
 Advance = Callable[[int], None]
+WIDTH = 120  # of results that go to a file or a pipe
 
 
 class TokensPerSecond(ProgressColumn):
@@ -27,7 +28,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.out = Console()
+        self.out = Console(width=None if sys.stdout.isatty() else WIDTH)
         self.err = Console(stderr=True)
 
     def note(self, text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from linearize_cli.checkpoint import load_teacher
+from linearize_cli.checkpoint import load_teacher, resolve_model
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
@@ -77,6 +77,7 @@ def convert(
     )
     if not dry_run:
         check_output(folder, partial, job, resume, force)
+    resolve_model(model)
     texts = None if text.SELF in data else open_texts(job)
     teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
     linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)

@@ -81,6 +81,8 @@ def partial_folder(partial: Path, job: Job, resume: bool) -> Iterator[None]:
         partial.mkdir(exist_ok=resume)
         (partial / "job.json").write_text(json.dumps(job.to_dict(), indent=2) + "\n")
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was done is kept in {partial}: go on with --resume") from None
     except CheckFailed:
         shutil.rmtree(partial)
         raise

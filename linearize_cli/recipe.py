@@ -69,7 +69,7 @@ class Transfer:
 @dataclass(frozen=True)
 class Lora:
     rank: int = 8
-    alpha: float = 16
+    alpha: float = 16.0
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def inspection(report: dict[str, Any]) -> RenderableType:
 
 def method_table(recipes: list[Recipe]) -> RenderableType:
     rows = table("method", "local", "far", "combine", ">conv", ">sinks", ">tokens", "paper")
+    rows.columns[0].no_wrap = True
     for recipe in recipes:
         a = recipe.attention
         local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"

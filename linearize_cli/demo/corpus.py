@@ -1,17 +1,18 @@
 """Small documents in plain English whose later words can only be known from earlier ones.
 
-A document tells facts about a few people ("The code of Tom was 47."), then goes on, and repeats some,
-often in other words ("Asked for a number, Tom said 47."). The repeated word is drawn from a pool of 20 to
-40, and several people have a fact of the same kind, so that only the person and the kind together give it away:
-the associative recall that linear attention is known to be weak at (Arora et al., "Zoology", arXiv 2312.04927).
+A document is about one person. It tells some facts ("The code of Tom was 47."), goes on with a story, and comes
+back to each fact, often in other words ("Asked for a number, Tom said 47."). The repeated word is a name, an
+object, a number or the like, drawn from a pool of 20 to 40, and stands 20 to 200 tokens after it was told: the
+recall that a window alone cannot do and that linear attention is known to be weak at (Arora et al., "Zoology",
+arXiv 2312.04927).
 """
 
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 HELDOUT_SEED = 1  # of heldout.jsonl; train on any other
+FACTS = 7  # of a document, one of a kind
 
 
 def _words(text: str) -> list[str]:
@@ -53,10 +54,6 @@ OBJECTS = _words("""
     ball basket bell blanket book bottle bowl box brush candle chair clock comb cup drum fan flute hammer
     hat helmet kettle key knife ladder lamp coin mirror needle pen pillow pipe plate ring rope saw spoon
 """)
-SURNAMES = _words("""
-    Archer Bishop Cole Drake Ellis Forster Grant Hayes Irving Jensen Kent Lowe Marsh Nash Owen Porter Quinn Reed
-    Stone Turner Usher Vance Webb York Young Barnes Curtis Doyle Gibson Howard
-""")
 SPOTS = _words("""
     arch barn bench bridge bush cabin cart cellar church column door fence fountain gate hedge hill oven
     shed shelf stable stairs statue stove table tower tree wagon wall well window
@@ -72,20 +69,7 @@ class Relation:
     repeats: list[str]
 
 
-SURNAME = Relation(
-    SURNAMES,
-    [
-        "The full name was {who} {answer}.",
-        "Their leader was {who} {answer}.",
-        "At the door stood {who} {answer}.",
-    ],
-    [
-        "Somebody was calling {who} {answer}.",
-        "They all liked {who} {answer}.",
-        "They waved at {who} {answer}.",
-    ],
-)
-ABOUT_PEOPLE = [
+RELATIONS = [
     Relation(
         NUMBERS,
         [
@@ -165,19 +149,28 @@ ABOUT_PEOPLE = [
             "Without a word {who} waited for {answer}.",
         ],
     ),
+    Relation(
+        OBJECTS,
+        ["{who} had lost a {answer}.", "{who} was looking for a {answer}.", "{who} had hidden a {answer}."],
+        [
+            "At last {who} found the {answer}.",
+            "Somebody gave {who} the {answer}.",
+            "{who} took the {answer}.",
+        ],
+    ),
+    Relation(
+        SPOTS,
+        ["{who} slept behind the {answer}.", "{who} lived near the {answer}."],
+        ["They found {who} by the {answer}.", "{who} went back to the {answer}."],
+    ),
 ]
-ABOUT_OBJECTS = Relation(
-    SPOTS,
-    ["The {who} was hidden behind the {answer}.", "Somebody left the {who} near the {answer}."],
-    ["They found the {who} by the {answer}.", "The {who} was still lying near the {answer}."],
-)
 
 FILLERS = [
-    "{time} {name} {act} {where}.",
-    "{time} the {thing} was {state}, and {name} {act}.",
+    "{time} they {act} {where}.",
+    "{time} the {thing} was {state}, and they {act}.",
     "The {thing} was {state} and the {thing} was {state}.",
-    "{name} {act} until the {thing} was {state}.",
-    "It was {state} {where}, but {name} {act} all the same.",
+    "They {act} until the {thing} was {state}.",
+    "It was {state} {where}, but they {act} all the same.",
     "{time} they talked about the {thing} {where}.",
 ]
 FILLER_WORDS = {
@@ -200,7 +193,7 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True)
 class Recall:
-    """A repeated word, `text[start:end]`, and the offset `told` in characters at which the text last said it."""
+    """A repeated word: `text[start:end]`, first told at `told` (offsets in characters)."""
 
     start: int
     end: int
@@ -209,60 +202,42 @@ class Recall:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of about 220 tokens (of the demo's tokenizer), and its recalls in the order of the text."""
-
     text: str
     recalls: tuple[Recall, ...]
 
 
-def generate_documents(seed: int, count: int, facts: int = 10) -> Iterator[Document]:
-    """Yields `count` documents that tell `facts` (1 to 10) facts and repeat as many; the same for the same seed."""
+def generate_documents(seed: int, count: int) -> Iterator[Document]:
+    """`count` documents of about 240 tokens, always the same for a seed."""
     rng = random.Random(seed)
     for _ in range(count):
-        yield _document(rng, facts)
+        yield _document(rng)
 
 
-def _document(rng: random.Random, count: int) -> Document:
-    cast, facts = _facts(rng)
-    first = rng.randrange(len(facts))
-    facts = (facts[first:] + facts[:first])[:count]
-    telling = facts + [None] * rng.randint(0, count // 5)
-    # Drawn anew each time: if each fact came exactly once, those not yet repeated would give the answer away.
-    repeating = rng.choices(facts, k=count) + [None] * rng.randint(count // 5, 3 * count // 5)
-    rng.shuffle(telling)
-    rng.shuffle(repeating)
+def _document(rng: random.Random) -> Document:
+    who = rng.choice(NAMES)
+    facts = [
+        (relation, rng.choice([answer for answer in relation.answers if answer != who]))
+        for relation in rng.sample(RELATIONS, FACTS)
+    ]
+    later = rng.sample(facts, FACTS) + rng.sample(facts, FACTS // 2)
     text, told, recalls = "", {}, []
-    for fact in telling + [None] + repeating:
-        text += " " if text else ""
-        if fact is None:
-            text += _filler(rng, cast)
-            continue
-        relation, who, answer = fact
-        sentences = relation.tells + relation.repeats if answer in told else relation.tells
-        before, after = rng.choice(sentences).split("{answer}")
-        text += before.format(who=who)
-        if answer in told:
-            recalls.append(Recall(len(text), len(text) + len(answer), told[answer]))
-        told[answer] = len(text)
-        text += answer + after
-    return Document(text, tuple(recalls))
+    for relation, answer in facts + later:
+        repeated = answer in told
+        if repeated or rng.random() < 0.3:
+            text += _filler(rng) + " "
+        sentence = rng.choice(relation.tells + relation.repeats if repeated else relation.tells)
+        before, after = sentence.replace("{who}", who).split("{answer}")
+        start = len(text) + len(before)
+        if repeated:
+            recalls.append(Recall(start, start + len(answer), told[answer]))
+        told.setdefault(answer, start)
+        text += f"{before}{answer}{after} "
+    return Document(text.rstrip(), tuple(recalls))
 
 
-def _facts(rng: random.Random) -> tuple[list[str], list[tuple[Relation, str, str]]]:
-    """The people, and ten facts (relation, who, answer) of which no two have the same answer."""
-    names = rng.sample(NAMES, len(NAMES))
-    people, objects, kinds = rng.choice([(3, 1, 2), (3, 4, 1), (4, 2, 1), (5, 0, 1)])
-    cast, others = names[:people], names[people:]
-    subjects = [(relation, cast) for relation in [SURNAME, *rng.sample(ABOUT_PEOPLE, kinds)]]
-    subjects.append((ABOUT_OBJECTS, rng.sample(OBJECTS, objects)))
-    facts = []
-    for relation, whom in subjects:
-        # An answer that is a name is nobody of the cast.
-        answers = rng.sample(others if relation.answers is NAMES else relation.answers, len(whom))
-        facts += [(relation, who, answer) for who, answer in zip(whom, answers, strict=True)]
-    return cast, facts
-
-
-def _filler(rng: random.Random, cast: list[str]) -> str:
-    words = {"name": cast, **FILLER_WORDS}
-    return re.sub(r"{(\w+)}", lambda slot: rng.choice(words[slot[1]]), rng.choice(FILLERS))
+def _filler(rng: random.Random) -> str:
+    sentence = rng.choice(FILLERS)
+    for slot, words in FILLER_WORDS.items():
+        while f"{{{slot}}}" in sentence:
+            sentence = sentence.replace(f"{{{slot}}}", rng.choice(words), 1)
+    return sentence

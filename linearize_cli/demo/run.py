@@ -50,7 +50,10 @@ def demo(
         terminal=terminal,
     )
     documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
-    pairs = {"teacher": load_teacher(DEMO, dtype, device), "student": load(output, device=device, dtype=dtype)}
+    pairs = {
+        "teacher": load_teacher(DEMO, dtype, device),
+        "student": load(output, device=device, dtype=dtype),
+    }
     accuracy = {name: recall(*pair, documents)["accuracy"] for name, pair in pairs.items()}
     verdict = verify(output, device=device, dtype=dtype, seed=seed)["verdict"]
     return {**report, "recall": accuracy, "verdict": verdict, "context": CONTEXT}

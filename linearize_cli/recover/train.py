@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
 
-SAVE_EVERY = 20.0  # seconds between checkpoints, at least; a save takes at most a twentieth of the time
+SAVE_EVERY = 20.0  # seconds between checkpoints, at least
+SAVE_PAUSE = 20.0  # and times what the last save took, so that saving stays a small part of a run
 WARMUP = 0.1
 CLIP = 1.0
 
@@ -137,7 +138,7 @@ def train(
                 **records,
             )
             advance(ids.numel())
-            if time.monotonic() - saved > max(SAVE_EVERY, 20 * cost):
+            if time.monotonic() - saved > max(SAVE_EVERY, SAVE_PAUSE * cost):
                 begin = time.monotonic()
                 save()
                 saved, cost = time.monotonic(), time.monotonic() - begin

@@ -61,7 +61,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.record_past:
             self.record(attention, k, v, valid)
         self.state = state.fork()
-        self.attention = attention
         self.seen += k.shape[-2]
         self.has_previous_state[0] = self.is_initialized = True
 
@@ -69,6 +68,7 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         valid = (
             torch.ones(k.shape[0], k.shape[-2], dtype=torch.bool, device=k.device) if valid is None else valid
         )
+        self.attention = attention
         if self.trail is None:
             self.snapshot = self.state or attention.empty_state(k.shape[0], k.device, k.dtype)
             self.trail = (k, v, valid)

@@ -79,6 +79,8 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "linear_attention"},
             # vLLM's transformers backend would run the modules without their state.
             "_supports_attention_backend": False,
+            # Converted layers read pads from the mask of kept ones, and cannot from a BlockMask.
+            "_supports_flex_attn": False,
         }
         _classes[base] = type(name, (LinearizeMixin, base), namespace)
         # transformers looks up weight renamings (MoE experts, say) by class name or model type.
