@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# Parameters below which threads wait for one another longer than they work; on a busy machine, many times longer.
+SMALL = 20_000_000
 NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
 FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
@@ -61,6 +63,8 @@ def load_teacher(
         loaded, tokenizer = _load_hugging_face(model, source, torch_dtype, device, trust_remote_code)
     # Not the folder of the local cache: the name is kept where the model or an adapter of it is saved.
     loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
+    if device == "cpu" and loaded.num_parameters() < SMALL:
+        torch.set_num_threads(1)
     return loaded, tokenizer
 
 

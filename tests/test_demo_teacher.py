@@ -1,6 +1,7 @@
 """The embedded teacher: it is small, loads offline, and recalls what a document told it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -55,11 +56,8 @@ def test_offsets_point_at_the_repeated_and_the_told_word(documents):
         assert len(document.recalls) >= 9
         for item in document.recalls:
             answer = document.text[item.start : item.end]
-            assert answer.isalnum()
-            assert document.text[item.told : item.told + len(answer)] == answer
-            assert item.told < item.start
-            # Told once and repeated once: no copy in between shortens the distance.
-            assert document.text.split(answer)[0].endswith(" ") and document.text.count(f" {answer}") >= 2
+            assert re.search(rf"\b{answer}\b", document.text).start() == item.told < item.start
+            assert re.match(rf"\b{answer}\b", document.text[item.start :])
 
 
 def test_corpus_follows_its_seed(documents):
@@ -85,11 +83,12 @@ def test_teacher_recalls_over_any_distance(teacher, tokenizer, documents):
 
 
 def test_teacher_recalls_nothing_that_was_not_told(teacher, tokenizer, documents):
-    """The repeated words cannot be guessed: with the telling cut off, recall falls to chance."""
+    """The repeated words cannot be guessed: with the telling cut off, recall falls to about chance."""
     untold = []
     for document in documents:
         cut = document.text.index(". ", max(item.told for item in document.recalls)) + 2
-        recalls = tuple(Recall(item.start - cut, item.end - cut, 0) for item in document.recalls)
+        first = {document.text[item.start : item.end]: item for item in reversed(document.recalls)}
+        recalls = tuple(Recall(item.start - cut, item.end - cut, 0) for item in first.values())
         untold.append(Document(document.text[cut:], recalls))
     assert recall(teacher, tokenizer, untold)["accuracy"] < 0.15
 
@@ -114,7 +113,8 @@ def test_recall_is_right_by_hand(tokenizer):
             return type("Output", (), {"logits": logits})
 
     report = recall(Parrot(), tokenizer, [document])
-    assert report["accuracy"] == 1 / len(document.recalls)
+    answers = [document.text[item.start : item.end] for item in document.recalls]
+    assert report["accuracy"] == answers.count(answers[0]) / len(answers)
     assert sum(part["count"] for part in report["by_distance"]) == len(document.recalls)
     assert all((part["accuracy"] is None) == (part["count"] == 0) for part in report["by_distance"])
 

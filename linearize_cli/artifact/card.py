@@ -53,7 +53,7 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'path = "{repo_name}"  # this folder, or its id on the Hub\n'
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
         "```",
         "The folder holds its own code: nothing but `transformers` and `torch` is needed.",
         "## Quality",

@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_linearized.LinearizedConfig",
     "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
 }
+ENTRIES = ("linearize_cli.runtime.config", "linearize_cli.runtime.model")
 FLAT = {
     "linearize_cli.runtime.config": "configuration_linearized",
     "linearize_cli.runtime.model": "modeling_linearized",
@@ -30,33 +31,35 @@ def flat_name(module: str) -> str:
 
 
 def sources() -> dict[str, str]:
-    """File name in the artifact -> text, for every module that an artifact needs."""
+    """File name in the artifact -> text, for every module that loading an artifact imports."""
     here = Path(__file__).parent
-    if not __name__.startswith("linearize_cli."):  # this is a copy already
-        own = Path(__file__).name
-        names = {p.name for p in here.glob("linearize_*.py")} | {f"{FLAT[m]}.py" for m in list(FLAT)[:2]}
-        return {name: (here / name).read_text() for name in sorted(names | {own})}
-    kernels = Path(find_spec("linearize_kernels").origin).parent
-    files = {}
-    for package, folder in (("linearize_cli.runtime", here), ("linearize_kernels", kernels)):
-        for path in sorted(folder.glob("*.py")):
-            if path.stem != "__init__":
-                files[f"{flat_name(f'{package}.{path.stem}')}.py"] = flatten(path.read_text())
+    if not __name__.startswith("linearize_cli."):  # this is a copy already, and so are its neighbours
+        names = {f"{FLAT[module]}.py" for module in ENTRIES} | {p.name for p in here.glob("linearize_*.py")}
+        return {name: (here / name).read_text() for name in sorted(names)}
+    files, pending = {}, list(ENTRIES)
+    while pending:
+        module = pending.pop()
+        name = f"{flat_name(module)}.py"
+        if name not in files:
+            text = Path(find_spec(module).origin).read_text()
+            files[name] = flatten(text)
+            pending += [node.module for node in our_imports(text)]
     return files
+
+
+def our_imports(source: str) -> list[ast.ImportFrom]:
+    """The `from linearize_... import` statements of a module."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return [node for node in nodes if (node.module or "").split(".")[0] in ("linearize_cli", "linearize_kernels")]
 
 
 def flatten(source: str) -> str:
     """Rewrite `from linearize_kernels.block import block` to `from .linearize_kernels_block import block`."""
     lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
-            "linearize_cli",
-            "linearize_kernels",
-        ):
-            line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = line.replace(
-                f"from {node.module} ", f"from .{flat_name(node.module)} ", 1
-            )
+    for node in our_imports(source):
+        line = lines[node.lineno - 1]
+        flat = f"from .{flat_name(node.module)} "
+        lines[node.lineno - 1] = line.replace(f"from {node.module} ", flat, 1)
     return "".join(lines)
 
 
