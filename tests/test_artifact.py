@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 result = []
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("<s>a fox sat", return_tensors="pt", add_special_tokens=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer("<s>a fox sat", return_tensors="pt", add_special_tokens=False)
     tokens = model.generate(**ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
     result.append({"tokens": tokens[0].tolist(), "logits": model(tokens).logits[0].tolist()})
     model.save_pretrained(folder + "-again")
@@ -73,7 +74,13 @@ def artifacts(tmp_path_factory):
     save_tokenizer(folder / "tiny")
     changes = {"one": {}, "two": {"method": "augmented:flash", "keep_softmax": "at:0"}}
     for name, arguments in changes.items():
-        convert(str(folder / "tiny"), folder / name, train=False, overrides=("attention.local.size=4",), **arguments)
+        convert(
+            str(folder / "tiny"),
+            folder / name,
+            train=False,
+            overrides=("attention.local.size=4",),
+            **arguments,
+        )
     return [folder / name for name in changes]
 
 
@@ -88,7 +95,9 @@ def test_it_loads_and_says_the_same_where_nothing_of_ours_is_installed(bare, art
         ids = tokenizer("<s>a fox sat", return_tensors="pt", add_special_tokens=False)
         tokens = model.generate(**ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
         assert tokens[0].tolist() == there["tokens"]
-        torch.testing.assert_close(model(tokens).logits[0], torch.tensor(there["logits"]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            model(tokens).logits[0], torch.tensor(there["logits"]), atol=1e-6, rtol=1e-6
+        )
         # What was loaded from an artifact saves as an artifact again.
         again = folder.with_name(folder.name + "-again")
         assert {p.name for p in again.glob("*.py")} == {p.name for p in folder.glob("*.py")}
@@ -106,5 +115,7 @@ def load_model(folder):
 def test_the_bundled_code_imports_nothing_but_its_neighbours(artifacts):
     for file in artifacts[0].glob("*.py"):
         text = file.read_text()
-        assert "linearize_cli.runtime." not in re.sub(r'"[^"]*"|#.*|""".*?"""', "", text, flags=re.S), file.name
+        assert "linearize_cli.runtime." not in re.sub(r'"[^"]*"|#.*|""".*?"""', "", text, flags=re.S), (
+            file.name
+        )
         assert not re.search(r"^\s*(from|import) linearize_", text, re.M), file.name

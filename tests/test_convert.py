@@ -71,11 +71,17 @@ def test_an_artifact_is_whole(whole, teacher):
         "schema", "base_model", "method", "layers", "tokens", "perplexity", "ablation", "self_check",
         "state_bytes", "kv_bytes_per_token", "seconds", "versions",
     }  # fmt: skip
-    assert saved["layers"] == {"linear": ["model.layers.0.self_attn", "model.layers.1.self_attn"], "softmax": []}
+    assert saved["layers"] == {
+        "linear": ["model.layers.0.self_attn", "model.layers.1.self_attn"],
+        "softmax": [],
+    }
     assert saved["tokens"] == {"transfer": 8 * 64, "distill": 12 * 64}
     assert saved["kv_bytes_per_token"] == 2 * 2 * 8 * 4  # layers, k and v, one head of 8, fp32
     config = json.loads((output / "config.json").read_text())
-    assert config["model_type"] == "linearized" and set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert config["model_type"] == "linearized" and set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModelForCausalLM",
+    }
 
 
 def test_its_numbers_are_those_of_the_saved_model(whole, teacher):
@@ -97,8 +103,12 @@ def test_training_lowers_the_losses(teacher):
     run(teacher, output, tokens=16 * 4 * 150)
     loss = losses(output)
     mean = statistics.mean
-    assert mean(loss["transfer", i] for i in range(50, 61)) < 0.9 * mean(loss["transfer", i] for i in range(1, 6))
-    assert mean(loss["distill", i] for i in range(80, 91)) < 0.9 * mean(loss["distill", i] for i in range(1, 6))
+    assert mean(loss["transfer", i] for i in range(50, 61)) < 0.9 * mean(
+        loss["transfer", i] for i in range(1, 6)
+    )
+    assert mean(loss["distill", i] for i in range(80, 91)) < 0.9 * mean(
+        loss["distill", i] for i in range(1, 6)
+    )
 
 
 RUN = """
@@ -134,7 +144,16 @@ convert(path, output, data=(text,), batch_size=4, resume=resume == "resume", kee
 
 
 @pytest.mark.parametrize(
-    "moment", ["in-measure-1", "after-save-3", "in-save-5", "after-save-9", "in-measure-4", "after-save-14", "in-save-21"]
+    "moment",
+    [
+        "in-measure-1",
+        "after-save-3",
+        "in-save-5",
+        "after-save-9",
+        "in-measure-4",
+        "after-save-14",
+        "in-save-21",
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
     output = teacher.folder / f"killed-{moment}"
@@ -192,7 +211,10 @@ def test_without_training_only_the_swap_is_measured(teacher):
 def test_layers_are_kept_and_the_adapter_too(teacher):
     output = teacher.folder / "hybrid"
     report = run(teacher, output, keep_softmax="at:1", keep_adapter=True)
-    assert report["layers"] == {"linear": ["model.layers.0.self_attn"], "softmax": ["model.layers.1.self_attn"]}
+    assert report["layers"] == {
+        "linear": ["model.layers.0.self_attn"],
+        "softmax": ["model.layers.1.self_attn"],
+    }
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     model, _ = load(output)
     assert not hasattr(model.model.layers[1].self_attn, "linear_attention")

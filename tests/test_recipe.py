@@ -35,7 +35,9 @@ def test_the_default_is_the_contract_s():
 
 
 def test_overrides_reach_any_depth():
-    recipe = load_recipe("window", ["attention.local.size=32", "recover.distill.lora.rank=4", "recover.tokens=650k"])
+    recipe = load_recipe(
+        "window", ["attention.local.size=32", "recover.distill.lora.rank=4", "recover.tokens=650k"]
+    )
     assert recipe.attention.local.size == 32
     assert recipe.recover.distill.lora.rank == 4
     assert recipe.recover.tokens == 650_000
@@ -46,7 +48,11 @@ def test_all_unknown_keys_are_named_at_once(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         yaml.safe_dump(
-            {"name": "mine", "colour": 1, "attention": {"locl": {}, "far": {"dim": 3, "feature_map": "hedgehog"}}}
+            {
+                "name": "mine",
+                "colour": 1,
+                "attention": {"locl": {}, "far": {"dim": 3, "feature_map": "hedgehog"}},
+            }
         )
     )
     with pytest.raises(UserError) as error:
@@ -97,7 +103,9 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
         load_recipe(str(tmp_path / "absent.yaml"))
 
 
-@pytest.mark.parametrize(("text", "count"), [("650k", 650_000), ("40M", 40_000_000), ("1_000", 1000), ("1.5k", 1500)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("650k", 650_000), ("40M", 40_000_000), ("1_000", 1000), ("1.5k", 1500)]
+)
 def test_counts(text, count):
     assert parse_count(text) == count
 

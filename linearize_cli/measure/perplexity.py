@@ -10,7 +10,10 @@ from torch.nn.functional import cross_entropy
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, blocks: Tensor, batch_size: int = 8, progress: Callable[[int], None] = lambda tokens: None
+    model: nn.Module,
+    blocks: Tensor,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> float:
     """exp of the mean negative log-likelihood over blocks `[N, L]`: L - 1 predictions each.
 

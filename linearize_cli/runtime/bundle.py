@@ -50,7 +50,9 @@ def sources() -> dict[str, str]:
 def our_imports(source: str) -> list[ast.ImportFrom]:
     """The `from linearize_... import` statements of a module."""
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
-    return [node for node in nodes if (node.module or "").split(".")[0] in ("linearize_cli", "linearize_kernels")]
+    return [
+        node for node in nodes if (node.module or "").split(".")[0] in ("linearize_cli", "linearize_kernels")
+    ]
 
 
 def flatten(source: str) -> str:
