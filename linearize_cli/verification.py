@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
@@ -25,6 +24,7 @@ from linearize_cli.measure.equivalence import (
 )
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.recover.data import read_jsonl
+from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.versions import versions
 
@@ -197,18 +197,18 @@ def read_prompts(path: Path) -> list[str]:
 
 def render(report: dict[str, Any]) -> RenderableType:
     """A report of `verify` as a table and a sentence."""
-    greedy, table = report["greedy"], Table("check", "measured", "limit", "")
+    greedy, rows = report["greedy"], table("check", ">measured", ">limit", "")
     largest = {name: report[name]["max_abs_diff"] for name in ("padding", "rollback")}
     for name, diff in (report["forms"] | largest).items():
         if diff is None:
-            table.add_row(title(name), "not possible: some layers cannot take tokens back", "", "")
+            rows.add_row(title(name), "not possible: some layers cannot take tokens back", "", "")
         else:
             word = "FAIL" if name in report["failed"] else "ok"
-            table.add_row(title(name), f"{diff:.1e}", f"{report['limits'][name]:.1e}", word)
+            rows.add_row(title(name), f"{diff:.1e}", f"{report['limits'][name]:.1e}", word)
     differing = f"{greedy['mismatches']} of {greedy['tokens']} tokens differ"
     word = "FAIL" if "greedy" in report["failed"] else "tie" if greedy["mismatches"] else "ok"
-    table.add_row("greedy", differing, f"margin {TIE * report['noise']:.1e}", word)
-    return Group(table, f"{report['verdict']}: {sentence(report)}")
+    rows.add_row("greedy", differing, f"margin {TIE * report['noise']:.1e}", word)
+    return Group(rows, "", f"{report['verdict']}: {sentence(report)}")
 
 
 def title(name: str) -> str:
