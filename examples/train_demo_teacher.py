@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from linearize_cli.demo.corpus import HELDOUT_SEED, RELATIONS, generate_documents
+from linearize_cli.demo.corpus import HELDOUT_SEED, NAMES, RELATIONS, generate_documents
 from linearize_cli.measure.perplexity import perplexity
 from linearize_cli.measure.recall import recall
 
@@ -83,7 +83,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def cue_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[tuple[int, bool]]]:
+def cue_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[tuple[int, bool]]]:
     """Rows of cues and answers, and whether each token repeats an answer given before in its row."""
     rng = random.Random(seed)
 
@@ -91,7 +91,7 @@ def cue_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[t
         return tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
 
     def cue(sentence: str) -> list[int]:
-        before = sentence.split("{answer}")[0].replace("{who}", "Tom")
+        before = sentence.split("{answer}")[0].replace("{who}", NAMES[0])
         return encode(" ".join(before.split()[-CUE_WORDS:]))
 
     relations = [
@@ -111,26 +111,31 @@ def cue_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[t
         yield row[:CUE_WINDOW]
 
 
-def document_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[int, bool]]:
-    """The tokens of endless joined documents, and whether each is a repeated word."""
+def document_rows(tokenizer: PreTrainedTokenizerFast, seed: int, windows: Iterator[int]) -> Iterator[list]:
+    """Rows that open with a document and go on with others, and whether each token is a repeated word. A row
+    never opens in the middle: what is repeated in it was told in it.
+    """
+    row, window = [], next(windows)
     while True:
         documents = list(generate_documents(seed, 500))
-        rows = tokenizer([document.text for document in documents])
-        for row, document in enumerate(documents):
-            repeated = {rows.char_to_token(row, item.start) for item in document.recalls}
-            yield from ((token, place in repeated) for place, token in enumerate(rows["input_ids"][row]))
+        encoded = tokenizer([document.text for document in documents])
+        for number, document in enumerate(documents):
+            repeated = {encoded.char_to_token(number, item.start) for item in document.recalls}
+            row += [(token, place in repeated) for place, token in enumerate(encoded["input_ids"][number])]
+            if len(row) >= window:
+                yield row[:window]
+                row, window = [], next(windows)
         seed += 1
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """The ids `[rows, window]` of each step, and 1 where a token is a repeated word."""
-    cues = chain.from_iterable(cue_tokens(tokenizer, seed))
-    documents = document_tokens(tokenizer, seed)
-    for step in range(steps):
-        tokens, window = documents, WINDOWS[step >= 0.8 * steps]
-        if step < CUE_STEPS:
-            tokens, window = cues, CUE_WINDOW
-        yield torch.tensor(list(islice(tokens, TOKENS_PER_STEP))).view(-1, window, 2).unbind(-1)
+    sizes = [WINDOWS[step >= 0.8 * steps] for step in range(CUE_STEPS, steps)]
+    rows = document_rows(tokenizer, seed, iter([w for w in sizes for _ in range(TOKENS_PER_STEP // w)] + [0]))
+    cues = cue_rows(tokenizer, seed)
+    for size in [CUE_WINDOW] * CUE_STEPS + sizes:
+        source = cues if size == CUE_WINDOW else rows
+        yield torch.tensor(list(islice(source, TOKENS_PER_STEP // size))).unbind(-1)
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
@@ -165,7 +170,7 @@ def learning_rate(step: int, steps: int) -> float:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of teacher/ and heldout.jsonl."
 )
-@click.option("--steps", default=2000, show_default=True, help=f"Steps of {TOKENS_PER_STEP} tokens.")
+@click.option("--steps", default=1800, show_default=True, help=f"Steps of {TOKENS_PER_STEP} tokens.")
 @click.option("--seed", default=100_000, show_default=True, help="Of the weights and the training text.")
 def main(out: Path, steps: int, seed: int) -> None:
     """Train the demo's teacher and measure it on held-out documents."""

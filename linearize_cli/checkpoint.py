@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, first_five
 
 if TYPE_CHECKING:
     import torch
@@ -296,9 +296,3 @@ def _brief(error: BaseException) -> str:
 def _redacted(text: str) -> str:
     """Without Hub tokens: a message may quote a request's headers."""
     return re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
-
-
-def first_five(names: Iterable[str]) -> str:
-    """The first five names in order, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,5 +1,7 @@
 """The errors a user can cause. Each says what went wrong, where, and what to do next."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A fault in usage, input or network: a few lines of text, exit code 2, no traceback.
@@ -20,3 +22,9 @@ class CheckFailed(UserError):
     """A check said no (a self-check that refused, verify's FAIL): exit code 1."""
 
     exit_code = 1
+
+
+def first_five(names: Iterable[str]) -> str:
+    """The first five names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

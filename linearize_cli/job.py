@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.recipe import Recipe
 
+FULL = 1 << 20  # free bytes below which a failure to write is put down to the disk
+
 
 @dataclass(frozen=True)
 class Job:
@@ -87,10 +89,12 @@ def partial_folder(partial: Path, job: Job, resume: bool) -> Iterator[None]:
         shutil.rmtree(partial)
         raise
     except Exception as error:
+        # Each library says it in its own way that the disk is full; some only fail to write.
+        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(partial.parent).free < FULL
         kept = (partial / "checkpoint.pt").exists()
         shutil.rmtree(partial / "artifact" if kept else partial, ignore_errors=True)
         hint = f"What was trained is kept in {partial}: go on with --resume." if kept else "Nothing was kept."
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if full:
             raise UserError("the disk is full", f"Free some space. {hint}") from error
         if isinstance(error, UserError) and kept:
             raise UserError(error.what, f"{error.hint}\n{hint}".strip()) from error

@@ -20,8 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from linearize_cli.checkpoint import first_five
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, first_five
 
 Shards = dict[Path, dict[str, torch.Tensor]]
 

@@ -2,7 +2,7 @@
 
 A document is about one person. It tells some facts ("The code of Tom was 47."), goes on with a story, and comes
 back to each fact, often in other words ("Asked for a number, Tom said 47."). The repeated word is a name, an
-object, a number or the like, drawn from a pool of 20 to 40, and stands 20 to 200 tokens after it was told: the
+object, a number or the like, drawn from a pool of 20 to 40, and stands up to 200 tokens after it was last said: the
 recall that a window alone cannot do and that linear attention is known to be weak at (Arora et al., "Zoology",
 arXiv 2312.04927).
 """
@@ -24,8 +24,11 @@ def _phrases(text: str) -> list[str]:
 
 
 NAMES = _words("""
-    Adam Anna Ben Bella Carl Clara Dora David Emma Eric Fred Fiona Greta Henry Ivan Iris Jack Jane Karl
-    Laura Leo Mia Max Nora Nick Olga Oscar Paula Peter Rosa Ralph Sara Simon Tina Tom Vera
+    Adam Anna Ben Bella Carl Clara Dora David Emma Eric Fred Fiona Greta Henry Ivan Iris Jack Jane Karl Laura
+""")
+FRIENDS = _words("""
+    Leo Mia Max Nora Nick Olga Oscar Paula Peter Quinn Rosa Ralph Sara Simon Tina Tom Ursula Vera Victor Wanda
+    Walter Xenia Yusuf Zoe
 """)
 NUMBERS = _words("""
     12 14 17 19 21 23 26 28 29 31 34 36 37 38 41 43 45 47 48 52 53 56 58 59 61 63 64 67 69 72
@@ -137,7 +140,7 @@ RELATIONS = [
         ],
     ),
     Relation(
-        NAMES,
+        FRIENDS,
         [
             "The best friend of {who} was {answer}.",
             "{who} was married to {answer}.",
@@ -193,7 +196,7 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True)
 class Recall:
-    """A repeated word: `text[start:end]`, first told at `told` (offsets in characters)."""
+    """A repeated word: `text[start:end]`, last said before at `told` (offsets in characters)."""
 
     start: int
     end: int
@@ -215,10 +218,7 @@ def generate_documents(seed: int, count: int) -> Iterator[Document]:
 
 def _document(rng: random.Random) -> Document:
     who = rng.choice(NAMES)
-    facts = [
-        (relation, rng.choice([answer for answer in relation.answers if answer != who]))
-        for relation in rng.sample(RELATIONS, FACTS)
-    ]
+    facts = [(relation, rng.choice(relation.answers)) for relation in rng.sample(RELATIONS, FACTS)]
     later = rng.sample(facts, FACTS) + rng.sample(facts, FACTS // 2)
     text, told, recalls = "", {}, []
     for relation, answer in facts + later:
@@ -230,7 +230,7 @@ def _document(rng: random.Random) -> Document:
         start = len(text) + len(before)
         if repeated:
             recalls.append(Recall(start, start + len(answer), told[answer]))
-        told.setdefault(answer, start)
+        told[answer] = start
         text += f"{before}{answer}{after} "
     return Document(text.rstrip(), tuple(recalls))
 

@@ -39,8 +39,11 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         beside = path.with_suffix(".new")
-        torch.save(self.__dict__, beside)
-        beside.replace(path)
+        try:
+            torch.save(self.__dict__, beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
