@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from linearize_kernels import LinearAttention, chunked
 
 from linearize_cli.recipe import load_recipe
 from linearize_cli.runtime.layer import equation
-from linearize_kernels import LinearAttention, chunked
 
 HEADS, DIM = 3, 8
 GEOMETRY = dict(heads=HEADS, kv_heads=HEADS, key_dim=DIM, value_dim=DIM, scale=0.3, softcap=None)

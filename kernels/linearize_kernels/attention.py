@@ -77,12 +77,14 @@ class LinearAttention(nn.Module):
         has_local = equation.size > 0 or equation.sinks > 0
         combine = COMBINES[equation.combine]
         self.combine = combine(equation.heads, equation.key_dim, has_local, self.q_map is not None)
-        self.conv = nn.Parameter(torch.zeros(equation.heads, equation.conv_width))
+        conv = torch.zeros(equation.heads, equation.conv_width)
+        self.conv = nn.Parameter(conv) if equation.conv_width else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Every learned part as at the start of a conversion."""
-        nn.init.zeros_(self.conv)
+        if self.conv is not None:
+            nn.init.zeros_(self.conv)
         for part in (self.q_map, self.k_map, self.combine):
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()

@@ -76,7 +76,7 @@ def block(
         weights = weights[..., :-1]
     if mass is not None:
         weights = weights + coefficient[..., None] * products
-    if eq.conv_width:
+    if attention.conv is not None:
         weights = weights + band(attention.conv.to(wide), position, key_position, seen).view(
             *seen.shape[:-2], eq.kv_heads, group, *seen.shape[-2:]
         )

@@ -14,6 +14,8 @@ far part. `forward` says the same for whole blocks, under masks:
 A new one of either is entered in `SCORES` or `COMBINES`. Shapes: heads are split as `kv, group`.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -103,7 +105,7 @@ class Lolcats(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.gamma_logit, float(torch.tensor(self.start).logit()))
+        nn.init.constant_(self.gamma_logit, math.log(self.start / (1 - self.start)))
 
     def define(self, head, q, scores, mass, any_far):
         gamma = self.gamma_logit[head].to(q.dtype).sigmoid()
