@@ -15,6 +15,7 @@ from linearize_cli.plan import Layer, choose_layers, plan_layers
 from linearize_cli.recipe import load_recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
+from linearize_cli.runtime import LinearizeMixin
 
 
 def default_output(model: str, method: str) -> Path:
@@ -60,7 +61,8 @@ def convert(
     recipe = with_budget(load_recipe(method, overrides), tokens)
     if data:
         recipe = with_budget(recipe, data=", ".join(data))
-    folder = Path(output) if output else default_output(model, method)
+    folder = Path(output).expanduser() if output else default_output(model, method)
+    folder = folder if folder.name else folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
     job = Job(
         model,
@@ -80,6 +82,10 @@ def convert(
     resolve_model(model)
     texts = None if text.SELF in data else open_texts(job)
     teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
+    if isinstance(teacher, LinearizeMixin):
+        raise UserError(
+            f"{model} is a linearized model already", "Convert the softmax model it was made from."
+        )
     linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)
     length = check_length(seq_len, teacher)
     if dry_run:

@@ -42,6 +42,10 @@ def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: boo
         raise UserError(
             f"{folder} exists already", "Pass --force to replace it, or -o DIR to write elsewhere."
         )
+    if folder.exists() and not (folder / "linearize.json").exists():
+        raise UserError(
+            f"{folder} is no artifact, so --force does not delete it", "Pass -o DIR to write elsewhere."
+        )
     if not folder.parent.is_dir():
         raise UserError(f"{folder.parent} is no folder", "Create it, or pass -o DIR in one that exists.")
     if resume:

@@ -269,6 +269,20 @@ def test_an_existing_folder_needs_force(teacher, whole):
     assert not marker.exists()
 
 
+def test_force_deletes_artifacts_and_nothing_else(teacher):
+    output = teacher.folder / "precious"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no artifact"):
+        run(teacher, output, train=False, force=True)
+    assert (output / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_linearized_model_is_not_converted_again(whole, teacher):
+    with pytest.raises(UserError, match="linearized model already"):
+        convert(str(whole[0]), teacher.folder / "twice", train=False)
+
+
 def test_a_model_whose_forms_disagree_is_refused(teacher, monkeypatch):
     """A layer that forgets its last tokens while decoding: the self-check sees it, and nothing is left."""
     from linearize_cli.runtime.cache import LinearCacheLayer
