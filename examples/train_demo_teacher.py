@@ -170,7 +170,7 @@ def learning_rate(step: int, steps: int) -> float:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of teacher/ and heldout.jsonl."
 )
-@click.option("--steps", default=1800, show_default=True, help=f"Steps of {TOKENS_PER_STEP} tokens.")
+@click.option("--steps", default=1500, show_default=True, help=f"Steps of {TOKENS_PER_STEP} tokens.")
 @click.option("--seed", default=100_000, show_default=True, help="Of the weights and the training text.")
 def main(out: Path, steps: int, seed: int) -> None:
     """Train the demo's teacher and measure it on held-out documents."""
