@@ -14,7 +14,7 @@ from linearize_cli.recover.data import DEMO
 from linearize_cli.verification import verify
 
 WINDOW = 32  # well below the distances over which the demo's text must be recalled
-TOKENS = 400_000
+TOKENS = 600_000
 SEQ_LEN = 256
 CONTEXT = 100_000
 DOCUMENTS = 100
