@@ -10,10 +10,10 @@ demo: $(INSTALLED)
 	$(BIN)/linearize demo --force
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
