@@ -49,9 +49,11 @@ def load_teacher(
     from linearize_cli.meta_llama import is_meta_folder
 
     torch_dtype = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(torch_dtype, torch.dtype):
-        raise UserError(f"`{dtype}` is not a dtype.", "Use float32, bfloat16 or float16.")
+    if dtype and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise UserError(f"`{dtype}` is no dtype that weights can have.", "Use float32, bfloat16 or float16.")
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device `{device}` cannot be used.", _brief(error)) from error
@@ -76,6 +78,8 @@ def resolve_model(model: str) -> str:
     Raises:
         UserError: there is no such folder, it holds no checkpoint, or the Hub does not give it.
     """
+    if not model.strip():
+        raise UserError("MODEL is empty.", NAMES)
     if model == "demo":
         from linearize_cli.demo import teacher_path
 

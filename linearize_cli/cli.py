@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,6 +45,10 @@ def command_options(function: Callable) -> Callable:
 
     @wraps(function)
     def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
+        if json_file and not Path(json_file).absolute().parent.is_dir():
+            raise UserError(
+                f"--json {json_file}: its folder does not exist", "Create it, or choose another place."
+            )
         result = function(terminal=Terminal(quiet), **kwargs)
         if json_file:
             write_json(json_file, result)
@@ -60,11 +65,13 @@ def calm_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
 
@@ -73,7 +80,9 @@ model_options = options(
     click.option(
         "--dtype", default=None, help="float32, bfloat16 or float16; the checkpoint's own if not given."
     ),
-    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
+    ),
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the source model's own code.")
 
@@ -101,7 +110,13 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step.")
 @click.option("--no-train", is_flag=True, help="Swap only.")
-@click.option("--medusa-heads", type=click.IntRange(0), default=0, metavar="K", help="Train K Medusa heads.")
+@click.option(
+    "--medusa-heads",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="Train K Medusa heads (not in this version).",
+)
 @click.option("--keep-adapter", is_flag=True, help="Keep the unmerged LoRA under adapter/.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
@@ -130,15 +145,18 @@ def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: 
 @click.argument("artifact", default=".")
 @click.option("--prompts", metavar="FILE", help="Prompts for the greedy check: a line each, or JSONL.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens per prompt.")
-@click.option("--draft", metavar="medusa|lookup|MODEL", help="Drafter for speculative checks.")
-@click.option("--target", type=click.Choice(["self", "teacher"]), default="self", show_default=True)
-@click.option("--tree", metavar="NAME|FILE", help="Token tree for speculative checks.")
+@click.option("--draft", metavar="medusa|lookup|MODEL", help="Drafter (not in this version).")
+@click.option("--target", type=click.Choice(["self", "teacher"]), default="self", help="Not in this version.")
+@click.option("--tree", metavar="NAME|FILE", help="Token tree (not in this version).")
 @model_options
 @command_options
 def verify(
     terminal: Terminal, draft: str | None, target: str, tree: str | None, **arguments: Any
 ) -> dict[str, Any]:
-    """Prove that all forms of ARTIFACT (default: this folder) compute the same."""
+    """Prove that all forms of ARTIFACT (default: this folder) compute the same.
+
+    The report goes to ARTIFACT/verify.json, too. In half precision, --dtype float32 is the strict check.
+    """
     if draft or tree or target != "self":
         raise UserError(
             "verify: this version checks forms, padding, greedy decoding and rollback, not drafters or trees",

@@ -12,7 +12,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
 from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, choose_layers, plan_layers
-from linearize_cli.recipe import load_recipe, with_budget
+from linearize_cli.recipe import Recipe, load_recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.runtime import LinearizeMixin
@@ -87,7 +87,8 @@ def convert(
             f"{model} is a linearized model already", "Convert the softmax model it was made from."
         )
     linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)
-    length = check_length(seq_len, teacher)
+    length = check_length(seq_len, recipe, teacher)
+    check_budget(job, length)
     if dry_run:
         return plan_report(job, teacher, linear, softmax, length)
     check_space(folder, teacher)
@@ -116,9 +117,19 @@ def open_texts(job: Job, corpus: Path | None = None) -> tuple[text.Source | None
     return train_text if job.train else None, eval_text
 
 
-def check_length(seq_len: int | None, model: PreTrainedModel) -> int:
-    """Tokens per block: as asked for, else 1024 or the model's context if that is shorter."""
+def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) -> int:
+    """Tokens per block: as asked for, else 1024 or the model's context if that is shorter.
+
+    Raises:
+        UserError: the blocks, the window or the conv reach beyond the model's context.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    local, conv = recipe.attention.local, recipe.attention.conv
+    for key, size in (("local.size", local.size if local else 0), ("conv.width", conv.width)):
+        if size > limit:
+            raise UserError(
+                f"attention.{key} {size} is beyond the model's context of {limit}", f"Use at most {limit}."
+            )
     if seq_len is None:
         return min(1024, limit)
     if seq_len > limit:
@@ -126,6 +137,22 @@ def check_length(seq_len: int | None, model: PreTrainedModel) -> int:
             f"--seq-len {seq_len} is beyond the model's context of {limit}", f"Use at most {limit}."
         )
     return seq_len
+
+
+def check_budget(job: Job, length: int) -> None:
+    """Refuse what no training could do.
+
+    Raises:
+        UserError: the tokens do not fill a batch, or an adapter is wanted of no training.
+    """
+    tokens, batch = job.recipe.recover.tokens, length * job.batch_size
+    if job.train and tokens < batch:
+        raise UserError(
+            f"{tokens} tokens are less than one batch of {batch}",
+            "Raise --tokens, or lower --batch-size or --seq-len.",
+        )
+    if job.keep_adapter and not job.train:
+        raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")
 
 
 def plan_report(

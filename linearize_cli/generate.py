@@ -28,8 +28,12 @@ def generate(
         temperature: 0 is greedy.
 
     Raises:
-        UserError: no such artifact, an empty prompt, or a drafter that the artifact does not have.
+        UserError: no such artifact, an empty prompt, an unfit temperature, or a drafter that is not there.
     """
+    if not 0 <= temperature <= 100:
+        raise UserError(
+            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+        )
     if speculative == "medusa":
         raise UserError(f"{artifact} has no Medusa heads", "Use --speculative lookup, or none.")
     model, tokenizer = load(artifact, device=device, dtype=dtype)

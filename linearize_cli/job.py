@@ -38,6 +38,8 @@ class Job:
 
 
 def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise UserError("--resume goes on with a run, --force starts over", "Pass one of them.")
     if folder.exists() and not force:
         raise UserError(
             f"{folder} exists already", "Pass --force to replace it, or -o DIR to write elsewhere."

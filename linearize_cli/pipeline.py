@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.console import Terminal
-from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.errors import CheckFailed
 from linearize_cli.job import Job
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import perplexity
@@ -49,11 +49,6 @@ class Run:
         self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes)
         self.native = model.config._attn_implementation
         steps = job.recipe.recover.tokens // self.tokens_per_step if job.train else 0
-        if job.train and steps < 1:
-            raise UserError(
-                f"{job.recipe.recover.tokens} tokens are less than one batch of {self.tokens_per_step}",
-                "Raise --tokens, or lower --batch-size or --seq-len.",
-            )
         self.steps = {"transfer": round(steps * job.recipe.recover.transfer.share), "distill": steps}
 
     @property
@@ -75,7 +70,7 @@ class Run:
             "layers": {layer.name: layer.geometry for layer in self.linear},
             "softmax": [layer.name for layer in self.softmax],
         }
-        kv_bytes = kv_bytes_per_token([*self.linear, *self.softmax], self.model.dtype)
+        kv_bytes = kv_bytes_per_token(self.linear, self.model.dtype)
         linearize(self.model, record)
         self.measure("swapped", blocks)
         if not linear_parameters(self.model):

@@ -201,11 +201,11 @@ def kept_indices(keep: str, count: int) -> list[int]:
         numbers = [int(part) for part in rest.split(",")]
     except ValueError:
         numbers = []
-    if kind == "at" and numbers and all(0 <= i < count for i in numbers):
+    if kind == "at" and numbers and all(0 <= i < count for i in numbers) and len(set(numbers)) < count:
         return numbers
     if kind == "" and len(numbers) == 1 and 0 <= numbers[0] < count:
         return [(2 * i + 1) * count // (2 * numbers[0]) for i in range(numbers[0])]
     raise UserError(
         f"--keep-softmax {keep}: the model has {count} layers that can be converted",
-        f"Use a number below {count} (spread evenly), or at:i,j,k with layers 0 to {count - 1}.",
+        f"Use a number below {count} (spread evenly), or at:i,j,k with some of the layers 0 to {count - 1}.",
     )

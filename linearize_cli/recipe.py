@@ -15,6 +15,8 @@ import yaml
 
 from linearize_cli.errors import UserError
 
+ALL_KEYS = "`linearize methods augmented` prints a recipe with every key."
+
 
 @dataclass(frozen=True)
 class Local:
@@ -138,7 +140,9 @@ def load_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
     if not problems:
         problems = list(_misfits(recipe))
     if problems:
-        raise UserError(f"the recipe {where} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+        raise UserError(
+            f"the recipe {where} cannot be used:\n" + "\n".join(f"  {p}" for p in problems), ALL_KEYS
+        )
     return recipe
 
 

@@ -44,11 +44,11 @@ def conversion(report: dict[str, Any]) -> RenderableType:
     state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
     lines = [
         f"{report['output']}: {report['base_model']} as {report['method']}, "
-        f"{len(layers['linear'])} layers linear, {len(layers['softmax'])} softmax",
+        f"layers linear: {len(layers['linear'])}, softmax: {len(layers['softmax'])}",
         f"self-check passed: logits differ by at most {max(check.values()):.1e} between full, "
         "incremental, padded and reloaded",
-        f"state {size(state)} whatever the context; softmax needs {size(per_token)} a token "
-        f"(as much at {state // per_token:,} tokens)",
+        f"the linear layers keep {size(state)} whatever the context; as softmax, {size(per_token)} a token "
+        f"(more from {state // per_token + 1:,} tokens on)",
     ]
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
     return Group(*measured, "", *lines)
@@ -95,7 +95,7 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
         a = recipe.attention
         local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"
         rows.add_row(
-            recipe.name,
+            recipe.name + (" (default)" if recipe is recipes[0] else ""),
             local,
             a.far.feature_map if a.far else "-",
             a.combine,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.console import write_json
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, first_five
 from linearize_cli.measure.equivalence import (
     Comparison,
     compare_forms,
@@ -177,6 +177,10 @@ def check_artifact(folder: Path) -> None:
         raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "Convert again.") from None
+    modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
+    missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
+    if missing:
+        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
     if "linearize" not in config:
         what = f"{folder} is no linearized artifact: its config.json is that of a {config.get('model_type')} model"
         raise UserError(what, f"Convert it first: linearize convert {folder}")

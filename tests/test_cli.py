@@ -124,6 +124,8 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["generate", "tiny", "a"], ["linearize convert"]),
         (["generate", "tiny-augmented", "a", "--speculative", "medusa"], ["Medusa heads"]),
         (["generate", "tiny-augmented", "a", "--temperature", "-1"], ["temperature"]),
+        (["generate", "tiny-augmented", "a", "--temperature", "nan"], ["temperature"]),
+        (["generate", "tiny-augmented", "a", "--seed", "99999999999999999999"], ["--seed"]),
         (["generate", "absent", "a"], ["absent"]),
         (["methods", "nothing"], ["nothing", "augmented"]),
         (["inspect", "absent"], ["absent"]),

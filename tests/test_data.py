@@ -108,6 +108,7 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "noise.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "some.csv").write_text("a,b")
     jsonl(tmp_path / "one.jsonl", ["a fox"])
     for name, words in {
@@ -115,6 +116,7 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
         "empty": "holds no",
         "empty.txt": "holds no text",
         "cut.parquet": "cannot read",
+        "noise.txt": "no UTF-8 text",
         "some.csv": "its ending",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -21,6 +21,8 @@ def save_artifact(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(recipe.dump())
+    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:

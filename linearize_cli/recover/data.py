@@ -38,6 +38,10 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: nothing is there, the form is unknown, or it holds no text.
     """
+    if not name.strip():
+        raise UserError(
+            "SRC is empty", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset."
+        )
     if name == DEMO:
         return demo_source()
     path = Path(name).expanduser()
@@ -64,7 +68,12 @@ def local_source(name: str, path: Path) -> Source:
         for file in files:
             yield from READERS[file.suffix](file)
 
-    count = sum(1 for _ in documents())
+    try:
+        count = sum(1 for document in documents() for _ in islice(document, 1))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} holds a file that is no UTF-8 text: {error}", "Convert it to UTF-8."
+        ) from None
     if count == 0:
         raise UserError(f"{name} holds no text", "Name data with at least one document that is not empty.")
     return Source(name, documents, count)
@@ -81,7 +90,7 @@ def demo_source() -> Source:
 
 def read_text(file: Path) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
-        with file.open(encoding="utf-8", errors="replace") as stream:
+        with file.open(encoding="utf-8") as stream:
             while piece := stream.read(PIECE):
                 yield piece + stream.readline()  # end at a line, so that no word is cut
 
@@ -90,7 +99,7 @@ def read_text(file: Path) -> Iterator[Document]:
 
 
 def read_jsonl(file: Path) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="replace") as stream:
+    with file.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
