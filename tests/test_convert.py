@@ -1,20 +1,12 @@
-"""The pipeline on a tiny checkpoint: what it writes, how it is interrupted, and how it refuses."""
+"""The pipeline on a tiny checkpoint: what it writes, and how it refuses."""
 
 import json
 import math
-import os
-import random
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
-import time
-from collections import namedtuple
 
 import pytest
-import torch
-from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
+from convert_case import SMALL, losses, make_teacher, run
 
 from linearize_cli import convert, load
 from linearize_cli.errors import CheckFailed, UserError
@@ -23,27 +15,10 @@ from linearize_cli.recipe import load_recipe, method_names
 from linearize_cli.recover import data
 from linearize_cli.verification import verify_model
 
-SMALL = dict(overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
-Teacher = namedtuple("Teacher", "path text folder")
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("convert")
-    model = tiny_model(num_key_value_heads=1, max_position_embeddings=256)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.5)
-    model.save_pretrained(folder / "teacher")
-    save_tokenizer(folder / "teacher")
-    rng = random.Random(0)
-    lines = (" ".join(rng.choices(WORDS[3:], k=30)) for _ in range(200))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return Teacher(str(folder / "teacher"), str(folder / "text.jsonl"), folder)
-
-
-def run(teacher, output, **changes):
-    return convert(teacher.path, output, data=(teacher.text,), batch_size=4, **{**SMALL, **changes})
+    return make_teacher(tmp_path_factory.mktemp("convert"))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +26,6 @@ def whole(teacher):
     """A conversion that nothing interrupted."""
     output = teacher.folder / "whole"
     return output, run(teacher, output)
-
-
-def losses(folder):
-    """The last record of every step."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {(r["stage"], r["step"]): r["loss"] for r in records if "loss" in r}
 
 
 def test_an_artifact_is_whole(whole, teacher):
@@ -110,93 +79,6 @@ def test_training_lowers_the_losses(teacher):
         loss["transfer", i] for i in range(1, 6)
     )
     assert mean(loss["distill", i] for i in range(80, 91)) < mean(loss["distill", i] for i in range(1, 6))
-
-
-RUN = """
-import sys, os, signal
-import torch; torch.set_num_threads(1)
-from linearize_cli.recover import train
-from linearize_cli.conversion import convert
-train.SAVE_EVERY = train.SAVE_PAUSE = 0.0
-path, text, output, moment, resume = sys.argv[1:]
-save, count = train.torch.save, 0
-def killing_save(*arguments, **keywords):
-    global count
-    count += 1
-    if moment.startswith("in-save") and count == int(moment.split("-")[-1]):
-        arguments[1].with_suffix(".new").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(*arguments, **keywords)
-    if moment.startswith("after-save") and count == int(moment.split("-")[-1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-train.torch.save = killing_save
-from linearize_cli import pipeline
-perplexity, measured = pipeline.perplexity, 0
-def killing_perplexity(*arguments):
-    global measured
-    measured += 1
-    if moment.startswith("in-measure") and measured == int(moment.split("-")[-1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return perplexity(*arguments)
-pipeline.perplexity = killing_perplexity
-convert(path, output, data=(text,), batch_size=4, resume=resume == "resume", keep_adapter=False,
-        overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
-"""
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "in-measure-1",
-        "after-save-3",
-        "in-save-5",
-        "after-save-9",
-        "in-measure-4",
-        "after-save-14",
-        "in-save-21",
-    ],
-)
-def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
-    output = teacher.folder / f"killed-{moment}"
-    arguments = [teacher.path, teacher.text, str(output)]
-    killed = subprocess.run([sys.executable, "-c", RUN, *arguments, moment, "fresh"], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
-    assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
-    report = run(teacher, output, resume=True)
-    expected = losses(whole[0])
-    resumed = losses(output)
-    assert resumed.keys() == expected.keys()
-    assert max(abs(resumed[step] - expected[step]) for step in expected) < 1e-6
-    for name, value in whole[1]["perplexity"].items():
-        assert report["perplexity"][name] == pytest.approx(value, rel=1e-6)
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    steps = [(r["stage"], r["step"]) for r in log if "loss" in r]
-    assert len(steps) == len(set(steps)), "a step stands in the log twice"
-
-
-def command(*arguments, **keywords):
-    return [sys.executable, "-m", "linearize_cli", *arguments]
-
-
-def test_ctrl_c_leaves_only_what_resume_needs(teacher):
-    output = teacher.folder / "stopped"
-    arguments = command("convert", teacher.path, "-o", str(output), "--data", teacher.text, "--seq-len", "16")
-    process = subprocess.Popen(
-        [*arguments, "--tokens", "50M"], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    log = output.with_name("stopped.partial") / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and '"step": 3' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors.decode()
-    assert b"--resume" in errors and b"Traceback" not in errors
-    assert not output.exists() and log.parent.is_dir()
-    again = subprocess.run(arguments + ["--tokens", "50M"], capture_output=True)
-    assert again.returncode == 2 and b"--resume" in again.stderr
-    other = subprocess.run(arguments + ["--tokens", "40M", "--resume"], capture_output=True)
-    assert other.returncode == 2 and b"recipe" in other.stderr
 
 
 def test_without_training_only_the_swap_is_measured(teacher):
