@@ -116,6 +116,31 @@ def test_a_tree_equals_its_paths(name, data):
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("lengths", [(0, 3, 17), (5, 6, 1), (9, 4, 12)])
+def test_one_tree_on_rows_of_different_lengths(name, lengths):
+    """Each row of the batch is at a position of its own, in its own group and window."""
+    attention, prefix = make(name), max(lengths)
+    parents = [-1, 0, 0, 1, 3, 4, 4, 2]
+    nodes = len(parents)
+    q, k, v = tokens(len(lengths), prefix + nodes)
+    valid = torch.arange(prefix) >= prefix - torch.tensor(lengths)[:, None]
+    before, tree = slice(0, prefix), slice(prefix, None)
+    _, state = chunked(attention, None, *(x[..., before, :] for x in (q, k, v)), valid)
+    visible = torch.eye(nodes, dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    position = torch.tensor(lengths)[:, None] + visible.sum(-1) - 1
+    out = block(attention, state, *(x[..., tree, :] for x in (q, k, v)), position, visible)
+    for row, length in enumerate(lengths):
+        for node in range(nodes):
+            ancestors = [prefix + j for j in range(nodes) if visible[node, j]]
+            path = [*range(prefix - length, prefix), *ancestors]
+            expected, _ = chain(attention, q[row][:, path], k[row][:, path], v[row][:, path])
+            close(out[row, :, node], expected[:, -1])
+
+
+@pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_pads_and_cuts_change_nothing(name, data):
