@@ -22,6 +22,7 @@ from linearize_cli.recover.distill import add_lora, distill_loss
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import transferring
 from linearize_cli.runtime import linearize
+from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
 from linearize_cli.versions import versions
 
@@ -207,16 +208,13 @@ class Run:
 
 
 def set_dropped(model: PreTrainedModel, part: str | None) -> None:
-    for module in model.modules():
-        if hasattr(module, "linear_attention"):
-            module.linear_attention.dropped = part
+    for module in converted(model).values():
+        module.linear_attention.dropped = part
 
 
 def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
     """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
-    recent = max(
-        m.linear_attention.equation.recent for m in model.modules() if hasattr(m, "linear_attention")
-    )
+    recent = max(module.linear_attention.equation.recent for module in converted(model).values())
     config = model.config.get_text_config()
     length = min(3 * recent + 45, getattr(config, "max_position_embeddings", None) or 1 << 20)
     if blocks is not None and blocks.numel() >= 2 * length:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from linearize_cli.measure.equivalence import forward
+
 # Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
 # layers of rounding add up to in the narrow types.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -40,6 +42,5 @@ def padded_difference(model: PreTrainedModel, ids: Tensor, pads: int = 11) -> fl
     padded = torch.cat([ids[:1, :1].expand(1, pads), ids[:1]], 1)
     mask = torch.ones_like(padded)
     mask[:, :pads] = 0
-    position = (mask.cumsum(-1) - 1).clamp_min(0)
-    logits = model(input_ids=padded, attention_mask=mask, position_ids=position, use_cache=False).logits
+    logits = forward(model, padded, mask=mask)
     return (logits[:, pads:] - expected).abs().max().item()
