@@ -15,6 +15,7 @@ import yaml
 
 from linearize_cli.errors import UserError
 
+DEFAULT, DEFAULT_BASE = "augmented", "hedgehog"
 ALL_KEYS = "`linearize methods augmented` prints a recipe with every key."
 
 
@@ -109,13 +110,10 @@ class Recipe:
 
 
 def method_names() -> list[str]:
-    """The names of the recipes that come with the package, the default first."""
-    names = [
-        p.name[: -len(".yaml")].replace("-over-", ":")
-        for p in _folder().iterdir()
-        if p.name.endswith(".yaml")
-    ]
-    return sorted(names, key=lambda name: (name != "augmented", name))
+    """The names of the methods that come with the package: the default, the bases, and the bases augmented."""
+    names = sorted(p.name[: -len(".yaml")] for p in _folder().iterdir() if p.name.endswith(".yaml"))
+    bases = [name for name in names if name != DEFAULT]
+    return [DEFAULT, *bases, *(f"{DEFAULT}:{base}" for base in bases if base != DEFAULT_BASE)]
 
 
 def load_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -124,26 +122,45 @@ def load_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: unknown method, unreadable file, unknown keys or unfit values (all of them at once).
     """
-    text, where = _read(method)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {error}", "Mend the file, or name a method.") from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{where} holds no recipe", "A recipe is a mapping with a name and an attention part."
-        )
+    from linearize_cli.compatibility import misfits
+
+    data, where = _read(method)
     for override in overrides:
         _apply(data, override)
+    enter_own_feature_map(data, where)
     problems: list[str] = []
     recipe = _build(Recipe, data, "", problems)
     if not problems:
-        problems = list(_misfits(recipe))
+        problems = list(misfits(recipe))
     if problems:
         raise UserError(
             f"the recipe {where} cannot be used:\n" + "\n".join(f"  {p}" for p in problems), ALL_KEYS
         )
     return recipe
+
+
+def augment(base: dict) -> dict:
+    """The seed's augmentation of a base recipe (arXiv 2406.07368): a local part and a masked conv.
+
+    A base without a local part gets the default's window and sinks. Far features that are weights share its
+    normaliser; others join through a gate.
+    """
+    from linearize_kernels.features import FEATURE_MAPS
+
+    default = yaml.safe_load(_text(DEFAULT))["attention"]
+    attention = {**base["attention"], "conv": default["conv"]}
+    if "local" not in attention:
+        feature_map = FEATURE_MAPS.get(attention["far"]["feature_map"])
+        shared = attention.get("combine", "shared") == "shared" and feature_map and feature_map.positive
+        combine = "shared" if shared else "gate"
+        attention.update(local=default["local"], sinks=default["sinks"], combine=combine)
+    return {
+        **base,
+        "name": f"{DEFAULT}:{base['name']}",
+        "summary": f"{base['summary']}; augmented: a local part and a masked conv",
+        "paper": f"arXiv 2406.07368; {base['paper']}",
+        "attention": attention,
+    }
 
 
 def parse_count(text: str | int) -> int:
@@ -167,21 +184,70 @@ def _folder():
     return resources.files("linearize_cli.recipes")
 
 
-def _read(method: str) -> tuple[str, str]:
+def _read(method: str) -> tuple[dict, str]:
+    """A recipe as plain data, and what to call it in messages."""
     if method.endswith((".yaml", ".yml")):
         try:
-            return Path(method).read_text(), method
+            data = yaml.safe_load(Path(method).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read the recipe {method}: {error}", "Name a YAML file, or a method."
             ) from None
-    if method not in method_names():
-        near = difflib.get_close_matches(method, method_names(), 1)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"{method} is not valid YAML: {error}", "Mend the file, or name a method."
+            ) from None
+        if not isinstance(data, dict):
+            raise UserError(
+                f"{method} holds no recipe", "A recipe is a mapping with a name and an attention part."
+            )
+        return data, method
+    name = DEFAULT if method == f"{DEFAULT}:{DEFAULT_BASE}" else method
+    if name not in method_names():
+        near = difflib.get_close_matches(name, method_names(), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise UserError(
             f"there is no method {method!r}", f"{hint}The methods are: {', '.join(method_names())}."
         )
-    return _folder().joinpath(f"{method.replace(':', '-over-')}.yaml").read_text(), method
+    augmentation, _, base = name.rpartition(":")
+    data = yaml.safe_load(_text(base))
+    return (augment(data) if augmentation else data), method
+
+
+def _text(name: str) -> str:
+    return _folder().joinpath(f"{name}.yaml").read_text()
+
+
+def enter_own_feature_map(data: dict, where: str) -> None:
+    """A recipe may name a feature map of the user's own as `FILE.py:CLASS`, the file beside the recipe: the class
+    enters itself in the registry, and the recipe then names it as that does.
+
+    Raises:
+        UserError: there is no such file, it fails, or it has no such feature map.
+    """
+    from linearize_kernels.features import FeatureMap
+
+    from linearize_cli.runtime.bundle import load_own_code
+
+    far = (data.get("attention") or {}).get("far") if isinstance(data.get("attention"), dict) else None
+    name = far.get("feature_map") if isinstance(far, dict) else None
+    if not (isinstance(name, str) and ".py:" in name):
+        return
+    file, _, cls = name.rpartition(":")
+    path = Path(where).parent / file
+    try:
+        found = getattr(load_own_code(path), cls, None)
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(
+            f"{where}: attention.far.feature_map: {path} cannot be loaded: {error}",
+            "FILE.py:CLASS names a Python file beside the recipe and a subclass of FeatureMap in it.",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, FeatureMap) and "name" in vars(found)):
+        raise UserError(
+            f"{where}: attention.far.feature_map: {path} has no feature map {cls}",
+            "Write it as a subclass of linearize_kernels.features.FeatureMap, under @feature_map(NAME).",
+        )
+    data["attention"]["far"] = {**far, "feature_map": found.name}
 
 
 def _apply(data: dict, override: str) -> None:
@@ -238,45 +304,6 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     names = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
     problems.append(f"{path}: expected {names}, got {value!r}")
     return None
-
-
-def _misfits(recipe: Recipe) -> Iterable[str]:
-    """Values that no part of the library goes by, and parts that do not go together."""
-    from linearize_kernels.features import FEATURE_MAPS
-    from linearize_kernels.local import COMBINES, SCORES
-
-    a, r = recipe.attention, recipe.recover
-    choices = [("attention.combine", a.combine, COMBINES), ("attention.memory.kind", a.memory.kind, ["none"])]
-    at_least = [("attention.conv.width", a.conv.width, 0), ("attention.sinks", a.sinks, 0)]
-    if a.local:
-        choices.append(("attention.local.scope", a.local.scope, ["sliding", "group"]))
-        choices.append(("attention.local.score", a.local.score, SCORES))
-        at_least.append(("attention.local.size", a.local.size, 1))
-    if a.far:
-        choices.append(("attention.far.feature_map", a.far.feature_map, FEATURE_MAPS))
-        if a.far.feature_dim is not None:
-            at_least.append(("attention.far.feature_dim", a.far.feature_dim, 1))
-    at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
-    for path, value, allowed in choices:
-        if value not in allowed:
-            yield f"{path}: {value!r} is none of {', '.join(allowed)}"
-    for path, value, least in at_least:
-        if value < least:
-            yield f"{path}: {value} is less than {least}"
-    if not a.local and not a.far:
-        yield "attention: neither local nor far: nothing would be attended to"
-    if a.local and a.local.score == "relu2" and a.combine != "none":
-        yield f"attention.local.score, attention.combine: relu2 is a weight, not a logit: {a.combine} needs softmax"
-    if a.combine == "none" and a.local and a.local.score == "softmax":
-        yield "attention.local.score, attention.combine: softmax scores need a normaliser: shared or lolcats"
-    if a.combine == "lolcats" and not (a.local and a.far):
-        yield "attention.combine: lolcats joins a local and a far part; one is missing"
-    if a.sinks and not (a.local and a.local.score == "softmax"):
-        yield "attention.sinks: sinks are tokens of the local softmax part, which is missing"
-    if not 0 <= r.transfer.share <= 1:
-        yield f"recover.transfer.share: {r.transfer.share} is not between 0 and 1"
-    if isinstance(r.distill.lr, str) and r.distill.lr != "auto":
-        yield f"recover.distill.lr: {r.distill.lr!r} is neither a number nor auto"
 
 
 def learning_rate(recipe: Recipe, width: int) -> float:

@@ -6,7 +6,9 @@ import yaml
 from linearize_cli.errors import UserError
 from linearize_cli.recipe import learning_rate, load_recipe, method_names, parse_count
 
-METHODS = ["augmented", "augmented:flash", "flash", "flash-local", "hedgehog", "lolcats", "relu", "window"]
+BASES = ["based", "flash", "flash-local", "gated-delta", "hedgehog", "linformer", "lolcats", "lolcats-group"]
+BASES += ["mamba2", "performer", "relu", "retention", "transnormer", "window", "yoso", "yoso-e"]
+METHODS = ["augmented", *BASES, *(f"augmented:{base}" for base in BASES if base != "hedgehog")]
 
 
 def test_the_methods_are_there():
@@ -74,7 +76,19 @@ def test_all_unknown_keys_are_named_at_once(tmp_path):
         ("flash", "attention.sinks=4", ["attention.sinks"]),
         ("lolcats", "attention.far=null", ["lolcats"]),
         ("window", "attention.local=null", ["nothing would be attended"]),
-        ("augmented", "attention.memory.kind=delta", ["memory.kind", "none"]),
+        ("augmented", "attention.memory.kind=fading", ["memory.kind", "none", "delta"]),
+        ("augmented", "attention.memory.kind=delta", ["attention.memory.kind", "attention.combine"]),
+        (
+            "flash",
+            "attention.memory.kind=delta",
+            ["attention.memory.kind", "attention.local.score", "attention.local.scope"],
+        ),
+        ("window", "attention.memory.kind=decay", ["attention.memory.kind", "attention.far"]),
+        ("linformer", "attention.memory.kind=decay", ["attention.memory.kind", "attention.far.feature_map"]),
+        ("augmented:linformer", "attention.combine=shared", ["attention.far.feature_map", "gate"]),
+        ("mamba2", "attention.combine=shared", ["attention.far.feature_map", "negative"]),
+        ("hedgehog", "attention.combine=gate", ["attention.combine", "gate"]),
+        ("window", "attention.combine=rms", ["attention.local.score", "attention.combine"]),
         ("augmented", "recover.distill.lr=fast", ["recover.distill.lr", "auto"]),
         ("augmented", "recover.transfer.share=2", ["share"]),
         ("augmented", "attention", ["KEY=VALUE"]),

@@ -1,10 +1,13 @@
 """`block`: the equation for a set of new tokens against a state. The one implementation to trust."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
+from linearize_kernels.combine import attend
 from linearize_kernels.state import State
 
 
@@ -25,7 +28,7 @@ def block(
 
     Args:
         q: `[..., heads, T, D]`; k: `[..., kv, T, D]`; v: `[..., kv, T, Dv]`; keys and queries as the base
-            model gives them to its attention (after its positional rotation).
+            model gives them to its attention (after its positional rotation). Ancestors come before descendants.
         position: `[..., T]` int64, the token's place in its row: the row's count + its depth; -1 for pads,
             whose outputs mean nothing. Leading dimensions broadcast.
         visible: `[T, T]` or `[..., T, T]` bool, `visible[i, j]`: j is i or an ancestor of i.
@@ -34,58 +37,74 @@ def block(
     Returns:
         `[..., heads, T, Dv]` in the accumulator's dtype.
     """
+    sink_position, recent_position = committed_positions(attention, state)
+    folded = state.count - attention.equation.sinks > (recent_position >= 0).sum(-1)
+    state = replace(state, recent_position=recent_position)
+    return evaluate(attention, state, q, k, v, position, visible, sink_position, folded, sink_logits)
+
+
+def evaluate(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    visible: Tensor,
+    sink_position: Tensor,
+    folded: Tensor,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """As `block`, for any layout of the tokens that are already there.
+
+    Args:
+        state: a `recent_position` below 0 marks a token that does not count.
+        sink_position: `[..., sinks]`; -1: the sink is not there, or among the new tokens.
+        folded: `[...]` bool: whether S holds a token.
+    """
     eq = attention.equation
-    group, length, batch = eq.heads // eq.kv_heads, q.shape[-2], q.shape[:-3]
-    wide = accumulator(q.dtype)
+    length, wide = q.shape[-2], accumulator(q.dtype)
     q = q.to(wide)
     keys = torch.cat([state.sink_k, state.recent_k, k], -2).to(wide)
     values = torch.cat([state.sink_v, state.recent_v, v], -2).to(wide)
 
-    sink_position, recent_position = committed_positions(attention, state)
-    key_position = torch.cat([sink_position, recent_position, position], -1)
+    key_position = torch.cat([sink_position, state.recent_position, position], -1)
     seen = (key_position >= 0)[..., None, :] & pad(visible, (key_position.shape[-1] - length, 0), value=True)
     local = seen & (eq.near(position, key_position) | (key_position < eq.sinks)[..., None, :])
-    far = seen & ~local
+
+    far = mass = any_far = None
+    if attention.far is not None and attention.dropped != "far":
+        old = slice(eq.sinks, None)  # sinks are never far
+        far_seen = seen[..., old] & (key_position[..., old] >= eq.sinks)[..., None, :]
+        is_far = far_seen & ~local[..., old]
+        tokens = (q, keys[..., old, :], values[..., old, :], key_position[..., old], far_seen, is_far)
+        far, mass = attention.far(*tokens, state.S, state.z)
+        far = by_head(eq, far.flatten(-4, -3))
+        mass = mass.flatten(-3, -2).unflatten(-2, (eq.kv_heads, -1))
+        any_far = (is_far.any(-1) | folded[..., None])[..., None, None, :]
     if attention.dropped == "local":
         local = torch.zeros_like(local)
-    local, far = local[..., None, None, :, :], far[..., None, None, :, :]
 
-    def split(x: Tensor, heads: int) -> Tensor:  # [..., heads, T, X] -> [..., heads, group * T, X]
-        return x.reshape(*batch, heads, -1, x.shape[-1])
-
-    def per_query_head(x: Tensor) -> Tensor:  # [..., any, any * T, X] -> [..., kv, group, T, X]
-        return x.reshape(*batch, eq.kv_heads, group, length, x.shape[-1])
-
-    scores = per_query_head(attention.score(split(q, eq.kv_heads), keys, eq.scale, eq.softcap))
-    mass = any_far = None
-    if attention.q_map is not None and attention.dropped != "far":
-        features = split(attention.q_map(q), eq.far_heads)
-        products = per_query_head(features @ attention.key_features(keys).transpose(-1, -2))
-        products = products.masked_fill(~far, 0.0)
-        mass = products.sum(-1) + per_query_head(features @ state.z[..., None]).squeeze(-1)
-        folded = state.count - eq.sinks > (recent_position >= 0).sum(-1)
-        any_far = far.any(-1) | folded[..., None, None, None]
-
-    grouped_q = per_query_head(q)
-    if sink_logits is None:
-        weights, coefficient = attention.combine(grouped_q, scores, local, mass, any_far)
-    else:  # one more local key, whose value is zero
-        logits = sink_logits.to(wide).view(eq.kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
-        scores, one_more = torch.cat([scores, logits], -1), pad(local, (0, 1), value=True)
-        weights, coefficient = attention.combine(grouped_q, scores, one_more, mass, any_far)
-        weights = weights[..., :-1]
-    if mass is not None:
-        weights = weights + coefficient[..., None] * products
+    scores = attention.score(eq.fold_queries(q, eq.kv_heads), keys, eq.scale, eq.softcap)
+    scores = eq.split_queries(scores, length)
+    if attention.distance_bias is not None:
+        scores = scores + by_head(eq, distance_bias(attention, position, key_position))
+    grouped_q = eq.split_queries(eq.fold_queries(q, eq.kv_heads), length)
+    local, local_values = local[..., None, None, :, :], values
+    if sink_logits is not None:  # one more local key, whose value is zero
+        logits = sink_logits.to(wide).view(eq.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores, local = torch.cat([scores, logits], -1), pad(local, (0, 1), value=True)
+        local_values = pad(values, (0, 0, 0, 1))
+    out = attention.combine(grouped_q, scores, local, local_values, far, mass, any_far)
     if attention.conv is not None:
-        weights = weights + band(attention.conv.to(wide), position, key_position, seen).view(
-            *seen.shape[:-2], eq.kv_heads, group, *seen.shape[-2:]
-        )
-    out = split(weights.reshape(*batch, eq.heads, length, -1), eq.kv_heads) @ values
-    out = out.reshape(*batch, eq.heads, length, eq.value_dim)
-    if mass is None:
-        return out
-    read = (features @ state.S).reshape(out.shape)
-    return out + coefficient.reshape(*batch, eq.heads, length, 1) * read
+        taps = by_head(eq, band(attention, position, key_position, seen))
+        out = out + attend(taps.expand(*out.shape[:-1], -1), values)
+    return out.flatten(-4, -3)
+
+
+def by_head(eq, x: Tensor) -> Tensor:
+    """`[..., heads, T, N] -> [..., kv, group, T, N]`."""
+    return x.unflatten(-3, (eq.kv_heads, -1))
 
 
 def committed_positions(attention: LinearAttention, state: State) -> tuple[Tensor, Tensor]:
@@ -97,11 +116,26 @@ def committed_positions(attention: LinearAttention, state: State) -> tuple[Tenso
     return torch.where(sinks < state.count[..., None], sinks, -1), recent.masked_fill(recent < len(sinks), -1)
 
 
-def band(conv: Tensor, position: Tensor, key_position: Tensor, seen: Tensor) -> Tensor:
-    """The conv as weights: `conv[h, p_i - p_j]` on the visible tokens of its reach. Along any path the τ-th
-    ancestor is the visible token τ positions back. `[heads, W] -> [..., heads, T, N]`.
+def delays(position: Tensor, key_position: Tensor) -> Tensor:
+    """`p_i - p_j`, `[..., T, N]`."""
+    return position[..., :, None] - key_position[..., None, :]
+
+
+def distance_bias(attention: LinearAttention, position: Tensor, key_position: Tensor) -> Tensor:
+    """`[..., heads, T, N]`."""
+    table = attention.distance_bias
+    zero = 0 if attention.equation.causal else attention.equation.size - 1
+    index = (delays(position, key_position) + zero).clamp(0, table.shape[-1] - 1)
+    return table[:, index].movedim(0, -3)
+
+
+def band(attention: LinearAttention, position: Tensor, key_position: Tensor, seen: Tensor) -> Tensor:
+    """The conv as weights: `conv[h, p_i - p_j]` on the visible tokens of its reach, or centred,
+    `conv[h, p_i - p_j + W div 2]`. Along any path the τ-th ancestor is the visible token τ positions back.
+    `[..., heads, T, N]`.
     """
-    delay = position[..., :, None] - key_position[..., None, :]
-    reach = seen & (delay < conv.shape[-1])
-    weights = conv[:, delay.clamp(0, conv.shape[-1] - 1)].movedim(0, -3)
+    conv, width = attention.conv, attention.equation.conv_width
+    tap = delays(position, key_position) + (0 if attention.equation.causal else width // 2)
+    reach = seen & (tap >= 0) & (tap < width)
+    weights = conv.to(accumulator(conv.dtype))[:, tap.clamp(0, width - 1)].movedim(0, -3)
     return weights.masked_fill(~reach[..., None, :, :], 0.0)

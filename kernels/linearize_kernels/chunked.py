@@ -124,18 +124,11 @@ def prefix_sums(
     """S and z before each chunk of a timeline and after the last, `[chunks + 1, B, far, F, Dv]` and
     `[chunks + 1, B, far, F]`. Sinks are never folded.
     """
-    eq = attention.equation
-    if attention.k_map is None:
-        return (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+    if attention.far is None:
+        return tuple(x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
     old = slice(0, chunks * chunk)
-    features = attention.key_features(k[..., old, :].to(state.S.dtype))
-    features = features.masked_fill((position[:, old] < eq.sinks)[:, None, :, None], 0.0)
-    features = features.unflatten(-2, (chunks, chunk))
-    values = v[..., old, :].to(state.S.dtype).repeat_interleave(eq.far_heads // eq.kv_heads, -3)
-    products = features.transpose(-1, -2) @ values.unflatten(-2, (chunks, chunk))
-    S = torch.cat([state.S[None], products.movedim(2, 0)]).cumsum(0)
-    z = torch.cat([state.z[None], features.sum(-2).movedim(2, 0)]).cumsum(0)
-    return S, z
+    k, v = (x[..., old, :].to(state.S.dtype).unflatten(-2, (chunks, chunk)) for x in (k, v))
+    return attention.far.fold(state.S, state.z, k, v, position[:, old].unflatten(-1, (chunks, chunk)))
 
 
 def commit(

@@ -1,11 +1,26 @@
 """Feature maps φ of the far part: `φ(q)ᵀ φ(k)` stands in for the softmax kernel.
 
-Each is a module over `[..., heads, T, D] -> [..., heads, T, feature_dim]`. A new one is a class with
-`feature_dim` and `forward`, entered in `FEATURE_MAPS`.
+Each is a module over `[..., heads, T, D] -> [..., heads, T, feature_dim]`. A new one is a subclass of `FeatureMap`
+under `@feature_map(name)`.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
+
+
+def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
+    """Enters a class in `FEATURE_MAPS`: recipes then know it by `name`."""
+
+    def enter(cls: type["FeatureMap"]) -> type["FeatureMap"]:
+        cls.name, FEATURE_MAPS[name] = name, cls
+        return cls
+
+    return enter
 
 
 def unit_norm(x: Tensor) -> Tensor:
@@ -13,39 +28,74 @@ def unit_norm(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
 
 
-class Identity(nn.Module):
-    """The vector itself at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
+class FeatureMap(nn.Module):
+    """
+    Args:
+        heads: of the queries or keys it will see.
+        feature_dim: what a recipe asks for; None: the map's own choice.
+        scale: of the softmax that it stands in for: `exp(scale q·k)`.
 
-    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None):
+    Attributes:
+        feature_dim: of its output.
+        name: in recipes.
+        positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
+        shared: whether queries and keys must go through one and the same map.
+    """
+
+    positive = False
+    shared = False
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__()
+        self.heads, self.head_dim, self.scale = heads, head_dim, scale
         self.feature_dim = head_dim
+
+    def reset_parameters(self) -> None:
+        """As at the start of a conversion."""
+
+
+@feature_map("identity")
+class Identity(FeatureMap):
+    """The vector itself at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return unit_norm(x)
 
 
-class Relu(nn.Module):
+@feature_map("linear")
+class Linear(FeatureMap):
+    """The vector as it is, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale**0.5
+
+
+@feature_map("relu")
+class Relu(FeatureMap):
     """`max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
 
-    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None):
-        super().__init__()
-        self.feature_dim = head_dim
+    positive = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
 
 
-class Hedgehog(nn.Module):
-    """`[softmax(xW), softmax(-xW)]`, one learned W per head (arXiv 2402.04347, in the softmax form of
-    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many.
-    """
+@feature_map("elu")
+class Elu(FeatureMap):
+    """`1 + elu(x)`, as TransNormer takes it (arXiv 2210.10340, from arXiv 2006.16236, eq. 7)."""
 
-    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None):
-        super().__init__()
-        width = feature_dim or head_dim
-        self.feature_dim = 2 * width
-        self.weight = nn.Parameter(torch.empty(heads, head_dim, width))
-        self.reset_parameters()
+    positive = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 + nn.functional.elu(x)
+
+
+class Projected(FeatureMap):
+    """A map that starts with a learned matrix per head."""
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
+        super().__init__(heads, head_dim, feature_dim, scale)
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, feature_dim or head_dim))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -56,9 +106,120 @@ class Hedgehog(nn.Module):
         square = min(head_dim, width)
         self.weight[:, :, :square] = torch.eye(head_dim, square)
 
+
+@feature_map("hedgehog")
+class Hedgehog(Projected):
+    """`[softmax(xW), softmax(-xW)]`, one learned W per head (arXiv 2402.04347, in the softmax form of
+    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many.
+    """
+
+    positive = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.feature_dim = 2 * self.weight.shape[-1]
+
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.weight.to(x.dtype)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
-FEATURE_MAPS = {"identity": Identity, "relu": Relu, "hedgehog": Hedgehog}
+@feature_map("taylor")
+class Taylor(Projected):
+    """`[1, x, x⊗x/√2]` of `x = √scale Wᵀx`: φφ is exp's Taylor series to second order (Based, arXiv 2402.18668,
+    sec. 4). `feature_dim` is the width d' that W projects to; the features are 1 + d' + d'².
+    """
+
+    positive = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        width = self.weight.shape[-1]
+        self.feature_dim = 1 + width + width * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scale**0.5 * (x @ self.weight.to(x.dtype))
+        squares = (x[..., :, None] * x[..., None, :]).flatten(-2) / math.sqrt(2)
+        return torch.cat([torch.ones_like(x[..., :1]), x, squares], -1)
+
+
+@feature_map("performer")
+class Performer(FeatureMap):
+    """FAVOR+: `exp(ωᵀx - |x|²/2) / √m` of `x = √scale x` with m orthogonal random directions ω of Gaussian length
+    (arXiv 2009.14794, eqs. 5 to 7 and sec. 2.4); φφ is an unbiased estimate of `exp(scale q·k)`. ω is drawn from
+    torch's generator, saved with the weights and not trained; `redraw` draws it anew.
+    """
+
+    positive = True
+    shared = True
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
+        super().__init__(heads, head_dim, feature_dim, scale)
+        self.feature_dim = feature_dim or 2 * head_dim
+        self.register_buffer("directions", torch.empty(head_dim, self.feature_dim))
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Blocks of D orthogonal directions; each with the length of a Gaussian vector."""
+        count, dim = self.feature_dim, self.head_dim
+        blocks = -(-count // dim)
+        orthogonal = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator))[0]
+        lengths = torch.randn(blocks * dim, dim, generator=generator).norm(dim=-1)
+        self.directions.copy_((orthogonal.transpose(1, 2).reshape(-1, dim) * lengths[:, None])[:count].T)
+
+    reset_parameters = redraw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale**0.5
+        exponent = x @ self.directions.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2
+        return exponent.exp() / math.sqrt(self.feature_dim)
+
+
+@feature_map("yoso")
+class Yoso(FeatureMap):
+    """YOSO's locality-sensitive hashing (arXiv 2111.09714, sec. 3): the signs of BITS random hyperplanes put a
+    vector in one of 2^BITS buckets, and φ is 1/√m in its bucket of each of m hashes. φφ is the share of hashes
+    that collide, of expectation `collision_probability`.
+
+    The gradient is that of the expectation in the paper's bounded form (eq. 12), `BITS/2 · φφ · k` towards q, with
+    the mean direction of k's bucket in the place of k: so it, too, needs no more than the state.
+    """
+
+    positive = True
+    shared = True
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
+        super().__init__(heads, head_dim, feature_dim, scale)
+        self.hashes = max(1, (feature_dim or 8 << BITS) >> BITS)
+        self.feature_dim = self.hashes << BITS
+        self.register_buffer("planes", torch.empty(head_dim, self.hashes, BITS))
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        self.planes.copy_(torch.randn(self.planes.shape, generator=generator))
+
+    reset_parameters = redraw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = unit_norm(x)
+        planes = self.planes.to(x.dtype)
+        planes = planes / planes.norm(dim=0)
+        height = (x @ planes.flatten(1)).unflatten(-1, (self.hashes, BITS))
+        above = height.detach() > 0
+        bucket = (above * (1 << torch.arange(BITS, device=x.device))).sum(-1)
+        # What x has along its bucket's mean direction: √(2/πD) along the bucket's side of each plane.
+        along = math.sqrt(2 / (math.pi * self.head_dim)) * torch.where(above, height, -height).sum(-1)
+        collides = (1 + BITS / 2 * (along - along.detach())) / math.sqrt(self.hashes)
+        buckets = torch.arange(1 << BITS, device=x.device)
+        return ((bucket[..., None] == buckets) * collides[..., None]).flatten(-2)
+
+
+BITS = 4
+
+
+def collision_probability(cosine: Tensor) -> Tensor:
+    """`(1 - arccos(q̂·k̂)/π)^BITS` (YOSO, arXiv 2111.09714, eq. 6), with the paper's bounded gradient,
+    `BITS/2` times itself: the exact one has no limit at cosine 1.
+    """
+    value = (1 - torch.arccos(cosine.detach().clamp(-1, 1)) / math.pi) ** BITS
+    return value * (1 + BITS / 2 * (cosine - cosine.detach()))

@@ -28,8 +28,8 @@ class StepState:
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
     """The state before the first token."""
     eq = attention.equation
-    features = 0 if attention.k_map is None else attention.k_map.feature_dim
-    S = torch.zeros(eq.far_heads, features, eq.value_dim, dtype=dtype)
+    features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
+    S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
     return StepState(S, S.sum(-1))
 
 
@@ -51,30 +51,29 @@ def step(
         same_group = eq.size > 0 and position // eq.size == now // eq.size
         if same_group if eq.scope == "group" else now - position < eq.size:
             kept.append((position, near_k, near_v))
-        elif attention.k_map is not None:
-            repeat = eq.far_heads // eq.kv_heads
-            phi = attention.k_map(near_k.repeat_interleave(repeat, 0)[:, None])[:, 0]
-            S = S + phi[:, :, None] * near_v.repeat_interleave(repeat, 0)[:, None, :]
-            z, folded = z + phi, folded + 1
+        elif attention.far is not None:
+            S, z = attention.far.fold_one(S, z, near_k, near_v, position)
+            folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
-    phi_q = None if attention.q_map is None else attention.q_map(q[:, None])[:, 0]
     outputs = []
     for head in range(eq.heads):
         kv = head // (eq.heads // eq.kv_heads)
-        far = head if eq.per_query_head else kv
         local = sinks + kept
-        values = [local_v[kv] for _, _, local_v in local]
-        scores = [
-            attention.score(q[head, None], x[kv, None], eq.scale, eq.softcap)[0, 0] for _, x, _ in local
-        ]
+        values, scores = [local_v[kv] for _, _, local_v in local], []
+        for position, x, _ in local:
+            score = attention.score(q[head, None], x[kv, None], eq.scale, eq.softcap)[0, 0]
+            if attention.distance_bias is not None:
+                score = score + attention.distance_bias[head, min(now - position, eq.size - 1)].to(q.dtype)
+            scores.append(score)
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
-        mass = None if phi_q is None else phi_q[head] @ z[far]
-        weights, coefficient = attention.combine.define(head, q[head], scores, mass, folded > 0)
-        out = sum((w * x for w, x in zip(weights, values, strict=True)), torch.zeros_like(v[kv]))
-        if mass is not None:
-            out = out + coefficient * (phi_q[head] @ S[far])
+        far = mass = None
+        if attention.far is not None:
+            far, mass = attention.far.read_one(head, q, S, z)
+        out = attention.combine.define(
+            head, q[head], scores, values or [torch.zeros_like(v[kv])], far, mass, folded > 0
+        )
         for delay, old in enumerate(past_v):
             out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
         outputs.append(out)

@@ -6,8 +6,13 @@ itself.
 """
 
 import ast
-from importlib.util import find_spec
+import re
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+
+from linearize_kernels.features import FEATURE_MAPS
 
 AUTO_MAP = {
     "AutoConfig": "configuration_linearized.LinearizedConfig",
@@ -20,6 +25,7 @@ FLAT = {
     "linearize_cli.runtime": "linearize_runtime",
     "linearize_kernels": "linearize_kernels",
 }
+OWN = "linearize_own_"  # modules with a user's feature map
 
 
 def flat_name(module: str) -> str:
@@ -65,7 +71,25 @@ def flatten(source: str) -> str:
     return "".join(lines)
 
 
-def copy_code(folder: Path) -> None:
-    """Write the flat modules into a folder."""
-    for name, text in sources().items():
+def load_own_code(path: Path) -> ModuleType:
+    """Run a user's Python file, as written or as an artifact carries it, as the module `linearize_own_NAME`."""
+    name = OWN + path.stem.removeprefix(OWN)
+    spec = spec_from_file_location(name, path)
+    module = sys.modules[name] = module_from_spec(spec)
+    text = re.sub(r"from \.linearize_kernels_(\w+) ", r"from linearize_kernels.\1 ", path.read_text())
+    exec(compile(text, str(path), "exec"), vars(module))
+    return module
+
+
+def copy_code(folder: Path, feature_map: str | None) -> None:
+    """Write the flat modules into a folder, and with them the user's module that has the feature map."""
+    files = sources()
+    cls = FEATURE_MAPS.get(feature_map)
+    if cls is not None and cls.__module__.startswith(OWN):
+        own = sys.modules[cls.__module__]
+        files[f"{own.__name__}.py"] = flatten(Path(own.__spec__.origin).read_text())
+        files[f"{FLAT[ENTRIES[1]]}.py"] += (
+            f"\nfrom .{own.__name__} import {cls.__name__}  # noqa: E402, F401\n"
+        )
+    for name, text in files.items():
         (folder / name).write_text(text)

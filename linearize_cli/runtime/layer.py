@@ -13,7 +13,7 @@ def equation(attention: dict, geometry: dict) -> Equation:
 
     Args:
         attention: the `attention` part of a recipe.
-        geometry: heads, kv_heads, key_dim, value_dim, scale and softcap of the base model's layer.
+        geometry: the first fields of `Equation`, those of the base model's layer.
     """
     local, far = attention.get("local") or {}, attention.get("far") or {}
     return Equation(
@@ -24,6 +24,7 @@ def equation(attention: dict, geometry: dict) -> Equation:
         feature_map=far.get("feature_map"),
         feature_dim=far.get("feature_dim"),
         per_query_head=far.get("per_query_head", False),
+        memory=(attention.get("memory") or {}).get("kind", "none"),
         combine=attention.get("combine", "none"),
         conv_width=(attention.get("conv") or {}).get("width", 0),
         sinks=attention.get("sinks", 0),

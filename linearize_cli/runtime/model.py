@@ -54,7 +54,8 @@ class LinearizeMixin:
         """As in transformers, and the code that loads it where `linearize` is not installed."""
         self.config.auto_map = dict(AUTO_MAP)
         result = super().save_pretrained(save_directory, *args, **kwargs)
-        copy_code(Path(save_directory))
+        far = self.config.linearize["attention"].get("far") or {}
+        copy_code(Path(save_directory), far.get("feature_map"))
         return result
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):

@@ -1,0 +1,266 @@
+"""How the local and the far part become one output.
+
+A combine is a module. `define` says it for one token and head: scores and values are lists over L(i), `far` the far
+part's numerator `[Dv]` and `mass` its mass (both None without a far part), `any_far` whether F(i) has tokens.
+`forward` says the same for whole blocks, under masks:
+
+    q [..., kv, group, T, D], scores and local [..., kv, group, T, N], values [..., kv, N, Dv],
+    far [..., kv, group, T, Dv] and mass [..., kv, group, T] or None, any_far like mass -> [..., kv, group, T, Dv]
+
+A new one is entered in `COMBINES`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+TINY = 1e-12  # below any normaliser that stands for something
+
+
+class Combine(nn.Module):
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        """As at the start of a conversion."""
+
+
+class Shared(Combine):
+    """One normaliser under one maximum: local weights `exp(s - m)`, far weights `exp(mix(q) - m) φφ`.
+
+    `mix` is a learned linear function of q per head. m runs over the local scores, and over mix(q) only
+    where something is far.
+    """
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__(heads, key_dim, value_dim, has_local, has_far)
+        self.mix = nn.Parameter(torch.empty(heads, key_dim + 1)) if has_local and has_far else None
+
+    def reset_parameters(self) -> None:
+        if self.mix is not None:
+            nn.init.zeros_(self.mix)
+
+    def define(self, head, q, scores, values, far, mass, any_far):
+        mix = q.new_zeros(())
+        if self.mix is not None:
+            weight = self.mix[head].to(q.dtype)
+            mix = weight[:-1] @ q + weight[-1]
+        ceiling = max([*scores, mix] if any_far else scores, default=mix)
+        weights = [(score - ceiling).exp() for score in scores]
+        total, out = sum(weights), weighted(weights, values)
+        if any_far:
+            factor = (mix - ceiling).exp()
+            total, out = total + factor * mass, out + factor * far
+        return out / max(total, TINY)
+
+    def forward(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor,
+        values: Tensor,
+        far: Tensor | None,
+        mass: Tensor | None,
+        any_far: Tensor | None,
+    ) -> Tensor:
+        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
+        if far is None:
+            weights = masked_exp(scores, local, finite(ceiling).detach())
+            return attend(weights, values) / positive(weights.sum(-1))
+        mix = mass.new_zeros(())
+        if self.mix is not None:
+            mix = per_head(self.mix, q)
+        mix = torch.where(any_far, mix, float("-inf"))
+        ceiling = finite(torch.maximum(ceiling, mix)).detach()
+        weights, factor = masked_exp(scores, local, ceiling), (mix - ceiling).exp()
+        total = positive(weights.sum(-1) + factor * mass)
+        return (attend(weights, values) + factor[..., None] * far) / total
+
+
+class Lolcats(Combine):
+    """LoLCATs' combine (arXiv 2410.10254): local weights `γ exp(s - max s)`, far weights `φφ`, one
+    normaliser. The maximum runs over the local part alone, so it is part of the meaning. γ starts at 0.1.
+    """
+
+    start = 0.1
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__(heads, key_dim, value_dim, has_local, has_far)
+        self.gamma_logit = nn.Parameter(torch.empty(heads))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma_logit, math.log(self.start / (1 - self.start)))
+
+    def define(self, head, q, scores, values, far, mass, any_far):
+        gamma = self.gamma_logit[head].to(q.dtype).sigmoid()
+        weights = [gamma * (score - max(scores)).exp() for score in scores]
+        total, out = sum(weights), weighted(weights, values)
+        if any_far:
+            total, out = total + mass, out + far
+        return out / max(total, TINY)
+
+    def forward(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor,
+        values: Tensor,
+        far: Tensor | None,
+        mass: Tensor | None,
+        any_far: Tensor | None,
+    ) -> Tensor:
+        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
+        gamma = self.gamma_logit.to(q.dtype).sigmoid().view(*q.shape[-4:-2], 1, 1)
+        weights = gamma * masked_exp(scores, local, finite(ceiling))
+        out, total = attend(weights, values), weights.sum(-1)
+        return out / positive(total) if far is None else (out + far) / positive(total + mass)
+
+
+class Unnormalised(Combine):
+    """No normaliser: the scores are the weights, and the far part counts with a learned factor per head,
+    0 at the start (arXiv 2406.07368).
+    """
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__(heads, key_dim, value_dim, has_local, has_far)
+        self.factor = nn.Parameter(torch.empty(heads)) if has_far else None
+
+    def reset_parameters(self) -> None:
+        if self.factor is not None:
+            nn.init.zeros_(self.factor)
+
+    def define(self, head, q, scores, values, far, mass, any_far):
+        out = weighted(scores, values)
+        return out if far is None else out + self.factor[head].to(q.dtype) * far
+
+    def forward(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor,
+        values: Tensor,
+        far: Tensor | None,
+        mass: Tensor | None,
+        any_far: Tensor | None,
+    ) -> Tensor:
+        out = attend(scores.masked_fill(~local, 0.0), values)
+        if far is None:
+            return out
+        return out + self.factor.to(q.dtype).view(*q.shape[-4:-2], 1, 1) * far
+
+
+class RootMeanSquare(Combine):
+    """The sum of both parts, divided by its root mean square, times a learned gain per head and channel
+    (RetNet's and TransNormer's normalisation of the output, arXiv 2307.08621 eq. 8 and 2210.10340 eq. 9).
+    """
+
+    epsilon = 1e-6
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__(heads, key_dim, value_dim, has_local, has_far)
+        self.gain = nn.Parameter(torch.empty(heads, value_dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+
+    def define(self, head, q, scores, values, far, mass, any_far):
+        out = weighted(scores, values)
+        out = out if far is None else out + far
+        return self.gain[head].to(q.dtype) * out / (out.square().mean() + self.epsilon).sqrt()
+
+    def forward(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor,
+        values: Tensor,
+        far: Tensor | None,
+        mass: Tensor | None,
+        any_far: Tensor | None,
+    ) -> Tensor:
+        out = attend(scores.masked_fill(~local, 0.0), values)
+        return self.normalise(q, out if far is None else out + far)
+
+    def normalise(self, q: Tensor, out: Tensor) -> Tensor:
+        gain = self.gain.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
+        return gain * out * (out.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+
+class Gate(RootMeanSquare):
+    """Two outputs under a gate g per head and query: `(1 - g) softmax over L(i) + g · RMS-normalised far part`,
+    `g = sigmoid(w·q + b)`, near 0 at the start and 0 where nothing is far. For far parts that are no positive
+    weights, or have a normaliser of their own.
+    """
+
+    start = -3.0
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
+        super().__init__(heads, key_dim, value_dim, has_local, has_far)
+        self.gate = nn.Parameter(torch.empty(heads, key_dim + 1))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.gate)
+        with torch.no_grad():
+            self.gate[:, -1] = self.start
+
+    def define(self, head, q, scores, values, far, mass, any_far):
+        ceiling = max(scores, default=0.0)
+        weights = [(score - ceiling).exp() for score in scores]
+        local = weighted(weights, values) / max(sum(weights), TINY)
+        if not any_far:
+            return local
+        weight = self.gate[head].to(q.dtype)
+        gate = (weight[:-1] @ q + weight[-1]).sigmoid()
+        return (1 - gate) * local + gate * super().define(head, q, [], [far], far, mass, any_far)
+
+    def forward(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor,
+        values: Tensor,
+        far: Tensor | None,
+        mass: Tensor | None,
+        any_far: Tensor | None,
+    ) -> Tensor:
+        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
+        weights = masked_exp(scores, local, finite(ceiling).detach())
+        out = attend(weights, values) / positive(weights.sum(-1))
+        if far is None:
+            return out
+        gate = torch.where(any_far, per_head(self.gate, q).sigmoid(), 0.0)[..., None]
+        return (1 - gate) * out + gate * self.normalise(q, far)
+
+
+COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": RootMeanSquare, "gate": Gate}
+
+
+def weighted(weights: list, values: list) -> Tensor:
+    """Σ weight · value of one token; values is never empty in a local part, and holds one zero else."""
+    return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
+
+
+def attend(weights: Tensor, values: Tensor) -> Tensor:
+    """`[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]` without a copy of the values."""
+    return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
+
+
+def per_head(parameter: Tensor, q: Tensor) -> Tensor:
+    """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
+    weight = parameter.to(q.dtype).view(*q.shape[-4:-2], -1, 1)
+    return (q @ weight[..., :-1, :]).squeeze(-1) + weight[..., -1, :]
+
+
+def masked_exp(scores: Tensor, keep: Tensor, ceiling: Tensor) -> Tensor:
+    return (scores - ceiling[..., None]).masked_fill(~keep, float("-inf")).exp()
+
+
+def finite(ceiling: Tensor) -> Tensor:
+    """The row maximum, 0 where a row sees nothing (a pad)."""
+    return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
+
+
+def positive(normaliser: Tensor) -> Tensor:
+    return normaliser.clamp_min(TINY)[..., None]

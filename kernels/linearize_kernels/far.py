@@ -1,0 +1,237 @@
+"""The far part: what reads and writes the state S, z.
+
+Two equations of one form. `FeatureMemory` is φ(q)ᵀS with a feature map and a memory; `Projection` is Linformer's
+softmax over k slots. Both write tokens into a state and read it, and both say so twice: `fold_one` and `read_one`
+for one token (the definition), `forward` and `fold` for many at once.
+
+Shapes: `heads` are query heads, `far` the heads of S and z (`far_heads`); a token that is not there has position -1
+and never counts, and sinks are never folded.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from linearize_kernels.combine import TINY
+from linearize_kernels.features import FEATURE_MAPS
+from linearize_kernels.memory import MEMORIES, delta_solve, elapsed
+
+LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
+
+
+class FeatureMemory(nn.Module):
+    """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij φ(k_j)`."""
+
+    def __init__(self, equation):
+        super().__init__()
+        eq = self.equation = equation
+        feature_map = FEATURE_MAPS[eq.feature_map]
+        self.q_map = feature_map(eq.heads, eq.key_dim, eq.feature_dim, eq.scale)
+        self.k_map = None
+        if not feature_map.shared:
+            self.k_map = feature_map(eq.far_heads, eq.key_dim, eq.feature_dim, eq.scale)
+        self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim)
+        self.state_width = (self.q_map.feature_dim, eq.value_dim)
+
+    def reset_parameters(self) -> None:
+        for part in (self.q_map, self.k_map, self.memory):
+            if part is not None:
+                part.reset_parameters()
+
+    def keys(self, k: Tensor) -> Tensor:
+        """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""
+        key_map = self.q_map if self.k_map is None else self.k_map
+        return self.memory.key_features(key_map(self.equation.to_far_heads(k)))
+
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""
+        phi = self.keys(k[:, None])[:, 0]
+        return self.memory.fold_one(S, z, phi, self.equation.to_far_heads(v[:, None])[:, 0])
+
+    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The far part `[Dv]` of one head for all queries q `[heads, D]`, and its mass."""
+        phi, far = self.q_map(q[:, None])[head, 0], head * self.equation.far_heads // self.equation.heads
+        return phi @ S[far], phi @ z[far]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        seen: Tensor,
+        far: Tensor,
+        S: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What queries read of S and of the tokens k, v that are not in it yet.
+
+        Args:
+            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - T tokens and
+                then the T new ones, each after its ancestors.
+            position: `[..., N]`; -1 or that of a sink: the token does not count.
+            seen, far: `[..., T, N]` bool: the ancestors of each query (itself among them), and those in F(i).
+            S: `[..., far, F, Dv]`; z: `[..., far, F]`.
+
+        Returns:
+            numerator `[..., far, heads / far, T, Dv]` and mass `[..., far, heads / far, T]`.
+        """
+        eq, memory, length = self.equation, self.memory, q.shape[-2]
+        phi_q, phi_k, values = eq.fold_queries(self.q_map(q), eq.far_heads), self.keys(k), eq.to_far_heads(v)
+        products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
+        read = eq.split_queries(phi_q @ S, length)
+        mass = eq.split_queries(phi_q @ z[..., None], length).squeeze(-1)
+        far = far[..., None, :, :]
+        log_decay = memory.log_decay(values)
+        if log_decay is not None:
+            counts = position >= eq.sinks
+            log_decay = log_decay.masked_fill(~counts[..., None, :], 0.0)
+            earlier = before(seen, counts)
+            passed = elapsed(log_decay, earlier)
+            total = (far.to(q.dtype) @ log_decay[..., None]).squeeze(-1)  # [..., far, T]
+            kept = (total[..., :, None] - passed[..., None, :]).masked_fill(~far, float("-inf")).exp()
+            products, left = products * kept[..., None, :, :], total.exp()[..., None, :]
+            strength = memory.strength(values)
+            if strength is not None:
+                answers = passed.exp()[..., None] * (phi_k @ S)
+                values = delta_solve(phi_k, strength, passed, earlier, values - answers)
+            read, mass = left[..., None] * read, left * mass
+        products = products.masked_fill(~far[..., None, :, :], 0.0)
+        own = eq.split_queries(products.flatten(-3, -2) @ values, length)
+        return own + read, products.sum(-1) + mass
+
+    def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """S and z before each of n consecutive chunks of a chain and after the last: `[n + 1, B, far, F, Dv]`.
+
+        Args:
+            k, v: `[B, kv, n, C, D]`; position: `[B or 1, n, C]`.
+        """
+        memory, counts = self.memory, position >= self.equation.sinks
+        chunks, length = k.shape[-3:-1]
+
+        def flat(x: Tensor) -> Tensor:
+            return self.equation.to_far_heads(x.flatten(-3, -2))
+
+        def cut(x: Tensor) -> Tensor:  # [B, far, n * C, X] -> [n, B, far, C, X]
+            return x.unflatten(-2, (chunks, length)).movedim(-3, 0)
+
+        phi = cut(self.keys(k.flatten(-3, -2))).masked_fill(~counts.movedim(-2, 0)[:, :, None, :, None], 0.0)
+        values = flat(v)
+        log_decay = memory.log_decay(values)
+        if log_decay is None:
+            states = torch.cat([S[None], phi.transpose(-1, -2) @ cut(values)]).cumsum(0)
+            return states, torch.cat([z[None], phi.sum(-2)]).cumsum(0)
+        counts = counts.movedim(-2, 0)  # [n, B or 1, C]
+        log_decay = cut(log_decay[..., None]).squeeze(-1).masked_fill(~counts[:, :, None], 0.0)
+        passed = log_decay.cumsum(-1)
+        strength, right = memory.strength(values), cut(values)
+        kept = phi * (passed[..., -1:] - passed).exp()[..., None]
+        if strength is not None:
+            strength = cut(strength[..., None]).squeeze(-1)
+            right = torch.cat([right, passed.exp()[..., None] * phi], -1)
+            right = delta_solve(phi, strength, passed, chain(counts), right)
+            right, answers = right[..., : v.shape[-1]], right[..., v.shape[-1] :]
+        states, sums = [S], [z]
+        for n in range(chunks):
+            written = right[n] if strength is None else right[n] - answers[n] @ S
+            decay = passed[n, ..., -1].exp()[..., None]
+            S = decay[..., None] * S + kept[n].transpose(-1, -2) @ written
+            z = decay * z + kept[n].sum(-2)
+            states.append(S)
+            sums.append(z)
+        return torch.stack(states), torch.stack(sums)
+
+
+class Projection(nn.Module):
+    """Linformer (arXiv 2006.04768, eq. 7): keys and values are projected on k slots, and softmax runs over these.
+
+    Made causal and of any length, the projection is a running mean: a token at position p counts in slot s with
+    weight `E[s, p mod period]`, a softmax over the slots of a learned table, so `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ E_sj`.
+    At the start, token p goes mostly to slot p mod k. S holds `[Σ E k, Σ E v]` and z `Σ E`.
+    """
+
+    own_slot = 4.0  # logit of a token's own slot at the start
+
+    def __init__(self, equation):
+        super().__init__()
+        eq = self.equation = equation
+        self.slots = eq.feature_dim or 64
+        self.table = nn.Parameter(torch.empty(eq.far_heads, self.slots, 4 * self.slots))
+        self.state_width = (self.slots, eq.key_dim + eq.value_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        own = torch.eye(self.slots).repeat(1, self.table.shape[-1] // self.slots)
+        self.table.copy_((self.own_slot * own).expand_as(self.table))
+
+    def weights(self, position: Tensor, dtype: torch.dtype) -> Tensor:
+        """E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
+        table = self.table.to(dtype).softmax(1)
+        return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
+
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1)
+        token = self.equation.to_far_heads(torch.cat([k, v], -1)[:, None])[:, 0]
+        return S + share[:, :, None] * token[:, None, :], z + share
+
+    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        eq, far = self.equation, head * self.equation.far_heads // self.equation.heads
+        if not z[far].any():
+            return S.new_zeros(eq.value_dim), S.new_zeros(())
+        keys, values = (S[far] / z[far][:, None]).split([eq.key_dim, eq.value_dim], -1)
+        return (eq.scale * (keys @ q[head])).softmax(0) @ values, S.new_ones(())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        seen: Tensor,
+        far: Tensor,
+        S: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `FeatureMemory.forward`; the numerator is normalised already and the mass 1, or 0 where nothing is far."""
+        eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
+        share = self.weights(position, q.dtype)
+        shared = share[..., None, :, :]
+        q, k, v = eq.fold_queries(q, eq.far_heads), eq.to_far_heads(k), eq.to_far_heads(v)
+        old_k, old_v = S.split([eq.key_dim, eq.value_dim], -1)
+        total = z[..., None, None, :] + far @ shared  # [..., far, 1, T, slots]
+        pairs = far * eq.split_queries(q @ k.transpose(-1, -2), length)
+        scores = eq.split_queries(q @ old_k.transpose(-1, -2), length) + pairs @ shared
+        scores = (eq.scale * scores / total.clamp_min(TINY)).masked_fill(total == 0, LOW)
+        weights = scores.softmax(-1).masked_fill(total == 0, 0.0) / total.clamp_min(TINY)
+        own = far * (weights @ shared.transpose(-1, -2))
+        out = eq.split_queries(own.flatten(-3, -2) @ v + weights.flatten(-3, -2) @ old_v, length)
+        return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
+
+    def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
+        share = self.weights(position.movedim(-2, 0), k.dtype).masked_fill(~counts, 0.0)
+        tokens = self.equation.to_far_heads(torch.cat([k, v], -1), dim=-4).movedim(-3, 0)
+        states = torch.cat([S[None], share.transpose(-1, -2) @ tokens]).cumsum(0)
+        return states, torch.cat([z[None], share.sum(-2).expand(-1, *z.shape)]).cumsum(0)
+
+
+def far_part(equation) -> nn.Module:
+    return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
+
+
+FAR_PARTS = {"linformer": Projection}
+
+
+def chain(counts: Tensor) -> Tensor:
+    """Which tokens are before which in a chain: `[..., N] -> [..., N, N]` bool; one that does not count is not."""
+    length = counts.shape[-1]
+    order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
+    return order & counts[..., None, :] & counts[..., :, None]
+
+
+def before(seen: Tensor, counts: Tensor) -> Tensor:
+    """Which tokens are before which, of a chain and the T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
+    new, every = seen.shape[-2:]
+    order = chain(counts)
+    own = seen & counts[..., None, :] & counts[..., every - new :, None]
+    diagonal = torch.eye(new, every, dtype=torch.bool, device=seen.device).roll(every - new, -1)
+    return torch.cat([order[..., : every - new, :].expand(*own.shape[:-2], -1, -1), own & ~diagonal], -2)

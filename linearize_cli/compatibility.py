@@ -1,0 +1,94 @@
+"""Which parts of a recipe go together: said when it is read, naming the keys."""
+
+from collections.abc import Iterable
+
+from linearize_kernels.combine import COMBINES
+from linearize_kernels.far import FAR_PARTS
+from linearize_kernels.features import FEATURE_MAPS
+from linearize_kernels.local import SCORES, WEIGHTS
+from linearize_kernels.memory import MEMORIES
+
+from linearize_cli.recipe import Attention, Recipe
+
+
+def misfits(recipe: Recipe) -> Iterable[str]:
+    """Values that no part of the library goes by, and parts that do not go together."""
+    a, r = recipe.attention, recipe.recover
+    yield from unknown_values(a)
+    at_least = [("attention.conv.width", a.conv.width, 0), ("attention.sinks", a.sinks, 0)]
+    if a.local:
+        at_least.append(("attention.local.size", a.local.size, 1))
+    if a.far and a.far.feature_dim is not None:
+        at_least.append(("attention.far.feature_dim", a.far.feature_dim, 1))
+    at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
+    for path, value, least in at_least:
+        if value < least:
+            yield f"{path}: {value} is less than {least}"
+    if not a.local and not a.far:
+        yield "attention: neither local nor far: nothing would be attended to"
+    else:
+        yield from parts_at_odds(a)
+    if not 0 <= r.transfer.share <= 1:
+        yield f"recover.transfer.share: {r.transfer.share} is not between 0 and 1"
+    if isinstance(r.distill.lr, str) and r.distill.lr != "auto":
+        yield f"recover.distill.lr: {r.distill.lr!r} is neither a number nor auto"
+
+
+def unknown_values(a: Attention) -> Iterable[str]:
+    choices = [
+        ("attention.combine", a.combine, COMBINES),
+        ("attention.memory.kind", a.memory.kind, MEMORIES),
+    ]
+    if a.local:
+        choices.append(("attention.local.scope", a.local.scope, ("sliding", "group")))
+        choices.append(("attention.local.score", a.local.score, SCORES))
+    if a.far:
+        choices.append(("attention.far.feature_map", a.far.feature_map, [*FEATURE_MAPS, *FAR_PARTS]))
+    for path, value, allowed in choices:
+        if value not in allowed:
+            yield f"{path}: {value!r} is none of {', '.join(allowed)}"
+
+
+def parts_at_odds(a: Attention) -> Iterable[str]:
+    local, far, score = a.local is not None, a.far is not None, a.local.score if a.local else None
+    weight = score in WEIGHTS
+    if weight and a.combine not in ("none", "rms"):
+        yield f"attention.local.score, attention.combine: {score} is a weight, not a logit: {a.combine} needs softmax"
+    if local and not weight and a.combine in ("none", "rms"):
+        yield (
+            f"attention.local.score, attention.combine: {score} scores need a normaliser, which {a.combine} lacks: "
+            "shared, lolcats or gate"
+        )
+    if a.combine in ("lolcats", "gate") and not (local and far):
+        yield f"attention.combine: {a.combine} joins a local and a far part; one is missing"
+    if a.sinks and score != "softmax":
+        yield "attention.sinks: sinks are tokens of the local softmax part, which is missing"
+    kind = a.memory.kind
+    if kind != "none" and not far:
+        yield f"attention.memory.kind, attention.far: {kind} is how the far part forgets; there is none"
+    if far and kind != "none" and a.far.feature_map in FAR_PARTS:
+        yield f"attention.memory.kind, attention.far.feature_map: {a.far.feature_map} has a memory of its own"
+    if kind == "delta" and a.combine in ("shared", "lolcats"):
+        yield f"attention.memory.kind, attention.combine: delta leaves no mass for the normaliser of {a.combine}"
+    if kind == "delta" and weight and a.local.scope == "group":
+        yield (
+            "attention.memory.kind, attention.local.score, attention.local.scope: delta rewrites the state token by "
+            f"token; {score} within groups folds whole groups (FLASH)"
+        )
+    if far and a.combine in ("shared", "lolcats"):
+        feature_map = FEATURE_MAPS.get(a.far.feature_map)
+        if feature_map is not None and not feature_map.positive:
+            yield (
+                f"attention.far.feature_map, attention.combine: {a.far.feature_map} features give negative weights: "
+                f"{a.combine} needs positive ones"
+            )
+        if feature_map is None and local and a.far.feature_map in FAR_PARTS:
+            yield (
+                f"attention.far.feature_map, attention.combine: {a.far.feature_map} has a normaliser of its own: "
+                "join it with a local part by gate"
+            )
+
+
+def forward_only(a: Attention) -> str | None:
+    """The key of a part that only runs forward in time, which no encoder's attention does; None: there is none."""
+    return "attention.memory.kind" if MEMORIES[a.memory.kind].forward_in_time else None
