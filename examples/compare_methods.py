@@ -1,8 +1,10 @@
-"""Converts one checkpoint with several methods at one budget and prints a Markdown table.
+"""Converts one checkpoint with every method at one budget and prints a Markdown table.
 
     python examples/compare_methods.py MODEL --data train.jsonl --eval-data valid.jsonl --out runs
+    python examples/compare_methods.py demo --out runs
 
-A method whose artifact is in OUT already is not run again, and an interrupted one is resumed.
+A method whose artifact is in OUT already is not run again, and an interrupted one is resumed. For `demo`, whose text
+can only be continued by recalling what was told earlier, the table has the share of recalled words.
 """
 
 import json
@@ -10,60 +12,94 @@ from pathlib import Path
 
 import click
 
-from linearize_cli import convert
+from linearize_cli import convert, load
+from linearize_cli.cli import calm_libraries
 from linearize_cli.console import Terminal
-from linearize_cli.recipe import load_recipe, parse_count
+from linearize_cli.demo import heldout_path
+from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
+from linearize_cli.measure.recall import recall
+from linearize_cli.recipe import load_recipe, method_names, parse_count
+from linearize_cli.recover.data import DEMO
 
-METHODS = "augmented,lolcats,augmented:flash,window"
+CONTROL = "window"
+COLUMNS = [
+    "method",
+    "at swap",
+    "transferred",
+    "recovered",
+    "x teacher",
+    "x `window`",
+    "local only",
+    "linear only",
+]
 
 
 @click.command()
 @click.argument("model")
-@click.option("--methods", default=METHODS, show_default=True)
-@click.option("--data", required=True)
-@click.option("--eval-data", required=True)
+@click.option("--methods", default=",".join(method_names()), help="Names joined by commas; all if not given.")
+@click.option("--data", help="Text to train on; not needed for demo.")
+@click.option("--eval-data", help="Text to measure on; not needed for demo.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--tokens", type=parse_count, default="650k", show_default=True)
+@click.option("--tokens", type=parse_count, default="160k", show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--size", default=32, show_default=True, help="Of the window or group, where there is one.")
 @click.option("--seed", default=0, show_default=True)
 def main(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
+    calm_libraries()
     out.mkdir(parents=True, exist_ok=True)
-    click.echo(
-        "| method | at swap | transferred | recovered | x teacher | local only | linear only | state | s |"
-    )
-    click.echo("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    common = dict(tokens=tokens, seq_len=seq_len, seed=seed, terminal=Terminal())
+    common |= dict(data=(data,) if data else (), eval_data=eval_data or str(heldout_path()))
+    reports = {}
     for method in methods.split(","):
         folder = out / method.replace(":", "-")
         overrides = (f"attention.local.size={size}",) if load_recipe(method).attention.local else ()
         if not folder.exists():
-            convert(
-                model,
-                folder,
-                method=method,
-                overrides=overrides,
-                data=(data,),
-                eval_data=eval_data,
-                tokens=tokens,
-                seq_len=seq_len,
-                seed=seed,
-                resume=folder.with_name(folder.name + ".partial").exists(),
-                terminal=Terminal(),
-            )
-        click.echo(row(method, json.loads((folder / "linearize.json").read_text())))
+            resume = folder.with_name(folder.name + ".partial").exists()
+            convert(model, folder, method=method, overrides=overrides, resume=resume, **common)
+        reports[method] = json.loads((folder / "linearize.json").read_text())
+        if model == DEMO:
+            reports[method]["recall"] = recalled(folder)
+        (out / "table.md").write_text(table(reports))
+    click.echo((out / "table.md").read_text())
 
 
-def row(method: str, report: dict) -> str:
-    perplexity, ablation = report["perplexity"], report["ablation"]
-    values = [perplexity[name] for name in ("swapped", "transferred", "recovered")]
-    values += [
-        perplexity["recovered"] / perplexity["teacher"],
-        ablation["local_only"],
-        ablation["linear_only"],
-    ]
-    cells = ["-" if value is None else f"{value:.3f}" for value in values]
-    seconds = sum(report["seconds"].values())
-    return f"| `{method}` | {' | '.join(cells)} | {report['state_bytes'] / 1000:.0f} kB | {seconds:.0f} |"
+def recalled(folder: Path) -> float:
+    """The share of told words that the artifact recalls; measured once."""
+    path = folder.with_name(folder.name + ".recall.json")
+    if not path.exists():
+        result = recall(*load(folder), list(generate_documents(HELDOUT_SEED, 100)))
+        path.write_text(json.dumps(result))
+    return json.loads(path.read_text())["accuracy"]
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Markdown, the best method first."""
+    with_recall = any("recall" in report for report in reports.values())
+    columns = [*COLUMNS, *(["recall"] if with_recall else []), "state", "s"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    control = reports.get(CONTROL, {}).get("perplexity", {}).get("recovered")
+    for method, report in sorted(reports.items(), key=lambda item: item[1]["perplexity"]["recovered"]):
+        perplexity, ablation = report["perplexity"], report["ablation"]
+        recovered = perplexity["recovered"]
+        values = [
+            perplexity["swapped"],
+            perplexity["transferred"],
+            recovered,
+            recovered / perplexity["teacher"],
+        ]
+        values += [control and recovered / control, ablation["local_only"], ablation["linear_only"]]
+        cells = [number(value) for value in values]
+        if with_recall:
+            cells.append(f"{report['recall']:.1%}")
+        cells += [f"{report['state_bytes'] / 1000:.0f} kB", f"{sum(report['seconds'].values()):.0f}"]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1000 else f"{value:.2g}"
 
 
 if __name__ == "__main__":

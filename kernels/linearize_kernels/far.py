@@ -145,7 +145,7 @@ class Projection(nn.Module):
     """Linformer (arXiv 2006.04768, eq. 7): keys and values are projected on k slots, and softmax runs over these.
 
     Made causal and of any length, the projection is a running mean: a token at position p counts in slot s with
-    weight `E[s, p mod period]`, a softmax over the slots of a learned table, so `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ E_sj`.
+    weight `E[s, p mod period]`, a softmax over the slots of a learned table: `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ E_sj`.
     At the start, token p goes mostly to slot p mod k. S holds `[Σ E k, Σ E v]` and z `Σ E`.
     """
 
