@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from linearize_kernels.attention import LinearAttention
-from linearize_kernels.chunked import commit
+from linearize_kernels.chunked import chunked, commit
 from linearize_kernels.state import State
 from torch import Tensor
 from transformers.cache_utils import (
@@ -21,7 +21,7 @@ ROLLBACK = 256
 class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """Holds a `State` instead of keys and values.
 
-    `update` returns the new keys and values as they are; the attention module appends the state it computed.
+    `update` returns the new keys and values as they are; the attention module gives them to `attend`.
     While past recording is on, the state as of the last crop is kept with the tokens since then: a crop
     replays those that stay.
 
@@ -53,6 +53,20 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """No rollback beyond this point."""
         self.snapshot: State | None = None
         self.trail: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def attend(
+        self,
+        attention: LinearAttention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Outputs `[B, heads, T, Dv]` of new tokens, which the state takes in; arguments as of `chunked`."""
+        out, state = chunked(attention, self.state, q, k, v, valid, sink_logits)
+        self.append(attention, state, k, v, valid)
+        return out
 
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None

@@ -62,11 +62,11 @@ class LinearizedAttention(LinearAttention):
             )
         past = 0 if linearize_state is None else linearize_state.seen
         valid = valid_tokens(attention_mask, query.shape[0], query.shape[-2], past)
-        state = None if linearize_state is None else linearize_state.state
         sink_logits = s_aux if self.equation.score == "softmax" else None
-        out, state = chunked(self, state, query, key, value, valid, sink_logits)
-        if linearize_state is not None:
-            linearize_state.append(self, state, key, value, valid)
+        if linearize_state is None:
+            out, _ = chunked(self, None, query, key, value, valid, sink_logits)
+        else:
+            out = linearize_state.attend(self, query, key, value, valid, sink_logits)
         return out.transpose(1, 2).contiguous()
 
 

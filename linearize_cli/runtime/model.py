@@ -1,10 +1,11 @@
 """The model class of a linearized checkpoint: its base model's class with converted layers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
@@ -17,6 +18,7 @@ from linearize_cli.runtime.cache import cache_layer
 from linearize_cli.runtime.config import LinearizedConfig, base_of
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import LinearizedAttention, equation
+from linearize_cli.runtime.tree import Tree, read_tree
 
 _classes: dict[type, type] = {}
 
@@ -57,6 +59,10 @@ class LinearizeMixin:
         far = self.config.linearize["attention"].get("far") or {}
         copy_code(Path(save_directory), far.get("feature_map"))
         return result
+
+    def read_tree(self, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
+        """As `tree.read_tree`."""
+        return read_tree(self, cache, ids, parents)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

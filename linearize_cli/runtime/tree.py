@@ -1,0 +1,186 @@
+"""A token tree behind a cached prefix: the logits of all nodes in one forward, and an accepted path's way into
+the cache. The tree itself writes nothing: it is read through branches, which stand in for the cache's layers.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.block import block
+from linearize_kernels.chunked import commit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from linearize_cli.runtime.cache import LinearCacheLayer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a tree: `depth` `[N]` int64, 0 for a root; `visible` `[N, N]` bool, `visible[i, j]`: j is i or an
+    ancestor of i; `position` `[B, N]` int64, every node's place in its row.
+    """
+
+    depth: Tensor
+    visible: Tensor
+    position: Tensor
+
+
+class LinearBranch(LinearCacheLayer):
+    """The tree in a converted layer: its prefix is a state."""
+
+    def __init__(self, prefix: LinearCacheLayer, shape: Shape):
+        super().__init__()
+        self.prefix, self.shape, self.state, self.seen = prefix, shape, prefix.state, prefix.seen
+
+    def attend(
+        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *sink_logits
+    ) -> Tensor:
+        self.attention, self.new = attention, (k, v)
+        position, visible = self.shape.position.to(q.device), self.shape.visible.to(q.device)
+        return block(attention, self.state, q, k, v, position, visible, *sink_logits).to(q.dtype)
+
+    def commit(self, path: Sequence[int]) -> None:
+        k, v = (x[..., path, :] for x in self.new)
+        self.prefix.append(self.attention, commit(self.attention, self.prefix.state, k, v), k, v, None)
+
+
+class SoftmaxBranch(DynamicLayer):
+    """The tree in a layer that stayed softmax: its prefix is keys and values."""
+
+    def __init__(self, prefix: DynamicLayer, shape: Shape):
+        super().__init__()
+        self.prefix, self.is_sliding = prefix, prefix.is_sliding
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.new = key_states, value_states
+        return copy.copy(self.prefix).update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.prefix.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.prefix.get_mask_sizes(query_length)
+
+    def commit(self, path: Sequence[int]) -> None:
+        self.prefix.update(*(x[..., path, :] for x in self.new))
+
+
+class DummyBranch(DummyLayer):
+    """The tree in a layer that keeps nothing: it reads the keys and values of another."""
+
+    def __init__(self, prefix: DummyLayer, shape: Shape):
+        super().__init__()
+
+    def commit(self, path: Sequence[int]) -> None: ...
+
+
+BRANCHES = {
+    LinearCacheLayer: LinearBranch,
+    DynamicLayer: SoftmaxBranch,
+    DynamicSlidingWindowLayer: SoftmaxBranch,
+    DummyLayer: DummyBranch,
+}
+
+
+@dataclass
+class Tree:
+    """A tree that was read. Attributes: `logits` `[B, N, vocab]`, each node's as if its path had been decoded
+    token by token.
+    """
+
+    logits: Tensor
+    parents: Sequence[int]
+    branches: list[LinearBranch | SoftmaxBranch | DummyBranch]
+
+    @torch.no_grad()
+    def commit(self, path: Sequence[int]) -> None:
+        """Append the nodes of an accepted path, from a root on, to the cache of every row.
+
+        Raises:
+            ValueError: the nodes are no such path.
+            RuntimeError: the cache has moved on since the tree was read.
+        """
+        path, parents = list(path), dict(enumerate(self.parents))
+        if any(parents.get(node) != before for before, node in zip([-1, *path], path, strict=False)):
+            raise ValueError(f"{path} is no path of the tree: it must go from a root from parent to child")
+        linear = (branch for branch in self.branches if isinstance(branch, LinearBranch))
+        if any(branch.state is not branch.prefix.state for branch in linear):
+            raise RuntimeError("the cache has moved on since the tree was read")
+        if path:
+            for branch in self.branches:
+                branch.commit(path)
+
+
+@torch.no_grad()
+def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
+    """Logits of the nodes of a token tree that continues every row of a cache; the cache stays as it is.
+
+    Args:
+        cache: after the rows' prefixes, which may lie behind pads on their left.
+        ids: `[B, N]`, the nodes' tokens.
+        parents: each node's parent, -1 for none; a parent comes before its children.
+
+    Raises:
+        ValueError: the parents are no tree of N nodes, or the cache holds no prefix.
+        NotImplementedError: a layer keeps what cannot branch (a recurrent state, a static buffer), or a kept
+            softmax layer attends without a 4-D mask.
+    """
+    if len(parents) != ids.shape[1] or not all(-1 <= parent < i for i, parent in enumerate(parents)):
+        raise ValueError(
+            f"parents {list(parents)} are no tree of {ids.shape[1]} nodes, parents before children"
+        )
+    strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in BRANCHES}
+    if strange:
+        raise NotImplementedError(f"a tree cannot branch off what the cache holds: {', '.join(strange)}")
+    first = next((x for x in cache.layers if isinstance(x, LinearCacheLayer) and x.state is not None), None)
+    if first is None:
+        raise ValueError("the cache holds no prefix: run the model on it first")
+    count = first.state.count
+    visible = torch.eye(len(parents), dtype=torch.bool, device=ids.device)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    depth = visible.sum(-1) - 1
+    shape = Shape(depth, visible, count[:, None] + depth)
+    branched = copy.copy(cache)
+    branched.layers = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
+    slots = torch.arange(first.seen + len(parents), device=ids.device)
+    hook = partial(pass_tree_mask, shape=shape)
+    with ExitStack() as hooks:
+        for name in model.config.linearize["softmax"]:
+            module = model.get_submodule(name)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        logits = model(
+            input_ids=ids,
+            past_key_values=branched,
+            use_cache=True,
+            attention_mask=(slots >= first.seen - count[:, None]).long(),
+            position_ids=shape.position,
+        ).logits
+    return Tree(logits, list(parents), branched.layers)
+
+
+def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a softmax layer. The mask that the model made is that of a chain, with its pads, its
+    window or its chunks: a node sees of the prefix and of its ancestors what the chain's token of its depth
+    sees.
+    """
+    mask, nodes = kwargs.get("attention_mask"), len(shape.depth)
+    if nodes == 1:
+        return None
+    if mask is None or mask.dim() != 4:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends without a 4-D mask, which a tree needs: load the model with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    prefix, depth = mask.shape[-1] - nodes, shape.depth.to(mask.device)
+    columns = torch.cat([torch.arange(prefix, device=mask.device), prefix + depth])
+    mask = mask[:, :, depth][..., columns]
+    hidden = nn.functional.pad(~shape.visible.to(mask.device), (prefix, 0), value=False)
+    lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return args, {**kwargs, "attention_mask": mask.masked_fill(hidden, lowest)}
