@@ -1,4 +1,4 @@
-"""A new feature map, for a recipe beside it to name: see softplus.yaml. It travels inside the artifacts made with it."""
+"""A new feature map, for the recipe beside it, softplus.yaml, to name. It travels inside the artifacts made with it."""
 
 from linearize_kernels.features import Projected, feature_map
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch.nn.functional import softplus
 
 @feature_map("softplus")
 class Softplus(Projected):
-    """`log(1 + exp(Wᵀx))`, one learned W per head, the identity at the start: `[..., heads, T, D] -> [..., heads, T, F]`."""
+    """`log(1 + exp(Wᵀx))`, one learned W per head: `[..., heads, T, D] -> [..., heads, T, F]`."""
 
     positive = True  # its φφ are weights, so that it may share the local part's normaliser
 

@@ -84,7 +84,9 @@ model_options = options(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
     ),
 )
-trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the source model's own code.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that MODEL or ARTIFACT brings along."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -148,6 +150,7 @@ def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: 
 @click.option("--draft", metavar="medusa|lookup|MODEL", help="Drafter (not in this version).")
 @click.option("--target", type=click.Choice(["self", "teacher"]), default="self", help="Not in this version.")
 @click.option("--tree", metavar="NAME|FILE", help="Token tree (not in this version).")
+@trust_option
 @model_options
 @command_options
 def verify(
@@ -201,6 +204,7 @@ def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.option("--max-new", type=click.IntRange(1), default=128, show_default=True, help="Tokens at most.")
 @click.option("--speculative", type=click.Choice(["medusa", "lookup"]), help="Draft tokens and verify them.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@trust_option
 @model_options
 @command_options
 def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def generate(
     max_new: int = 128,
     speculative: str | None = None,
     temperature: float = 0.0,
+    trust_remote_code: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
@@ -36,7 +37,7 @@ def generate(
         )
     if speculative == "medusa":
         raise UserError(f"{artifact} has no Medusa heads", "Use --speculative lookup, or none.")
-    model, tokenizer = load(artifact, device=device, dtype=dtype)
+    model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long)
     if tokenizer.bos_token_id is not None:
         ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
-from linearize_cli.checkpoint import load_teacher
+from linearize_cli.artifact.load import load
 from linearize_cli.console import write_json
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.measure.equivalence import (
@@ -138,6 +138,7 @@ def verify(
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda check: None,
     write: bool = True,
 ) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def verify(
     Args:
         prompts: a file with a prompt a line, or JSONL with a `text` field; None: a few built in.
         dtype: torch's name of the dtype to run in; None: the artifact's.
+        trust_remote_code: whether a feature map that the artifact brings along may run.
         write: whether to write ARTIFACT/verify.json.
 
     Returns:
@@ -157,7 +159,8 @@ def verify(
     folder = Path(artifact).expanduser()
     check_artifact(folder)
     texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
-    model, tokenizer = load_teacher(str(folder.resolve()), dtype, device)
+    options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(folder.resolve(), **options)
     report = verify_model(model, tokenizer, prompts=texts, max_new=max_new, seed=seed, progress=progress)
     if write:
         write_json(folder / "verify.json", report)

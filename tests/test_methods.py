@@ -8,10 +8,12 @@ import pytest
 import torch
 import yaml
 from convert_case import make_teacher, run
+from linearize_kernels.features import FEATURE_MAPS
 from torch.nn.functional import kl_div
 
 from linearize_cli.artifact.load import load
 from linearize_cli.checkpoint import load_teacher
+from linearize_cli.errors import UserError
 from linearize_cli.recipe import load_recipe, method_names
 from linearize_cli.runtime.tree import read_tree
 
@@ -119,3 +121,30 @@ model.save_pretrained({str(tmp_path / "again")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     assert (tmp_path / "again" / "linearize_own_softplus.py").exists()
+
+
+def test_a_feature_map_in_an_artifact_runs_only_if_trusted(teacher, tmp_path, monkeypatch):
+    recipe = str(EXAMPLES / "softplus.yaml")
+    run(teacher, tmp_path / "out", method=recipe, overrides=small(recipe), train=False)
+    monkeypatch.delitem(FEATURE_MAPS, "softplus")
+    with pytest.raises(UserError, match="linearize_own_softplus.py, which was not run"):
+        load(tmp_path / "out")
+    check_trees(load(tmp_path / "out", trust_remote_code=True)[0])
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (None, "cannot be loaded"),
+        ("import nothing_of_this_name", "nothing_of_this_name"),
+        ("class Mine: ...", "has no feature map Mine"),
+        ("from linearize_kernels.features import FeatureMap as Mine", "has no feature map Mine"),
+    ],
+)
+def test_a_feature_map_that_is_not_there_is_refused(code, words, tmp_path):
+    if code is not None:
+        (tmp_path / "mine.py").write_text(code)
+    recipe = {"name": "mine", "attention": {"far": {"feature_map": "mine.py:Mine"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=words):
+        load_recipe(str(tmp_path / "mine.yaml"))

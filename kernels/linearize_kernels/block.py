@@ -97,7 +97,7 @@ def evaluate(
         local_values = pad(values, (0, 0, 0, 1))
     out = attention.combine(grouped_q, scores, local, local_values, far, mass, any_far)
     if attention.conv is not None:
-        taps = by_head(eq, band(attention, position, key_position, seen))
+        taps = by_head(eq, band(attention, position, key_position, seen)).to(wide)
         out = out + attend(taps.expand(*out.shape[:-1], -1), values)
     return out.flatten(-4, -3)
 
@@ -137,5 +137,5 @@ def band(attention: LinearAttention, position: Tensor, key_position: Tensor, see
     conv, width = attention.conv, attention.equation.conv_width
     tap = delays(position, key_position) + (0 if attention.equation.causal else width // 2)
     reach = seen & (tap >= 0) & (tap < width)
-    weights = conv.to(accumulator(conv.dtype))[:, tap.clamp(0, width - 1)].movedim(0, -3)
+    weights = conv[:, tap.clamp(0, width - 1)].movedim(0, -3)
     return weights.masked_fill(~reach[..., None, :, :], 0.0)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, first_five
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load(
-    path: str | Path, *, device: str = "cpu", dtype: str | None = None
+    path: str | Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A linearized model, in eval mode, and its tokenizer; `path` is a folder or a Hub id.
+
+    Args:
+        trust_remote_code: whether a feature map that the artifact brings along may run.
 
     Raises:
         UserError: there is no such artifact, it is no linearized model, or its files are damaged.
@@ -22,6 +25,7 @@ def load(
     import linearize_cli.runtime
     from linearize_cli.checkpoint import load_teacher
 
+    enter_own_feature_map(str(path), trust_remote_code)
     model, tokenizer = load_teacher(str(path), dtype, device)
     if not isinstance(model, linearize_cli.runtime.LinearizeMixin):
         raise UserError(
@@ -29,3 +33,33 @@ def load(
             f"Convert it first: linearize convert {path}",
         )
     return model, tokenizer
+
+
+def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
+    """A feature map of a user's own is code in the artifact; it enters the registry if it may run.
+
+    Raises:
+        UserError: it may not.
+    """
+    from linearize_kernels.far import FAR_PARTS
+    from linearize_kernels.features import FEATURE_MAPS
+    from transformers import PreTrainedConfig
+
+    from linearize_cli.checkpoint import resolve_model
+    from linearize_cli.runtime.bundle import OWN, load_own_code
+
+    folder = resolve_model(path)
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    far = config.get("linearize", {}).get("attention", {}).get("far") or {}
+    name = far.get("feature_map")
+    if name is None or name in FEATURE_MAPS or name in FAR_PARTS:
+        return
+    files = sorted(Path(folder).glob(f"{OWN}*.py"))
+    if not trust_remote_code or not files:
+        where = f"in {first_five([file.name for file in files])}, which was not run" if files else "missing"
+        raise UserError(
+            f"{path}: the code of its feature map `{name}` is {where}",
+            "Read that code. If you trust it, add --trust-remote-code." if files else "Convert it again.",
+        )
+    for file in files:
+        load_own_code(file)
