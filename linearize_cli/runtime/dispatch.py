@@ -59,9 +59,10 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
     """Give each named attention module its linear attention. Kept softmax layers stay native.
 
     A config object all of whose attention modules are converted is switched as a whole, so that the model
-    makes no O(T²) mask.
+    makes no O(T²) mask; not where the model's own code works on that mask (`adapters.Adapter.native_mask`).
     """
-    configs = [model.get_submodule(name).config for name in layers]
+    modules = [model.get_submodule(name) for name in layers]
+    configs = [module.config for module in modules if not getattr(module, "native_mask", False)]
     for name, linear_attention in layers.items():
         module = model.get_submodule(name)
         device = next(module.parameters()).device
