@@ -1,7 +1,6 @@
 """Which layers of a model can be converted, and why not the others: found by a probe, not by name."""
 
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from typing import Any
 
 import torch

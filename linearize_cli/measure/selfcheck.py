@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from linearize_cli.measure.equivalence import forward
+from linearize_cli.measure.equivalence import forward, unpadded
 
 # Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
 # layers of rounding add up to in the narrow types.
@@ -37,10 +37,8 @@ def incremental_difference(model: PreTrainedModel, ids: Tensor, singles: int = 3
 
 @torch.no_grad()
 def padded_difference(model: PreTrainedModel, ids: Tensor, pads: int = 11) -> float:
-    """Largest logit difference between a row alone and the same row behind pads, in one forward."""
-    expected = full_logits(model, ids[:1])
-    padded = torch.cat([ids[:1, :1].expand(1, pads), ids[:1]], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :pads] = 0
-    logits = forward(model, padded, mask=mask)
-    return (logits[:, pads:] - expected).abs().max().item()
+    """Largest logit difference between a row behind pads, in one forward, and `unpadded`."""
+    row = ids[0, pads:]
+    padded = torch.cat([row[:1].expand(pads), row])[None]
+    mask = (torch.arange(padded.shape[1], device=ids.device) >= pads)[None].long()
+    return (forward(model, padded, mask=mask)[0, pads:] - unpadded(model, row, pads)).abs().max().item()
