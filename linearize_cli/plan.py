@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from linearize_kernels.local import SCORES
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -119,6 +120,19 @@ def is_causal(module: nn.Module, call: Call) -> bool:
         return bool(getattr(module, "is_causal", True))
     seen = visible(call.mask[0, 0])
     return bool((seen == torch.ones_like(seen).tril()).all())
+
+
+@torch.no_grad()
+def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
+    """Start the position biases of a linearized model as the base model's: those of softmax scores."""
+    for layer in layers:
+        attention = model.get_submodule(layer.name).linear_attention
+        if (
+            layer.bias is not None
+            and attention.distance_bias is not None
+            and attention.score is SCORES["softmax"]
+        ):
+            attention.distance_bias.copy_(layer.bias[:, : attention.distance_bias.shape[1]])
 
 
 def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:

@@ -3,7 +3,7 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from linearize_cli.plan import choose_layers, plan_layers
+from linearize_cli.plan import Layer, choose_layers, copy_biases, plan_layers
 from linearize_cli.runtime import linearize
 
 SMALL = dict(
@@ -133,12 +133,10 @@ CONVERTED: dict[str, tuple[str, dict]] = {
     "qwen3-moe": ("qwen3_moe", {**EXPERTS, **HEAD}),
     "qwen3-next": ("qwen3_next", {**NATIVE_LINEAR, **EXPERTS, **HEAD}),
     "rembert": ("rembert", dict(is_decoder=True, input_embedding_size=32, output_embedding_size=32)),
-    "roformer": ("roformer", dict(is_decoder=True, embedding_size=32)),
     "seed-oss": ("seed_oss", HEAD),
     "smollm3": ("smollm3", {}),
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", dict(sliding_window=6)),
-    "trocr": ("trocr", dict(d_model=32, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=48)),
     "vaultgemma": ("vaultgemma", dict(query_pre_attn_scalar=9, **HEAD, **SLIDING)),
     "xglm": ("xglm", dict(d_model=32, ffn_dim=48, num_layers=4, attention_heads=4)),
 }
@@ -172,10 +170,22 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
 
 
 def swapped(family: str, attention: dict = AUGMENTED, keep: int = 0, **changes) -> PreTrainedModel:
-    """A converted tiny model; of the layers that could be converted, the last `keep` stay softmax. Every
-    parameter is moved away from its start, so that none is zero and attention is not uniform.
-    """
+    """A converted tiny model; see `swap`."""
     model = tiny_model(family, **changes)
+    swap(model, attention, keep)
+    return model
+
+
+def swap(
+    model: PreTrainedModel, attention: dict = AUGMENTED, keep: int = 0
+) -> tuple[list[Layer], list[Layer]]:
+    """Convert a model in place; of the layers that could be converted, the last `keep` stay softmax. Every
+    parameter is moved away from its start, so that none is zero and attention is not uniform; a position bias
+    stays the base model's.
+
+    Returns:
+        The linear layers and those that stay softmax.
+    """
     linear, softmax = choose_layers(plan_layers(model))
     linear, softmax = linear[: len(linear) - keep], softmax + linear[len(linear) - keep :]
     linearize(
@@ -192,4 +202,5 @@ def swapped(family: str, attention: dict = AUGMENTED, keep: int = 0, **changes) 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
+    copy_biases(model, linear)
+    return linear, softmax
