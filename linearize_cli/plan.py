@@ -8,11 +8,24 @@ import transformers
 from linearize_kernels.local import SCORES
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from linearize_cli.errors import UserError
 from linearize_cli.probe import PROBE, Call, has_bias, probe, probe_bias, visible
 from linearize_cli.runtime.adapters import adapted
+
+# The places in a cache that a converted layer can take: `runtime.cache.cache_layer`.
+PLACES = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 @dataclass(frozen=True)
@@ -104,14 +117,14 @@ def refusal(module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tens
     if has_bias(call) and bias is None:
         return "it adds a bias to its scores that is not a function of distance alone"
     if call.extra.get("linearize_state") != PROBE:
-        return "it is given no cache, or passes no keyword arguments on: a state cannot reach its attention"
-    if not isinstance(getattr(module, "layer_idx", None), int):
+        return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"
+    if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx < 0:
         return "it has no layer_idx, so it has no place in a cache"
     if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
         return "it shares keys and values with other layers"
     place = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
-    if type(place) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        return "its cache holds more than keys and values (a recurrent state or an index, say)"
+    if type(place) not in PLACES:
+        return "its cache holds more than keys and values (an index or compressed keys, say)"
     return None
 
 

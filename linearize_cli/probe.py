@@ -71,7 +71,7 @@ def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
     """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
-    each.
+    each. No marker reaches a layer of a model that returns no cache: its states are lost.
     """
     recorder, hooks = Probe(), []
     ids = torch.arange(1, 4, device=model.device)[None]
@@ -81,7 +81,10 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
             for module in recorder.calls:
                 hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
             recorder.calls.clear()
-            model(input_ids=ids, use_cache=True)
+            output = model(input_ids=ids, use_cache=True)
+            if getattr(output, "past_key_values", None) is None:
+                for call in recorder.calls.values():
+                    call.extra.pop("linearize_state", None)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -75,6 +75,7 @@ CONVERTED: dict[str, tuple[str, dict]] = {
     "exaone4": ("exaone4", SLIDING),
     "falcon": ("falcon", {}),
     "falcon-alibi": ("falcon", dict(alibi=True, multi_query=False)),
+    "falcon-h1": ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, **HEAD)),
     "falcon-new": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
     "gemma": ("gemma", HEAD),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=9, attn_logit_softcapping=2.0, **HEAD, **SLIDING)),
@@ -144,7 +145,6 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "bert-encoder": ("bert", {}),
     "deepseek-v3.2": ("deepseek_v32", dict(index_n_heads=2, index_head_dim=16, **EXPERTS, **LATENT)),
     "doge": ("doge", {}),
-    "falcon-h1": ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, **HEAD)),
     "inkling": ("inkling_text", {**EXPERTS, **HEAD}),
     "mamba": ("mamba", {}),
     "zamba2": (

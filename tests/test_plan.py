@@ -16,10 +16,9 @@ REASONS = {
     "bert-encoder": "layer.0.attention.self: its attention is not causal",
     "deepseek-v3.2": "its cache holds more than keys and values",
     "doge": NOT_OF_DISTANCE,
-    "falcon-h1": "its cache holds more than keys and values",
     "inkling": NOT_OF_DISTANCE,
+    "zamba2": "it has no layer_idx, so it has no place in a cache",
     "mamba": r"MambaForCausalLM .*it has no softmax attention",
-    "zamba2": "its cache holds more than keys and values",
 }
 BART = dict(
     vocab_size=99,

@@ -43,6 +43,11 @@ class LinearizeMixin:
             },
         )
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Else transformers skips the buffers that a base model computes for its parts (Falcon-H1).
+        return False
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
