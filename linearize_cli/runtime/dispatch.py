@@ -65,7 +65,8 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
     configs = [module.config for module in modules if not getattr(module, "native_mask", False)]
     for name, linear_attention in layers.items():
         module = model.get_submodule(name)
-        device = next(module.parameters()).device
+        # Under construction some parameters may be real already (DiffLlama's), others on meta.
+        device = min((p.device for p in module.parameters()), key=lambda device: device.type != "meta")
         module.linear_attention = linear_attention.to(device, torch.float32)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
