@@ -74,12 +74,16 @@ def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, see
 def forward(
     model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left."""
-    inputs = {}
-    if mask is not None:
-        inputs["attention_mask"] = mask
-        if "position_ids" in signature(model.forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left, None: no pads.
+
+    Positions are given as `generate` gives them: what some models make of none is not what they make of these.
+    """
+    if mask is None:
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
+    inputs = {"attention_mask": mask}
+    if "position_ids" in signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
 
 

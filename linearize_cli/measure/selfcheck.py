@@ -18,7 +18,7 @@ def tolerance(logits: Tensor) -> float:
 @torch.no_grad()
 def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """`[B, L] -> [B, L, vocab]` in one forward without a cache."""
-    return model(input_ids=ids, use_cache=False).logits
+    return forward(model, ids)
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def incremental_difference(model: PreTrainedModel, ids: Tensor, singles: int = 3
     pieces = [p for p in pieces if p < length] if length > singles else []
     for size in [*pieces, *[1] * (length - sum(pieces))]:
         part = ids[:, first : first + size]
-        outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+        outputs.append(forward(model, part, cache))
         first += size
     return (torch.cat(outputs, 1) - expected).abs().max().item()
 
