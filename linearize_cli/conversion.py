@@ -86,7 +86,8 @@ def convert(
         raise UserError(
             f"{model} is a linearized model already", "Convert the softmax model it was made from."
         )
-    linear, softmax = choose_layers(plan_layers(teacher), keep_softmax)
+    reach = recipe.attention.local.size if recipe.attention.local else 1
+    linear, softmax = choose_layers(plan_layers(teacher, reach), keep_softmax)
     length = check_length(seq_len, recipe, teacher)
     check_budget(job, length)
     if dry_run:

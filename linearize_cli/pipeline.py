@@ -15,7 +15,7 @@ from linearize_cli.job import Job
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import perplexity
 from linearize_cli.measure.selfcheck import full_logits, incremental_difference, padded_difference, tolerance
-from linearize_cli.plan import Layer
+from linearize_cli.plan import Layer, copy_biases
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
 from linearize_cli.recover.distill import add_lora, distill_loss
@@ -73,6 +73,7 @@ class Run:
         }
         kv_bytes = kv_bytes_per_token(self.linear, self.model.dtype)
         linearize(self.model, record)
+        copy_biases(self.model, self.linear)
         self.measure("swapped", blocks)
         if not linear_parameters(self.model):
             self.steps["transfer"] = 0

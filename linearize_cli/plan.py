@@ -1,58 +1,53 @@
 """Which layers of a model can be converted, and why not the others: found by a probe, not by name."""
 
-from dataclasses import dataclass, field
-from inspect import Parameter, signature
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from linearize_kernels.local import SCORES
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from linearize_cli.errors import UserError
-from linearize_cli.runtime.dispatch import find_cache
+from linearize_cli.probe import PROBE, Call, has_bias, probe, probe_bias, visible
+from linearize_cli.runtime.adapters import adapted
 
-PROBE = "linearize_probe"
+# The places in a cache that a converted layer can take: `runtime.cache.cache_layer`.
+PLACES = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax."""
+    """One attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax.
+
+    Attributes:
+        bias: `[heads, distances]` what the base model adds to a score by the distance of its tokens, where it
+            does; 0 at distance 0.
+    """
 
     name: str
     geometry: dict[str, Any]
     refusal: str | None = None
+    bias: torch.Tensor | None = None
 
 
-@dataclass
-class Call:
-    """What one module gave to the attention interface during the probe."""
-
-    query: torch.Size
-    key: torch.Size
-    value: torch.Size
-    mask: torch.Tensor | None
-    extra: dict[str, Any]
-    count: int = 1
-
-
-@dataclass
-class Probe:
-    """An attention function that records its calls and attends to nothing."""
-
-    calls: dict[nn.Module, Call] = field(default_factory=dict)
-
-    def __call__(self, module, query, key, value, attention_mask, **extra):
-        count = self.calls[module].count + 1 if module in self.calls else 1
-        self.calls[module] = Call(query.shape, key.shape, value.shape, attention_mask, extra, count)
-        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-
-def plan_layers(model: PreTrainedModel) -> list[Layer]:
+def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
     """Every attention module that the model's forward reaches, in order.
+
+    Args:
+        reach: distances over which a position bias is read, as many as the local part's size.
 
     Raises:
         UserError: the model's code is not transformers' own, it is an encoder-decoder, or none of its layers
@@ -69,60 +64,33 @@ def plan_layers(model: PreTrainedModel) -> list[Layer]:
             f"{kind} is an encoder-decoder; only decoder-only models can be converted",
             "Choose a causal language model, such as a Llama, Qwen, Gemma or GPT-2 checkpoint.",
         )
-    calls = probe(model)
-    if not calls:
-        found = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
-        raise UserError(
-            f"{kind} cannot be converted: no layer calls transformers' attention interface"
-            + (f" (its own code computes {', '.join(found)})" if found else " (it has no softmax attention)"),
-            "`linearize inspect MODEL` shows what a model can do.",
-        )
-    names = {module: name for name, module in model.named_modules()}
-    cache = DynamicCache(config=model.config)
-    return [
-        Layer(names[module], geometry(call), refusal(module, call, cache)) for module, call in calls.items()
-    ]
-
-
-def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
-    """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
-    each.
-    """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
-    before = [c._attn_implementation_internal for c in configs]
-    training = model.training
-    recorder, hooks = Probe(), []
-    AttentionInterface.register(PROBE, recorder)
-    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    try:
-        model.eval()
-        for config in configs:
-            config._attn_implementation_internal = PROBE
-        ids = torch.arange(1, 4, device=model.device)[None]
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-            for module in recorder.calls:
-                hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
-            recorder.calls.clear()
-            model(input_ids=ids, use_cache=True)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
-        AttentionInterface._global_mapping.pop(PROBE, None)
-        AttentionMaskInterface._global_mapping.pop(PROBE, None)
-    return recorder.calls
-
-
-def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """As `runtime.dispatch.pass_state`, with a marker in place of the state."""
-    parameters = signature(module.forward).parameters.values()
-    if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return args, {**kwargs, "linearize_state": PROBE}
+    with adapted(model):
+        calls = probe(model)
+        biases = probe_bias(model, calls, reach)
+        if not calls:
+            found = sorted(
+                {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
+            )
+            raise UserError(
+                f"{kind} cannot be converted: no layer calls transformers' attention interface"
+                + (
+                    f" (its own code computes {', '.join(found)})"
+                    if found
+                    else " (it has no softmax attention)"
+                ),
+                "`linearize inspect MODEL` shows what a model can do.",
+            )
+        names = {module: name for name, module in model.named_modules()}
+        cache = DynamicCache(config=model.config)
+        return [
+            Layer(
+                names[module],
+                geometry(call) | ({"bias": True} if module in biases else {}),
+                refusal(module, call, cache, biases.get(module)),
+                biases.get(module),
+            )
+            for module, call in calls.items()
+        ]
 
 
 def geometry(call: Call) -> dict[str, Any]:
@@ -138,7 +106,7 @@ def geometry(call: Call) -> dict[str, Any]:
     }
 
 
-def refusal(module: nn.Module, call: Call, cache: DynamicCache) -> str | None:
+def refusal(module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tensor | None) -> str | None:
     """Why a layer cannot be converted; None: it can."""
     if call.query[2] != call.key[2]:
         return "cross-attention: its keys come from elsewhere"
@@ -146,32 +114,38 @@ def refusal(module: nn.Module, call: Call, cache: DynamicCache) -> str | None:
         return "its attention is not causal"
     if call.count > 1:
         return f"it calls attention {call.count} times in one forward"
-    tensors = {name: x for name, x in call.extra.items() if isinstance(x, torch.Tensor) and name != "s_aux"}
-    bias = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-    if bias or has_bias(call.mask):
-        return f"it adds a bias to its scores ({bias[0] if bias else 'in the mask'})"
+    if has_bias(call) and bias is None:
+        return "it adds a bias to its scores that is not a function of distance alone"
     if call.extra.get("linearize_state") != PROBE:
-        return "it is given no cache, or passes no keyword arguments on: a state cannot reach its attention"
-    if not isinstance(getattr(module, "layer_idx", None), int):
+        return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"
+    if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx < 0:
         return "it has no layer_idx, so it has no place in a cache"
     if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
         return "it shares keys and values with other layers"
     place = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
-    if type(place) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        return "its cache holds more than keys and values (a recurrent state or an index, say)"
+    if type(place) not in PLACES:
+        return "its cache holds more than keys and values (an index or compressed keys, say)"
     return None
 
 
 def is_causal(module: nn.Module, call: Call) -> bool:
     if call.mask is None:
         return bool(getattr(module, "is_causal", True))
-    seen = call.mask[0, 0] if call.mask.dtype == torch.bool else call.mask[0, 0] > -1e4
+    seen = visible(call.mask[0, 0])
     return bool((seen == torch.ones_like(seen).tril()).all())
 
 
-def has_bias(mask: torch.Tensor | None) -> bool:
-    """Whether an additive mask holds more than 0 and minus infinity."""
-    return mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask > -1e4)).any())
+@torch.no_grad()
+def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
+    """Start the position biases of a linearized model as the base model's: those of softmax scores."""
+    for layer in layers:
+        attention = model.get_submodule(layer.name).linear_attention
+        if (
+            layer.bias is not None
+            and attention.distance_bias is not None
+            and attention.score is SCORES["softmax"]
+        ):
+            attention.distance_bias.copy_(layer.bias[:, : attention.distance_bias.shape[1]])
 
 
 def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:

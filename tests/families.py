@@ -3,7 +3,7 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from linearize_cli.plan import choose_layers, plan_layers
+from linearize_cli.plan import Layer, choose_layers, copy_biases, plan_layers
 from linearize_cli.runtime import linearize
 
 SMALL = dict(
@@ -47,6 +47,7 @@ NATIVE_LINEAR = dict(
     linear_key_head_dim=8,
     linear_value_head_dim=8,
 )
+LOCAL = [[["global", "local"], 2]]
 SHARED_KV = dict(  # layers 2 and 3 store keys and values for 4 and 5
     num_hidden_layers=6,
     num_kv_shared_layers=2,
@@ -60,14 +61,22 @@ SHARED_KV = dict(  # layers 2 and 3 store keys and values for 4 and 5
 CONVERTED: dict[str, tuple[str, dict]] = {
     "apertus": ("apertus", {}),
     "bert": ("bert", dict(is_decoder=True)),
+    "big-bird": ("big_bird", dict(is_decoder=True, attention_type="original_full")),
     "biogpt": ("biogpt", {}),
+    "bloom": ("bloom", GPT),
+    "codegen": ("codegen", dict(GPT, rotary_dim=4)),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", SLIDING),
     "deepseek-v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
     "deepseek-v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
+    "diffllama": ("diffllama", {}),
     "ernie4.5": ("ernie4_5", HEAD),
     "ernie4.5-moe": ("ernie4_5_moe", EXPERTS),
     "exaone4": ("exaone4", SLIDING),
+    "falcon": ("falcon", {}),
+    "falcon-alibi": ("falcon", dict(alibi=True, multi_query=False)),
+    "falcon-h1": ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, **HEAD)),
+    "falcon-new": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
     "gemma": ("gemma", HEAD),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=9, attn_logit_softcapping=2.0, **HEAD, **SLIDING)),
     "gemma3": ("gemma3_text", dict(query_pre_attn_scalar=9, **HEAD, **SLIDING)),
@@ -77,7 +86,10 @@ CONVERTED: dict[str, tuple[str, dict]] = {
     "glm4": ("glm4", HEAD),
     "glm4-moe": ("glm4_moe", {**EXPERTS, **HEAD}),
     "gpt-bigcode": ("gpt_bigcode", GPT),
+    "gpt-j": ("gptj", dict(GPT, rotary_dim=4)),
+    "gpt-neo": ("gpt_neo", dict(num_layers=4, num_heads=4, window_size=64, attention_types=LOCAL)),
     "gpt-neox": ("gpt_neox", {}),
+    "gpt-neox-japanese": ("gpt_neox_japanese", {}),
     "gpt-oss": (
         "gpt_oss",
         dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **HEAD, **EXPERTS, **SLIDING),
@@ -99,10 +111,12 @@ CONVERTED: dict[str, tuple[str, dict]] = {
             **EXPERTS,
         ),
     ),
+    "megatron-bert": ("megatron-bert", dict(is_decoder=True)),
     "minicpm3": ("minicpm3", LATENT),
     "mistral": ("mistral", dict(sliding_window=6)),
     "mixtral": ("mixtral", EXPERTS),
     "modernbert-decoder": ("modernbert-decoder", {}),
+    "mpt": ("mpt", dict(d_model=32, n_heads=4, n_layers=4, max_seq_len=256)),
     "nanochat": ("nanochat", {}),
     "nemotron": ("nemotron", {}),
     "olmo": ("olmo", {}),
@@ -119,24 +133,20 @@ CONVERTED: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", HEAD),
     "qwen3-moe": ("qwen3_moe", {**EXPERTS, **HEAD}),
     "qwen3-next": ("qwen3_next", {**NATIVE_LINEAR, **EXPERTS, **HEAD}),
+    "rembert": ("rembert", dict(is_decoder=True, input_embedding_size=32, output_embedding_size=32)),
     "seed-oss": ("seed_oss", HEAD),
     "smollm3": ("smollm3", {}),
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", dict(sliding_window=6)),
     "vaultgemma": ("vaultgemma", dict(query_pre_attn_scalar=9, **HEAD, **SLIDING)),
+    "xglm": ("xglm", dict(d_model=32, ffn_dim=48, num_layers=4, attention_heads=4)),
 }
 REFUSED: dict[str, tuple[str, dict]] = {
     "bert-encoder": ("bert", {}),
-    "bloom": ("bloom", GPT),
     "deepseek-v3.2": ("deepseek_v32", dict(index_n_heads=2, index_head_dim=16, **EXPERTS, **LATENT)),
-    "diffllama": ("diffllama", {}),
     "doge": ("doge", {}),
-    "falcon": ("falcon", {}),
-    "falcon-h1": ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, **HEAD)),
-    "gpt-j": ("gptj", dict(GPT, rotary_dim=4)),
     "inkling": ("inkling_text", {**EXPERTS, **HEAD}),
     "mamba": ("mamba", {}),
-    "mpt": ("mpt", dict(d_model=32, n_heads=4, n_layers=2)),
     "zamba2": (
         "zamba2",
         dict(layers_block_type=["linear_attention", "hybrid"] * 2, mamba_d_state=8, n_mamba_heads=4),
@@ -160,10 +170,22 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
 
 
 def swapped(family: str, attention: dict = AUGMENTED, keep: int = 0, **changes) -> PreTrainedModel:
-    """A converted tiny model; of the layers that could be converted, the last `keep` stay softmax. Every
-    parameter is moved away from its start, so that none is zero and attention is not uniform.
-    """
+    """A converted tiny model; see `swap`."""
     model = tiny_model(family, **changes)
+    swap(model, attention, keep)
+    return model
+
+
+def swap(
+    model: PreTrainedModel, attention: dict = AUGMENTED, keep: int = 0
+) -> tuple[list[Layer], list[Layer]]:
+    """Convert a model in place; of the layers that could be converted, the last `keep` stay softmax. Every
+    parameter is moved away from its start, so that none is zero and attention is not uniform; a position bias
+    stays the base model's.
+
+    Returns:
+        The linear layers and those that stay softmax.
+    """
     linear, softmax = choose_layers(plan_layers(model))
     linear, softmax = linear[: len(linear) - keep], softmax + linear[len(linear) - keep :]
     linearize(
@@ -180,4 +202,5 @@ def swapped(family: str, attention: dict = AUGMENTED, keep: int = 0, **changes) 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
+    copy_biases(model, linear)
+    return linear, softmax

@@ -11,19 +11,14 @@ from linearize_cli.errors import UserError
 from linearize_cli.plan import choose_layers, plan_layers
 
 SHARED_KV = "it shares keys and values with other layers"
+NOT_OF_DISTANCE = "it adds a bias to its scores that is not a function of distance alone"
 REASONS = {
     "bert-encoder": "layer.0.attention.self: its attention is not causal",
-    "bloom": r"BloomForCausalLM .*its own code computes BloomAttention",
     "deepseek-v3.2": "its cache holds more than keys and values",
-    "diffllama": "it calls attention 2 times",
-    "doge": "it adds a bias to its scores .in the mask",
-    "falcon": r"FalconForCausalLM .*its own code computes FalconAttention",
-    "falcon-h1": "its cache holds more than keys and values",
-    "gpt-j": r"GPTJForCausalLM .*its own code computes GPTJAttention",
-    "inkling": "it adds a bias to its scores .position_bias",
+    "doge": NOT_OF_DISTANCE,
+    "inkling": NOT_OF_DISTANCE,
+    "zamba2": "it has no layer_idx, so it has no place in a cache",
     "mamba": r"MambaForCausalLM .*it has no softmax attention",
-    "mpt": r"MptForCausalLM .*its own code computes MptAttention",
-    "zamba2": "its cache holds more than keys and values",
 }
 BART = dict(
     vocab_size=99,

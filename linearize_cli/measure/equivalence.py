@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from linearize_cli.errors import UserError
 from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
+from linearize_cli.runtime.dispatch import converted
 
 PIECES = (7, 1, 13, 64, 2, 33)  # of a chunked prefill
 
@@ -73,13 +74,33 @@ def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, see
 def forward(
     model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left."""
-    inputs = {}
-    if mask is not None:
-        inputs["attention_mask"] = mask
-        if "position_ids" in signature(model.forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left, None: no pads.
+
+    Positions are given as `generate` gives them: what some models make of none is not what they make of these.
+    """
+    if mask is None:
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
+    inputs = {"attention_mask": mask}
+    if "position_ids" in signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
+
+
+def counts_pads(model: PreTrainedModel) -> bool:
+    """Whether the base model's positions count pads: it is given no positions, and adds none by distance."""
+    biased = all(module.linear_attention.equation.bias for module in converted(model).values())
+    return not biased and "position_ids" not in signature(model.forward).parameters
+
+
+def unpadded(model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
+    """Logits `[T, vocab]` that a row `[T]` behind pads must have: those of the row alone or, of a model whose
+    positions count pads, those of the row behind as many pads of other tokens.
+    """
+    pads = pads if counts_pads(model) else 0
+    ids = torch.cat([(row[:1] + 1).expand(pads) % model.config.get_text_config().vocab_size, row])
+    mask = torch.arange(len(ids), device=row.device) >= pads
+    return forward(model, ids[None], mask=mask[None].long())[0, pads:]
 
 
 def run(model: PreTrainedModel, rows: Tensor, pieces: list[int]) -> tuple[Tensor, Cache]:
@@ -141,7 +162,7 @@ def uneven(length: int) -> Iterator[int]:
 
 def compare_padding(model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:
     """A left-padded batch of rows of different lengths, its prefill and 8 single tokens, against one forward
-    of each row alone, without a cache.
+    of each row alone (see `unpadded`), without a cache.
     """
     steps = 8
     lengths = [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= rows.shape[1] - steps]
@@ -154,7 +175,8 @@ def compare_padding(model: PreTrainedModel, rows: Tensor, size: int, worst: Comp
         mask = pad(mask, (0, 1), value=1)
         outputs.append(forward(model, token, cache, mask))
     for row, logits in zip(alone, torch.cat(outputs, 1), strict=True):
-        worst.add(logits[-len(row) :], forward(model, row[None])[0])
+        pads = len(logits) - len(row)
+        worst.add(logits[pads:], unpadded(model, row, pads))
 
 
 def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from linearize_cli.measure.equivalence import forward
+from linearize_cli.measure.equivalence import forward, unpadded
 
 # Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
 # layers of rounding add up to in the narrow types.
@@ -18,7 +18,7 @@ def tolerance(logits: Tensor) -> float:
 @torch.no_grad()
 def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """`[B, L] -> [B, L, vocab]` in one forward without a cache."""
-    return model(input_ids=ids, use_cache=False).logits
+    return forward(model, ids)
 
 
 @torch.no_grad()
@@ -30,17 +30,15 @@ def incremental_difference(model: PreTrainedModel, ids: Tensor, singles: int = 3
     pieces = [p for p in pieces if p < length] if length > singles else []
     for size in [*pieces, *[1] * (length - sum(pieces))]:
         part = ids[:, first : first + size]
-        outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+        outputs.append(forward(model, part, cache))
         first += size
     return (torch.cat(outputs, 1) - expected).abs().max().item()
 
 
 @torch.no_grad()
 def padded_difference(model: PreTrainedModel, ids: Tensor, pads: int = 11) -> float:
-    """Largest logit difference between a row alone and the same row behind pads, in one forward."""
-    expected = full_logits(model, ids[:1])
-    padded = torch.cat([ids[:1, :1].expand(1, pads), ids[:1]], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :pads] = 0
-    logits = forward(model, padded, mask=mask)
-    return (logits[:, pads:] - expected).abs().max().item()
+    """Largest logit difference between a row behind pads, in one forward, and `unpadded`."""
+    row = ids[0, pads:]
+    padded = torch.cat([row[:1].expand(pads), row])[None]
+    mask = (torch.arange(padded.shape[1], device=ids.device) >= pads)[None].long()
+    return (forward(model, padded, mask=mask)[0, pads:] - unpadded(model, row, pads)).abs().max().item()

@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 # Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
@@ -46,6 +47,7 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.seen = 0
         self.has_previous_state = {0: False}
         self.is_initialized = False
+        self.keys = self.values = torch.empty(0)  # some models ask any layer for the size of its keys
         self.attention: LinearAttention | None = None
         self.forget()
 
@@ -76,6 +78,10 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.record(attention, k, v, valid)
         self.state = state.fork()
         self.seen += k.shape[-2]
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on the layer is not empty."""
         self.has_previous_state[0] = self.is_initialized = True
 
     def record(self, attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -180,6 +186,42 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     update_recurrent_state = update_conv_state
 
 
+class HybridCacheLayer(LinearCacheLayer):
+    """Beside a `State`, the conv and recurrent states of a layer that attends and recurs in parallel (Falcon-H1,
+    Zamba2), which are taken over from the cache's own layer. A recurrent state cannot take tokens back.
+    """
+
+    is_compileable = False
+    is_croppable = LinearAttentionCacheLayerMixin.is_croppable
+    update_conv_state = LinearAttentionLayer.update_conv_state
+    update_recurrent_state = LinearAttentionLayer.update_recurrent_state
+    lazy_initialization = LinearAttentionLayer.lazy_initialization
+
+    def __init__(self, native: LinearAttentionLayer):
+        super().__init__(native.record_past)
+        for name in vars(LinearAttentionLayer(native.number_of_states)):
+            setattr(self, name, getattr(native, name))
+
+    def reset(self) -> None:
+        super().reset()
+        LinearAttentionLayer.reset(self)
+
+    def begin(self) -> None:
+        self.is_initialized = True  # has_previous_state is that of the native states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0 and not self.is_croppable:
+            raise RuntimeError("the layer's own recurrent state cannot take tokens back")
+        super().crop(tokens_to_remove)
+        if self.record_past:
+            LinearAttentionLayer.crop(self, tokens_to_remove)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().map(function)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: function(x) for i, x in states.items() if x is not None})
+
+
 def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
     """The cache's layer `index`, turned into a `LinearCacheLayer` while it is still empty.
 
@@ -198,5 +240,9 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
                 f"the cache's layer {index} holds keys and values of softmax attention; a linearized model "
                 "needs a cache of its own from the first token on"
             )
-        layer = cache.layers[index] = LinearCacheLayer(getattr(layer, "record_past", False))
+        if isinstance(layer, LinearAttentionLayer):
+            layer = HybridCacheLayer(layer)
+        else:
+            layer = LinearCacheLayer(getattr(layer, "record_past", False))
+        cache.layers[index] = layer
     return layer

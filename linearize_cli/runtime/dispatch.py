@@ -59,12 +59,14 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
     """Give each named attention module its linear attention. Kept softmax layers stay native.
 
     A config object all of whose attention modules are converted is switched as a whole, so that the model
-    makes no O(T²) mask.
+    makes no O(T²) mask; not where the model's own code works on that mask (`adapters.Adapter.native_mask`).
     """
-    configs = [model.get_submodule(name).config for name in layers]
+    modules = [model.get_submodule(name) for name in layers]
+    configs = [module.config for module in modules if not getattr(module, "native_mask", False)]
     for name, linear_attention in layers.items():
         module = model.get_submodule(name)
-        device = next(module.parameters()).device
+        # Under construction some parameters may be real already (DiffLlama's), others on meta.
+        device = min((p.device for p in module.parameters()), key=lambda device: device.type != "meta")
         module.linear_attention = linear_attention.to(device, torch.float32)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION

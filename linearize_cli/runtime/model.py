@@ -13,6 +13,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from linearize_cli.runtime.adapters import adapt
 from linearize_cli.runtime.bundle import AUTO_MAP, copy_code
 from linearize_cli.runtime.cache import cache_layer
 from linearize_cli.runtime.config import LinearizedConfig, base_of
@@ -33,6 +34,7 @@ class LinearizeMixin:
 
     def attach_linear_attention(self) -> None:
         record = self.config.linearize
+        adapt(self)
         attach(
             self,
             {
@@ -40,6 +42,11 @@ class LinearizeMixin:
                 for name, geometry in record["layers"].items()
             },
         )
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Else transformers skips the buffers that a base model computes for its parts (Falcon-H1).
+        return False
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

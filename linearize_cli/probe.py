@@ -1,0 +1,188 @@
+"""What each attention module of a model hands to the attention interface, seen by running a few tokens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from linearize_cli.runtime.dispatch import find_cache
+
+PROBE = "linearize_probe"
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Which scores a boolean or additive mask leaves, as a boolean."""
+    return mask if mask.dtype == torch.bool else mask > -1e4
+
+
+@dataclass
+class Call:
+    """What one module gave to the attention interface during the probe."""
+
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    mask: torch.Tensor | None
+    extra: dict[str, Any]
+    count: int = 1
+
+
+@dataclass
+class Probe:
+    """An attention function that records its calls and attends to nothing."""
+
+    calls: dict[nn.Module, Call] = field(default_factory=dict)
+
+    def __call__(self, module, query, key, value, attention_mask, **extra):
+        count = self.calls[module].count + 1 if module in self.calls else 1
+        self.calls[module] = Call(query.shape, key.shape, value.shape, attention_mask, extra, count)
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+@contextmanager
+def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
+    """While open, the model runs with `recorder` for its attention, with full additive masks, in eval mode."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
+    before = [c._attn_implementation_internal for c in configs]
+    training = model.training
+    AttentionInterface.register(PROBE, recorder)
+    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    try:
+        model.eval()
+        for config in configs:
+            config._attn_implementation_internal = PROBE
+        yield
+    finally:
+        model.train(training)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+        AttentionInterface._global_mapping.pop(PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(PROBE, None)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
+    """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
+    each. No marker reaches a layer of a model that returns no cache: its states are lost.
+    """
+    recorder, hooks = Probe(), []
+    ids = torch.arange(1, 4, device=model.device)[None]
+    with recording(model, recorder):
+        try:
+            model(input_ids=ids, use_cache=False)
+            for module in recorder.calls:
+                hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
+            recorder.calls.clear()
+            output = model(input_ids=ids, use_cache=True)
+            if getattr(output, "past_key_values", None) is None:
+                for call in recorder.calls.values():
+                    call.extra.pop("linearize_state", None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return recorder.calls
+
+
+def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """As `runtime.dispatch.pass_state`, with a marker in place of the state."""
+    parameters = signature(module.forward).parameters.values()
+    if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return args, {**kwargs, "linearize_state": PROBE}
+
+
+def score_bias(call: Call) -> Tensor | None:
+    """All that is added to the scores, minus infinity where the mask hides them, broadcastable to
+    `[B, heads, T, T]`; None: nothing is added.
+    """
+    terms = [x for name, x in call.extra.items() if isinstance(x, Tensor) and name != "s_aux"]
+    terms = [x for x in [*terms, call.mask] if x is not None and x.is_floating_point()]
+    if not terms:
+        return None
+    bias = sum(terms)
+    seen = visible(bias)
+    if call.mask is not None:
+        seen = seen & visible(call.mask)
+    seen = seen & torch.ones(bias.shape[-1], bias.shape[-1], dtype=torch.bool, device=bias.device).tril()
+    return torch.where(seen, bias, float("-inf"))
+
+
+def has_bias(call: Call) -> bool:
+    """Whether something other than 0 is added to scores that the mask leaves."""
+    bias = score_bias(call)
+    return bias is not None and bool((bias.isfinite() & (bias != 0)).any())
+
+
+@dataclass
+class BiasProbe:
+    """An attention function that reads the position biases of some modules and attends to nothing."""
+
+    wanted: set[nn.Module]
+    reach: int
+    found: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def __call__(self, module, query, key, value, attention_mask, **extra):
+        if module in self.wanted:
+            call = Call(query.shape, key.shape, value.shape, attention_mask, extra)
+            curve = by_distance(score_bias(call), self.reach)
+            if curve is not None:
+                self.found[module] = curve.expand(query.shape[1], -1)
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def by_distance(bias: Tensor, reach: int) -> Tensor | None:
+    """A bias `[1, heads, T, T]` (minus infinity where hidden) as a function of distance, `[heads, reach]`, 0 at
+    distance 0; None if it is not one, or depends on the tokens.
+
+    A row of scores may be shifted as a whole, as ALiBi is in some models: softmax does not see it. Beyond the
+    last distance the last value goes on. Roundings of bfloat16 pass.
+    """
+    if bias.requires_grad:
+        return None
+    bias = bias[0].float() - bias[0].float().diagonal(dim1=-2, dim2=-1)[..., None]
+    scale = bias[bias.isfinite()].abs().max()
+    curve = []
+    for distance in range(min(reach, bias.shape[-1])):
+        values = bias.diagonal(-distance, -2, -1)
+        if not values.isfinite().all():
+            if values.isfinite().any():
+                return None
+            break
+        if (values - values[:, :1]).abs().max() > scale / 256:
+            return None
+        curve.append(values[:, 0])
+    curve += curve[-1:] * (reach - len(curve))
+    return torch.stack(curve, -1)
+
+
+def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int) -> dict[nn.Module, Tensor]:
+    """The biases `[heads, reach]` of the modules that add one that is a function of distance alone.
+
+    The forward of one row records what depends on the tokens: only the embeddings' output asks for gradients.
+    """
+    recorder = BiasProbe({module for module, call in calls.items() if has_bias(call)}, reach)
+    if not recorder.wanted:
+        return {}
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    ids = torch.arange(min(reach + 8, limit or reach + 8), device=model.device)[None] % config.vocab_size
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_() * 1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        with recording(model, recorder), torch.enable_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return recorder.found

@@ -1,0 +1,324 @@
+"""Attention modules of transformers that compute softmax themselves, brought to the attention interface.
+
+An adapter goes before such a module's class. It hands queries, keys and values to the interface where the
+module's own config selects one of ours (all are called `linearize...`); otherwise the module's own forward
+runs. Only the modules of one model change their class, never the class itself.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "Adapted"
+_state: ContextVar = ContextVar("linearize_state", default=None)
+_classes: dict[type, type] = {}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    position_bias: Tensor | None = None,
+    **unused: object,
+) -> tuple[Tensor, Tensor]:
+    """The softmax attention of an adapted module, as other models have it in their own files.
+
+    query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` and the weights. The mask is
+    additive or boolean, the bias additive; both broadcast to `[B, heads, T, N]`.
+    """
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), weights
+
+
+class Adapter:
+    """Goes before an attention class.
+
+    Attributes:
+        native_mask: the model's own code works on the mask, so it must be of the base model's kind.
+    """
+
+    is_causal = True
+    native_mask = False
+
+    def selected(self) -> bool:
+        return self.config._attn_implementation.startswith("linearize")
+
+    def attend(self, query, key, value, mask, scaling, **kwargs) -> Tensor:
+        """`[B, heads, T, D]`, `[B, kv, T, D]` -> `[B, T, heads, Dv]`."""
+        function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return function(
+            self, query.to(value.dtype), key.to(value.dtype), value, mask, scaling=scaling, **kwargs
+        )[0]
+
+    def heads(self, x: Tensor, dim: int) -> Tensor:
+        """`[B, T, heads * dim] -> [B, heads, T, dim]`."""
+        return x.unflatten(-1, (-1, dim)).transpose(1, 2)
+
+
+class Method(Adapter):
+    """GPT-J and its like, which compute attention in a method of their own."""
+
+    def forward(self, *args, linearize_state=None, **kwargs):
+        token = _state.set(linearize_state)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _state.reset(token)
+
+    def _attn(self, query, key, value, attention_mask=None):
+        if not self.selected():
+            return super()._attn(query, key, value, attention_mask)
+        kwargs = {"linearize_state": _state.get(), **self.extra(query.shape[-2], key.shape[-2])}
+        out = self.attend(query, key, value, attention_mask, self.attention_scale(), **kwargs)
+        return out.transpose(1, 2), None
+
+    def attention_scale(self) -> float:
+        return 1.0 / float(self.scale_attn)
+
+    def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
+        """More of the interface's arguments."""
+        return {}
+
+
+class GPTNeo(Method):
+    """Unscaled; a local layer masks what is beyond its window."""
+
+    @property
+    def layer_idx(self) -> int:
+        return self.layer_id
+
+    def attention_scale(self) -> float:
+        return 1.0
+
+    def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
+        near = self.bias[:, :, keys - queries : keys, :keys]
+        hidden = torch.finfo(self.q_proj.weight.dtype).min
+        return {
+            "position_bias": torch.zeros_like(near, dtype=self.q_proj.weight.dtype).masked_fill(~near, hidden)
+        }
+
+
+class GPTNeoXJapanese(Method):
+    def attention_scale(self) -> float:
+        return 1.0 / self.norm_factor
+
+
+class Bloom(Adapter):
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+        if not self.selected():
+            return super().forward(hidden_states, residual, alibi, attention_mask, layer_past, **kwargs)
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        bias = alibi.unflatten(0, (-1, self.num_heads))
+        out = self.attend(
+            query, key, value, attention_mask, self.inv_norm_factor, position_bias=bias, **kwargs
+        )
+        out = dropout(self.dense(out.flatten(2)), self.hidden_dropout, self.training)
+        return out + residual, None
+
+
+class Falcon(Adapter):
+    """Rotary, or ALiBi, which the model adds to its mask."""
+
+    @property
+    def native_mask(self) -> bool:
+        return self.config.alibi
+
+    def forward(self, hidden_states, alibi, attention_mask, *args, **kwargs):
+        if not self.selected():
+            return super().forward(hidden_states, alibi, attention_mask, *args, **kwargs)
+        cache, rotary = kwargs.pop("layer_past", None), kwargs.pop("position_embeddings", None)
+        heads = self._split_heads(self.query_key_value(hidden_states))
+        query, key, value = (x.transpose(1, 2) for x in heads)
+        if alibi is None:
+            query, key = modeling(self).apply_rotary_pos_emb(query, key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        out = self.attend(query, key, value, attention_mask, self.inv_norm_factor, **kwargs)
+        return self.dense(out.flatten(2)), None
+
+
+class Mpt(Adapter):
+    native_mask = True
+
+    def forward(self, hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
+        if not self.selected():
+            return super().forward(hidden_states, position_bias, past_key_values, attention_mask, **kwargs)
+        mixed = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            mixed = mixed.clamp(-self.clip_qkv, self.clip_qkv)
+        query, key, value = (self.heads(x, self.head_dim) for x in mixed.chunk(3, -1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        bias = None if position_bias is None else position_bias[None, :, :, -key.shape[-2] :]
+        visible = None if attention_mask is None else ~attention_mask
+        out = self.attend(query, key, value, visible, self.softmax_scale, position_bias=bias, **kwargs)
+        return self.out_proj(out.flatten(2)), None
+
+
+class Bart(Adapter):
+    """XGLM, TrOCR and MVP: the decoder's attention, not its attention to an encoder."""
+
+    def forward(
+        self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        if not self.selected() or key_value_states is not None or kwargs.get("attn_prompt") is not None:
+            return super().forward(hidden_states, key_value_states, past_key_values, attention_mask, **kwargs)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (self.heads(project(hidden_states), self.head_dim) for project in projections)
+        key, value = appended(past_key_values, key, value, self.layer_idx)
+        out = self.attend(query, key, value, attention_mask, self.scaling, **kwargs)
+        return self.out_proj(out.flatten(2)), None
+
+
+class Bert(Adapter):
+    """RemBERT, RoFormer, Megatron-BERT and BigBird as decoders."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.is_decoder
+
+    def forward(self, hidden_states, attention_mask=None, *args, encoder_hidden_states=None, **kwargs):
+        if not self.selected() or encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states, attention_mask, *args, encoder_hidden_states=encoder_hidden_states, **kwargs
+            )
+        cache, rotary = kwargs.pop("past_key_values", None), kwargs.pop("sinusoidal_pos", None)
+        projections = (self.query, self.key, self.value)
+        size = self.attention_head_size
+        heads = [self.heads(project(hidden_states), size) for project in projections]
+        if rotary is not None:
+            turned = self.apply_rotary_position_embeddings(rotary, *heads[: 3 if self.rotary_value else 2])
+            heads[: len(turned)] = turned
+        key, value = appended(cache, *heads[1:], self.layer_idx)
+        out = self.attend(heads[0], key, value, attention_mask, size**-0.5, **kwargs)
+        return out.flatten(2), None
+
+
+class DiffLlama(Adapter):
+    """Two softmax attentions with the same queries and keys are one whose values are twice as wide."""
+
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
+    ):
+        if not self.selected():
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (self.heads(project(hidden_states), self.head_dim) for project in projections)
+        query, key = modeling(self).apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        wide = torch.cat(value.chunk(2, 1), -1).repeat(1, 2, 1, 1)
+        out = self.attend(query, key, wide, attention_mask, self.scaling, **kwargs)
+        first, second = out.chunk(2, 2)
+        gains = (self.lambda_q1 * self.lambda_k1, self.lambda_q2 * self.lambda_k2)
+        gains = [gain.sum(-1, dtype=torch.float32).exp().to(query.dtype) for gain in gains]
+        out = self.groupnorm(first - (gains[0] - gains[1] + self.lambda_init) * second)
+        return self.o_proj((1 - self.lambda_init) * out.flatten(2)), None
+
+
+# `package.Class` under transformers.models -> what goes before the class.
+ADAPTERS: dict[str, type[Adapter]] = {
+    "big_bird.BigBirdSelfAttention": Bert,
+    "bloom.BloomAttention": Bloom,
+    "codegen.CodeGenAttention": Method,
+    "diffllama.DiffLlamaAttention": DiffLlama,
+    "falcon.FalconAttention": Falcon,
+    "gpt_neo.GPTNeoSelfAttention": GPTNeo,
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention": GPTNeoXJapanese,
+    "gptj.GPTJAttention": Method,
+    "megatron_bert.MegatronBertSelfAttention": Bert,
+    "mpt.MptAttention": Mpt,
+    "mvp.MvpAttention": Bart,
+    "rembert.RemBertSelfAttention": Bert,
+    "roformer.RoFormerSelfAttention": Bert,
+    "trocr.TrOCRAttention": Bart,
+    "xglm.XGLMAttention": Bart,
+}
+
+
+def adapted_class(original: type) -> type:
+    """`Adapted<Original>`: the class of transformers behind its adapter."""
+    if original not in _classes:
+        adapter = ADAPTERS[key_of(original)]
+        namespace = {"__module__": __name__, "original": original}
+        _classes[original] = type(PREFIX + original.__name__, (adapter, original), namespace)
+    return _classes[original]
+
+
+def __getattr__(name: str) -> type:
+    """`Adapted<Original>`: so pickle finds it, in a process that has not made it yet too."""
+    for key in ADAPTERS:
+        package, _, original = key.partition(".")
+        if name == PREFIX + original:
+            file = import_module(f"transformers.models.{package}.modeling_{package}")
+            return adapted_class(getattr(file, original))
+    raise AttributeError(f"no adapter is behind {name!r}")
+
+
+def key_of(cls: type) -> str:
+    """`bloom.BloomAttention` of a class in transformers' models; empty for others."""
+    path = cls.__module__.split(".")
+    return f"{path[2]}.{cls.__name__}" if path[:2] == ["transformers", "models"] else ""
+
+
+def modeling(module: Adapter):
+    """The modeling file of the class behind an adapter."""
+    return sys.modules[module.original.__module__]
+
+
+def appended(cache: Cache | None, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of a decoder's self-attention, once these are in its cache."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return (key, value) if cache is None else cache.update(key, value, index)
+
+
+def adapt(model: nn.Module) -> list[nn.Module]:
+    """Put its adapter before the class of each module that has one, and give it a `config` where it has none:
+    that of the module around it. Returns the modules that got an adapter.
+    """
+    found, configs = [], {"": model.config}
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        configs[name] = getattr(module, "config", configs[parent])
+        if key_of(type(module)) in ADAPTERS:
+            module.config = configs[name]
+            module.__class__ = adapted_class(type(module))
+            found.append(module)
+    return found
+
+
+@contextmanager
+def adapted(model: nn.Module) -> Iterator[None]:
+    """While open, the model's modules have their adapters."""
+    had = {module for module in model.modules() if "config" in vars(module)}
+    modules = adapt(model)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = module.original
+            if module not in had:
+                del module.config
