@@ -105,7 +105,7 @@ def cli(context: click.Context, debug: bool) -> None:
     "--method", default="augmented", show_default=True, help="NAME[:BASE] or FILE.yaml; see `methods`."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
-@click.option("--keep-softmax", metavar="N|at:i,j,k", help="Layers to keep as they are.")
+@click.option("--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Layers to keep as they are; auto: by KL.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; may be repeated.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else the last 1% of documents.")
 @click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")

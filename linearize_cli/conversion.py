@@ -11,7 +11,7 @@ from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
 from linearize_cli.pipeline import Run
-from linearize_cli.plan import Layer, choose_layers, plan_layers
+from linearize_cli.plan import Layer, choose_layers, measured_count, plan_layers
 from linearize_cli.recipe import Recipe, load_recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
@@ -144,7 +144,8 @@ def check_budget(job: Job, length: int) -> None:
     """Refuse what no training could do.
 
     Raises:
-        UserError: the tokens do not fill a batch, or an adapter is wanted of no training.
+        UserError: the tokens do not fill a batch, an adapter is wanted of no training, or layers are to be
+            chosen by a measurement without text.
     """
     tokens, batch = job.recipe.recover.tokens, length * job.batch_size
     if job.train and tokens < batch:
@@ -154,12 +155,18 @@ def check_budget(job: Job, length: int) -> None:
         )
     if job.keep_adapter and not job.train:
         raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")
+    if measured_count(job.keep_softmax) and not (job.train or job.data or job.eval_data):
+        raise UserError(
+            f"--keep-softmax {job.keep_softmax}: there is no text to measure the layers on",
+            "Pass --eval-data or --data, leave out --no-train, or choose the layers with at:i,j,k.",
+        )
 
 
 def plan_report(
     job: Job, model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], length: int
 ) -> dict[str, Any]:
     """What a conversion would do."""
+    count = measured_count(job.keep_softmax)
     return {
         "base_model": job.model,
         "method": job.recipe.name,
@@ -168,6 +175,7 @@ def plan_report(
             "linear": [layer.name for layer in linear],
             "softmax": {layer.name: layer.refusal or "kept on request" for layer in softmax},
         },
+        "keep_softmax": f"{count} of the linear layers, chosen by KL" if count else None,
         "tokens": job.recipe.recover.tokens if job.train else None,
         "seq_len": length,
         "batch_size": job.batch_size,

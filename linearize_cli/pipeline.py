@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from linearize_cli.job import Job
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import perplexity
 from linearize_cli.measure.selfcheck import full_logits, incremental_difference, padded_difference, tolerance
-from linearize_cli.plan import Layer, copy_biases
+from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
 from linearize_cli.recover.distill import add_lora, distill_loss
+from linearize_cli.recover.keep import BATCHES, Restorer, best
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import transferring
 from linearize_cli.runtime import linearize
@@ -48,7 +50,8 @@ class Run:
         path = partial / "checkpoint.pt"
         self.checkpoint = Checkpoint.load(path) if path.exists() else Checkpoint()
         self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes)
-        self.native = model.config._attn_implementation
+        self.restorer = Restorer(model, [layer.name for layer in linear])
+        self.native = self.restorer.native
         steps = job.recipe.recover.tokens // self.tokens_per_step if job.train else 0
         self.steps = {"transfer": round(steps * job.recipe.recover.transfer.share), "distill": steps}
 
@@ -71,13 +74,14 @@ class Run:
             "layers": {layer.name: layer.geometry for layer in self.linear},
             "softmax": [layer.name for layer in self.softmax],
         }
-        kv_bytes = kv_bytes_per_token(self.linear, self.model.dtype)
         linearize(self.model, record)
         copy_biases(self.model, self.linear)
-        self.measure("swapped", blocks)
         if not linear_parameters(self.model):
             self.steps["transfer"] = 0
         self.steps["distill"] -= self.steps["transfer"]
+        if not self.steps["transfer"]:
+            self.keep_softmax(train_text, blocks)
+        self.measure("swapped", blocks)
         if train_text is not None:
             self.recover(train_text, blocks)
         self.ablate(blocks)
@@ -89,16 +93,17 @@ class Run:
             "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.steps.items()},
             "perplexity": {s: self.result(s) for s in ("teacher", "swapped", "transferred", "recovered")},
             "ablation": {s: self.result(s) for s in ("full", "local_only", "linear_only")},
+            "keep_softmax": self.result("keep_softmax"),
             "self_check": {},
             "state_bytes": state_bytes(self.model),
-            "kv_bytes_per_token": kv_bytes,
+            "kv_bytes_per_token": kv_bytes_per_token(self.linear, self.model.dtype),
             "seconds": self.checkpoint.results.get("seconds", {}),
             "versions": versions(),
         }
         self.save(name, report, blocks)
         return report
 
-    def result(self, name: str) -> float | None:
+    def result(self, name: str) -> Any:
         return self.checkpoint.results.get(name)
 
     def measure(self, name: str, blocks: torch.Tensor | None, title: str | None = None) -> None:
@@ -116,6 +121,32 @@ class Run:
     def took(self, stage: str, started: float) -> None:
         seconds = self.checkpoint.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+
+    def keep_softmax(self, source: text.Source | None, blocks: torch.Tensor | None) -> None:
+        """Give the layers that `--keep-softmax auto:N` is to choose back to softmax."""
+        # After transfer: a layer that has learned its teacher's attention shows what the linear form cannot do,
+        # one just swapped mostly what it has not learned yet. Transfer itself needs no choice, for its layers
+        # are independent; distillation does, for the others learn to work with the kept ones.
+        count, results = measured_count(self.job.keep_softmax), self.checkpoint.results
+        if not count:
+            return
+        if "keep_softmax" not in results:
+            started, size = time.monotonic(), self.job.batch_size
+            if source is not None:
+                stream = text.batches(source, self.tokenizer, self.length, size)
+            else:
+                stream = blocks.split(size)
+            batches = list(islice(stream, BATCHES))
+            total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
+            with self.terminal.progress("KL by layer", total) as advance:
+                kl = self.restorer.divergences(batches, advance)
+            results["keep_softmax"] = {"kl": kl, "kept": best(kl, count)}
+            self.took("measure", started)
+            self.log.write(stage="keep_softmax", **results["keep_softmax"])
+            self.terminal.note(f"kept softmax, by KL: {', '.join(results['keep_softmax']['kept'])}")
+        kept = results["keep_softmax"]["kept"]
+        self.restorer.restore(kept)
+        self.linear = [layer for layer in self.linear if layer.name not in kept]
 
     def recover(self, source: text.Source, blocks: torch.Tensor | None) -> None:
         """Transfer, then distill, then merge."""
@@ -145,6 +176,7 @@ class Run:
 
                 stage("transfer", self.model, transfer_loss, recipe.transfer.lr, 0)
         if self.steps["transfer"]:
+            self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)
         if self.steps["distill"]:
             student = add_lora(self.model, recipe.distill.lora)

@@ -26,6 +26,7 @@ PLACES = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+AUTO = "auto:"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
     """The layers to convert, and those that stay softmax.
 
     Args:
-        keep: softmax layers to keep besides: `N`, evenly spread, or `at:i,j,k`, counted from 0.
+        keep: softmax layers to keep besides: `N`, evenly spread, or `at:i,j,k`, counted from 0. Those of
+            `auto:N` are chosen later and count as linear here.
 
     Raises:
         UserError: none can be converted, or `keep` names what is not there.
@@ -168,8 +170,13 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
     return linear, [layer for layer in layers if layer.name not in names]
 
 
+def measured_count(keep: str | None) -> int:
+    """How many layers to keep by measured KL: N of `auto:N`, else 0."""
+    return int(keep.removeprefix(AUTO)) if keep and keep.startswith(AUTO) else 0
+
+
 def kept_indices(keep: str, count: int) -> list[int]:
-    """Which of `count` layers to keep: `2` of 8 are the layers 2 and 6."""
+    """Which of `count` layers to keep: `2` of 8 are the layers 2 and 6; none yet of `auto:2`."""
     kind, _, rest = keep.rpartition(":")
     try:
         numbers = [int(part) for part in rest.split(",")]
@@ -179,7 +186,10 @@ def kept_indices(keep: str, count: int) -> list[int]:
         return numbers
     if kind == "" and len(numbers) == 1 and 0 <= numbers[0] < count:
         return [(2 * i + 1) * count // (2 * numbers[0]) for i in range(numbers[0])]
+    if kind + ":" == AUTO and len(numbers) == 1 and 0 < numbers[0] < count:
+        return []
     raise UserError(
         f"--keep-softmax {keep}: the model has {count} layers that can be converted",
-        f"Use a number below {count} (spread evenly), or at:i,j,k with some of the layers 0 to {count - 1}.",
+        f"Use a number below {count} (spread evenly), auto:N with such a number (chosen by KL), or at:i,j,k with "
+        f"some of the layers 0 to {count - 1}.",
     )

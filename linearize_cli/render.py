@@ -39,6 +39,14 @@ def perplexities(report: dict[str, Any]) -> Table:
     return rows
 
 
+def kept(report: dict[str, Any]) -> Table:
+    """What `--keep-softmax auto:N` measured."""
+    rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
+    for name, value in chosen["kl"].items():
+        rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
+    return rows
+
+
 def conversion(report: dict[str, Any]) -> RenderableType:
     layers, check = report["layers"], report["self_check"]
     state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
@@ -51,6 +59,8 @@ def conversion(report: dict[str, Any]) -> RenderableType:
         f"(more from {state // per_token + 1:,} tokens on)",
     ]
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
+    if report["keep_softmax"]:
+        measured += ["", kept(report)]
     return Group(*measured, "", *lines)
 
 
@@ -62,9 +72,11 @@ def plan(report: dict[str, Any]) -> RenderableType:
     for name, reason in layers["softmax"].items():
         rows.add_row(name, f"softmax: {reason}")
     budget = f"{report['tokens']:,} tokens" if report["tokens"] else "no training"
+    chosen = [f"softmax stay {report['keep_softmax']}"] if report["keep_softmax"] else []
     return Group(
         rows,
         "",
+        *chosen,
         f"{budget}, blocks of {report['seq_len']}, {report['batch_size']} a step; nothing was written",
     )
 

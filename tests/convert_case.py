@@ -13,9 +13,9 @@ SMALL = dict(overrides=("attention.local.size=4", "attention.conv.width=3"), seq
 Teacher = namedtuple("Teacher", "path text folder")
 
 
-def make_teacher(folder):
+def make_teacher(folder, layers=2):
     """A random Llama with weights large enough that attention matters, and 200 lines of its words."""
-    model = tiny_model(num_key_value_heads=1, max_position_embeddings=256)
+    model = tiny_model(num_hidden_layers=layers, num_key_value_heads=1, max_position_embeddings=256)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)

@@ -19,7 +19,7 @@ NEEDED = ("torch", "transformers", "safetensors")
 SCRIPT = """
 import importlib.util, json, sys
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 assert all(importlib.util.find_spec(name) is None for name in ("linearize_cli", "linearize_kernels", "peft"))
 torch.set_num_threads(1)
 result = []
@@ -28,7 +28,11 @@ for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer("<s>a fox sat", return_tensors="pt", add_special_tokens=False)
     tokens = model.generate(**ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-    result.append({"tokens": tokens[0].tolist(), "logits": model(tokens).logits[0].tolist()})
+    logits, cache = model(tokens).logits, DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache)
+    chain = model.read_tree(cache, tokens[:, 12:20], range(-1, 7)).logits
+    assert (chain - logits[:, 12:20]).abs().max() < 1e-4
+    result.append({"tokens": tokens[0].tolist(), "logits": logits[0].tolist()})
     model.save_pretrained(folder + "-again")
 print(json.dumps(result))
 """

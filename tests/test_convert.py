@@ -41,7 +41,7 @@ def test_an_artifact_is_whole(whole, teacher):
     assert saved == {key: value for key, value in report.items() if key != "output"}
     assert set(saved) == {
         "schema", "base_model", "method", "layers", "tokens", "perplexity", "ablation", "self_check",
-        "state_bytes", "kv_bytes_per_token", "seconds", "versions",
+        "state_bytes", "kv_bytes_per_token", "seconds", "versions", "keep_softmax",
     }  # fmt: skip
     assert saved["layers"] == {
         "linear": ["model.layers.0.self_attn", "model.layers.1.self_attn"],

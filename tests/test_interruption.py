@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 from convert_case import losses, make_teacher, run
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ import torch; torch.set_num_threads(1)
 from linearize_cli.recover import train
 from linearize_cli.conversion import convert
 train.SAVE_EVERY = train.SAVE_PAUSE = 0.0
-path, text, output, moment, resume = sys.argv[1:]
+path, text, output, moment, *keep = sys.argv[1:]
 save, count = train.torch.save, 0
 def killing_save(*arguments, **keywords):
     global count
@@ -50,7 +52,16 @@ def killing_perplexity(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return perplexity(*arguments)
 pipeline.perplexity = killing_perplexity
-convert(path, output, data=(text,), batch_size=4, resume=resume == "resume", keep_adapter=False,
+from linearize_cli.recover import keep as keep_softmax
+divergence, compared = keep_softmax.divergence, 0
+def killing_divergence(*arguments):
+    global compared
+    compared += 1
+    if moment.startswith("in-divergence") and compared == int(moment.split("-")[-1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return divergence(*arguments)
+keep_softmax.divergence = killing_divergence
+convert(path, output, data=(text,), batch_size=4, keep_softmax=keep[0] if keep else None,
         overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
 """
 
@@ -70,9 +81,7 @@ convert(path, output, data=(text,), batch_size=4, resume=resume == "resume", kee
 def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
     output = teacher.folder / f"killed-{moment}"
     arguments = [teacher.path, teacher.text, str(output)]
-    killed = subprocess.run([sys.executable, "-c", RUN, *arguments, moment, "fresh"], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
-    assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
+    kill(output, [*arguments, moment])
     report = run(teacher, output, resume=True)
     expected = losses(whole[0])
     resumed = losses(output)
@@ -83,6 +92,34 @@ def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     steps = [(r["stage"], r["step"]) for r in log if "loss" in r]
     assert len(steps) == len(set(steps)), "a step stands in the log twice"
+
+
+def kill(output, arguments):
+    killed = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
+    assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
+
+
+@pytest.fixture(scope="module")
+def hybrid(teacher):
+    """A conversion that keeps a layer, and that nothing interrupted."""
+    output = teacher.folder / "hybrid"
+    return output, run(teacher, output, keep_softmax="auto:1")
+
+
+# Before and while the layers are measured, after the first step that follows, and in the last save.
+@pytest.mark.parametrize("moment", ["after-save-9", "in-divergence-8", "after-save-10", "in-save-22"])
+def test_a_killed_run_keeps_the_same_layers(moment, hybrid, teacher):
+    output = teacher.folder / f"hybrid-{moment}"
+    kill(output, [teacher.path, teacher.text, str(output), moment, "auto:1"])
+    report = run(teacher, output, keep_softmax="auto:1", resume=True)
+    for key in ("keep_softmax", "layers", "perplexity", "ablation"):
+        assert report[key] == hybrid[1][key], key
+    resumed, whole = (load_file(folder / "model.safetensors") for folder in (output, hybrid[0]))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    stages = [json.loads(line)["stage"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert stages.count("keep_softmax") == 1
 
 
 def command(*arguments, **keywords):

@@ -15,7 +15,7 @@ def tiny_model(kind: str = "llama", **kwargs) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(WORDS)}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ids, **kwargs))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **ids, **kwargs}))
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -32,6 +32,14 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return student
 
 
+def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    """KL(teacher ‖ student), a mean over tokens: the teacher's log-probabilities and the student's logits
+    `[B, L, vocab]`.
+    """
+    total = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
+    return total / logits[..., 0].numel()
+
+
 def distill_loss(student: PeftModel, native: str, ids: Tensor, weights: Distill) -> Tensor:
     """`kl · KL(teacher ‖ student) + ce · cross entropy`, both means over tokens, for ids `[B, L]`.
 
@@ -42,8 +50,7 @@ def distill_loss(student: PeftModel, native: str, ids: Tensor, weights: Distill)
     if weights.kl:
         with torch.no_grad(), attention_implementation(student, native), student.disable_adapter():
             teacher = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        divergence = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
-        loss = loss + weights.kl * divergence / ids.numel()
+        loss = loss + weights.kl * divergence(teacher, logits)
     if weights.ce:
         loss = loss + weights.ce * cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return loss
