@@ -26,9 +26,6 @@ def estimates(features, q, k, redraws):
     return torch.stack(samples)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the directions are not uniform on the sphere: QR's signs are LAPACK's"
-)
 def test_performer_features_estimate_the_softmax_kernel_without_bias():
     torch.manual_seed(0)
     features = layer("performer", "attention.far.feature_dim=8").far.q_map
@@ -96,6 +93,8 @@ def test_yoso_s_gradient_points_along_the_expectation_s(dim):
             hashed += torch.autograd.grad(((features(q) @ features(k).mT) * weights).sum(), q)[0]
         exact = torch.autograd.grad((collision_probability(q, k) * weights).sum(), q)[0]
         cosines.append(torch.cosine_similarity(hashed, exact, dim=-1).item())
+        length = hashed.norm() / 8 / exact.norm()
+        assert 0.5 < length < 1, "the paper's bound is below the exact gradient, by 0.8 or so"
     assert min(cosines) > 0.9, cosines
 
 

@@ -64,7 +64,7 @@ class Identity(FeatureMap):
 
 @feature_map("linear")
 class Linear(FeatureMap):
-    """The vector as it is, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
+    """The vector times √scale, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale**0.5
@@ -147,7 +147,8 @@ class Taylor(Projected):
 class Performer(FeatureMap):
     """FAVOR+: `exp(ωᵀx - |x|²/2) / √m` of `x = √scale x` with m orthogonal random directions ω of Gaussian length
     (arXiv 2009.14794, eqs. 5 to 7 and sec. 2.4); φφ is an unbiased estimate of `exp(scale q·k)`. ω is drawn from
-    torch's generator, saved with the weights and not trained; `redraw` draws it anew.
+    torch's generator, saved with the weights and not trained; `redraw` draws it anew. In fp32 the features vanish
+    where `scale |x|²` is beyond about 100: there is no stabiliser, which would have to know later keys.
     """
 
     positive = True
@@ -163,7 +164,8 @@ class Performer(FeatureMap):
         """Blocks of D orthogonal directions; each with the length of a Gaussian vector."""
         count, dim = self.feature_dim, self.head_dim
         blocks = -(-count // dim)
-        orthogonal = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator))[0]
+        orthogonal, triangle = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator))
+        orthogonal = orthogonal * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]  # else not uniform (Haar)
         lengths = torch.randn(blocks * dim, dim, generator=generator).norm(dim=-1)
         self.directions.copy_((orthogonal.transpose(1, 2).reshape(-1, dim) * lengths[:, None])[:count].T)
 
@@ -182,7 +184,8 @@ class Yoso(FeatureMap):
     that collide, of expectation `collision_probability`.
 
     The gradient is that of the expectation in the paper's bounded form (eq. 12), `BITS/2 · φφ · k` towards q, with
-    the mean direction of k's bucket in the place of k: so it, too, needs no more than the state.
+    the direction of k's bucket in the place of k, as long as gives k·k = 1 in the mean: so it, too, needs no more
+    than the state.
     """
 
     positive = True
@@ -207,8 +210,8 @@ class Yoso(FeatureMap):
         height = (x @ planes.flatten(1)).unflatten(-1, (self.hashes, BITS))
         above = height.detach() > 0
         bucket = (above * (1 << torch.arange(BITS, device=x.device))).sum(-1)
-        # What x has along its bucket's mean direction: √(2/πD) along the bucket's side of each plane.
-        along = math.sqrt(2 / (math.pi * self.head_dim)) * torch.where(above, height, -height).sum(-1)
+        # |height| is √(2/πD) in the mean, so this is 1 in the mean.
+        along = math.sqrt(math.pi * self.head_dim / 2) * torch.where(above, height, -height).mean(-1)
         collides = (1 + BITS / 2 * (along - along.detach())) / math.sqrt(self.hashes)
         buckets = torch.arange(1 << BITS, device=x.device)
         return ((bucket[..., None] == buckets) * collides[..., None]).flatten(-2)
