@@ -93,7 +93,21 @@ def table(reports: dict[str, dict]) -> str:
             cells.append(f"{report['recall']:.1%}")
         cells += [f"{report['state_bytes'] / 1000:.0f} kB", f"{sum(report['seconds'].values()):.0f}"]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", augmentation(reports)]) + "\n"
+
+
+def augmentation(reports: dict[str, dict]) -> str:
+    """Whether every augmented form beats its plain form."""
+    final = {method: report["perplexity"]["recovered"] for method, report in reports.items()}
+    bases = {name: name.partition(":")[2] or "hedgehog" for name in final if name.startswith("augmented")}
+    pairs = [(name, base) for name, base in bases.items() if base in final]
+    behind = [
+        f"`{base}` ({final[base]:.3f} against {final[name]:.3f})"
+        for name, base in pairs
+        if final[name] >= final[base]
+    ]
+    said = f"The augmented form beats the plain one for {len(pairs) - len(behind)} of {len(pairs)} bases"
+    return f"{said}; not for {', '.join(behind)}." if behind else f"{said}."
 
 
 def number(value: float | None) -> str:
