@@ -54,8 +54,8 @@ def far_part(layer, head, q, k, v, far):
     k_map = layer.far.q_map if layer.far.k_map is None else layer.far.k_map
     phi_q = feature(eq.feature_map, layer.far.q_map, head, q, eq.scale)
     phi_k = feature(eq.feature_map, k_map, own, k, eq.scale)
-    memory, length = layer.far.memory, len(q)
-    decay, strength = torch.ones(length, dtype=q.dtype), None
+    memory = layer.far.memory
+    decay, strength = torch.ones(len(k), dtype=q.dtype), None
     if eq.memory == "decay":
         decay = decay / (1 + memory.decay_bias[own].exp())
     elif eq.memory in ("gated", "delta"):
@@ -64,7 +64,7 @@ def far_part(layer, head, q, k, v, far):
         strength = torch.sigmoid(v @ memory.strength_weight[own] + memory.strength_bias[own])
         phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True)
     out, mass = [], []
-    for i in range(length):
+    for i in range(len(q)):
         S, z = (
             torch.zeros(phi_k.shape[1], v.shape[1], dtype=q.dtype),
             torch.zeros(phi_k.shape[1], dtype=q.dtype),
@@ -84,7 +84,7 @@ def far_part(layer, head, q, k, v, far):
 def linformer(layer, own, q, k, v, far):
     """Softmax over slots that hold weighted means of the far keys and values."""
     table = layer.far.table[own]
-    share = torch.stack([table[:, p % table.shape[1]].softmax(0) for p in range(len(q))])  # [T, slots]
+    share = torch.stack([table[:, p % table.shape[1]].softmax(0) for p in range(len(k))])  # [T, slots]
     out, mass = [], []
     for i in range(len(q)):
         chosen = share * far[i][:, None]

@@ -12,6 +12,8 @@ from linearize_kernels import (
     block,
     chunked,
     commit,
+    cross,
+    encode,
     step,
     step_state,
 )
@@ -292,3 +294,20 @@ def test_bidirectional_gradients_equal_the_dense_reference(name):
     expected = gradients(dense.attention(attention, q, k, v))
     for a, b in zip(gradients(bidirectional(attention, q, k, v, chunk=6)), expected, strict=True):
         close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b)
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "linformer"])
+def test_cross_attention_is_the_normalised_far_part_over_all_tokens(name):
+    attention = make(name, causal=False)
+    q, _, _ = tokens(2, 7)
+    _, k, v = tokens(2, 11)
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    valid[1, 6:] = False
+    out = cross(attention, q, *encode(attention, k, v, valid))
+    every = torch.ones(7, 11, dtype=torch.bool)
+    for row, length in enumerate((11, 6)):
+        for head in range(BASE["heads"]):
+            own = head // (BASE["heads"] // BASE["kv_heads"])
+            keys, values = k[row, own, :length], v[row, own, :length]
+            far, mass = dense.far_part(attention, head, q[row, head], keys, values, every[:, :length])
+            close(out[row, head], far / mass[:, None])

@@ -4,6 +4,7 @@ from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.bidirectional import bidirectional
 from linearize_kernels.block import block
 from linearize_kernels.chunked import chunked, commit
+from linearize_kernels.cross import cross, encode
 from linearize_kernels.state import State
 from linearize_kernels.step import step, step_state
 
@@ -15,6 +16,8 @@ __all__ = [
     "block",
     "chunked",
     "commit",
+    "cross",
+    "encode",
     "step",
     "step_state",
 ]
