@@ -9,6 +9,7 @@ from linearize_kernels.local import SCORES
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -17,7 +18,8 @@ from transformers.cache_utils import (
 
 from linearize_cli.errors import UserError
 from linearize_cli.probe import PROBE, Call, has_bias, probe, probe_bias, visible
-from linearize_cli.runtime.adapters import adapted
+from linearize_cli.runtime.adapt import adapted
+from linearize_cli.runtime.adapters import Indexed
 
 # The places in a cache that a converted layer can take: `runtime.cache.cache_layer`.
 PLACES = (
@@ -124,7 +126,8 @@ def refusal(module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tens
     if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
         return "it shares keys and values with other layers"
     place = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
-    if type(place) not in PLACES:
+    indexed = isinstance(module, Indexed) and type(place) is DynamicIndexedLayer
+    if type(place) not in PLACES and not indexed:
         return "its cache holds more than keys and values (an index or compressed keys, say)"
     return None
 

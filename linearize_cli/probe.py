@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from linearize_cli.errors import UserError
 from linearize_cli.runtime.dispatch import find_cache
 
 PROBE = "linearize_probe"
@@ -72,16 +73,29 @@ def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
     """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
     each. No marker reaches a layer of a model that returns no cache: its states are lost.
+
+    Raises:
+        UserError: the model does not run with a `DynamicCache`.
     """
     recorder, hooks = Probe(), []
     ids = torch.arange(1, 4, device=model.device)[None]
     with recording(model, recorder):
         try:
             model(input_ids=ids, use_cache=False)
+            if not recorder.calls:
+                return {}
             for module in recorder.calls:
                 hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
             recorder.calls.clear()
-            output = model(input_ids=ids, use_cache=True)
+            try:
+                cache = DynamicCache(config=model.config)
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{type(model).__name__} cannot be converted: it does not run with transformers' DynamicCache "
+                    f"({error})",
+                    "Choose a model that does.",
+                ) from error
             if getattr(output, "past_key_values", None) is None:
                 for call in recorder.calls.values():
                     call.extra.pop("linearize_state", None)

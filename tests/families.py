@@ -69,6 +69,7 @@ CONVERTED: dict[str, tuple[str, dict]] = {
     "cohere2": ("cohere2", SLIDING),
     "deepseek-v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
     "deepseek-v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
+    "deepseek-v3.2": ("deepseek_v32", dict(index_n_heads=2, index_head_dim=16, **EXPERTS, **LATENT)),
     "diffllama": ("diffllama", {}),
     "ernie4.5": ("ernie4_5", HEAD),
     "ernie4.5-moe": ("ernie4_5_moe", EXPERTS),
@@ -143,7 +144,6 @@ CONVERTED: dict[str, tuple[str, dict]] = {
 }
 REFUSED: dict[str, tuple[str, dict]] = {
     "bert-encoder": ("bert", {}),
-    "deepseek-v3.2": ("deepseek_v32", dict(index_n_heads=2, index_head_dim=16, **EXPERTS, **LATENT)),
     "doge": ("doge", {}),
     "inkling": ("inkling_text", {**EXPERTS, **HEAD}),
     "mamba": ("mamba", {}),

@@ -14,7 +14,6 @@ SHARED_KV = "it shares keys and values with other layers"
 NOT_OF_DISTANCE = "it adds a bias to its scores that is not a function of distance alone"
 REASONS = {
     "bert-encoder": "layer.0.attention.self: its attention is not causal",
-    "deepseek-v3.2": "its cache holds more than keys and values",
     "doge": NOT_OF_DISTANCE,
     "inkling": NOT_OF_DISTANCE,
     "zamba2": "it has no layer_idx, so it has no place in a cache",

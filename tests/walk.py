@@ -58,17 +58,24 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # What a type needs beyond GENERIC.
 OVERRIDES: dict[str, dict] = {
     "bamba": dict(attn_layer_indices=[1, 3]),
+    **dict.fromkeys(
+        ("blt_patcher", "blt_local_encoder", "blt_local_decoder", "blt_global_transformer"), dict(head_dim=8)
+    ),
     "cohere_compass_text": dict(rope_parameters={"full_attention": ROPE}),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
         ffn_config=dict(ffn_hidden_size=24, hidden_size=32),
     ),
+    "dots3_note_vision_encoder": dict(adapter_in_dim=32, adapter_out_dim=32),
+    "dots3_note_audio_encoder": dict(adapter_input_size=32),
     "granitemoehybrid": HYBRID,
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
     "mamba2": dict(num_heads=4, head_dim=16, n_groups=1),
     "nemotron_h": dict(mamba_num_heads=4, n_groups=1, moe_shared_expert_intermediate_size=24),
-    "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=12, indexer_budget=8, indexer_compress_ratio=2
+    ),
     "reformer": dict(axial_pos_embds=False, attn_layers=["local", "lsh"] * 2),
     "xlstm": dict(num_blocks=2, num_heads=4),
     "xmod": dict(languages=["en_XX"], default_language="en_XX"),
@@ -132,7 +139,7 @@ def settable(config: PreTrainedConfig, name: str) -> bool:
 
 
 class SoftmaxSeen(TorchDispatchMode):
-    """Notes whether a softmax over `length` keys is computed."""
+    """Notes whether a softmax (Reformer's: a logsumexp) over `length` keys is computed."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -141,7 +148,11 @@ class SoftmaxSeen(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         attends = "scaled_dot_product" in name and args[0].shape[-2] == self.length
-        scores = "_softmax" in name and args[0].dim() >= 3 and args[0].shape[-1] >= self.length
+        scores = (
+            ("_softmax" in name or "logsumexp" in name)
+            and args[0].dim() >= 3
+            and args[0].shape[-1] >= self.length
+        )
         self.seen = self.seen or attends or scores
         return function(*args, **(kwargs or {}))
 
@@ -180,7 +191,8 @@ def check_forms(model: PreTrainedModel, native: str) -> list[str]:
     """One forward == token by token == uneven pieces, and a row behind pads == the row alone, with a cache too;
     within 1e-5 of the largest logit, 1e-4 where native recurrent layers are.
 
-    A form that the base model itself lacks, with its softmax in place of ours, is not asked for.
+    A form that the base model itself lacks, with its softmax in place of ours, is not asked for. Up to twice
+    the tolerance is rounding where the same model in fp64 is within 1e-12.
 
     Returns:
         The forms that the base model lacks.
@@ -193,7 +205,11 @@ def check_forms(model: PreTrainedModel, native: str) -> list[str]:
         with attention_implementation(model, native):
             lacking = [form for form, deviation in deviations(model).items() if not deviation <= tolerance]
     wrong = {form: x for form, x in found.items() if not x <= tolerance and form not in lacking}
-    assert not wrong and len(lacking) < len(found) - 1, (wrong, lacking)
+    if wrong:
+        exact = deviations(model.double())
+        model.float()
+        assert all(wrong[form] < 2 * tolerance and exact[form] < 1e-12 for form in wrong), (wrong, exact)
+    assert len(lacking) < len(found) - 1, lacking
     return [f"the base model itself differs {form}" for form in lacking]
 
 

@@ -1,52 +1,20 @@
 """Attention modules of transformers that compute softmax themselves, brought to the attention interface.
 
-An adapter goes before such a module's class. It hands queries, keys and values to the interface where the
-module's own config selects one of ours (all are called `linearize...`); otherwise the module's own forward
-runs. Only the modules of one model change their class, never the class itself.
+An adapter goes before such a module's class (`adapt.adapt`). It hands queries, keys and values to the interface
+where the module's own config selects one of ours (all are called `linearize...`); otherwise the module's own
+forward runs.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import import_module
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PREFIX = "Adapted"
 _state: ContextVar = ContextVar("linearize_state", default=None)
-_classes: dict[type, type] = {}
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    position_bias: Tensor | None = None,
-    **unused: object,
-) -> tuple[Tensor, Tensor]:
-    """The softmax attention of an adapted module, as other models have it in their own files.
-
-    query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` and the weights. The mask is
-    additive or boolean, the bias additive; both broadcast to `[B, heads, T, N]`.
-    """
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling
-    if position_bias is not None:
-        scores = scores + position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), weights
 
 
 class Adapter:
@@ -215,6 +183,13 @@ class Bert(Adapter):
         return out.flatten(2), None
 
 
+class Git(Bert):
+    is_causal = True
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+
+
 class DiffLlama(Adapter):
     """Two softmax attentions with the same queries and keys are one whose values are twice as wide."""
 
@@ -239,49 +214,24 @@ class DiffLlama(Adapter):
         return self.o_proj((1 - self.lambda_init) * out.flatten(2)), None
 
 
-# `package.Class` under transformers.models -> what goes before the class.
-ADAPTERS: dict[str, type[Adapter]] = {
-    "big_bird.BigBirdSelfAttention": Bert,
-    "bloom.BloomAttention": Bloom,
-    "codegen.CodeGenAttention": Method,
-    "diffllama.DiffLlamaAttention": DiffLlama,
-    "falcon.FalconAttention": Falcon,
-    "gpt_neo.GPTNeoSelfAttention": GPTNeo,
-    "gpt_neox_japanese.GPTNeoXJapaneseAttention": GPTNeoXJapanese,
-    "gptj.GPTJAttention": Method,
-    "megatron_bert.MegatronBertSelfAttention": Bert,
-    "mpt.MptAttention": Mpt,
-    "mvp.MvpAttention": Bart,
-    "rembert.RemBertSelfAttention": Bert,
-    "roformer.RoFormerSelfAttention": Bert,
-    "trocr.TrOCRAttention": Bart,
-    "xglm.XGLMAttention": Bart,
-}
+class Indexed(Adapter):
+    """DeepSeek's sparse attention, which reaches the interface by itself; see `Indexer`."""
+
+    native_mask = True
 
 
-def adapted_class(original: type) -> type:
-    """`Adapted<Original>`: the class of transformers behind its adapter."""
-    if original not in _classes:
-        adapter = ADAPTERS[key_of(original)]
-        namespace = {"__module__": __name__, "original": original}
-        _classes[original] = type(PREFIX + original.__name__, (adapter, original), namespace)
-    return _classes[original]
+class Indexer(Adapter):
+    """Chooses the keys that sparse attention sees. A linear layer sees all of them and asks for none: it keeps
+    no index keys. As its teacher, softmax sees all too, which is the same up to `index_topk` tokens.
+    """
 
-
-def __getattr__(name: str) -> type:
-    """`Adapted<Original>`: so pickle finds it, in a process that has not made it yet too."""
-    for key in ADAPTERS:
-        package, _, original = key.partition(".")
-        if name == PREFIX + original:
-            file = import_module(f"transformers.models.{package}.modeling_{package}")
-            return adapted_class(getattr(file, original))
-    raise AttributeError(f"no adapter is behind {name!r}")
-
-
-def key_of(cls: type) -> str:
-    """`bloom.BloomAttention` of a class in transformers' models; empty for others."""
-    path = cls.__module__.split(".")
-    return f"{path[2]}.{cls.__name__}" if path[:2] == ["transformers", "models"] else ""
+    def forward(self, hidden_states, q_resid, position_embeddings, attention_mask, *args, **kwargs):
+        if not self.selected():
+            return super().forward(
+                hidden_states, q_resid, position_embeddings, attention_mask, *args, **kwargs
+            )
+        keys = torch.arange(attention_mask.shape[-1], device=hidden_states.device)
+        return keys.expand(*hidden_states.shape[:2], -1)
 
 
 def modeling(module: Adapter):
@@ -295,30 +245,30 @@ def appended(cache: Cache | None, key: Tensor, value: Tensor, index: int) -> tup
     return (key, value) if cache is None else cache.update(key, value, index)
 
 
-def adapt(model: nn.Module) -> list[nn.Module]:
-    """Put its adapter before the class of each module that has one, and give it a `config` where it has none:
-    that of the module around it. Returns the modules that got an adapter.
-    """
-    found, configs = [], {"": model.config}
-    for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        configs[name] = getattr(module, "config", configs[parent])
-        if key_of(type(module)) in ADAPTERS:
-            module.config = configs[name]
-            module.__class__ = adapted_class(type(module))
-            found.append(module)
-    return found
-
-
-@contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """While open, the model's modules have their adapters."""
-    had = {module for module in model.modules() if "config" in vars(module)}
-    modules = adapt(model)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__class__ = module.original
-            if module not in had:
-                del module.config
+# `package.Class` under transformers.models -> what goes before the class.
+ADAPTERS: dict[str, type[Adapter]] = {
+    "axk2.AXK2Attention": Indexed,
+    "axk2.AXK2Indexer": Indexer,
+    "big_bird.BigBirdSelfAttention": Bert,
+    "bloom.BloomAttention": Bloom,
+    "codegen.CodeGenAttention": Method,
+    "deepseek_v32.DeepseekV32Attention": Indexed,
+    "deepseek_v32.DeepseekV32Indexer": Indexer,
+    "diffllama.DiffLlamaAttention": DiffLlama,
+    "falcon.FalconAttention": Falcon,
+    "git.GitSelfAttention": Git,
+    "glm_moe_dsa.GlmMoeDsaAttention": Indexed,
+    "glm_moe_dsa.GlmMoeDsaIndexer": Indexer,
+    "gpt_neo.GPTNeoSelfAttention": GPTNeo,
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention": GPTNeoXJapanese,
+    "gptj.GPTJAttention": Method,
+    "hy_v4.HYV4Attention": Indexed,
+    "hy_v4.HYV4Indexer": Indexer,
+    "megatron_bert.MegatronBertSelfAttention": Bert,
+    "mpt.MptAttention": Mpt,
+    "mvp.MvpAttention": Bart,
+    "rembert.RemBertSelfAttention": Bert,
+    "roformer.RoFormerSelfAttention": Bert,
+    "trocr.TrOCRAttention": Bart,
+    "xglm.XGLMAttention": Bart,
+}

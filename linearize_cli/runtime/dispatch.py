@@ -68,8 +68,11 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
         # Under construction some parameters may be real already (DiffLlama's), others on meta.
         device = min((p.device for p in module.parameters()), key=lambda device: device.type != "meta")
         module.linear_attention = linear_attention.to(device, torch.float32)
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = IMPLEMENTATION
+        shared, own = module.config, copy.copy(module.config)
+        own._attn_implementation_internal = IMPLEMENTATION
+        for part in module.modules():
+            if getattr(part, "config", None) is shared:
+                part.config = own
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
     kept = {id(model.get_submodule(name).config) for name in model.config.linearize["softmax"]}
     for config in configs:

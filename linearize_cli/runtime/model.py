@@ -13,7 +13,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from linearize_cli.runtime.adapters import adapt
+from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import AUTO_MAP, copy_code
 from linearize_cli.runtime.cache import cache_layer
 from linearize_cli.runtime.config import LinearizedConfig, base_of

@@ -1,0 +1,94 @@
+"""Puts adapters before the classes of one model's attention modules; the classes themselves stay as they are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from linearize_cli.runtime.adapters import ADAPTERS
+
+PREFIX = "Adapted"
+_classes: dict[type, type] = {}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    position_bias: Tensor | None = None,
+    **unused: object,
+) -> tuple[Tensor, Tensor]:
+    """The softmax attention of an adapted module, as other models have it in their own files.
+
+    query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` and the weights. The mask is
+    additive or boolean, the bias additive; both broadcast to `[B, heads, T, N]`.
+    """
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), weights
+
+
+def adapted_class(original: type) -> type:
+    """`Adapted<Original>`: the class of transformers behind its adapter."""
+    if original not in _classes:
+        adapter = ADAPTERS[key_of(original)]
+        namespace = {"__module__": __name__, "original": original}
+        _classes[original] = type(PREFIX + original.__name__, (adapter, original), namespace)
+    return _classes[original]
+
+
+def __getattr__(name: str) -> type:
+    """`Adapted<Original>`: so pickle finds it, in a process that has not made it yet too."""
+    for key in ADAPTERS:
+        package, _, original = key.partition(".")
+        if name == PREFIX + original:
+            file = import_module(f"transformers.models.{package}.modeling_{package}")
+            return adapted_class(getattr(file, original))
+    raise AttributeError(f"no adapter is behind {name!r}")
+
+
+def key_of(cls: type) -> str:
+    """`bloom.BloomAttention` of a class in transformers' models; empty for others."""
+    path = cls.__module__.split(".")
+    return f"{path[2]}.{cls.__name__}" if path[:2] == ["transformers", "models"] else ""
+
+
+def adapt(model: nn.Module) -> list[nn.Module]:
+    """Put its adapter before the class of each module that has one, and give it a `config` where it has none:
+    that of the module around it. Returns the modules that got an adapter.
+    """
+    found, configs = [], {"": model.config}
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        configs[name] = getattr(module, "config", configs[parent])
+        if key_of(type(module)) in ADAPTERS:
+            module.config = configs[name]
+            module.__class__ = adapted_class(type(module))
+            found.append(module)
+    return found
+
+
+@contextmanager
+def adapted(model: nn.Module) -> Iterator[None]:
+    """While open, the model's modules have their adapters."""
+    had = {module for module in model.modules() if "config" in vars(module)}
+    modules = adapt(model)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = module.original
+            if module not in had:
+                del module.config
