@@ -123,7 +123,9 @@ class Run:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 
     def keep_softmax(self, source: text.Source | None, blocks: torch.Tensor | None) -> None:
-        """Give the layers that `--keep-softmax auto:N` is to choose back to softmax."""
+        """Give the layers that `--keep-softmax auto:N` is to choose back to softmax. Of a run with transfer, the
+        perplexity `swapped` is therefore that with every layer linear, and those that follow are the hybrid's.
+        """
         # After transfer: a layer that has learned its teacher's attention shows what the linear form cannot do,
         # one just swapped mostly what it has not learned yet. Transfer itself needs no choice, for its layers
         # are independent; distillation does, for the others learn to work with the kept ones.

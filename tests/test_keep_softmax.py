@@ -18,6 +18,7 @@ from linearize_cli.recover import data
 from linearize_cli.recover.keep import Restorer, best
 from linearize_cli.runtime import linearize
 
+FAMILIES = ["llama", "gpt2", "gemma2", "mistral", "gpt-oss", "gemma3n", "bloom", "falcon-alibi"]
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(4)]
 
 
@@ -102,7 +103,7 @@ def test_kept_layers_are_the_teachers(teacher):
     assert all(hasattr(model.get_submodule(name), "linear_attention") == (name in linear) for name in LAYERS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "gpt-oss", "gemma3n"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_restored_layer_is_one_that_was_kept(family):
     """The model with one layer restored, for a while and for good, is that converted without it."""
     model = tiny_model(family)

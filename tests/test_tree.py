@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from families import AUGMENTED, CONVERTED, SMALL, swapped
-from transformers import DynamicCache, StaticCache
+from families import AUGMENTED, CONVERTED, SMALL, swap, swapped
+from transformers import AutoModelForCausalLM, DynamicCache, RoFormerConfig, StaticCache
 from transformers.cache_utils import DummyLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -98,7 +98,8 @@ def check_tree(model, lengths, parents, tolerance) -> None:
             assert now.shape == then.shape and not ((now - then).abs() > bound).any()
 
 
-RECURRENT = ["lfm2", "olmo-hybrid", "qwen3-next"]
+OWN_BIAS = ["bloom", "gpt-neo", "mpt"]
+RECURRENT = ["falcon-h1", "lfm2", "olmo-hybrid", "qwen3-next"]
 FAMILIES = ["llama", "gpt2", "gemma2", "mistral"]
 
 
@@ -132,7 +133,12 @@ def test_kept_layers_in_eager():
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("family", [name for name in CONVERTED if name not in RECURRENT])
 def test_nodes_of_every_family(family, keep):
-    check_tree(swapped(family, keep=keep), [1, 5, 7, 8, 21], TREE, 1e-5)
+    model = swapped(family, keep=keep)
+    if keep and family in OWN_BIAS:
+        with pytest.raises(NotImplementedError, match="hides or biases tokens by itself"):
+            read_tree(model, short_prefix(model), random_ids(2, 3), [-1, 0, 0])
+    else:
+        check_tree(model, [1, 5, 7, 8, 21], TREE, 1e-5)
 
 
 def short_prefix(model) -> DynamicCache:
@@ -178,7 +184,15 @@ def test_what_is_no_tree_is_refused():
 @pytest.mark.parametrize("family", RECURRENT)
 def test_recurrent_layers_cannot_branch(family):
     model = swapped(family)
-    with pytest.raises(NotImplementedError, match="LinearAttention"):
+    with pytest.raises(NotImplementedError, match="cannot branch off"):
+        read_tree(model, short_prefix(model), random_ids(2, 3), [-1, 0, 0])
+
+
+def test_models_that_count_positions_themselves_are_refused():
+    sizes = dict(embedding_size=32, max_position_embeddings=64, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(RoFormerConfig(**{**SMALL, **sizes})).eval()
+    swap(model)
+    with pytest.raises(NotImplementedError, match="takes no position_ids"):
         read_tree(model, short_prefix(model), random_ids(2, 3), [-1, 0, 0])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize_cli.recover.distill import divergence
+from linearize_cli.runtime.adapters import adapted
 from linearize_cli.runtime.dispatch import attention_implementation
 
 NONE = "none"  # every layer linear
@@ -31,7 +32,8 @@ class Restorer:
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]):
         self.model, self.native = model, model.config._attn_implementation
-        self.shared = {name: model.get_submodule(name).config for name in names}
+        with adapted(model):  # which gives a config to modules that have none of their own
+            self.shared = {name: model.get_submodule(name).config for name in names}
 
     @contextmanager
     def restored(self, name: str) -> Iterator[None]:

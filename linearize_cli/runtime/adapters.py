@@ -22,10 +22,12 @@ class Adapter:
 
     Attributes:
         native_mask: the model's own code works on the mask, so it must be of the base model's kind.
+        mask_is_all: the base model's attention hides and biases by its mask alone.
     """
 
     is_causal = True
     native_mask = False
+    mask_is_all = True
 
     def selected(self) -> bool:
         return self.config._attn_implementation.startswith("linearize")
@@ -70,6 +72,8 @@ class Method(Adapter):
 class GPTNeo(Method):
     """Unscaled; a local layer masks what is beyond its window."""
 
+    mask_is_all = False
+
     @property
     def layer_idx(self) -> int:
         return self.layer_id
@@ -91,6 +95,8 @@ class GPTNeoXJapanese(Method):
 
 
 class Bloom(Adapter):
+    mask_is_all = False
+
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
         if not self.selected():
             return super().forward(hidden_states, residual, alibi, attention_mask, layer_past, **kwargs)
@@ -128,6 +134,7 @@ class Falcon(Adapter):
 
 class Mpt(Adapter):
     native_mask = True
+    mask_is_all = False
 
     def forward(self, hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
         if not self.selected():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import torch
 from linearize_kernels.attention import LinearAttention
@@ -127,8 +128,8 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
 
     Raises:
         ValueError: the parents are no tree of N nodes, or the cache holds no prefix.
-        NotImplementedError: a layer keeps what cannot branch (a recurrent state, a static buffer), or a kept
-            softmax layer attends without a 4-D mask.
+        NotImplementedError: a layer keeps what cannot branch (a recurrent state, a static buffer), the model
+            counts positions itself, or a kept softmax layer attends by more or less than a 4-D mask.
     """
     if len(parents) != ids.shape[1] or not all(-1 <= parent < i for i, parent in enumerate(parents)):
         raise ValueError(
@@ -137,6 +138,12 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
     strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in BRANCHES}
     if strange:
         raise NotImplementedError(f"a tree cannot branch off what the cache holds: {', '.join(strange)}")
+    # Where positions are a bias on distances, converted layers need none from the model.
+    by_distance = all(geometry.get("bias") for geometry in model.config.linearize["layers"].values())
+    if "position_ids" not in signature(model.forward).parameters and not by_distance:
+        raise NotImplementedError(
+            f"{type(model).__name__} takes no position_ids: it cannot be told the places of a tree's nodes"
+        )
     first = next((x for x in cache.layers if isinstance(x, LinearCacheLayer) and x.state is not None), None)
     if first is None:
         raise ValueError("the cache holds no prefix: run the model on it first")
@@ -173,6 +180,8 @@ def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -
     mask, nodes = kwargs.get("attention_mask"), len(shape.depth)
     if nodes == 1:
         return None
+    if not getattr(module, "mask_is_all", True):
+        raise NotImplementedError(f"{type(module).__name__} hides or biases tokens by itself, as in a chain")
     if mask is None or mask.dim() != 4:
         raise NotImplementedError(
             f"{type(module).__name__} attends without a 4-D mask, which a tree needs: load the model with "
