@@ -32,7 +32,7 @@ TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model)
 def load_teacher(
     model: str, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model that `model` names, in eval mode, and its tokenizer.
+    """The model that `model` names, of a kind that can be converted, in eval mode, and its tokenizer.
 
     Args:
         model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo`; see `resolve_model`.
@@ -42,7 +42,7 @@ def load_teacher(
             refused; nothing asks. Pickled weights are read as tensors only, with or without it.
 
     Raises:
-        UserError: the checkpoint is missing, not whole, not accessible or not a causal language model.
+        UserError: the checkpoint is missing, not whole, not accessible or of another kind.
     """
     import torch
 
@@ -133,15 +133,16 @@ def _load_meta(
 def _load_hugging_face(
     model: str, source: str, dtype: torch.dtype | None, device: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer
 
     with _explained(model, "its config.json", FORMATS):
-        config = _load_config(model, source, trust_remote_code)
+        config, auto_class = _load_config(model, source, trust_remote_code)
     with _explained(model, "its tokenizer", TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_tokenizer(model, tokenizer)
     with _explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = getattr(transformers, auto_class).from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
@@ -156,8 +157,9 @@ def _load_hugging_face(
     return loaded.eval(), tokenizer
 
 
-def _load_config(model: str, source: str, trust_remote_code: bool) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
+    """The config, and the Auto class that loads the model."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
@@ -167,10 +169,32 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> PreTrained
         what = f"{model}: this transformers does not know the model_type `{kind}` in config.json."
         raise UserError(what, "Update it: pip install --upgrade transformers")
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
-        what = f"{model}: by its config.json it is a `{kind}`, not a causal language model."
-        raise UserError(what, "Choose a model that transformers' AutoModelForCausalLM loads.")
-    return config
+    name = _auto_class(config, own_code)
+    if name is None:
+        what = f"{model}: by its config.json it is a `{kind}`, not a causal language model, encoder-decoder or encoder."
+        raise UserError(what, "Choose a model that transformers' AutoModelForCausalLM loads, say.")
+    return config, name
+
+
+def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
+    """The Auto class of the class that config.json names, else the first that knows the model type or its own
+    code; an encoder (`is_decoder` is false) is no causal language model.
+    """
+    import transformers
+
+    from linearize_cli.runtime.config import AUTO_CLASSES, PREFIX, auto_class
+
+    known = [
+        name
+        for name in AUTO_CLASSES
+        if name in own_code or type(config) in getattr(transformers, name)._model_mapping
+    ]
+    named = [auto_class(name.removeprefix(PREFIX)) for name in config.architectures or ()]
+    if named and named[0] in known:
+        return named[0]
+    if getattr(config, "is_decoder", None) is False and "AutoModelForMaskedLM" in known:
+        return "AutoModelForMaskedLM"
+    return next(iter(known), None)
 
 
 def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,15 +7,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from linearize_cli.checkpoint import load_teacher, resolve_model
+from linearize_cli.compatibility import forward_only
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
 from linearize_cli.pipeline import Run
-from linearize_cli.plan import Layer, choose_layers, measured_count, plan_layers
+from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
 from linearize_cli.recipe import Recipe, load_recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.runtime import LinearizeMixin
+from linearize_cli.tasks import CausalLM, Task, context_length, task_of
 
 
 def default_output(model: str, method: str) -> Path:
@@ -88,6 +90,9 @@ def convert(
         )
     reach = recipe.attention.local.size if recipe.attention.local else 1
     linear, softmax = choose_layers(plan_layers(teacher, reach), keep_softmax)
+    check_biases(teacher, linear, softmax, keep_softmax)
+    task = task_of(teacher, tokenizer)
+    check_task(job, task, linear)
     length = check_length(seq_len, recipe, teacher)
     check_budget(job, length)
     if dry_run:
@@ -98,7 +103,7 @@ def convert(
             corpus = partial / "self.jsonl"
             write_corpus(teacher, tokenizer, corpus, recipe.recover.tokens, length, seed, terminal)
             texts = open_texts(job, corpus)
-        run = Run(job, teacher, tokenizer, linear, softmax, length, partial, terminal)
+        run = Run(job, teacher, tokenizer, task, linear, softmax, length, partial, terminal)
         report = run.all(*texts, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
@@ -124,7 +129,7 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
     Raises:
         UserError: the blocks, the window or the conv reach beyond the model's context.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    limit = context_length(model)
     local, conv = recipe.attention.local, recipe.attention.conv
     for key, size in (("local.size", local.size if local else 0), ("conv.width", conv.width)):
         if size > limit:
@@ -138,6 +143,30 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
             f"--seq-len {seq_len} is beyond the model's context of {limit}", f"Use at most {limit}."
         )
     return seq_len
+
+
+def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
+    """Refuse what this kind of model cannot do.
+
+    Raises:
+        UserError: a memory that runs forward in time for layers that see both sides, answers that text does not
+            hold, or text that the model cannot write.
+    """
+    key, distill = forward_only(job.recipe.attention), job.recipe.recover.distill
+    if key is not None and not all(layer.causal for layer in layers):
+        raise UserError(
+            f"{key} of {job.recipe.name} runs forward in time, and {task.kind} attends to both sides",
+            "Choose a method without it, or pass --set attention.memory.kind=none.",
+        )
+    if distill.ce and not task.answers:
+        raise UserError(
+            f"recover.distill.ce {distill.ce:g} needs right answers, and text holds none for {task.kind}",
+            "Pass --set recover.distill.ce=0: it learns the teacher's logits.",
+        )
+    if text.SELF in job.data and not isinstance(task, CausalLM):
+        raise UserError(
+            f"--data self: {task.kind} writes no text to learn from", "Pass --data with a file or a dataset."
+        )
 
 
 def check_budget(job: Job, length: int) -> None:

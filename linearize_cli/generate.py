@@ -8,6 +8,7 @@ from transformers import TextStreamer
 
 from linearize_cli.artifact.load import load
 from linearize_cli.errors import UserError
+from linearize_cli.tasks import task_of
 
 
 def generate(
@@ -22,14 +23,15 @@ def generate(
     dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Continue a prompt with an artifact and stream it to standard output.
+    """Continue a prompt with an artifact and stream it to standard output; an encoder-decoder answers it.
 
     Args:
         speculative: "lookup" drafts with n-grams of the text so far (transformers' prompt lookup).
         temperature: 0 is greedy.
 
     Raises:
-        UserError: no such artifact, an empty prompt, an unfit temperature, or a drafter that is not there.
+        UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, or a drafter
+            that is not there.
     """
     if not 0 <= temperature <= 100:
         raise UserError(
@@ -38,9 +40,13 @@ def generate(
     if speculative == "medusa":
         raise UserError(f"{artifact} has no Medusa heads", "Use --speculative lookup, or none.")
     model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long)
-    if tokenizer.bos_token_id is not None:
-        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
+    task = task_of(model, tokenizer)
+    if not task.decodes:
+        raise UserError(
+            f"{artifact} is an encoder ({task.kind}): it reads text and writes none",
+            f"Use it through transformers' {task.auto_class}.",
+        )
+    ids = torch.tensor([task.prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():
         raise UserError(
             "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
@@ -61,7 +67,7 @@ def generate(
         **sampling,
         **lookup,
     )[0]
-    new = output[ids.shape[1] :].tolist()
+    new = output[task.given(ids) :].tolist()
     return {
         "artifact": artifact,
         "prompt": prompt,

@@ -28,6 +28,7 @@ def inspect(
     state = sum(
         LinearizedAttention(equation(attention, layer.geometry)).empty_state(1, "cpu", teacher.dtype).nbytes()
         for layer in linear
+        if layer.causal
     )
     every, kept = (kv_bytes_per_token(chosen, teacher.dtype) for chosen in (layers, softmax))
     return {

@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.console import Terminal
 from linearize_cli.errors import CheckFailed
 from linearize_cli.job import Job
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
-from linearize_cli.measure.perplexity import perplexity
-from linearize_cli.measure.selfcheck import full_logits, incremental_difference, padded_difference, tolerance
+from linearize_cli.measure.perplexity import log_probabilities, perplexity
+from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
-from linearize_cli.recover.distill import add_lora, distill_loss
+from linearize_cli.recover.distill import add_lora, distill_loss, divergence
 from linearize_cli.recover.keep import BATCHES, Restorer, best
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import transferring
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
+from linearize_cli.tasks import CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
@@ -39,6 +41,7 @@ class Run:
         job: Job,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         linear: list[Layer],
         softmax: list[Layer],
         length: int,
@@ -46,11 +49,12 @@ class Run:
         terminal: Terminal,
     ):
         self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
+        self.task, self.teacher = task, None
         self.linear, self.softmax, self.length, self.partial = linear, softmax, length, partial
         path = partial / "checkpoint.pt"
         self.checkpoint = Checkpoint.load(path) if path.exists() else Checkpoint()
         self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes)
-        self.restorer = Restorer(model, [layer.name for layer in linear])
+        self.restorer = Restorer(model, [layer.name for layer in linear], task.batch)
         self.native = self.restorer.native
         steps = job.recipe.recover.tokens // self.tokens_per_step if job.train else 0
         self.steps = {"transfer": round(steps * job.recipe.recover.transfer.share), "distill": steps}
@@ -64,7 +68,12 @@ class Run:
         if eval_text is not None:
             limit = None if self.job.eval_data else text.HELD_OUT_LIMIT
             blocks = text.evaluation_blocks(eval_text, self.tokenizer, self.length, limit)
-        self.measure("teacher", blocks)
+        if blocks is not None and not self.task.answers:
+            common = (self.model, blocks, self.job.batch_size)
+            with self.terminal.progress("teacher", blocks.numel()) as advance:
+                self.teacher = log_probabilities(*common, advance, self.task)
+        else:
+            self.measure("teacher", blocks)
         torch.manual_seed(self.job.seed)
         record = {
             "base_class": type(self.model).__name__,
@@ -91,32 +100,47 @@ class Run:
             "method": self.job.recipe.name,
             "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
             "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.steps.items()},
-            "perplexity": {s: self.result(s) for s in ("teacher", "swapped", "transferred", "recovered")},
-            "ablation": {s: self.result(s) for s in ("full", "local_only", "linear_only")},
-            "keep_softmax": self.result("keep_softmax"),
+            "perplexity": self.results("teacher", "swapped", "transferred", "recovered"),
+            "ablation": self.results("full", "local_only", "linear_only"),
+            "keep_softmax": self.checkpoint.results.get("keep_softmax"),
             "self_check": {},
             "state_bytes": state_bytes(self.model),
             "kv_bytes_per_token": kv_bytes_per_token(self.linear, self.model.dtype),
             "seconds": self.checkpoint.results.get("seconds", {}),
             "versions": versions(),
         }
+        if not isinstance(self.task, CausalLM):
+            report["task"] = self.task.pipeline
+        if self.teacher is not None:
+            names = ("swapped", "transferred", "recovered", "local_only", "linear_only")
+            report["kl"] = {name: self.checkpoint.results.get(name) for name in names}
         self.save(name, report, blocks)
         return report
 
-    def result(self, name: str) -> Any:
-        return self.checkpoint.results.get(name)
+    def results(self, *names: str) -> dict[str, float | None]:
+        """Perplexities by name."""
+        return {
+            name: None if self.teacher is not None else self.checkpoint.results.get(name) for name in names
+        }
 
     def measure(self, name: str, blocks: torch.Tensor | None, title: str | None = None) -> None:
-        """Perplexity under a name, unless an interrupted run measured it already."""
+        """Perplexity under a name, unless an interrupted run measured it already; where text has no answers,
+        the divergence from the teacher.
+        """
         if blocks is None or name in self.checkpoint.results:
             return
         started = time.monotonic()
-        with self.terminal.progress(title or f"perplexity, {name}", blocks.numel()) as advance:
-            value = perplexity(self.model, blocks, self.job.batch_size, advance)
+        measure = "perplexity" if self.teacher is None else "kl"
+        with self.terminal.progress(title or f"{measure}, {name}", blocks.numel()) as advance:
+            common = (self.model, blocks, self.job.batch_size, advance, self.task)
+            if self.teacher is None:
+                value = perplexity(*common)
+            else:
+                value = divergence(self.teacher, log_probabilities(*common)).item()
         self.checkpoint.results[name] = value
         self.took("measure", started)
-        self.log.write(stage="measure", name=name, perplexity=value)
-        self.terminal.note(f"perplexity, {title or name}: {value:.4f}")
+        self.log.write(stage="measure", name=name, **{measure: value})
+        self.terminal.note(f"{measure}, {title or name}: {value:.4f}")
 
     def took(self, stage: str, started: float) -> None:
         seconds = self.checkpoint.results.setdefault("seconds", {})
@@ -173,7 +197,7 @@ class Run:
 
                 def transfer_loss(ids):
                     losses.clear()
-                    self.model(input_ids=ids, use_cache=False)
+                    self.model(**self.task.batch(ids).inputs)
                     return sum(losses.values()), {"layers": {n: loss.item() for n, loss in losses.items()}}
 
                 stage("transfer", self.model, transfer_loss, recipe.transfer.lr, 0)
@@ -184,7 +208,7 @@ class Run:
             student = add_lora(self.model, recipe.distill.lora)
 
             def loss_of(ids):
-                return distill_loss(student, self.native, ids, recipe.distill), {}
+                return distill_loss(student, self.native, self.task.batch(ids), recipe.distill), {}
 
             lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
             stage("distill", student, loss_of, lr, self.steps["transfer"])
@@ -219,16 +243,16 @@ class Run:
         if (self.partial / "adapter").exists():
             (self.partial / "adapter").rename(folder / "adapter")
         ids = check_tokens(model, blocks).to(model.device)
-        logits = full_logits(model, ids)
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-        report["self_check"] = differences = {
-            "incremental": incremental_difference(model, ids),
-            "padded": padded_difference(model, ids),
-            "reload": (full_logits(again, ids) - logits).abs().max().item(),
-        }
-        limit = tolerance(logits)
+        auto_class = getattr(transformers, self.task.auto_class)
+        again = auto_class.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+        differences, limit = self_check(self.task, model, again, ids)
+        report["self_check"] = differences
         # Written so that a nan fails too.
-        failed = [form for form, difference in differences.items() if not difference <= limit]
+        failed = [
+            form
+            for form, difference in differences.items()
+            if difference is not None and not difference <= limit
+        ]
         if failed:
             raise CheckFailed(
                 "the self-check refused the converted model: logits differ by "
@@ -250,9 +274,9 @@ def set_dropped(model: PreTrainedModel, part: str | None) -> None:
 def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
     """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
     recent = max(module.linear_attention.equation.recent for module in converted(model).values())
-    config = model.config.get_text_config()
-    length = min(3 * recent + 45, getattr(config, "max_position_embeddings", None) or 1 << 20)
+    length = min(3 * recent + 45, context_length(model))
     if blocks is not None and blocks.numel() >= 2 * length:
         return blocks.flatten()[: 2 * length].view(2, length)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (2, length), generator=generator)

@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 )
 
 from linearize_cli.errors import UserError
-from linearize_cli.probe import PROBE, Call, has_bias, probe, probe_bias, visible
+from linearize_cli.probe import PROBE, Call, has_bias, is_causal, is_cross, probe, probe_bias, visible
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
+from linearize_cli.tasks import task_class
 
 # The places in a cache that a converted layer can take: `runtime.cache.cache_layer`.
 PLACES = (
@@ -37,13 +38,19 @@ class Layer:
 
     Attributes:
         bias: `[heads, distances]` what the base model adds to a score by the distance of its tokens, where it
-            does; 0 at distance 0.
+            does, laid out as `LinearAttention.distance_bias`; 0 at distance 0.
+        caches: whether softmax attention in it keeps keys and values of every token that is decoded.
     """
 
     name: str
     geometry: dict[str, Any]
     refusal: str | None = None
     bias: torch.Tensor | None = None
+    caches: bool = True
+
+    @property
+    def causal(self) -> bool:
+        return self.geometry.get("causal", True)
 
 
 def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
@@ -53,19 +60,13 @@ def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
         reach: distances over which a position bias is read, as many as the local part's size.
 
     Raises:
-        UserError: the model's code is not transformers' own, it is an encoder-decoder, or none of its layers
-            dispatches its attention.
+        UserError: the model's code is not transformers' own, or none of its layers dispatches its attention.
     """
     kind = type(model).__name__
     if getattr(transformers, kind, None) is not type(model):
         raise UserError(
             f"{kind} is not a class of transformers, and an artifact cannot carry another repository's code",
             "Choose a checkpoint whose model type transformers knows itself.",
-        )
-    if model.config.is_encoder_decoder:
-        raise UserError(
-            f"{kind} is an encoder-decoder; only decoder-only models can be converted",
-            "Choose a causal language model, such as a Llama, Qwen, Gemma or GPT-2 checkpoint.",
         )
     with adapted(model):
         calls = probe(model)
@@ -84,21 +85,24 @@ def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
                 "`linearize inspect MODEL` shows what a model can do.",
             )
         names = {module: name for name, module in model.named_modules()}
-        cache = DynamicCache(config=model.config)
+        decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+        cache, encodes = DynamicCache(config=decoder.config), task_class(model).encodes
         return [
             Layer(
                 names[module],
-                geometry(call) | ({"bias": True} if module in biases else {}),
-                refusal(module, call, cache, biases.get(module)),
+                geometry(module, call) | ({"bias": True} if module in biases else {}),
+                refusal(module, call, cache, biases.get(module), encodes),
                 biases.get(module),
+                is_causal(module, call) and not is_cross(call),
             )
             for module, call in calls.items()
         ]
 
 
-def geometry(call: Call) -> dict[str, Any]:
+def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
     scale = call.extra.get("scaling")
     softcap = call.extra.get("softcap")
+    sides = {} if is_causal(module, call) or is_cross(call) else {"causal": False}
     return {
         "heads": call.query[1],
         "kv_heads": call.key[1],
@@ -106,19 +110,24 @@ def geometry(call: Call) -> dict[str, Any]:
         "value_dim": call.value[3],
         "scale": float(call.query[3] ** -0.5 if scale is None else scale),
         "softcap": None if softcap is None else float(softcap),
+        **sides,
     }
 
 
-def refusal(module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tensor | None) -> str | None:
-    """Why a layer cannot be converted; None: it can."""
-    if call.query[2] != call.key[2]:
+def refusal(
+    module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tensor | None, encodes: bool
+) -> str | None:
+    """Why a layer cannot be converted; None: it can. One that sees both sides can where the model `encodes`."""
+    if is_cross(call):
         return "cross-attention: its keys come from elsewhere"
-    if not is_causal(module, call):
+    if not is_causal(module, call) and not (encodes and sees_all(call)):
         return "its attention is not causal"
     if call.count > 1:
         return f"it calls attention {call.count} times in one forward"
-    if has_bias(call) and bias is None:
+    if has_bias(module, call) and bias is None:
         return "it adds a bias to its scores that is not a function of distance alone"
+    if not is_causal(module, call):
+        return None  # it decodes nothing, so it needs no state
     if call.extra.get("linearize_state") != PROBE:
         return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"
     if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx < 0:
@@ -132,11 +141,9 @@ def refusal(module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tens
     return None
 
 
-def is_causal(module: nn.Module, call: Call) -> bool:
-    if call.mask is None:
-        return bool(getattr(module, "is_causal", True))
-    seen = visible(call.mask[0, 0])
-    return bool((seen == torch.ones_like(seen).tril()).all())
+def sees_all(call: Call) -> bool:
+    """Whether every token sees all of the probe's, which fit into any local window."""
+    return call.mask is None or bool(visible(call.mask[0, 0]).all())
 
 
 @torch.no_grad()
@@ -149,7 +156,9 @@ def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
             and attention.distance_bias is not None
             and attention.score is SCORES["softmax"]
         ):
-            attention.distance_bias.copy_(layer.bias[:, : attention.distance_bias.shape[1]])
+            width = attention.distance_bias.shape[1]
+            first = 0 if layer.causal else (layer.bias.shape[1] - width) // 2
+            attention.distance_bias.copy_(layer.bias[:, first : first + width])
 
 
 def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:
@@ -176,6 +185,27 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
 def measured_count(keep: str | None) -> int:
     """How many layers to keep by measured KL: N of `auto:N`, else 0."""
     return int(keep.removeprefix(AUTO)) if keep and keep.startswith(AUTO) else 0
+
+
+def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], keep: str | None) -> None:
+    """T5 and its kin: a decoder's first layer makes the position biases of the others, for as many tokens as its
+    cache has keys. A converted layer's has none.
+
+    Raises:
+        UserError: a layer that stays softmax, or may with `auto:N`, takes its biases from one that does not.
+    """
+
+    def makes_bias(layer: Layer) -> bool | None:
+        return getattr(model.get_submodule(layer.name), "has_relative_attention_bias", None)
+
+    makers = [layer.name for layer in linear if layer.causal and makes_bias(layer)]
+    kept = softmax + (linear if measured_count(keep) else [])
+    takers = [layer.name for layer in kept if layer.caches and makes_bias(layer) is False]
+    if makers and takers:
+        raise UserError(
+            f"{takers[0]} cannot stay softmax: its position biases come from {makers[0]}",
+            "Keep that one too, with --keep-softmax at:..., or keep no layer of the decoder.",
+        )
 
 
 def kept_indices(keep: str, count: int) -> list[int]:

@@ -78,18 +78,17 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
         UserError: the model does not run with a `DynamicCache`.
     """
     recorder, hooks = Probe(), []
-    ids = torch.arange(1, 4, device=model.device)[None]
+    inputs = inputs_of(model, torch.arange(1, 4, device=model.device)[None])
     with recording(model, recorder):
         try:
-            model(input_ids=ids, use_cache=False)
+            model(**inputs, use_cache=False)
             if not recorder.calls:
                 return {}
             for module in recorder.calls:
                 hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
             recorder.calls.clear()
             try:
-                cache = DynamicCache(config=model.config)
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                output = model(**inputs, **own_cache(model), use_cache=True)
             except (AttributeError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{type(model).__name__} cannot be converted: it does not run with transformers' DynamicCache "
@@ -105,6 +104,33 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
     return recorder.calls
 
 
+def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """A decoder beside an encoder gets a token less, so that its attention to the encoder shows."""
+    decoder = {"decoder_input_ids": ids[:, :-1]} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **decoder}
+
+
+def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
+    """A plain cache for models of one stack that take any; an encoder-decoder makes its own."""
+    takes = "past_key_values" in signature(model.forward).parameters
+    return (
+        {"past_key_values": DynamicCache(config=model.config)}
+        if takes and not model.config.is_encoder_decoder
+        else {}
+    )
+
+
+def is_cross(call: Call) -> bool:
+    return call.query[2] != call.key[2]
+
+
+def is_causal(module: nn.Module, call: Call) -> bool:
+    if call.mask is None:
+        return bool(getattr(module, "is_causal", True))
+    seen = visible(call.mask[0, 0])
+    return bool((seen == torch.ones_like(seen).tril()).all())
+
+
 def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """As `runtime.dispatch.pass_state`, with a marker in place of the state."""
     parameters = signature(module.forward).parameters.values()
@@ -113,7 +139,7 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return args, {**kwargs, "linearize_state": PROBE}
 
 
-def score_bias(call: Call) -> Tensor | None:
+def score_bias(module: nn.Module, call: Call) -> Tensor | None:
     """All that is added to the scores, minus infinity where the mask hides them, broadcastable to
     `[B, heads, T, T]`; None: nothing is added.
     """
@@ -125,13 +151,14 @@ def score_bias(call: Call) -> Tensor | None:
     seen = visible(bias)
     if call.mask is not None:
         seen = seen & visible(call.mask)
-    seen = seen & torch.ones(bias.shape[-1], bias.shape[-1], dtype=torch.bool, device=bias.device).tril()
+    if is_causal(module, call):
+        seen = seen & torch.ones(bias.shape[-1], bias.shape[-1], dtype=torch.bool, device=bias.device).tril()
     return torch.where(seen, bias, float("-inf"))
 
 
-def has_bias(call: Call) -> bool:
+def has_bias(module: nn.Module, call: Call) -> bool:
     """Whether something other than 0 is added to scores that the mask leaves."""
-    bias = score_bias(call)
+    bias = None if is_cross(call) else score_bias(module, call)
     return bias is not None and bool((bias.isfinite() & (bias != 0)).any())
 
 
@@ -146,15 +173,15 @@ class BiasProbe:
     def __call__(self, module, query, key, value, attention_mask, **extra):
         if module in self.wanted:
             call = Call(query.shape, key.shape, value.shape, attention_mask, extra)
-            curve = by_distance(score_bias(call), self.reach)
+            curve = by_distance(score_bias(module, call), self.reach, is_causal(module, call))
             if curve is not None:
                 self.found[module] = curve.expand(query.shape[1], -1)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def by_distance(bias: Tensor, reach: int) -> Tensor | None:
-    """A bias `[1, heads, T, T]` (minus infinity where hidden) as a function of distance, `[heads, reach]`, 0 at
-    distance 0; None if it is not one, or depends on the tokens.
+def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
+    """A bias `[1, heads, T, T]` (minus infinity where hidden) as a function of distance, 0 at distance 0: `[heads,
+    reach]`, or to both sides, `[heads, 2 reach - 1]`; None if it is not one, or depends on the tokens.
 
     A row of scores may be shifted as a whole, as ALiBi is in some models: softmax does not see it. Beyond the
     last distance the last value goes on. Roundings of bfloat16 pass.
@@ -162,6 +189,15 @@ def by_distance(bias: Tensor, reach: int) -> Tensor | None:
     if bias.requires_grad:
         return None
     bias = bias[0].float() - bias[0].float().diagonal(dim1=-2, dim2=-1)[..., None]
+    back = one_side(bias, reach)
+    if causal or back is None:
+        return back
+    ahead = one_side(bias.transpose(-1, -2), reach)
+    return None if ahead is None else torch.cat([ahead[:, 1:].flip(-1), back], -1)
+
+
+def one_side(bias: Tensor, reach: int) -> Tensor | None:
+    """The diagonals of a bias `[heads, T, T]` from the main one downwards, `[heads, reach]`."""
     scale = bias[bias.isfinite()].abs().max()
     curve = []
     for distance in range(min(reach, bias.shape[-1])):
@@ -178,11 +214,11 @@ def by_distance(bias: Tensor, reach: int) -> Tensor | None:
 
 
 def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int) -> dict[nn.Module, Tensor]:
-    """The biases `[heads, reach]` of the modules that add one that is a function of distance alone.
+    """The biases (see `by_distance`) of the modules that add one that is a function of distance alone.
 
     The forward of one row records what depends on the tokens: only the embeddings' output asks for gradients.
     """
-    recorder = BiasProbe({module for module, call in calls.items() if has_bias(call)}, reach)
+    recorder = BiasProbe({module for module, call in calls.items() if has_bias(module, call)}, reach)
     if not recorder.wanted:
         return {}
     config = model.config.get_text_config()
@@ -194,7 +230,7 @@ def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int)
     try:
         model.requires_grad_(False)
         with recording(model, recorder), torch.enable_grad():
-            model(input_ids=ids, use_cache=False)
+            model(**inputs_of(model, ids), use_cache=False)
     finally:
         hook.remove()
         for parameter in trained:

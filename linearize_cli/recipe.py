@@ -77,11 +77,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class Distill:
-    """The whole model learns the teacher's logits: rate (auto: by width) and weights of the losses."""
+    """The whole model learns the teacher's logits: rate (auto: by width) and weights of the losses. `hidden` is
+    that of the last hidden states' squared error, for classifiers, whose logits say little.
+    """
 
     lr: float | str = "auto"
     kl: float = 1.0
     ce: float = 0.0
+    hidden: float = 0.0
     lora: Lora = field(default_factory=Lora)
 
 

@@ -47,18 +47,31 @@ def kept(report: dict[str, Any]) -> Table:
     return rows
 
 
+def divergences(report: dict[str, Any]) -> Table:
+    rows = table("", ">KL from the teacher, nats")
+    for name, value in report["kl"].items():
+        rows.add_row(name.replace("_", " "), number(value, ".4f"))
+    return rows
+
+
 def conversion(report: dict[str, Any]) -> RenderableType:
     layers, check = report["layers"], report["self_check"]
     state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
+    forms = ["full", *(form for form in ("incremental", "padded") if check[form] is not None)]
+    largest = max(difference for difference in check.values() if difference is not None)
     lines = [
         f"{report['output']}: {report['base_model']} as {report['method']}, "
         f"layers linear: {len(layers['linear'])}, softmax: {len(layers['softmax'])}",
-        f"self-check passed: logits differ by at most {max(check.values()):.1e} between full, "
-        "incremental, padded and reloaded",
-        f"the linear layers keep {size(state)} whatever the context; as softmax, {size(per_token)} a token "
-        f"(more from {state // per_token + 1:,} tokens on)",
+        f"self-check passed: logits differ by at most {largest:.1e} between {', '.join(forms)} and reloaded",
     ]
+    if per_token:
+        lines.append(
+            f"the linear layers keep {size(state)} whatever the context; as softmax, {size(per_token)} a token "
+            f"(more from {state // per_token + 1:,} tokens on)"
+        )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
+    if report.get("kl"):
+        measured.append(divergences(report))
     if report["keep_softmax"]:
         measured += ["", kept(report)]
     return Group(*measured, "", *lines)
@@ -94,6 +107,8 @@ def inspection(report: dict[str, Any]) -> RenderableType:
             head,
             layer["refusal"] or "yes",
         )
+    if not report["kv_bytes_per_token"]:
+        return rows
     memory = table(">context", ">softmax", f">{report['method']}", title="memory of one sequence")
     for row in report["memory"]:
         memory.add_row(f"{row['context']:,}", size(row["kv_bytes"]), size(row["state_bytes"]))

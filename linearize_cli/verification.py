@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
@@ -17,6 +18,8 @@ from linearize_cli.measure.equivalence import (
     Comparison,
     compare_forms,
     compare_padding,
+    compare_reading,
+    compare_reload,
     compare_rollback,
     greedy_mismatches,
     rounding_noise,
@@ -26,6 +29,7 @@ from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.recover.data import read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import Task, context_length, task_of
 from linearize_cli.versions import versions
 
 PROMPTS = (
@@ -62,7 +66,8 @@ def verify_model(
     Returns:
         The contents of `verify.json`. `failed` names the checks beyond their `limits`; `noise` is the
         measured rounding noise of the logits (`rounding_noise`), and a greedy token that differs is a tie
-        if its margin is less than 10 times that; parts that were not run are None.
+        if its margin is less than 10 times that; parts that were not run are None. A model that does not
+        decode has pads and `reload` (saved and loaded again) checked.
 
     Raises:
         UserError: the model is not linearized, no prompt has a token, or max_new does not fit its context.
@@ -71,7 +76,7 @@ def verify_model(
         raise UserError(
             "the model has no converted layer", "`linearize convert MODEL` makes a linearized model."
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    task, context = task_of(model, tokenizer), context_length(model)
     if not 1 <= max_new < context:
         what = f"cannot generate {max_new} tokens: the model's context is {context}"
         raise UserError(what, f"Pass --max-new between 1 and {context - 1}.")
@@ -84,41 +89,38 @@ def verify_model(
 
     size = max(layer.linear_attention.equation.recent for layer in converted(model).values()) or 32
     rows = sample_rows(model, texts, min(4 * size + 37, context), seed)
-    progress("noise")
-    noise, largest = rounding_noise(model, rows)
-    checks = {
-        name: Comparison(TOLERANCE[model.dtype], largest)
-        for name in ("prefill_vs_decode", "chunked_vs_decode", "padding", "rollback")
-    }
-    progress("forms")
-    compare_forms(model, rows, size, checks["prefill_vs_decode"], checks["chunked_vs_decode"])
-    progress("padding")
-    compare_padding(model, rows, size, checks["padding"])
-    progress("rollback")
-    if not compare_rollback(model, rows, size, checks["rollback"]):
-        del checks["rollback"]
-    progress("greedy")
-    mismatches = []
-    for first in range(0, len(texts), BATCH):
-        mismatches += greedy_mismatches(model, texts[first : first + BATCH], first, max_new)
+    if task.decodes:
+        checks, noise = check_decoder(task, model, rows, size, progress)
+        progress("greedy")
+        parts = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
+        mismatches = [
+            mismatch
+            for number, part in enumerate(parts)
+            for mismatch in greedy_mismatches(task, model, part, number * BATCH, max_new)
+        ]
+    else:
+        checks, noise = check_encoder(task, model, rows, size, progress)
+        mismatches = []
 
     failed = [name for name, check in checks.items() if check.failed]
     if not all(mismatch["margin"] < TIE * noise for mismatch in mismatches):
         failed.append("greedy")
     measured = {name: check.diff for name, check in checks.items()}
+    greedy = {
+        "prompts": len(texts),
+        "tokens": len(texts) * max_new,
+        "mismatches": len(mismatches),
+        "first_divergence": mismatches[0] if mismatches else None,
+    }
     return {
         "verdict": "FAIL" if failed else "NUMERICAL_TIE" if mismatches else "EXACT",
         "failed": failed,
         "tree": None,
-        "forms": {name: measured[name] for name in ("prefill_vs_decode", "chunked_vs_decode")},
-        "greedy": {
-            "prompts": len(texts),
-            "tokens": len(texts) * max_new,
-            "mismatches": len(mismatches),
-            "first_divergence": mismatches[0] if mismatches else None,
-        },
+        "forms": {name: measured.get(name) for name in ("prefill_vs_decode", "chunked_vs_decode")},
+        "greedy": greedy if task.decodes else None,
         "rollback": {"max_abs_diff": measured.get("rollback")},
         "padding": {"max_abs_diff": measured["padding"]},
+        **({} if task.decodes else {"reload": {"max_abs_diff": measured["reload"]}}),
         "drift": None,
         "acceptance": None,
         "speed": None,
@@ -128,6 +130,42 @@ def verify_model(
         "seed": seed,
         "versions": versions(),
     }
+
+
+def check_decoder(
+    task: Task, model: PreTrainedModel, rows: Tensor, size: int, progress: Callable[[str], None]
+) -> tuple[dict[str, Comparison], float]:
+    """What is compared of a model that continues text, by name, and the noise."""
+    decoder, _, _ = task.start(model, list(rows[:1]))
+    progress("noise")
+    noise, largest = rounding_noise(decoder, rows, model.dtype)
+    checks = comparisons(model, largest, "prefill_vs_decode", "chunked_vs_decode", "padding", "rollback")
+    progress("forms")
+    compare_forms(decoder, rows, size, checks["prefill_vs_decode"], checks["chunked_vs_decode"])
+    progress("padding")
+    compare_padding(task, model, rows, size, checks["padding"])
+    progress("rollback")
+    if not compare_rollback(decoder, rows, size, checks["rollback"]):
+        del checks["rollback"]
+    return checks, noise
+
+
+def check_encoder(
+    task: Task, model: PreTrainedModel, rows: Tensor, size: int, progress: Callable[[str], None]
+) -> tuple[dict[str, Comparison], float]:
+    """What is compared of a model that only reads text, by name, and the noise."""
+    progress("noise")
+    noise, largest = rounding_noise(lambda ids: torch.stack(task.read(model, list(ids))), rows, model.dtype)
+    checks = comparisons(model, largest, "padding", "reload")
+    progress("padding")
+    compare_reading(task, model, rows, size, checks["padding"])
+    progress("reload")
+    compare_reload(task, model, rows, checks["reload"])
+    return checks, noise
+
+
+def comparisons(model: PreTrainedModel, largest: float, *names: str) -> dict[str, Comparison]:
+    return {name: Comparison(TOLERANCE[model.dtype], largest) for name in names}
 
 
 def verify(
@@ -205,16 +243,18 @@ def read_prompts(path: Path) -> list[str]:
 def render(report: dict[str, Any]) -> RenderableType:
     """A report of `verify` as a table and a sentence."""
     greedy, rows = report["greedy"], table("check", ">measured", ">limit", "")
-    largest = {name: report[name]["max_abs_diff"] for name in ("padding", "rollback")}
-    for name, diff in (report["forms"] | largest).items():
+    names = ("padding", "rollback") if greedy else ("padding", "reload")
+    forms = report["forms"] if greedy else {}
+    for name, diff in (forms | {name: report[name]["max_abs_diff"] for name in names}).items():
         if diff is None:
             rows.add_row(title(name), "not possible: some layers cannot take tokens back", "", "")
         else:
             word = "FAIL" if name in report["failed"] else "ok"
             rows.add_row(title(name), f"{diff:.1e}", f"{report['limits'][name]:.1e}", word)
-    differing = f"{greedy['mismatches']} of {greedy['tokens']} tokens differ"
-    word = "FAIL" if "greedy" in report["failed"] else "tie" if greedy["mismatches"] else "ok"
-    rows.add_row("greedy", differing, f"margin {TIE * report['noise']:.1e}", word)
+    if greedy:
+        differing = f"{greedy['mismatches']} of {greedy['tokens']} tokens differ"
+        word = "FAIL" if "greedy" in report["failed"] else "tie" if greedy["mismatches"] else "ok"
+        rows.add_row("greedy", differing, f"margin {TIE * report['noise']:.1e}", word)
     return Group(rows, "", f"{report['verdict']}: {sentence(report)}")
 
 
@@ -228,6 +268,8 @@ def sentence(report: dict[str, Any]) -> str:
     if report["verdict"] == "FAIL":
         return f"the model's forms do not agree ({', '.join(map(title, report['failed']))})."
     agree = f"all forms of the model agree within the rounding of {report['dtype']}"
+    if greedy is None:
+        return f"{agree}."
     if report["verdict"] == "EXACT":
         return f"{agree}, and so do all {greedy['tokens']} greedy tokens of {greedy['prompts']} prompts."
     return (

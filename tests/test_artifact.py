@@ -9,6 +9,7 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import encoders
 import pytest
 import torch
 from tiny_checkpoint import save_tokenizer, tiny_model
@@ -106,6 +107,40 @@ def test_it_loads_and_says_the_same_where_nothing_of_ours_is_installed(bare, art
         again = folder.with_name(folder.name + "-again")
         assert {p.name for p in again.glob("*.py")} == {p.name for p in folder.glob("*.py")}
         assert torch.equal(load_model(again)(tokens).logits, model(tokens).logits)
+
+
+ENCODERS = """
+import importlib.util, json, sys
+import torch, transformers
+assert all(importlib.util.find_spec(name) is None for name in ("linearize_cli", "linearize_kernels", "peft"))
+torch.set_num_threads(1)
+result = []
+for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.arange(5, 45)[None]
+    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    result.append(model(input_ids=ids, **given).logits[0].tolist())
+print(json.dumps(result))
+"""
+
+
+def test_encoders_load_where_nothing_of_ours_is_installed(bare, tmp_path):
+    command, expected = [bare, "-I", "-c", ENCODERS], []
+    for family, auto_class in {
+        "bert": "AutoModelForMaskedLM",
+        "modernbert-classifier": "AutoModelForSequenceClassification",
+        "t5": "AutoModelForSeq2SeqLM",
+    }.items():
+        model, ids = encoders.swapped(family), torch.arange(5, 45)[None]
+        given = {"decoder_input_ids": ids} if family == "t5" else {}
+        expected.append(model(input_ids=ids, **given).logits[0])
+        model.save_pretrained(tmp_path / family)
+        command += [auto_class, tmp_path / family]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for here, there in zip(expected, json.loads(result.stdout.splitlines()[-1]), strict=True):
+        torch.testing.assert_close(here, torch.tensor(there), atol=1e-6, rtol=1e-6)
 
 
 def load_model(folder):

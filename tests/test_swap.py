@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from linearize_cli.measure.equivalence import forward, unpadded
+from linearize_cli.decoder import forward, unpadded
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.runtime.model import linear_parameters
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, RoFormerConfig, Sta
 from transformers.cache_utils import DummyLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from linearize_cli.measure.equivalence import forward, pad_left
+from linearize_cli.decoder import forward, pad_left
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.tree import read_tree
 

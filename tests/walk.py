@@ -25,8 +25,9 @@ from transformers import (
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from linearize_cli.decoder import forward, unpadded
 from linearize_cli.errors import UserError
-from linearize_cli.measure.equivalence import difference, finite_max, forward, unpadded
+from linearize_cli.measure.equivalence import difference, finite_max
 from linearize_cli.runtime.dispatch import attention_implementation
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

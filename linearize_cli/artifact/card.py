@@ -9,6 +9,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from linearize_cli.tasks import TASKS, CausalLM
+
 NOT_MEASURED = "not measured"
 
 PERPLEXITY = {
@@ -42,26 +44,24 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
     method = Path(report["method"]).stem if "/" in report["method"] else report["method"]
     linear, softmax = report["layers"]["linear"], report["layers"]["softmax"]
     recipe = recipe or {}
+    auto_class = next(name for name, task in TASKS.items() if task.pipeline == _pipeline(report))
+    decodes = TASKS[auto_class].decodes
     sections = [
         f"---\n{_metadata(report, method, repo_name).to_yaml()}\n---",
         f"# {repo_name}",
         f"{base} with linear attention (`{method}`) in {len(linear)} of {len(linear) + len(softmax)} "
-        "attention layers, made with `linearize`: in those, the memory for decoding does not grow with the "
-        "context.",
+        "attention layers, made with `linearize`: " + _gain(decodes),
         "## Load",
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
         f'path = "{repo_name}"  # this folder, or its id on the Hub\n'
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        f"model = {auto_class}.from_pretrained(path, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
         "```",
         "The folder holds its own code: nothing but `transformers` and `torch` is needed.",
         "## Quality",
-        _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.2f}"),
-        "What each part contributes, as the perplexity without the other:",
-        _table("ablation", "perplexity", ABLATION, report["ablation"], "{:,.2f}"),
-        "## Memory",
-        _memory(report["state_bytes"], report["kv_bytes_per_token"]),
+        *_quality(report),
+        *(["## Memory", _memory(report["state_bytes"], report["kv_bytes_per_token"])] if decodes else []),
         "## Self-check",
         "The largest difference between the logits of two ways to the same result:",
         _table("check", "difference", SELF_CHECK, report["self_check"], "{:.1e}"),
@@ -100,7 +100,7 @@ def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
     if saved is not None:
         results = [
             EvalResult(
-                task_type="text-generation",
+                task_type=_pipeline(report),
                 dataset_type="held-out",
                 dataset_name="held-out documents",
                 metric_type="perplexity",
@@ -111,11 +111,33 @@ def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_pipeline(report),
         tags=["linearize", "linear-attention", method],
         model_name=repo_name,
         eval_results=results,
     )
+
+
+def _pipeline(report: dict) -> str:
+    return report.get("task", CausalLM.pipeline)
+
+
+def _gain(decodes: bool) -> str:
+    if decodes:
+        return "in those, the memory for decoding does not grow with the context."
+    return "in those, cost is linear in the context."
+
+
+def _quality(report: dict) -> list[str]:
+    """Perplexities; of a classifier, how far it is from its teacher."""
+    if kl := report.get("kl"):
+        labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in kl}
+        return [_table("model", "KL from the teacher, nats", labels, kl, "{:.4f}")]
+    return [
+        _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.2f}"),
+        "What each part contributes, as the perplexity without the other:",
+        _table("ablation", "perplexity", ABLATION, report["ablation"], "{:,.2f}"),
+    ]
 
 
 def _table(subject: str, measure: str, labels: dict[str, str], values: dict | None, style: str) -> str:

@@ -152,8 +152,8 @@ def _faults(folder: Path, names: set[str]) -> list[str]:
         if config.get("model_type") != "linearized":
             faults.append(f"config.json has model_type {config.get('model_type')!r}, not 'linearized'")
         auto_map = config.get("auto_map") or {}
-        if "AutoModelForCausalLM" not in auto_map:
-            faults.append("config.json has no auto_map for AutoModelForCausalLM")
+        if not any(name.startswith("AutoModel") for name in auto_map):
+            faults.append("config.json has no auto_map for AutoModelForCausalLM or the like")
         modules = {f"{target.split('.')[0]}.py" for target in auto_map.values() if isinstance(target, str)}
         faults += [f"no {module}, which auto_map names" for module in sorted(modules - names)]
 

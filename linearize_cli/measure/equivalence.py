@@ -1,22 +1,23 @@
-"""Whether a model with a cache computes the same in every way in which it can be run.
+"""Whether a model computes the same in every way in which it can be run.
 
 Each check compares logits on one batch of rows; `compare_rollback` compares the states of the layers as well.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import signature
 from itertools import cycle
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from linearize_cli.decoder import Decoder, marked
 from linearize_cli.errors import UserError
 from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
-from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import Task
 
 PIECES = (7, 1, 13, 64, 2, 33)  # of a chunked prefill
 
@@ -71,45 +72,15 @@ def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, see
     return torch.stack([random, text]).to(model.device)
 
 
-def forward(
-    model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left, None: no pads.
-
-    Positions are given as `generate` gives them: what some models make of none is not what they make of these.
-    """
-    if mask is None:
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
-    inputs = {"attention_mask": mask}
-    if "position_ids" in signature(model.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
-
-
-def counts_pads(model: PreTrainedModel) -> bool:
-    """Whether the base model's positions count pads: it is given no positions, and adds none by distance."""
-    biased = all(module.linear_attention.equation.bias for module in converted(model).values())
-    return not biased and "position_ids" not in signature(model.forward).parameters
-
-
-def unpadded(model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-    """Logits `[T, vocab]` that a row `[T]` behind pads must have: those of the row alone or, of a model whose
-    positions count pads, those of the row behind as many pads of other tokens.
-    """
-    pads = pads if counts_pads(model) else 0
-    ids = torch.cat([(row[:1] + 1).expand(pads) % model.config.get_text_config().vocab_size, row])
-    mask = torch.arange(len(ids), device=row.device) >= pads
-    return forward(model, ids[None], mask=mask[None].long())[0, pads:]
-
-
-def run(model: PreTrainedModel, rows: Tensor, pieces: list[int]) -> tuple[Tensor, Cache]:
+def run(decoder: Decoder, rows: Tensor, pieces: list[int]) -> tuple[Tensor, Cache]:
     """Logits of rows that are fed piece by piece, and the cache after them."""
-    cache = DynamicCache(config=model.config)
-    return torch.cat([forward(model, part, cache) for part in rows.split(pieces, 1)], 1), cache
+    cache = decoder.new_cache()
+    return torch.cat([decoder(part, cache) for part in rows.split(pieces, 1)], 1), cache
 
 
-def rounding_noise(model: PreTrainedModel, rows: Tensor) -> tuple[float, float]:
+def rounding_noise(
+    logits_of: Callable[[Tensor], Tensor], rows: Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
     """How far rounding alone moves a logit, and the largest logit.
 
     The noise is the largest change of a logit when the same sequences go alone or together through forwards
@@ -123,33 +94,33 @@ def rounding_noise(model: PreTrainedModel, rows: Tensor) -> tuple[float, float]:
     tokens = rows[:, :16].reshape(-1, 1)
     noise = 0.0
     for together in (tokens, rows):
-        logits = forward(model, together)
-        alone = torch.cat([forward(model, row[None]) for row in together])
+        logits = logits_of(together)
+        alone = torch.cat([logits_of(row[None]) for row in together])
         noise = max(noise, difference(alone, logits))
     if logits.isnan().any():
         raise UserError(
             "the model's logits are not numbers (NaN)", "Try another --dtype; else convert again."
         )
     largest = finite_max(logits)
-    return max(noise, torch.finfo(model.dtype).eps * largest), largest
+    return max(noise, torch.finfo(dtype).eps * largest), largest
 
 
 def compare_forms(
-    model: PreTrainedModel, rows: Tensor, size: int, prefill: Comparison, chunked: Comparison
+    decoder: Decoder, rows: Tensor, size: int, prefill: Comparison, chunked: Comparison
 ) -> None:
     """One forward without a cache, and prefills of many lengths, against decoding; then an uneven chunked
     prefill. Prefills shorter than the conv and ones that end at a window's or group's edge are among them.
     """
     length = rows.shape[1]
-    full = forward(model, rows)
-    decoded, _ = run(model, rows, [1] * length)
+    full = decoder(rows)
+    decoded, _ = run(decoder, rows, [1] * length)
     prefill.add(decoded, full)
     for start in {2, 5, size - 1, size, size + 1, 2 * size - 3, 2 * size, 3 * size + 5}:
         if 1 < start < length:
             end = min(start + 8, length)
-            logits, _ = run(model, rows[:, :end], [start] + [1] * (end - start))
+            logits, _ = run(decoder, rows[:, :end], [start] + [1] * (end - start))
             prefill.add(logits, decoded[:, :end])
-    chunked.add(run(model, rows, list(uneven(length)))[0], decoded)
+    chunked.add(run(decoder, rows, list(uneven(length)))[0], decoded)
 
 
 def uneven(length: int) -> Iterator[int]:
@@ -160,34 +131,50 @@ def uneven(length: int) -> Iterator[int]:
             return
 
 
-def compare_padding(model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:
-    """A left-padded batch of rows of different lengths, its prefill and 8 single tokens, against one forward
-    of each row alone (see `unpadded`), without a cache.
+def lengths_around(size: int, most: int) -> list[int]:
+    """Lengths of rows at the edges of windows and groups."""
+    return [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= most]
+
+
+def compare_padding(
+    task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison, steps: int = 8
+) -> None:
+    """A padded batch of texts of different lengths, its prefill and 8 single tokens, against one forward of each
+    text alone (see `Task.alone`), without a cache.
     """
-    steps = 8
-    lengths = [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= rows.shape[1] - steps]
-    alone = [rows[i % 2, : n + steps] for i, n in enumerate(lengths)]
-    ids, mask = pad_left([row[:n] for row, n in zip(alone, lengths, strict=True)])
-    follow = torch.stack([row[n:] for row, n in zip(alone, lengths, strict=True)])
-    cache = DynamicCache(config=model.config)
-    outputs = [forward(model, ids, cache, mask)]
+    lengths = lengths_around(size, rows.shape[1] - steps)
+    texts = [rows[i % 2, :n] for i, n in enumerate(lengths)]
+    follow = torch.stack([rows[i % 2, n : n + steps] for i, n in enumerate(lengths)])
+    decoder, ids, mask = task.start(model, texts)
+    cache = decoder.new_cache()
+    outputs = [decoder(ids, cache, mask)]
     for token in follow.split(1, 1):
         mask = pad(mask, (0, 1), value=1)
-        outputs.append(forward(model, token, cache, mask))
-    for row, logits in zip(alone, torch.cat(outputs, 1), strict=True):
-        pads = len(logits) - len(row)
-        worst.add(logits[pads:], unpadded(model, row, pads))
+        outputs.append(decoder(token, cache, mask))
+    for text, new, logits in zip(texts, follow, torch.cat(outputs, 1), strict=True):
+        alone, first, mask = task.alone(model, text, ids.shape[1] - len(text))
+        whole, mask = torch.cat([first, new[None]], 1), pad(mask, (0, steps), value=1)
+        expected = marked(alone(whole, None, mask), mask)[0]
+        worst.add(logits[-len(expected) :], expected)
 
 
-def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids `[B, T]` of rows `[T_i]`, and the mask `[B, T]` that is 0 on the pads."""
-    length = max(map(len, rows))
-    ids = torch.stack([pad(row, (length - len(row), 0)) for row in rows])
-    mask = torch.stack([torch.arange(length, device=row.device) >= length - len(row) for row in rows])
-    return ids, mask.long()
+def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:
+    """A padded batch of rows of different lengths against each row alone."""
+    texts = [rows[i % 2, :n] for i, n in enumerate(lengths_around(size, rows.shape[1]))]
+    for text, logits in zip(texts, task.read(model, texts), strict=True):
+        worst.add(logits, task.read(model, [text])[0])
 
 
-def compare_rollback(model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> bool:
+def compare_reload(task: Task, model: PreTrainedModel, rows: Tensor, worst: Comparison) -> None:
+    """The model against itself, saved and loaded again."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    for actual, expected in zip(task.read(again, list(rows)), task.read(model, list(rows)), strict=True):
+        worst.add(actual, expected)
+
+
+def compare_rollback(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
     """Draft tokens, take some back, draft again, take one back and go on with a single token, against a cache
     that saw only the tokens that stayed: logits, and all that the converted layers keep. The drafts cross
     edges of windows and groups. False: the model has layers of its own that cannot take tokens back.
@@ -199,28 +186,28 @@ def compare_rollback(model: PreTrainedModel, rows: Tensor, size: int, worst: Com
         kept = start + drafted - rejected
         if start + drafted + 4 > rows.shape[1]:
             continue
-        cache = DynamicCache(config=model.config)
-        forward(model, rows[:, :start], cache)
+        cache = decoder.new_cache()
+        decoder(rows[:, :start], cache)
         if not cache.is_croppable:
             return False
-        cache.activate_past_recording()
-        forward(model, rows[:, start : start + drafted], cache)
+        decoder.own(cache).activate_past_recording()
+        decoder(rows[:, start : start + drafted], cache)
         cache.crop(-rejected)
-        compare_states(cache, run(model, rows[:, :kept], [kept])[1], worst)
+        compare_states(decoder, cache, run(decoder, rows[:, :kept], [kept])[1], worst)
 
         others = rows.flip(0)[:, kept : kept + 4]
-        second = forward(model, others[:, :3], cache)
+        second = decoder(others[:, :3], cache)
         cache.crop(-1)
-        logits = torch.cat([second[:, :2], forward(model, others[:, 3:], cache)], 1)
+        logits = torch.cat([second[:, :2], decoder(others[:, 3:], cache)], 1)
         stayed = torch.cat([rows[:, :kept], others[:, :2], others[:, 3:]], 1)
-        expected, fresh = run(model, stayed, [stayed.shape[1]])
+        expected, fresh = run(decoder, stayed, [stayed.shape[1]])
         worst.add(logits, expected[:, -3:])
-        compare_states(cache, fresh, worst)
+        compare_states(decoder, cache, fresh, worst)
     return True
 
 
-def compare_states(cache: Cache, fresh: Cache, worst: Comparison) -> None:
-    for layer, expected in zip(cache.layers, fresh.layers, strict=True):
+def compare_states(decoder: Decoder, cache: Cache, fresh: Cache, worst: Comparison) -> None:
+    for layer, expected in zip(decoder.own(cache).layers, decoder.own(fresh).layers, strict=True):
         if isinstance(layer, LinearCacheLayer):
             for name, tensor in vars(expected.state).items():
                 if tensor.numel():
@@ -228,24 +215,24 @@ def compare_states(cache: Cache, fresh: Cache, worst: Comparison) -> None:
 
 
 def greedy_mismatches(
-    model: PreTrainedModel, texts: list[list[int]], first: int, max_new: int
+    task: Task, model: PreTrainedModel, texts: list[list[int]], first: int, max_new: int
 ) -> list[dict[str, Any]]:
     """Where greedy decoding with a cache chose another token than one forward without a cache over its text.
 
-    Both see the same left-padded batch: a fault with pads is the affair of another check.
+    Both see the same padded batch: a fault with pads is the affair of another check.
 
     Returns:
         `prompt` (counted from `first`), `position` (tokens generated before it), and `margin`: how far below
         the best logit of the forward without a cache the chosen token's lies, which is the difference of the
         top two where these two were swapped.
     """
-    ids, mask = pad_left([torch.tensor(text, device=model.device) for text in texts])
-    length, cache, token = ids.shape[1], DynamicCache(config=model.config), ids
+    decoder, ids, mask = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
+    length, cache, token = ids.shape[1], decoder.new_cache(), ids
     for step in range(max_new):
         mask = mask if step == 0 else pad(mask, (0, 1), value=1)
-        token = forward(model, token, cache, mask)[:, -1:].argmax(-1)
+        token = decoder(token, cache, mask)[:, -1:].argmax(-1)
         ids = torch.cat([ids, token], 1)
-    logits = forward(model, ids[:, :-1], None, mask)[:, length - 1 :]
+    logits = decoder(ids[:, :-1], None, mask)[:, length - 1 :]
     chosen = ids[:, length:]
     margin = logits.amax(-1) - logits.gather(-1, chosen[..., None]).squeeze(-1)
     return [

@@ -10,14 +10,13 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def state_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all linear layers' states, for one sequence of any length."""
-    return sum(
-        module.linear_attention.empty_state(1, "cpu", model.dtype).nbytes()
-        for module in converted(model).values()
-    )
+    """Bytes of all linear layers' states, for one sequence of any length; layers that see both sides keep none."""
+    layers = (module.linear_attention for module in converted(model).values())
+    return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
 
 
 def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
-    """Bytes of keys and values that softmax attention in these layers keeps per token."""
-    numbers = sum(x.geometry["kv_heads"] * (x.geometry["key_dim"] + x.geometry["value_dim"]) for x in layers)
+    """Bytes of keys and values that softmax attention in these layers keeps per decoded token."""
+    geometries = (layer.geometry for layer in layers if layer.caches)
+    numbers = sum(x["kv_heads"] * (x["key_dim"] + x["value_dim"]) for x in geometries)
     return numbers * torch.empty(0, dtype=dtype).element_size()

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from linearize_cli.recipe import Distill, Lora
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.runtime.layer import LinearizedAttention
+from linearize_cli.tasks import IGNORED, Batch
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
@@ -33,24 +35,45 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 
 
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """KL(teacher ‖ student), a mean over tokens: the teacher's log-probabilities and the student's logits
-    `[B, L, vocab]`.
+    """KL(teacher ‖ student), a mean over all logits: the teacher's log-probabilities and the student's logits
+    `[..., vocab]`.
     """
     total = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
     return total / logits[..., 0].numel()
 
 
-def distill_loss(student: PeftModel, native: str, ids: Tensor, weights: Distill) -> Tensor:
-    """`kl · KL(teacher ‖ student) + ce · cross entropy`, both means over tokens, for ids `[B, L]`.
+def distill_loss(student: PeftModel, native: str, batch: Batch, weights: Distill) -> Tensor:
+    """`kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
 
-    The teacher is the same model with its softmax attention back and LoRA off: its weights are held once.
+    The KL is the mean over all logits, the cross entropy that over the right answers, the error the squared one
+    relative to the teacher's mean square. The teacher is the same model with its softmax attention back and LoRA
+    off: its weights are held once.
     """
-    logits = student(input_ids=ids, use_cache=False).logits.float()
+    inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
+    output = student(**inputs)
+    logits = output.logits.float()
     loss = logits.new_zeros(())
-    if weights.kl:
+    if weights.kl or weights.hidden:
         with torch.no_grad(), attention_implementation(student, native), student.disable_adapter():
-            teacher = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        loss = loss + weights.kl * divergence(teacher, logits)
+            teacher = student(**inputs)
+            target = teacher.logits.float().log_softmax(-1)
+    if weights.kl:
+        loss = loss + weights.kl * divergence(target, logits)
     if weights.ce:
-        loss = loss + weights.ce * cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+        loss = loss + weights.ce * answers
+    if weights.hidden:
+        loss = loss + weights.hidden * relative_error(last_hidden(output), last_hidden(teacher))
     return loss
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+    """The mean squared error, relative to the mean square of what is expected."""
+    actual, expected = actual.float(), expected.float()
+    return (actual - expected).square().mean() / expected.square().mean()
+
+
+def last_hidden(output: ModelOutput) -> Tensor:
+    """`[B, T, width]`, of the decoder where there is one."""
+    states = output.get("hidden_states") or output.decoder_hidden_states
+    return states[-1]

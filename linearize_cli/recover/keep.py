@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize_cli.recover.distill import divergence
-from linearize_cli.runtime.adapters import adapted
+from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation
+from linearize_cli.tasks import Batch, causal_batch
 
 NONE = "none"  # every layer linear
 BATCHES = 4  # of text that is measured on
@@ -28,10 +29,16 @@ class Restorer:
     Args:
         model: before its conversion, when every layer has the config that it shares with others.
         names: the layers that are going to be converted.
+        batch_of: makes the inputs of a block of tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Iterable[str]):
-        self.model, self.native = model, model.config._attn_implementation
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Iterable[str],
+        batch_of: Callable[[Tensor], Batch] = causal_batch,
+    ):
+        self.model, self.native, self.batch_of = model, model.config._attn_implementation, batch_of
         with adapted(model):  # which gives a config to modules that have none of their own
             self.shared = {name: model.get_submodule(name).config for name in names}
 
@@ -83,4 +90,4 @@ class Restorer:
         return kl
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits.float()
+        return self.model(**self.batch_of(ids).inputs).logits.float()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from linearize_cli.recover.distill import relative_error
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 
 TRANSFER = "linearize_transfer"
@@ -36,9 +37,8 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
             target = softmax_attention(module, native)(module, query, key, value, attention_mask, **kwargs)[0]
         with torch.enable_grad():
             inputs = (x.detach() for x in (query, key, value))
-            output = module.linear_attention(*inputs, attention_mask, **kwargs).float()
-            error = (output - target.float()).square().mean()
-            losses[names[module]] = error / target.float().square().mean()
+            output = module.linear_attention(*inputs, attention_mask, **kwargs)
+            losses[names[module]] = relative_error(output, target)
         return target, None
 
     AttentionInterface.register(TRANSFER, attend)

@@ -3,8 +3,8 @@
 """
 
 from linearize_cli.runtime.config import register as _register
-from linearize_cli.runtime.model import LinearizedForCausalLM, LinearizeMixin, linearize
+from linearize_cli.runtime.model import AUTO_MODELS, LinearizeMixin, linearize
 
-_register(LinearizedForCausalLM)
+_register(*AUTO_MODELS.values())
 
-__all__ = ["LinearizeMixin", "LinearizedForCausalLM", "linearize"]
+__all__ = ["LinearizeMixin", "linearize"]

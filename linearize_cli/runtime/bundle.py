@@ -14,10 +14,6 @@ from types import ModuleType
 
 from linearize_kernels.features import FEATURE_MAPS
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_linearized.LinearizedConfig",
-    "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
-}
 ENTRIES = ("linearize_cli.runtime.config", "linearize_cli.runtime.model")
 FLAT = {
     "linearize_cli.runtime.config": "configuration_linearized",
@@ -26,6 +22,14 @@ FLAT = {
     "linearize_kernels": "linearize_kernels",
 }
 OWN = "linearize_own_"  # modules with a user's feature map
+
+
+def auto_map(model_class: type) -> dict[str, str]:
+    """What config.json tells the Auto classes; model_class: one of `model.AUTO_MODELS`."""
+    return {
+        "AutoConfig": "configuration_linearized.LinearizedConfig",
+        model_class.auto_class: f"modeling_linearized.{model_class.__name__}",
+    }
 
 
 def flat_name(module: str) -> str:

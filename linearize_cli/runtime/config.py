@@ -1,11 +1,20 @@
 """The config of a linearized model: its base model's config with a `linearize` record."""
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "linearized"
 PREFIX = "Linearized"
+# Auto class -> model type -> the class that it loads. The first that fits a class is that class's own: some
+# encoder-decoders are listed as masked language models too.
+AUTO_CLASSES: dict[str, dict[str, str]] = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 _concrete: dict[str, type[PreTrainedConfig]] = {}
 _registered: list[type] = []
 
@@ -28,7 +37,7 @@ class LinearizedConfig(PreTrainedConfig):
             cls = type(name, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
             _concrete[base_model_type] = cls
             for model_class in _registered:
-                AutoModelForCausalLM.register(cls, model_class, exist_ok=True)
+                getattr(transformers, model_class.auto_class).register(cls, model_class, exist_ok=True)
         return _concrete[base_model_type]
 
     @classmethod
@@ -58,7 +67,12 @@ def base_of(name: str) -> type:
     return base
 
 
-def register(model_class: type) -> None:
+def auto_class(base_class: str) -> str | None:
+    """The name of the Auto class that loads models of this class of transformers; None: none that we know."""
+    return next((name for name, classes in AUTO_CLASSES.items() if base_class in classes.values()), None)
+
+
+def register(*model_classes: type) -> None:
     """Let the Auto classes load linearized models without `trust_remote_code`."""
     AutoConfig.register(MODEL_TYPE, LinearizedConfig, exist_ok=True)
-    _registered.append(model_class)
+    _registered.extend(model_classes)

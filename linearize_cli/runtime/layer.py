@@ -2,6 +2,7 @@
 
 import torch
 from linearize_kernels.attention import Equation, LinearAttention
+from linearize_kernels.bidirectional import bidirectional
 from linearize_kernels.chunked import chunked
 from torch import Tensor
 
@@ -63,7 +64,9 @@ class LinearizedAttention(LinearAttention):
         past = 0 if linearize_state is None else linearize_state.seen
         valid = valid_tokens(attention_mask, query.shape[0], query.shape[-2], past)
         sink_logits = s_aux if self.equation.score == "softmax" else None
-        if linearize_state is None:
+        if not self.equation.causal:
+            out = bidirectional(self, query, key, value, valid, sink_logits)
+        elif linearize_state is None:
             out, _ = chunked(self, None, query, key, value, valid, sink_logits)
         else:
             out = linearize_state.attend(self, query, key, value, valid, sink_logits)

@@ -14,9 +14,9 @@ from transformers.conversion_mapping import (
 )
 
 from linearize_cli.runtime.adapt import adapt
-from linearize_cli.runtime.bundle import AUTO_MAP, copy_code
+from linearize_cli.runtime.bundle import auto_map, copy_code
 from linearize_cli.runtime.cache import cache_layer
-from linearize_cli.runtime.config import LinearizedConfig, base_of
+from linearize_cli.runtime.config import LinearizedConfig, auto_class, base_of
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import LinearizedAttention, equation
 from linearize_cli.runtime.tree import Tree, read_tree
@@ -61,7 +61,7 @@ class LinearizeMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, and the code that loads it where `linearize` is not installed."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = auto_map(AUTO_MODELS[auto_class(self.config.linearize["base_class"])])
         result = super().save_pretrained(save_directory, *args, **kwargs)
         far = self.config.linearize["attention"].get("far") or {}
         copy_code(Path(save_directory), far.get("feature_map"))
@@ -76,8 +76,9 @@ class LinearizeMixin:
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             # The layers must be in place before past recording is turned on; plain layers cannot record.
-            for name in self.config.linearize["layers"]:
-                cache_layer(cache, self.get_submodule(name).layer_idx)
+            for name, geometry in self.config.linearize["layers"].items():
+                if geometry.get("causal", True):
+                    cache_layer(cache, self.get_submodule(name).layer_idx)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
@@ -116,9 +117,10 @@ def concrete_model(config) -> type[PreTrainedModel]:
     return linearized_class(getattr(transformers, config.linearize["base_class"]))
 
 
-class LinearizedForCausalLM:
-    """What `auto_map` names; resolves to `Linearized<Base>` when a config is at hand."""
+class AutoLinearized:
+    """What `auto_map` names for one Auto class; resolves to `Linearized<Base>` when a config is at hand."""
 
+    auto_class: str
     _auto_class = None
 
     @classmethod
@@ -129,13 +131,52 @@ class LinearizedForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         if config is None:
             config = LinearizedConfig.from_pretrained(pretrained_model_name_or_path)
-        return concrete_model(config).from_pretrained(
+        return cls.resolve(config).from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        return concrete_model(config)._from_config(config, **kwargs)
+        return cls.resolve(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def resolve(cls, config) -> type[PreTrainedModel]:
+        """The model class for a config.
+
+        Raises:
+            ValueError: another Auto class loads such models.
+        """
+        base = config.linearize["base_class"]
+        if auto_class(base) != cls.auto_class:
+            raise ValueError(f"this is a linearized {base}: load it with {auto_class(base)}")
+        return concrete_model(config)
+
+
+class LinearizedForCausalLM(AutoLinearized):
+    auto_class = "AutoModelForCausalLM"
+
+
+class LinearizedForSeq2SeqLM(AutoLinearized):
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class LinearizedForMaskedLM(AutoLinearized):
+    auto_class = "AutoModelForMaskedLM"
+
+
+class LinearizedForSequenceClassification(AutoLinearized):
+    auto_class = "AutoModelForSequenceClassification"
+
+
+AUTO_MODELS: dict[str, type[AutoLinearized]] = {
+    model.auto_class: model
+    for model in (
+        LinearizedForCausalLM,
+        LinearizedForSeq2SeqLM,
+        LinearizedForMaskedLM,
+        LinearizedForSequenceClassification,
+    )
+}
 
 
 def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:

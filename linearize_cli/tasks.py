@@ -1,0 +1,323 @@
+"""What a kind of model is for: how a block of tokens becomes its inputs, which answers are right, and how it reads
+and continues rows of tokens. The kind follows from the Auto class that loads the model's class.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.decoder import (
+    Decoder,
+    SourceDecoder,
+    alone,
+    forward,
+    marked,
+    pad_left,
+    pad_right,
+    unpadded,
+)
+from linearize_cli.errors import UserError
+from linearize_cli.runtime.config import PREFIX, auto_class
+
+IGNORED = -100  # a label that no answer is right for, as torch's cross entropy has it
+NOISE = 0.15  # share of a block's tokens that are masked
+SPAN = 3  # tokens of a masked span, on average (T5, arXiv 1910.10683)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the model takes it.
+
+    Attributes:
+        inputs: the keyword arguments of its forward.
+        labels: the right answer at each position of the logits, `[B, T]` int64, IGNORED where there is none;
+            None: text alone has no answers.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+
+
+class Task:
+    """A kind of model.
+
+    Attributes:
+        auto_class: the Auto class that loads its models; pipeline: the Hub's name for what they do.
+        encodes: whether its attention may look to both sides.
+        decodes: whether it continues rows of tokens; if not, it has no `start`.
+        answers: whether text tells the right answers; if not, a model is measured by its distance to the
+            teacher.
+    """
+
+    auto_class: str
+    pipeline: str
+    encodes = True
+    decodes = False
+    answers = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Raises UserError: the model or its tokenizer lacks what the task needs."""
+        self.kind = type(model).__name__.removeprefix(PREFIX)
+        self.pad_id = model.config.pad_token_id
+
+    def batch(self, ids: Tensor) -> Batch:
+        """The inputs and answers of a block of tokens `[B, L]`. The same row always gives the same ones."""
+        raise NotImplementedError
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        """Logits of rows of any lengths in one padded batch, `extra` pads more than needed: for each row all that
+        it alone determines.
+        """
+        raise NotImplementedError
+
+    def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
+        """Logits that a row beside so many pads must have."""
+        return self.read(model, [row])[0]
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        """What continues these texts, `[T_i]` each: a decoder, its first tokens and their mask, `[B, T]`."""
+        raise NotImplementedError
+
+    def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
+        """What must continue a text beside so many pads as `start` does."""
+        return self.start(model, [text])
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """The tokens of a text to go on from."""
+        return tokenizer(text)["input_ids"]
+
+    def given(self, ids: Tensor) -> int:
+        """How many tokens of what `generate` returns for ids `[1, T]` it did not write."""
+        raise NotImplementedError
+
+
+class CausalLM(Task):
+    auto_class, pipeline = "AutoModelForCausalLM", "text-generation"
+    encodes, decodes = False, True
+
+    def batch(self, ids: Tensor) -> Batch:
+        return causal_batch(ids)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        ids, mask = pad_left(rows, extra=extra)
+        return marked(forward(model, ids, None, mask), mask)
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        return Decoder(model), *pad_left(texts)
+
+    def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
+        return Decoder(model), *alone(model, text, pads)
+
+    def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
+        return unpadded(model, row, pads)
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def given(self, ids: Tensor) -> int:
+        return ids.shape[1]
+
+
+class Encoder(Task):
+    """Reads a row of tokens between the marks of its tokenizer ([CLS] and [SEP], where it has them)."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        require(self.pad_id, f"{self.kind} has no pad_token_id in its config.json", "Add the tokenizer's.")
+        self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
+
+    def framed(self, ids: Tensor) -> Tensor:
+        """The block with the marks in the place of its first and last token."""
+        ids = ids.clone()
+        for place, mark in ((0, self.first), (-1, self.last)):
+            if mark is not None:
+                ids[:, place] = mark
+        return ids
+
+    def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
+        ids, mask = pad_right(rows, self.pad_id, extra)
+        return model(input_ids=ids, attention_mask=mask).logits, mask
+
+
+class MaskedLM(Encoder):
+    """15% of a block's tokens are hidden; these are the answers."""
+
+    auto_class, pipeline = "AutoModelForMaskedLM", "fill-mask"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        self.mask_id = require(
+            tokenizer.mask_token_id, f"the tokenizer of {self.kind} has no mask token", "Set its mask_token."
+        )
+
+    def batch(self, ids: Tensor) -> Batch:
+        ids = self.framed(ids)
+        order = torch.stack([torch.rand(ids.shape[1], generator=chance(row)) for row in ids])
+        order[:, [0, -1]] = 2.0  # the marks are never hidden
+        hidden = torch.zeros_like(order, dtype=torch.bool)
+        hidden.scatter_(1, order.argsort(-1)[:, : max(1, round(NOISE * ids.shape[1]))], True)
+        hidden = hidden.to(ids.device)
+        return Batch({"input_ids": ids.masked_fill(hidden, self.mask_id)}, ids.masked_fill(~hidden, IGNORED))
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return marked(*self.encode(model, rows, extra))
+
+
+class SequenceClassification(Encoder):
+    auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
+    answers = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        if model.config.num_labels < 2 or model.config.is_encoder_decoder:
+            raise UserError(
+                f"{self.kind} with {model.config.num_labels} label(s) cannot be distilled",
+                "Choose an encoder with at least two classes.",
+            )
+
+    def batch(self, ids: Tensor) -> Batch:
+        return Batch({"input_ids": self.framed(ids)}, None)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return list(self.encode(model, rows, extra)[0])
+
+
+class Seq2SeqLM(Task):
+    """The encoder reads a text with gaps, the decoder writes what is missing: behind sentinels where the
+    tokenizer has them (T5, arXiv 1910.10683), else the whole text (BART's infilling, arXiv 1910.13461), else,
+    without a mask token, the text's second half.
+    """
+
+    auto_class, pipeline = "AutoModelForSeq2SeqLM", "text2text-generation"
+    decodes = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        missing = f"{self.kind} has no {{}} in its config.json"
+        require(self.pad_id, missing.format("pad_token_id"), "Add the tokenizer's.")
+        self.start_id = require(
+            model.config.decoder_start_token_id, missing.format("decoder_start_token_id"), "Add it."
+        )
+        self.before = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
+        self.after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.mask_id = tokenizer.mask_token_id
+        vocabulary = tokenizer.get_vocab()
+        names = takewhile(vocabulary.__contains__, (f"<extra_id_{i}>" for i in count()))
+        self.sentinels = [vocabulary[name] for name in names]
+        if len(self.sentinels) > 1:
+            self.corrupt = self.spans_behind_sentinels
+        else:
+            self.corrupt = self.halves if self.mask_id is None else self.infilling
+
+    def batch(self, ids: Tensor) -> Batch:
+        room = ids.shape[1] - len(self.before) - len(self.after)
+        pairs = [self.corrupt(row[:room].tolist(), chance(row)) for row in ids]
+        source, labels = (
+            torch.tensor([[*self.before, *x, *self.after] for x in part], device=ids.device)
+            for part in zip(*pairs, strict=True)
+        )
+        given = pad(labels[:, :-1], (1, 0), value=self.start_id)
+        return Batch({"input_ids": source, "decoder_input_ids": given, "use_cache": False}, labels)
+
+    def spans_behind_sentinels(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        gaps = spans(len(tokens), len(self.sentinels) - 1, generator)
+        target = []
+        for mark, (start, end) in zip(self.sentinels, gaps, strict=False):
+            target += [mark, *tokens[start:end]]
+        return fill(tokens, gaps, self.sentinels), [*target, self.sentinels[len(gaps)]]
+
+    def infilling(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        gaps = spans(len(tokens), len(tokens), generator)
+        return fill(tokens, gaps, [self.mask_id] * len(gaps)), tokens
+
+    def halves(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        ids, mask = pad_right(rows, self.pad_id, extra)
+        return marked(SourceDecoder(model, ids, mask)(ids), mask)
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        first = torch.full((len(texts), 1), self.start_id, device=texts[0].device)
+        return SourceDecoder(model, *pad_right(texts, self.pad_id)), first, torch.ones_like(first)
+
+    def given(self, ids: Tensor) -> int:
+        return 1
+
+
+TASKS: dict[str, type[Task]] = {
+    task.auto_class: task for task in (CausalLM, Seq2SeqLM, MaskedLM, SequenceClassification)
+}
+
+
+def task_class(model: PreTrainedModel) -> type[Task]:
+    """The task of a model, softmax or linearized, by its class; a class that no Auto class names writes text."""
+    return TASKS.get(auto_class(type(model).__name__.removeprefix(PREFIX)), CausalLM)
+
+
+def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task of a model with its tokenizer.
+
+    Raises:
+        UserError: one of them lacks what the task needs.
+    """
+    return task_class(model)(model, tokenizer)
+
+
+def causal_batch(ids: Tensor) -> Batch:
+    """Each token's answer is the next one."""
+    return Batch({"input_ids": ids, "use_cache": False}, pad(ids[:, 1:], (0, 1), value=IGNORED))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that a row may have: rows of learned positions are fewer where some stand for pads (RoBERTa)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    for module in model.modules():
+        positions = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        if positions and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def require(token: int | None, what: str, hint: str) -> int:
+    if token is None:
+        raise UserError(what, hint)
+    return token
+
+
+def chance(row: Tensor) -> torch.Generator:
+    """Chance that the row's own tokens decide: a resumed run and every measurement see the same."""
+    return torch.Generator().manual_seed(zlib.crc32(row.cpu().numpy().tobytes()))
+
+
+def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """Random gaps (start, end) of a text: NOISE of its tokens in spans of SPAN on average, as many whatever the
+    chance; the last one ends the text.
+    """
+    noise = max(1, round(NOISE * length))
+    pieces = max(1, min(round(noise / SPAN), length - noise, most))
+
+    def parts(total: int) -> Tensor:
+        cuts = torch.randperm(total - 1, generator=generator)[: pieces - 1].sort().values + 1
+        return torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([total]))
+
+    kept, hidden = parts(length - noise), parts(noise)
+    ends = (kept + hidden).cumsum(0)
+    return [(end - size, end) for end, size in zip(ends.tolist(), hidden.tolist(), strict=True)]
+
+
+def fill(tokens: list[int], gaps: list[tuple[int, int]], marks: Sequence[int]) -> list[int]:
+    """The text with a mark in the place of each gap."""
+    result, last = [], 0
+    for mark, (start, end) in zip(marks, gaps, strict=False):
+        result += [*tokens[last:start], mark]
+        last = end
+    return result + tokens[last:]
