@@ -106,6 +106,8 @@ def augmentation(reports: dict[str, dict]) -> str:
         for name, base in pairs
         if final[name] >= final[base]
     ]
+    if not pairs:
+        return "No base is here with its augmented form."
     said = f"The augmented form beats the plain one for {len(pairs) - len(behind)} of {len(pairs)} bases"
     return f"{said}; not for {', '.join(behind)}." if behind else f"{said}."
 

@@ -152,17 +152,18 @@ class Unnormalised(Combine):
 
 class RootMeanSquare(Combine):
     """The sum of both parts, divided by its root mean square, times a learned gain per head and channel
-    (RetNet's and TransNormer's normalisation of the output, arXiv 2307.08621 eq. 8 and 2210.10340 eq. 9).
+    (RetNet's and TransNormer's normalisation of the output, arXiv 2307.08621 eq. 8 and 2210.10340 eq. 9). The gain
+    starts small: an output that knows nothing yet does less harm the shorter it is.
     """
 
-    epsilon = 1e-6
+    epsilon, start = 1e-6, 0.1
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
         super().__init__(heads, key_dim, value_dim, has_local, has_far)
         self.gain = nn.Parameter(torch.empty(heads, value_dim))
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.gain)
+        nn.init.constant_(self.gain, self.start)
 
     def define(self, head, q, scores, values, far, mass, any_far):
         out = weighted(scores, values)
@@ -193,7 +194,7 @@ class Gate(RootMeanSquare):
     weights, or have a normaliser of their own.
     """
 
-    start = -3.0
+    start, closed = 1.0, -3.0  # the gain, and the gate's b
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
         super().__init__(heads, key_dim, value_dim, has_local, has_far)
@@ -203,7 +204,7 @@ class Gate(RootMeanSquare):
         super().reset_parameters()
         nn.init.zeros_(self.gate)
         with torch.no_grad():
-            self.gate[:, -1] = self.start
+            self.gate[:, -1] = self.closed
 
     def define(self, head, q, scores, values, far, mass, any_far):
         ceiling = max(scores, default=0.0)
