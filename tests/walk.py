@@ -68,7 +68,7 @@ OVERRIDES: dict[str, dict] = {
         ffn_config=dict(ffn_hidden_size=24, hidden_size=32),
     ),
     "dots3_note_vision_encoder": dict(adapter_in_dim=32, adapter_out_dim=32),
-    "dots3_note_audio_encoder": dict(adapter_input_size=32),
+    "dots3_note_audio_encoder": dict(adapter_input_size=32, adapter_output_size=32),
     "granitemoehybrid": HYBRID,
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
@@ -196,7 +196,7 @@ def check_forms(model: PreTrainedModel, native: str) -> list[str]:
     the tolerance is rounding where the same model in fp64 is within 1e-12.
 
     Returns:
-        The forms that the base model lacks.
+        The forms that the base model lacks, and those where rounding exceeds the tolerance.
     """
     layers = DynamicCache(config=model.config).layers
     tolerance = 1e-4 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers) else 1e-5
@@ -211,7 +211,8 @@ def check_forms(model: PreTrainedModel, native: str) -> list[str]:
         model.float()
         assert all(wrong[form] < 2 * tolerance and exact[form] < 1e-12 for form in wrong), (wrong, exact)
     assert len(lacking) < len(found) - 1, lacking
-    return [f"the base model itself differs {form}" for form in lacking]
+    rounding = [f"within {2 * tolerance:.0e}, and fp64 within 1e-12, {form}" for form in wrong]
+    return [f"the base model itself differs {form}" for form in lacking] + rounding
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from linearize_cli.recover.distill import divergence
 from linearize_cli.runtime.adapt import adapted
-from linearize_cli.runtime.dispatch import attention_implementation
+from linearize_cli.runtime.dispatch import attention_implementation, set_config
 from linearize_cli.tasks import Batch, causal_batch
 
 NONE = "none"  # every layer linear
@@ -63,7 +63,7 @@ class Restorer:
         for name in names:
             module = self.model.get_submodule(name)
             del module.linear_attention, record["layers"][name]
-            module.config = self.shared[name]
+            set_config(module, self.shared[name])
             module.config._attn_implementation_internal = self.native
         kept = {*record["softmax"], *names}
         record["softmax"] = [name for name, _ in self.model.named_modules() if name in kept]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -68,16 +69,22 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
         # Under construction some parameters may be real already (DiffLlama's), others on meta.
         device = min((p.device for p in module.parameters()), key=lambda device: device.type != "meta")
         module.linear_attention = linear_attention.to(device, torch.float32)
-        shared, own = module.config, copy.copy(module.config)
+        own = copy.copy(module.config)
         own._attn_implementation_internal = IMPLEMENTATION
-        for part in module.modules():
-            if getattr(part, "config", None) is shared:
-                part.config = own
+        set_config(module, own)
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
     kept = {id(model.get_submodule(name).config) for name in model.config.linearize["softmax"]}
     for config in configs:
         if id(config) not in kept:
             config._attn_implementation_internal = IMPLEMENTATION
+
+
+def set_config(module: nn.Module, config: PreTrainedConfig) -> None:
+    """Give a module, and those of its parts that share its config, another."""
+    before = module.config
+    for part in module.modules():
+        if getattr(part, "config", None) is before:
+            part.config = config
 
 
 def converted(model: nn.Module) -> dict[str, nn.Module]:

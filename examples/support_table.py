@@ -1,0 +1,69 @@
+"""Writes the README's table of model types from what the walk found.
+
+    python tests/walk.py walk.json && python examples/support_table.py walk.json README.md
+
+The table stands between the two marks in the README.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import transformers
+
+START, END = "<!-- support table -->", "<!-- end of support table -->"
+
+
+def table(outcomes: list[dict]) -> str:
+    """Markdown: how many model types of each outcome, and which, those of one reason in one row."""
+    groups = defaultdict(list)
+    for outcome in outcomes:
+        why = "" if outcome["outcome"] == "unbuilt" else short(outcome["detail"])
+        groups[outcome["outcome"], why].append(outcome["model_type"])
+    converted = sum(len(types) for (outcome, _), types in groups.items() if outcome == "converted")
+    refused = sum(len(types) for (outcome, _), types in groups.items() if outcome == "refused")
+    lines = [
+        f"Of the {len(outcomes)} causal model types of transformers {transformers.__version__}, "
+        f"{converted + refused} were built from a tiny random config\nand have softmax layers; {converted} of these "
+        f"({converted / (converted + refused):.0%}) were converted and passed every check (`tests/walk.py`).",
+        "",
+        "| | model types |",
+        "| --- | --- |",
+    ]
+    for outcome in ("converted", "refused", "no softmax", "unbuilt"):
+        rows = [(why, types) for (kind, why), types in groups.items() if kind == outcome]
+        for why, types in sorted(rows, key=lambda row: (bool(row[0]), -len(row[1]))):
+            lines.append(f"| **{outcome}**{': ' * bool(why)}{why} | {', '.join(types)} |")
+    return "\n".join(lines)
+
+
+def short(detail: str) -> str:
+    """A reason without the names of classes and the numbers that differ between types."""
+    if "no layer calls" in detail:
+        return "computes attention in its own code"
+    if "does not run with" in detail:
+        return "needs a cache of its own"
+    if "calls attention" in detail:
+        return "calls attention several times in one forward"
+    return detail.replace("|", "/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("walk", type=Path, help="what tests/walk.py wrote")
+    parser.add_argument("readme", type=Path, help="the file with the marks")
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    if not after:
+        parser.error(f"{arguments.readme} lacks the marks {START} and {END}")
+    made = table(json.loads(arguments.walk.read_text()))
+    arguments.readme.write_text(f"{before}{START}\n{made}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
