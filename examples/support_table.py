@@ -34,7 +34,8 @@ def table(outcomes: list[dict]) -> str:
     for outcome in ("converted", "refused", "no softmax", "unbuilt"):
         rows = [(why, types) for (kind, why), types in groups.items() if kind == outcome]
         for why, types in sorted(rows, key=lambda row: (bool(row[0]), -len(row[1]))):
-            lines.append(f"| **{outcome}**{': ' * bool(why)}{why} | {', '.join(types)} |")
+            but = f"{', but' if outcome == 'converted' else ''}: {why}" if why else ""
+            lines.append(f"| **{outcome}**{but} | {', '.join(types)} |")
     return "\n".join(lines)
 
 
