@@ -10,6 +10,8 @@ from linearize_kernels.memory import MEMORIES
 
 from linearize_cli.recipe import Attention, Recipe
 
+LINEAR = "linear"
+
 
 def misfits(recipe: Recipe) -> Iterable[str]:
     """Values that no part of the library goes by, and parts that do not go together."""
@@ -38,6 +40,7 @@ def unknown_values(a: Attention) -> Iterable[str]:
     choices = [
         ("attention.combine", a.combine, COMBINES),
         ("attention.memory.kind", a.memory.kind, MEMORIES),
+        ("attention.cross", a.cross, ("softmax", LINEAR)),
     ]
     if a.local:
         choices.append(("attention.local.scope", a.local.scope, ("sliding", "group")))
@@ -50,6 +53,11 @@ def unknown_values(a: Attention) -> Iterable[str]:
 
 
 def parts_at_odds(a: Attention) -> Iterable[str]:
+    if a.cross == LINEAR and not (a.far and getattr(FEATURE_MAPS.get(a.far.feature_map), "positive", False)):
+        yield (
+            "attention.cross, attention.far.feature_map: linear attention to an encoder needs a feature map whose "
+            "weights are positive"
+        )
     local, far, score = a.local is not None, a.far is not None, a.local.score if a.local else None
     weight = score in WEIGHTS
     if weight and a.combine not in ("none", "rms"):

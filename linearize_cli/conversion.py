@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from linearize_cli.checkpoint import load_teacher, resolve_model
-from linearize_cli.compatibility import forward_only
+from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
@@ -89,7 +89,9 @@ def convert(
             f"{model} is a linearized model already", "Convert the softmax model it was made from."
         )
     reach = recipe.attention.local.size if recipe.attention.local else 1
-    linear, softmax = choose_layers(plan_layers(teacher, reach), keep_softmax)
+    linear, softmax = choose_layers(
+        plan_layers(teacher, reach, recipe.attention.cross == LINEAR), keep_softmax
+    )
     check_biases(teacher, linear, softmax, keep_softmax)
     task = task_of(teacher, tokenizer)
     check_task(job, task, linear)
@@ -157,6 +159,11 @@ def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
         raise UserError(
             f"{key} of {job.recipe.name} runs forward in time, and {task.kind} attends to both sides",
             "Choose a method without it, or pass --set attention.memory.kind=none.",
+        )
+    if job.recipe.attention.cross == LINEAR and not any("cross" in layer.geometry for layer in layers):
+        raise UserError(
+            f"attention.cross linear: no layer of {task.kind} to convert attends to an encoder",
+            "Pass --set attention.cross=softmax.",
         )
     if distill.ce and not task.answers:
         raise UserError(

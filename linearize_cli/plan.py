@@ -53,11 +53,12 @@ class Layer:
         return self.geometry.get("causal", True)
 
 
-def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
+def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) -> list[Layer]:
     """Every attention module that the model's forward reaches, in order.
 
     Args:
         reach: distances over which a position bias is read, as many as the local part's size.
+        cross: whether attention to an encoder is to be converted.
 
     Raises:
         UserError: the model's code is not transformers' own, or none of its layers dispatches its attention.
@@ -91,7 +92,7 @@ def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
             Layer(
                 names[module],
                 geometry(module, call) | ({"bias": True} if module in biases else {}),
-                refusal(module, call, cache, biases.get(module), encodes),
+                refusal(module, call, cache, biases.get(module), encodes, cross),
                 biases.get(module),
                 is_causal(module, call) and not is_cross(call),
             )
@@ -102,7 +103,7 @@ def plan_layers(model: PreTrainedModel, reach: int = 64) -> list[Layer]:
 def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
     scale = call.extra.get("scaling")
     softcap = call.extra.get("softcap")
-    sides = {} if is_causal(module, call) or is_cross(call) else {"causal": False}
+    sides = {"cross": True} if is_cross(call) else {} if is_causal(module, call) else {"causal": False}
     return {
         "heads": call.query[1],
         "kv_heads": call.key[1],
@@ -115,18 +116,25 @@ def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def refusal(
-    module: nn.Module, call: Call, cache: DynamicCache, bias: torch.Tensor | None, encodes: bool
+    module: nn.Module,
+    call: Call,
+    cache: DynamicCache,
+    bias: torch.Tensor | None,
+    encodes: bool,
+    cross: bool,
 ) -> str | None:
-    """Why a layer cannot be converted; None: it can. One that sees both sides can where the model `encodes`."""
-    if is_cross(call):
+    """Why a layer cannot be converted; None: it can. One that sees both sides can where the model `encodes`, one
+    that attends to an encoder where `cross` says so.
+    """
+    if is_cross(call) and not cross:
         return "cross-attention: its keys come from elsewhere"
-    if not is_causal(module, call) and not (encodes and sees_all(call)):
+    if not is_cross(call) and not is_causal(module, call) and not (encodes and sees_all(call)):
         return "its attention is not causal"
     if call.count > 1:
         return f"it calls attention {call.count} times in one forward"
     if has_bias(module, call) and bias is None:
         return "it adds a bias to its scores that is not a function of distance alone"
-    if not is_causal(module, call):
+    if not is_cross(call) and not is_causal(module, call):
         return None  # it decodes nothing, so it needs no state
     if call.extra.get("linearize_state") != PROBE:
         return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"

@@ -46,19 +46,26 @@ class Memory:
 
 @dataclass(frozen=True)
 class Conv:
-    """The causal depthwise conv over values: live taps, 0 for none."""
+    """The depthwise conv over values: live taps, 0 for none. They end at the token or, where attention sees both
+    sides, lie around it.
+    """
 
     width: int = 0
 
 
 @dataclass(frozen=True)
 class Attention:
+    """One layer's equation. `cross` is a decoder's attention to an encoder: softmax, or linear through `far`'s
+    feature map alone.
+    """
+
     local: Local | None = None
     far: Far | None = None
     memory: Memory = field(default_factory=Memory)
     combine: str = "shared"
     conv: Conv = field(default_factory=Conv)
     sinks: int = 0
+    cross: str = "softmax"
 
 
 @dataclass(frozen=True)

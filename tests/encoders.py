@@ -99,7 +99,7 @@ def swapped(family: str, attention: dict = AUGMENTED, **changes) -> PreTrainedMo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    linear, softmax = choose_layers(plan_layers(model))
+    linear, softmax = choose_layers(plan_layers(model, cross=attention.get("cross") == "linear"))
     linearize(
         model,
         {

@@ -140,6 +140,15 @@ def test_the_checkpoint_names_its_class(family, folder):
     assert bool(report["state_bytes"]) == bool(report["kv_bytes_per_token"]) == (family in ("t5", "bart"))
 
 
+@pytest.mark.parametrize("keep", [None, "at:3"])
+def test_cross_attention_can_be_linear(keep, folder):
+    output = folder / f"cross-{keep is None}"
+    overrides = (*SMALL["overrides"], "attention.cross=linear")
+    report = run(folder, "t5", output, overrides=overrides, keep_softmax=keep, tokens=32 * 4 * 8)
+    assert len(report["layers"]["linear"]) == 6 - (keep is not None)
+    assert verify(output, max_new=4)["verdict"] == "EXACT"
+
+
 def test_layers_are_kept_by_divergence(folder):
     output = folder / "auto"
     report = run(folder, "roberta-classifier", output, keep_softmax="auto:1", train=False)
@@ -182,6 +191,13 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         ("roberta-classifier", dict(overrides=("recover.distill.ce=1",)), "recover.distill.ce 1 needs"),
         ("bert", dict(data=("self",)), "--data self: BertForMaskedLM writes no text"),
         ("roberta-classifier", dict(seq_len=130), "context of 128"),
+        ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* encoder"),
+        ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' is none of"),
+        (
+            "bart",
+            dict(method="window", overrides=("attention.cross=linear",)),
+            "attention.cross, .* positive",
+        ),
         ("t5", dict(keep_softmax="auto:1"), "cannot stay softmax: .* from decoder.block.0"),
         ("t5", dict(keep_softmax="at:3"), r"decoder.block.1.* cannot stay softmax: .* from decoder.block.0"),
     ],

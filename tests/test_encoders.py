@@ -8,6 +8,7 @@ from families import AUGMENTED
 
 from linearize_cli.decoder import pad_right
 from linearize_cli.plan import plan_layers
+from linearize_cli.runtime.cross import LinearizedCrossAttention
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.runtime.model import linear_parameters
 from linearize_cli.tasks import task_of
@@ -22,7 +23,7 @@ FLASH = {
 # Wider than any sequence here.
 WINDOW = {"local": {"scope": "sliding", "size": 64, "score": "softmax"}, "combine": "shared"}
 LENGTHS = (30, 1, 17, 9)
-CROSS = "cross-attention: its keys come from elsewhere"
+CROSS = {**AUGMENTED, "cross": "linear"}
 
 
 def rows() -> list[torch.Tensor]:
@@ -129,10 +130,11 @@ def test_decoding_is_one_forward(family):
             close(torch.cat([decoder(part, cache) for part in ids.split(sizes, 1)], 1), full)
 
 
+@pytest.mark.parametrize("attention", [AUGMENTED, CROSS], ids=["augmented", "cross"])
 @pytest.mark.parametrize("family", SEQ2SEQ)
-def test_generate(family):
+def test_generate(family, attention):
     # With fewer layers in T5's encoder, transformers makes too short a cache.
-    model = swapped(family, num_decoder_layers=2) if family == "t5" else swapped(family)
+    model = swapped(family, attention, **({"num_decoder_layers": 2} if family == "t5" else {}))
     ids, mask = pad_right(rows(), pad_id=1)
     options = {"max_new_tokens": 20, "min_new_tokens": 20}
     for choice in ({}, {"num_beams": 2}):
@@ -141,6 +143,37 @@ def test_generate(family):
         assert torch.equal(cached, plain)
     alone = model.generate(input_ids=rows()[2][None], **options)
     assert torch.equal(alone, model.generate(input_ids=ids, attention_mask=mask, **options)[2:3])
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_linear_cross_attention(family):
+    """Against the definition, one weight after the other; pads of the source and the cache change nothing."""
+    model = swapped(family, CROSS)
+    task, seen = task_of(model, tokenizer()), []
+    module = next(
+        m for m in converted(model).values() if isinstance(m.linear_attention, LinearizedCrossAttention)
+    )
+    hook = module.linear_attention.register_forward_hook(lambda _, args, out: seen.append((args, out)))
+    inputs, _ = batch(family)
+    with torch.no_grad():
+        model(**inputs)
+        (q, k, v, _), out = seen[0]
+        far = module.linear_attention.far
+        weights = far.q_map(q) @ far.keys(k).transpose(-1, -2)
+        for row, length in enumerate(LENGTHS):
+            own = weights[row, :, :, :length]
+            expected = (own / own.sum(-1, keepdim=True)) @ v[row, :, :length]
+            close(out[row].transpose(0, 1), expected)
+        hook.remove()
+        for row, logits in zip(rows(), task.read(model, rows(), extra=3), strict=True):
+            close(logits, task.read(model, [row])[0])
+        decoder, ids, cache = task.start(model, rows()[:1])[0], rows()[0][None].expand(2, -1), None
+        cache = decoder.new_cache()
+        parts = torch.cat([decoder(part, cache) for part in ids.split([11, 1, 18], 1)], 1)
+        close(parts, decoder(ids))
+    layer = cache.cross_attention_cache.layers[module.layer_idx]
+    assert layer.nbytes() == 2 * 4 * 16 * (8 + 1) * 4  # rows, heads, features, values and the mass, fp32
+    assert layer.keys.untyped_storage().nbytes() < 64
 
 
 def test_the_plan_names_both_sides():
@@ -153,5 +186,5 @@ def test_the_plan_names_both_sides():
     assert (encoder.refusal, encoder.causal, encoder.caches) == (None, False, False)
     assert (decoder.refusal, decoder.causal, decoder.caches) == (None, True, True)
     assert "causal" not in decoder.geometry
-    assert (cross.refusal, cross.caches) == (CROSS, False)
+    assert (cross.refusal, cross.caches) == ("cross-attention: its keys come from elsewhere", False)
     assert len(converted(swapped("bart"))) == len(converted(swapped("t5"))) == 5

@@ -1,6 +1,7 @@
 """Distillation: the linearized model learns its softmax teacher's logits through LoRA and its linear parts."""
 
 import torch
+from linearize_kernels.attention import LinearAttention
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -10,7 +11,6 @@ from transformers.utils import ModelOutput
 
 from linearize_cli.recipe import Distill, Lora
 from linearize_cli.runtime.dispatch import attention_implementation, converted
-from linearize_cli.runtime.layer import LinearizedAttention
 from linearize_cli.tasks import IGNORED, Batch
 
 
@@ -29,7 +29,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora_targets(model))
     student = get_peft_model(model, config)
     for module in student.modules():
-        if isinstance(module, LinearizedAttention):
+        if isinstance(module, LinearAttention):
             module.requires_grad_(True)
     return student
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from linearize_kernels.attention import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
-
-from linearize_cli.runtime.cache import cache_layer
-from linearize_cli.runtime.layer import LinearizedAttention
 
 IMPLEMENTATION = "linearize"
 
@@ -48,7 +46,7 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     cache = find_cache(args, kwargs)
     if cache is None:
         return None
-    return args, {**kwargs, "linearize_state": cache_layer(cache, module.layer_idx)}
+    return args, {**kwargs, "linearize_state": module.linear_attention.place(cache, module.layer_idx)}
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
@@ -56,14 +54,21 @@ def find_cache(args: tuple, kwargs: dict) -> Cache | None:
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
-def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
+def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
     """Give each named attention module its linear attention. Kept softmax layers stay native.
 
     A config object all of whose attention modules are converted is switched as a whole, so that the model
     makes no O(T²) mask; not where the model's own code works on that mask (`adapters.Adapter.native_mask`).
     """
+    record = model.config.linearize
     modules = [model.get_submodule(name) for name in layers]
     configs = [module.config for module in modules if not getattr(module, "native_mask", False)]
+    # An attention to an encoder reads the source's pads from the base model's own mask.
+    native = [
+        *record["softmax"],
+        *(name for name, geometry in record["layers"].items() if "cross" in geometry),
+    ]
+    kept = {id(model.get_submodule(name).config) for name in native}
     for name, linear_attention in layers.items():
         module = model.get_submodule(name)
         # Under construction some parameters may be real already (DiffLlama's), others on meta.
@@ -73,7 +78,6 @@ def attach(model: nn.Module, layers: dict[str, LinearizedAttention]) -> None:
         own._attn_implementation_internal = IMPLEMENTATION
         set_config(module, own)
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
-    kept = {id(model.get_submodule(name).config) for name in model.config.linearize["softmax"]}
     for config in configs:
         if id(config) not in kept:
             config._attn_implementation_internal = IMPLEMENTATION

@@ -5,8 +5,10 @@ from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.bidirectional import bidirectional
 from linearize_kernels.chunked import chunked
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.cache import LinearCacheLayer, cache_layer
+from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
@@ -71,6 +73,17 @@ class LinearizedAttention(LinearAttention):
         else:
             out = linearize_state.attend(self, query, key, value, valid, sink_logits)
         return out.transpose(1, 2).contiguous()
+
+    def place(self, cache: Cache, index: int) -> LinearCacheLayer:
+        """The layer's place in a cache."""
+        return cache_layer(cache, index)
+
+
+def linearized(attention: dict, geometry: dict) -> LinearAttention:
+    """What converts one layer: see `equation`, and `cross_equation` where the geometry says `cross`."""
+    if "cross" in geometry:
+        return LinearizedCrossAttention(cross_equation(attention, geometry))
+    return LinearizedAttention(equation(attention, geometry))
 
 
 def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:

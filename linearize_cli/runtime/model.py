@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from linearize_kernels.attention import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -15,10 +16,9 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
-from linearize_cli.runtime.cache import cache_layer
 from linearize_cli.runtime.config import LinearizedConfig, auto_class, base_of
 from linearize_cli.runtime.dispatch import attach
-from linearize_cli.runtime.layer import LinearizedAttention, equation
+from linearize_cli.runtime.layer import linearized
 from linearize_cli.runtime.tree import Tree, read_tree
 
 _classes: dict[type, type] = {}
@@ -37,10 +37,7 @@ class LinearizeMixin:
         adapt(self)
         attach(
             self,
-            {
-                name: LinearizedAttention(equation(record["attention"], geometry))
-                for name, geometry in record["layers"].items()
-            },
+            {name: linearized(record["attention"], geometry) for name, geometry in record["layers"].items()},
         )
 
     @classmethod
@@ -52,7 +49,7 @@ class LinearizeMixin:
     def initialize_weights(self) -> None:
         # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
         for module in self.modules():
-            if isinstance(module, LinearizedAttention) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
                 if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
                     module.reset_parameters()
                 for part in module.modules():
@@ -77,8 +74,9 @@ class LinearizeMixin:
         if isinstance(cache, Cache):
             # The layers must be in place before past recording is turned on; plain layers cannot record.
             for name, geometry in self.config.linearize["layers"].items():
+                module = self.get_submodule(name)
                 if geometry.get("causal", True):
-                    cache_layer(cache, self.get_submodule(name).layer_idx)
+                    module.linear_attention.place(cache, module.layer_idx)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
@@ -196,4 +194,4 @@ def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
 
 def linear_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that conversion added."""
-    return [p for m in model.modules() if isinstance(m, LinearizedAttention) for p in m.parameters()]
+    return [p for m in model.modules() if isinstance(m, LinearAttention) for p in m.parameters()]

@@ -1,0 +1,119 @@
+"""Linear attention of a decoder to an encoder: every token of the source is far, and read through a feature map
+(arXiv 2406.07368).
+"""
+
+from collections.abc import Callable
+
+import torch
+from linearize_kernels.attention import Equation, LinearAttention, accumulator
+from linearize_kernels.combine import TINY
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+
+
+class CrossCacheLayer(DynamicLayer):
+    """Holds S `[B, far, F, Dv]` and z `[B, far, F]` of the source. Models read the length of its keys and values:
+    these are zeros that take no memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = (x.new_zeros(()).expand_as(x) for x in (key_states, value_states))
+        return key_states, value_states
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def nbytes(self) -> int:
+        """Bytes of the state; 0 before the first token."""
+        return 0 if self.state is None else sum(x.nbytes for x in self.state)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = tuple(map(function, self.state))
+            rows = self.state[0].shape[0]
+            self.keys, self.values = (x[:1].expand(rows, *x.shape[1:]) for x in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda x: x[indices.to(x.device)])
+
+
+class LinearizedCrossAttention(LinearAttention):
+    """`o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over the tokens j of the source. The equation has a
+    feature map and no other part.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        linearize_state: CrossCacheLayer | None = None,
+        **unused: object,
+    ) -> Tensor:
+        """query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` in query's dtype.
+
+        Args:
+            attention_mask: `[B, 1, T, N]`, boolean or additive, from which the source's pads are read; None: none.
+            linearize_state: the layer's place in the cache; once it holds a source, key and value are not read.
+        """
+        state = None if linearize_state is None else linearize_state.state
+        if state is None:
+            state = self.read(key, value, attention_mask)
+        if linearize_state is not None:
+            linearize_state.state = state
+        eq, (S, z), wide = self.equation, state, accumulator(query.dtype)
+        phi = eq.fold_queries(self.far.q_map(query.to(wide)), eq.far_heads)
+        out = (phi @ S) / (phi @ z[..., None]).clamp_min(TINY)
+        out = eq.split_queries(out, query.shape[-2]).flatten(1, 2)
+        return out.transpose(1, 2).to(query.dtype).contiguous()
+
+    def read(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """S and z of the source."""
+        eq, wide = self.equation, accumulator(key.dtype)
+        phi = self.far.keys(key.to(wide))
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            phi = phi.masked_fill(~seen[:, :, 0, :, None], 0.0)
+        return phi.transpose(-1, -2) @ eq.to_far_heads(value.to(wide)), phi.sum(-2)
+
+    def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
+        """The cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
+
+        Raises:
+            RuntimeError: the layer already holds keys and values of softmax attention.
+        """
+        cache = cache.cross_attention_cache
+        if cache.layer_class_to_replicate is not None:
+            while len(cache.layers) <= index:
+                cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[index]
+        if not isinstance(layer, CrossCacheLayer):
+            if layer.is_initialized and int(layer.get_seq_length()) > 0:
+                raise RuntimeError(f"the cache's layer {index} holds keys and values of softmax attention")
+            layer = cache.layers[index] = CrossCacheLayer()
+        return layer
+
+
+def cross_equation(attention: dict, geometry: dict) -> Equation:
+    """The equation of a cross-attention: the recipe's feature map alone."""
+    far = attention["far"]
+    names = ("heads", "kv_heads", "key_dim", "value_dim", "scale")
+    return Equation(
+        **{name: geometry[name] for name in names},
+        feature_map=far["feature_map"],
+        feature_dim=far.get("feature_dim"),
+        per_query_head=far.get("per_query_head", False),
+    )
