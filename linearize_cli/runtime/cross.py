@@ -5,8 +5,8 @@
 from collections.abc import Callable
 
 import torch
-from linearize_kernels.attention import Equation, LinearAttention, accumulator
-from linearize_kernels.combine import TINY
+from linearize_kernels.attention import Equation, LinearAttention
+from linearize_kernels.cross import cross, encode
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
@@ -74,20 +74,14 @@ class LinearizedCrossAttention(LinearAttention):
             state = self.read(key, value, attention_mask)
         if linearize_state is not None:
             linearize_state.state = state
-        eq, (S, z), wide = self.equation, state, accumulator(query.dtype)
-        phi = eq.fold_queries(self.far.q_map(query.to(wide)), eq.far_heads)
-        out = (phi @ S) / (phi @ z[..., None]).clamp_min(TINY)
-        out = eq.split_queries(out, query.shape[-2]).flatten(1, 2)
-        return out.transpose(1, 2).to(query.dtype).contiguous()
+        return cross(self, query, *state).transpose(1, 2).contiguous()
 
     def read(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """S and z of the source."""
-        eq, wide = self.equation, accumulator(key.dtype)
-        phi = self.far.keys(key.to(wide))
-        if mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            phi = phi.masked_fill(~seen[:, :, 0, :, None], 0.0)
-        return phi.transpose(-1, -2) @ eq.to_far_heads(value.to(wide)), phi.sum(-2)
+        if mask is None:
+            return encode(self, key, value)
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return encode(self, key, value, seen[:, 0, 0].expand(key.shape[0], -1))
 
     def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
         """The cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
