@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
-from linearize_kernels.combine import attend
+from linearize_kernels.combine import Far, attend
 from linearize_kernels.state import State
 
 
@@ -72,16 +72,18 @@ def evaluate(
     seen = (key_position >= 0)[..., None, :] & pad(visible, (key_position.shape[-1] - length, 0), value=True)
     local = seen & (eq.near(position, key_position) | (key_position < eq.sinks)[..., None, :])
 
-    far = mass = any_far = None
+    far = None
     if attention.far is not None and attention.dropped != "far":
         old = slice(eq.sinks, None)  # sinks are never far
         far_seen = seen[..., old] & (key_position[..., old] >= eq.sinks)[..., None, :]
         is_far = far_seen & ~local[..., old]
         tokens = (q, keys[..., old, :], values[..., old, :], key_position[..., old], far_seen, is_far)
-        far, mass = attention.far(*tokens, state.S, state.z)
-        far = by_head(eq, far.flatten(-4, -3))
-        mass = mass.flatten(-3, -2).unflatten(-2, (eq.kv_heads, -1))
-        any_far = (is_far.any(-1) | folded[..., None])[..., None, None, :]
+        out, mass = attention.far(*tokens, state.S, state.z)
+        far = Far(
+            by_head(eq, out.flatten(-4, -3)),
+            mass.flatten(-3, -2).unflatten(-2, (eq.kv_heads, -1)),
+            (is_far.any(-1) | folded[..., None])[..., None, None, :],
+        )
     if attention.dropped == "local":
         local = torch.zeros_like(local)
 
@@ -95,7 +97,7 @@ def evaluate(
         logits = sink_logits.to(wide).view(eq.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores, local = torch.cat([scores, logits], -1), pad(local, (0, 1), value=True)
         local_values = pad(values, (0, 0, 0, 1))
-    out = attention.combine(grouped_q, scores, local, local_values, far, mass, any_far)
+    out = attention.combine(grouped_q, scores, local, local_values, far)
     if attention.conv is not None:
         taps = by_head(eq, band(attention, position, key_position, seen)).to(wide)
         out = out + attend(taps.expand(*out.shape[:-1], -1), values)

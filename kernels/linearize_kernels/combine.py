@@ -1,21 +1,29 @@
 """How the local and the far part become one output.
 
-A combine is a module. `define` says it for one token and head: scores and values are lists over L(i), `far` the far
-part's numerator `[Dv]` and `mass` its mass (both None without a far part), `any_far` whether F(i) has tokens.
-`forward` says the same for whole blocks, under masks:
+A combine is a module. `define` says it for one token and head: scores and values are lists over L(i), `far` is what
+was read of F(i), None without a far part. `forward` says the same for whole blocks, under masks:
 
     q [..., kv, group, T, D], scores and local [..., kv, group, T, N], values [..., kv, N, Dv],
-    far [..., kv, group, T, Dv] and mass [..., kv, group, T] or None, any_far like mass -> [..., kv, group, T, Dv]
+    far of [..., kv, group, T, Dv] and [..., kv, group, T] -> [..., kv, group, T, Dv]
 
 A new one is entered in `COMBINES`.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 TINY = 1e-12  # below any normaliser that stands for something
+
+
+class Far(NamedTuple):
+    """What a query reads of its far tokens: the numerator, its mass, and whether there are any."""
+
+    out: Tensor
+    mass: Tensor
+    any: Tensor | bool
 
 
 class Combine(nn.Module):
@@ -41,41 +49,29 @@ class Shared(Combine):
         if self.mix is not None:
             nn.init.zeros_(self.mix)
 
-    def define(self, head, q, scores, values, far, mass, any_far):
+    def define(self, head, q, scores, values, far):
         mix = q.new_zeros(())
         if self.mix is not None:
             weight = self.mix[head].to(q.dtype)
             mix = weight[:-1] @ q + weight[-1]
+        any_far = far is not None and far.any
         ceiling = max([*scores, mix] if any_far else scores, default=mix)
         weights = [(score - ceiling).exp() for score in scores]
         total, out = sum(weights), weighted(weights, values)
         if any_far:
             factor = (mix - ceiling).exp()
-            total, out = total + factor * mass, out + factor * far
+            total, out = total + factor * far.mass, out + factor * far.out
         return out / max(total, TINY)
 
-    def forward(
-        self,
-        q: Tensor,
-        scores: Tensor,
-        local: Tensor,
-        values: Tensor,
-        far: Tensor | None,
-        mass: Tensor | None,
-        any_far: Tensor | None,
-    ) -> Tensor:
-        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
+    def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         if far is None:
-            weights = masked_exp(scores, local, finite(ceiling).detach())
-            return attend(weights, values) / positive(weights.sum(-1))
-        mix = mass.new_zeros(())
-        if self.mix is not None:
-            mix = per_head(self.mix, q)
-        mix = torch.where(any_far, mix, float("-inf"))
-        ceiling = finite(torch.maximum(ceiling, mix)).detach()
+            return softmax(scores, local, values)
+        mix = q.new_zeros(()) if self.mix is None else per_head(self.mix, q)
+        mix = torch.where(far.any, mix, float("-inf"))
+        ceiling = finite(torch.maximum(maximum(scores, local), mix)).detach()
         weights, factor = masked_exp(scores, local, ceiling), (mix - ceiling).exp()
-        total = positive(weights.sum(-1) + factor * mass)
-        return (attend(weights, values) + factor[..., None] * far) / total
+        total = positive(weights.sum(-1) + factor * far.mass)
+        return (attend(weights, values) + factor[..., None] * far.out) / total
 
 
 class Lolcats(Combine):
@@ -92,29 +88,19 @@ class Lolcats(Combine):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gamma_logit, math.log(self.start / (1 - self.start)))
 
-    def define(self, head, q, scores, values, far, mass, any_far):
+    def define(self, head, q, scores, values, far):
         gamma = self.gamma_logit[head].to(q.dtype).sigmoid()
         weights = [gamma * (score - max(scores)).exp() for score in scores]
         total, out = sum(weights), weighted(weights, values)
-        if any_far:
-            total, out = total + mass, out + far
+        if far is not None and far.any:
+            total, out = total + far.mass, out + far.out
         return out / max(total, TINY)
 
-    def forward(
-        self,
-        q: Tensor,
-        scores: Tensor,
-        local: Tensor,
-        values: Tensor,
-        far: Tensor | None,
-        mass: Tensor | None,
-        any_far: Tensor | None,
-    ) -> Tensor:
-        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
+    def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         gamma = self.gamma_logit.to(q.dtype).sigmoid().view(*q.shape[-4:-2], 1, 1)
-        weights = gamma * masked_exp(scores, local, finite(ceiling))
+        weights = gamma * masked_exp(scores, local, finite(maximum(scores, local)))
         out, total = attend(weights, values), weights.sum(-1)
-        return out / positive(total) if far is None else (out + far) / positive(total + mass)
+        return out / positive(total) if far is None else (out + far.out) / positive(total + far.mass)
 
 
 class Unnormalised(Combine):
@@ -130,24 +116,15 @@ class Unnormalised(Combine):
         if self.factor is not None:
             nn.init.zeros_(self.factor)
 
-    def define(self, head, q, scores, values, far, mass, any_far):
+    def define(self, head, q, scores, values, far):
         out = weighted(scores, values)
-        return out if far is None else out + self.factor[head].to(q.dtype) * far
+        return out if far is None else out + self.factor[head].to(q.dtype) * far.out
 
-    def forward(
-        self,
-        q: Tensor,
-        scores: Tensor,
-        local: Tensor,
-        values: Tensor,
-        far: Tensor | None,
-        mass: Tensor | None,
-        any_far: Tensor | None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         out = attend(scores.masked_fill(~local, 0.0), values)
         if far is None:
             return out
-        return out + self.factor.to(q.dtype).view(*q.shape[-4:-2], 1, 1) * far
+        return out + self.factor.to(q.dtype).view(*q.shape[-4:-2], 1, 1) * far.out
 
 
 class RootMeanSquare(Combine):
@@ -165,23 +142,14 @@ class RootMeanSquare(Combine):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gain, self.start)
 
-    def define(self, head, q, scores, values, far, mass, any_far):
+    def define(self, head, q, scores, values, far):
         out = weighted(scores, values)
-        out = out if far is None else out + far
+        out = out if far is None else out + far.out
         return self.gain[head].to(q.dtype) * out / (out.square().mean() + self.epsilon).sqrt()
 
-    def forward(
-        self,
-        q: Tensor,
-        scores: Tensor,
-        local: Tensor,
-        values: Tensor,
-        far: Tensor | None,
-        mass: Tensor | None,
-        any_far: Tensor | None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         out = attend(scores.masked_fill(~local, 0.0), values)
-        return self.normalise(q, out if far is None else out + far)
+        return self.normalise(q, out if far is None else out + far.out)
 
     def normalise(self, q: Tensor, out: Tensor) -> Tensor:
         gain = self.gain.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
@@ -206,33 +174,22 @@ class Gate(RootMeanSquare):
         with torch.no_grad():
             self.gate[:, -1] = self.closed
 
-    def define(self, head, q, scores, values, far, mass, any_far):
+    def define(self, head, q, scores, values, far):
         ceiling = max(scores, default=0.0)
         weights = [(score - ceiling).exp() for score in scores]
         local = weighted(weights, values) / max(sum(weights), TINY)
-        if not any_far:
+        if not far.any:
             return local
         weight = self.gate[head].to(q.dtype)
         gate = (weight[:-1] @ q + weight[-1]).sigmoid()
-        return (1 - gate) * local + gate * super().define(head, q, [], [far], far, mass, any_far)
+        return (1 - gate) * local + gate * super().define(head, q, [], [far.out], far)
 
-    def forward(
-        self,
-        q: Tensor,
-        scores: Tensor,
-        local: Tensor,
-        values: Tensor,
-        far: Tensor | None,
-        mass: Tensor | None,
-        any_far: Tensor | None,
-    ) -> Tensor:
-        ceiling = scores.masked_fill(~local, float("-inf")).amax(-1)
-        weights = masked_exp(scores, local, finite(ceiling).detach())
-        out = attend(weights, values) / positive(weights.sum(-1))
+    def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
+        out = softmax(scores, local, values)
         if far is None:
             return out
-        gate = torch.where(any_far, per_head(self.gate, q).sigmoid(), 0.0)[..., None]
-        return (1 - gate) * out + gate * self.normalise(q, far)
+        gate = torch.where(far.any, per_head(self.gate, q).sigmoid(), 0.0)[..., None]
+        return (1 - gate) * out + gate * self.normalise(q, far.out)
 
 
 COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": RootMeanSquare, "gate": Gate}
@@ -252,6 +209,17 @@ def per_head(parameter: Tensor, q: Tensor) -> Tensor:
     """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
     weight = parameter.to(q.dtype).view(*q.shape[-4:-2], -1, 1)
     return (q @ weight[..., :-1, :]).squeeze(-1) + weight[..., -1, :]
+
+
+def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
+    """The local part alone."""
+    weights = masked_exp(scores, local, finite(maximum(scores, local)).detach())
+    return attend(weights, values) / positive(weights.sum(-1))
+
+
+def maximum(scores: Tensor, local: Tensor) -> Tensor:
+    """The largest local score of each row; minus infinity where there is none."""
+    return scores.masked_fill(~local, float("-inf")).amax(-1)
 
 
 def masked_exp(scores: Tensor, keep: Tensor, ceiling: Tensor) -> Tensor:

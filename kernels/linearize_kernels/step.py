@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention
+from linearize_kernels.combine import Far
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,11 @@ def step(
             scores.append(score)
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
-        far = mass = None
+        far = None
         if attention.far is not None:
-            far, mass = attention.far.read_one(head, q, S, z)
-        out = attention.combine.define(
-            head, q[head], scores, values or [torch.zeros_like(v[kv])], far, mass, folded > 0
-        )
+            far = Far(*attention.far.read_one(head, q, S, z), any=folded > 0)
+        none = torch.zeros_like(v[kv])
+        out = attention.combine.define(head, q[head], scores, values or [none], far)
         for delay, old in enumerate(past_v):
             out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
         outputs.append(out)
