@@ -33,6 +33,7 @@ def test_the_default_is_the_contract_s():
         "combine": "shared",
         "conv": {"width": 32},
         "sinks": 4,
+        "cross": "softmax",
     }
 
 
