@@ -130,12 +130,12 @@ def refusal(
         return "cross-attention: its keys come from elsewhere"
     if not is_cross(call) and not is_causal(module, call) and not (encodes and sees_all(call)):
         return "its attention is not causal"
-    if call.count > 1:
-        return f"it calls attention {call.count} times in one forward"
     if has_bias(module, call) and bias is None:
         return "it adds a bias to its scores that is not a function of distance alone"
     if not is_cross(call) and not is_causal(module, call):
         return None  # it decodes nothing, so it needs no state
+    if call.count > 1:
+        return f"it calls attention {call.count} times in one forward"
     if call.extra.get("linearize_state") != PROBE:
         return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"
     if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx < 0:

@@ -52,11 +52,13 @@ MODERN = dict(BERT, local_attention=12, global_attn_every_n_layers=2, cls_token_
 
 # Family -> the model's class, and its config.
 ENCODERS = {
+    "albert": ("AlbertForMaskedLM", {**BERT, "embedding_size": 32}),
     "bert": ("BertForMaskedLM", BERT),
     "bert-classifier": ("BertForSequenceClassification", BERT),
     "roberta": ("RobertaForMaskedLM", BERT),
     "roberta-classifier": ("RobertaForSequenceClassification", BERT),
     "modernbert": ("ModernBertForMaskedLM", MODERN),
+    "layoutlm": ("LayoutLMForMaskedLM", BERT),
     "modernbert-classifier": ("ModernBertForSequenceClassification", MODERN),
 }
 SEQ2SEQ = {

@@ -22,6 +22,7 @@ from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.tasks import IGNORED, context_length, task_of
 
 KINDS = {
+    "albert": "AutoModelForMaskedLM",
     "bert": "AutoModelForMaskedLM",
     "roberta-classifier": "AutoModelForSequenceClassification",
     "modernbert": "AutoModelForMaskedLM",

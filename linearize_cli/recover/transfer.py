@@ -38,7 +38,8 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
         with torch.enable_grad():
             inputs = (x.detach() for x in (query, key, value))
             output = module.linear_attention(*inputs, attention_mask, **kwargs)
-            losses[names[module]] = relative_error(output, target)
+            # A module that several layers share (ALBERT's) attends several times.
+            losses[names[module]] = losses.get(names[module], 0) + relative_error(output, target)
         return target, None
 
     AttentionInterface.register(TRANSFER, attend)

@@ -101,5 +101,8 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
     if mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2
     start = past if mask.shape[-1] >= past + length else mask.shape[-1] - length
-    valid = mask[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
+    if mask.shape[1] == 1:  # one row for all queries
+        valid = mask[:, 0, start : start + length].expand(batch, -1)
+    else:
+        valid = mask[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
