@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoint import Malicious, edit_json, save_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -149,6 +150,8 @@ def test_weights_of_another_shape_are_not_made_up(folder):
 def test_load_report_of_transformers_is_not_shown(folder):
     records, handler = [], logging.Handler()
     handler.emit = records.append
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()  # a command that ran before may have silenced all
     edit_json(folder / "config.json", num_hidden_layers=3)
     logging.getLogger("transformers").addHandler(handler)
     try:
@@ -158,6 +161,7 @@ def test_load_report_of_transformers_is_not_shown(folder):
         assert records, "there is no report to silence: the test proves nothing"
     finally:
         logging.getLogger("transformers").removeHandler(handler)
+        transformers.utils.logging.set_verbosity(before)
 
 
 def test_no_weights(folder):
