@@ -236,7 +236,7 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:
     """List the methods, or print the recipe NAME."""
-    from linearize_cli.recipe import load_recipe, method_names
+    from linearize_cli.methods import load_recipe, method_names
     from linearize_cli.render import method_table
 
     if name:

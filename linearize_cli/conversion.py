@@ -11,9 +11,10 @@ from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_output, check_space, partial_folder
+from linearize_cli.methods import load_recipe
 from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
-from linearize_cli.recipe import Recipe, load_recipe, with_budget
+from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.runtime import LinearizeMixin

@@ -4,8 +4,8 @@ from typing import Any
 
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.measure.memory import kv_bytes_per_token
+from linearize_cli.methods import load_recipe
 from linearize_cli.plan import plan_layers
-from linearize_cli.recipe import load_recipe
 from linearize_cli.runtime.layer import LinearizedAttention, equation
 
 METHOD = "augmented"

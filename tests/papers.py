@@ -3,7 +3,7 @@
 import torch
 from linearize_kernels import LinearAttention
 
-from linearize_cli.recipe import load_recipe
+from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
 
 HEADS, DIM, VALUE_DIM, SCALE = 4, 8, 6, 0.3

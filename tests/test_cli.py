@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import save_tokenizer, tiny_model
 
 from linearize_cli.cli import cli
-from linearize_cli.recipe import method_names
+from linearize_cli.methods import method_names
 
 COMMANDS = {"convert", "verify", "push", "generate", "inspect", "methods", "demo"}
 
@@ -143,13 +143,13 @@ def test_bad_input_ends_with_2_and_says_what_to_do(arguments, words, folder):
 
 
 def test_an_internal_error_ends_with_3_and_debug_shows_it(folder, monkeypatch, capsys):
-    from linearize_cli import recipe
+    from linearize_cli import methods
     from linearize_cli.cli import main
 
     def broken(*arguments):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(recipe, "load_recipe", broken)
+    monkeypatch.setattr(methods, "load_recipe", broken)
     for arguments, shown in ((["methods"], False), (["--debug", "methods"], True)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -11,7 +11,7 @@ from convert_case import SMALL, losses, make_teacher, run
 from linearize_cli import convert, load
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.measure.perplexity import perplexity
-from linearize_cli.recipe import load_recipe, method_names
+from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.recover import data
 from linearize_cli.verification import verify_model
 

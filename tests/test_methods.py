@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from linearize_cli.artifact.load import load
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.errors import UserError
-from linearize_cli.recipe import load_recipe, method_names
+from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.runtime.tree import read_tree
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

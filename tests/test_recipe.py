@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from linearize_cli.errors import UserError
-from linearize_cli.recipe import learning_rate, load_recipe, method_names, parse_count
+from linearize_cli.methods import load_recipe, method_names
+from linearize_cli.recipe import learning_rate, parse_count
 
 BASES = ["based", "flash", "flash-local", "gated-delta", "hedgehog", "linformer", "lolcats", "lolcats-group"]
 BASES += ["mamba2", "performer", "relu", "retention", "transnormer", "window", "yoso", "yoso-e"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from linearize_kernels import LinearAttention, chunked
 
-from linearize_cli.recipe import load_recipe
+from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
 
 HEADS, DIM = 3, 8
