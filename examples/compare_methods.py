@@ -11,12 +11,14 @@ import json
 from pathlib import Path
 
 import click
+import yaml
 
 from linearize_cli import convert, load
 from linearize_cli.cli import calm_libraries
 from linearize_cli.console import Terminal
 from linearize_cli.demo import heldout_path
 from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
+from linearize_cli.errors import UserError
 from linearize_cli.measure.recall import recall
 from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.recipe import parse_count
@@ -46,17 +48,35 @@ COLUMNS = [
 @click.option("--size", default=32, show_default=True, help="Of the window or group, where there is one.")
 @click.option("--seed", default=0, show_default=True)
 def main(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
+    if model != DEMO and not (data and eval_data):
+        raise click.UsageError("MODEL needs --data and --eval-data; only demo has text of its own")
     calm_libraries()
+    try:
+        compare(model, methods.split(","), data, eval_data, out, tokens, seq_len, size, seed)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on where it stopped") from None
+
+
+def compare(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
+    for method in methods:
+        load_recipe(method)
     out.mkdir(parents=True, exist_ok=True)
     common = dict(tokens=tokens, seq_len=seq_len, seed=seed, terminal=Terminal())
     common |= dict(data=(data,) if data else (), eval_data=eval_data or str(heldout_path()))
     reports = {}
-    for method in methods.split(","):
+    for method in methods:
         folder = out / method.replace(":", "-")
         overrides = (f"attention.local.size={size}",) if load_recipe(method).attention.local else ()
         if not folder.exists():
             resume = folder.with_name(folder.name + ".partial").exists()
             convert(model, folder, method=method, overrides=overrides, resume=resume, **common)
+        budget = yaml.safe_load((folder / "recipe.yaml").read_text())["recover"]["tokens"]
+        if budget != tokens:
+            raise UserError(
+                f"{folder} had {budget} tokens, not {tokens}", "Choose another --out, or remove it."
+            )
         reports[method] = json.loads((folder / "linearize.json").read_text())
         if model == DEMO:
             reports[method]["recall"] = recalled(folder)

@@ -1,5 +1,6 @@
 """Which parts of a recipe go together: said when it is read, naming the keys."""
 
+import math
 from collections.abc import Iterable
 
 from linearize_kernels.combine import COMBINES
@@ -11,6 +12,7 @@ from linearize_kernels.memory import MEMORIES
 from linearize_cli.recipe import Attention, Recipe
 
 LINEAR = "linear"
+MOST_FEATURES = 8192  # a state as large as a context that softmax would keep
 
 
 def misfits(recipe: Recipe) -> Iterable[str]:
@@ -22,6 +24,8 @@ def misfits(recipe: Recipe) -> Iterable[str]:
         at_least.append(("attention.local.size", a.local.size, 1))
     if a.far and a.far.feature_dim is not None:
         at_least.append(("attention.far.feature_dim", a.far.feature_dim, 1))
+        if a.far.feature_dim > MOST_FEATURES:
+            yield f"attention.far.feature_dim: {a.far.feature_dim} is more than {MOST_FEATURES}"
     at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
     for path, value, least in at_least:
         if value < least:
@@ -32,8 +36,20 @@ def misfits(recipe: Recipe) -> Iterable[str]:
         yield from parts_at_odds(a)
     if not 0 <= r.transfer.share <= 1:
         yield f"recover.transfer.share: {r.transfer.share} is not between 0 and 1"
-    if isinstance(r.distill.lr, str) and r.distill.lr != "auto":
-        yield f"recover.distill.lr: {r.distill.lr!r} is neither a number nor auto"
+    if r.tokens < 1:
+        yield f"recover.tokens: {r.tokens} is less than 1"
+    rates = {"recover.transfer.lr": r.transfer.lr, "recover.distill.lr": r.distill.lr}
+    for path, rate in rates.items():
+        if isinstance(rate, str) and rate != "auto":
+            yield f"{path}: {rate!r} is neither a number nor auto"
+        elif not isinstance(rate, str) and not 0 < rate < math.inf:
+            yield f"{path}: {rate} is no learning rate"
+    losses = {name: getattr(r.distill, name) for name in ("kl", "ce", "hidden")}
+    for name, weight in losses.items():
+        if not 0 <= weight < math.inf:
+            yield f"recover.distill.{name}: {weight} is no weight of a loss"
+    if not any(losses.values()):
+        yield "recover.distill.kl, recover.distill.ce: both are 0: nothing would be learned"
 
 
 def unknown_values(a: Attention) -> Iterable[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from linearize_cli.checkpoint import load_teacher, resolve_model
+from linearize_cli.artifact.load import refuse_linearized
+from linearize_cli.checkpoint import load_teacher
 from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
@@ -17,7 +18,6 @@ from linearize_cli.plan import Layer, check_biases, choose_layers, measured_coun
 from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.sample import write_corpus
-from linearize_cli.runtime import LinearizeMixin
 from linearize_cli.tasks import CausalLM, Task, context_length, task_of
 
 
@@ -82,13 +82,9 @@ def convert(
     )
     if not dry_run:
         check_output(folder, partial, job, resume, force)
-    resolve_model(model)
+    refuse_linearized(model)
     texts = None if text.SELF in data else open_texts(job)
     teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
-    if isinstance(teacher, LinearizeMixin):
-        raise UserError(
-            f"{model} is a linearized model already", "Convert the softmax model it was made from."
-        )
     reach = recipe.attention.local.size if recipe.attention.local else 1
     linear, softmax = choose_layers(
         plan_layers(teacher, reach, recipe.attention.cross == LINEAR), keep_softmax

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.measure.memory import kv_bytes_per_token
 from linearize_cli.methods import load_recipe
@@ -20,6 +21,7 @@ def inspect(
     Raises:
         UserError: the model cannot be loaded or has no layer that a conversion could start from.
     """
+    refuse_linearized(model)
     teacher, _ = load_teacher(model, dtype, device, trust_remote_code)
     layers = plan_layers(teacher)
     attention = load_recipe(METHOD).to_dict()["attention"]

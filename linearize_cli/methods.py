@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+import torch
 import yaml
 from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 
@@ -130,7 +131,41 @@ def enter_own_feature_map(data: dict, where: str) -> None:
             f"{where}: attention.far.feature_map: {path} has no feature map {cls}",
             "Write it as a subclass of linearize_kernels.features.FeatureMap, under @feature_map(NAME).",
         )
+    try_feature_map(found, far.get("feature_dim"), f"{where}: attention.far.feature_map: {name}")
     data["attention"]["far"] = {**far, "feature_map": found.name}
+
+
+def try_feature_map(cls: type[FeatureMap], feature_dim: int | None, where: str) -> None:
+    """Run a user's feature map once, on random queries and keys.
+
+    Raises:
+        UserError: it fails, its features are of another shape or not finite, or give negative weights though it
+            says that they are positive.
+    """
+    heads, tokens, size = 3, 33, 8
+    x = torch.randn(2, heads, tokens, size, generator=torch.Generator().manual_seed(0))
+    try:
+        found = cls(heads, size, feature_dim, size**-0.5)
+        found.reset_parameters()
+        with torch.no_grad():
+            phi = found(x)
+        shape = tuple(phi.shape)
+    except Exception as error:  # the user's code may raise anything
+        what = f"{where} fails: {type(error).__name__}: {error}"
+        raise UserError(what, "It is called as CLASS(heads, head_dim, feature_dim, scale).") from error
+    due = (2, heads, tokens, found.feature_dim)
+    if shape != due:
+        raise UserError(
+            f"{where} gives features of shape {list(shape)} for queries of shape {list(x.shape)}",
+            f"By its feature_dim, {found.feature_dim}, they should be of shape {list(due)}.",
+        )
+    if not phi.isfinite().all():
+        raise UserError(f"{where} gives features that are not finite", "Mend its forward.")
+    if cls.positive and (phi @ phi.transpose(-1, -2)).min() < 0:
+        raise UserError(
+            f"{where} says that it is positive, and gives negative weights",
+            "Set positive = False and join it by combine: gate, or make its features positive.",
+        )
 
 
 def _apply(data: dict, override: str) -> None:
@@ -142,4 +177,9 @@ def _apply(data: dict, override: str) -> None:
         if not isinstance(data.get(part), dict):
             data[part] = {}
         data = data[part]
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(
+            f"--set {override}: {value!r} is not valid YAML", "Mend its brackets or quotes."
+        ) from None

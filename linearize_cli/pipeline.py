@@ -92,6 +92,12 @@ class Run:
             self.keep_softmax(train_text, blocks)
         self.measure("swapped", blocks)
         if train_text is not None:
+            local = self.job.recipe.attention.local
+            if self.job.recipe.attention.far and local and local.size >= self.length:
+                self.terminal.note(
+                    f"the window ({local.size}) is as long as a block ({self.length}): the linear part sees nothing "
+                    "and learns nothing; raise --seq-len"
+                )
             self.recover(train_text, blocks)
         self.ablate(blocks)
         report = {
@@ -274,7 +280,7 @@ def set_dropped(model: PreTrainedModel, part: str | None) -> None:
 def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
     """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
     recent = max(module.linear_attention.equation.recent for module in converted(model).values())
-    length = min(3 * recent + 45, context_length(model))
+    length = min(3 * max(recent, 32) + 45, context_length(model))
     if blocks is not None and blocks.numel() >= 2 * length:
         return blocks.flatten()[: 2 * length].view(2, length)
     generator = torch.Generator().manual_seed(0)

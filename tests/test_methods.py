@@ -21,6 +21,19 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PARENTS = [-1, 0, 0, 1, 3, 4, 4, 2, 5]
 
 
+MINE = """
+from linearize_kernels.features import FeatureMap, feature_map
+
+
+@feature_map("mine")
+class Mine(FeatureMap):
+    positive = True
+
+    def forward(self, x):
+        {}
+"""
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("teacher"))
@@ -139,6 +152,11 @@ def test_a_feature_map_in_an_artifact_runs_only_if_trusted(teacher, tmp_path, mo
         ("import nothing_of_this_name", "nothing_of_this_name"),
         ("class Mine: ...", "has no feature map Mine"),
         ("from linearize_kernels.features import FeatureMap as Mine", "has no feature map Mine"),
+        (MINE.format("raise ValueError('boom')"), "boom"),
+        (MINE.format("return x[..., 1:]"), r"shape \[2, 3, 33, 7\]"),
+        (MINE.format("return x, x"), "fails"),
+        (MINE.format("return x / 0"), "not finite"),
+        (MINE.format("return x"), "negative weights"),
     ],
 )
 def test_a_feature_map_that_is_not_there_is_refused(code, words, tmp_path):

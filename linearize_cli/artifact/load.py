@@ -35,6 +35,18 @@ def load(
     return model, tokenizer
 
 
+def refuse_linearized(model: str) -> None:
+    """
+    Raises:
+        UserError: `model` is a linearized model, not one that could be converted.
+    """
+    from linearize_cli.checkpoint import resolve_model
+
+    config = Path(resolve_model(model)) / "config.json"  # Meta's format has none
+    if config.is_file() and '"linearize"' in config.read_text():
+        raise UserError(f"{model} is a linearized model already", "Name the softmax model it was made from.")
+
+
 def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
     """A feature map of a user's own is code in the artifact; it enters the registry if it may run.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
+from linearize_cli.errors import UserError
 
 SAVE_EVERY = 20.0  # seconds between checkpoints, at least
 SAVE_PAUSE = 20.0  # and times what the last save took, so that saving stays a small part of a run
@@ -126,6 +127,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, records = loss_of(ids)
+            if not loss.isfinite():
+                raise UserError(
+                    f"{stage}: the loss is no longer a number at step {checkpoint.step + 1}",
+                    f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
+                )
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), CLIP)
             optimizer.step()
