@@ -19,7 +19,20 @@ from transformers.cache_utils import (
 ROLLBACK = 256
 
 
-class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+class MappedRows:
+    """What a cache layer does to its rows, by its `map`: a function on every tensor, batch dimension first."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda x: x[indices.to(x.device)])
+
+
+class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """Holds a `State` instead of keys and values.
 
     `update` returns the new keys and values as they are; the attention module gives them to `attend`.
@@ -164,15 +177,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.snapshot is not None:
             self.snapshot = self.snapshot.map(function)
             self.trail = tuple(function(x) for x in self.trail)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.map(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None: ...
 

@@ -10,8 +10,10 @@ from linearize_kernels.cross import cross, encode
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
+from linearize_cli.runtime.cache import MappedRows
 
-class CrossCacheLayer(DynamicLayer):
+
+class CrossCacheLayer(MappedRows, DynamicLayer):
     """Holds S `[B, far, F, Dv]` and z `[B, far, F]` of the source. Models read the length of its keys and values:
     these are zeros that take no memory.
     """
@@ -38,15 +40,6 @@ class CrossCacheLayer(DynamicLayer):
             self.state = tuple(map(function, self.state))
             rows = self.state[0].shape[0]
             self.keys, self.values = (x[:1].expand(rows, *x.shape[1:]) for x in (self.keys, self.values))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.map(lambda x: x[indices.to(x.device)])
 
 
 class LinearizedCrossAttention(LinearAttention):
