@@ -81,6 +81,7 @@ def bidirectional(
         torch.ones(chunk, chunk, dtype=torch.bool, device=q.device),
         sink_position,
         (total - eq.sinks).clamp_min(0) > inside,
+        True,
         sink_logits,
     )
     out = out.movedim(0, -3).flatten(-3, -2)[..., :length, :].to(dtype)

@@ -40,7 +40,10 @@ def block(
     sink_position, recent_position = committed_positions(attention, state)
     folded = state.count - attention.equation.sinks > (recent_position >= 0).sum(-1)
     state = replace(state, recent_position=recent_position)
-    return evaluate(attention, state, q, k, v, position, visible, sink_position, folded, sink_logits)
+    eq = attention.equation
+    far_apart = eq.scope == "group" or q.shape[-2] > eq.size
+    tokens = (q, k, v, position, visible)
+    return evaluate(attention, state, *tokens, sink_position, folded, far_apart, sink_logits)
 
 
 def evaluate(
@@ -53,6 +56,7 @@ def evaluate(
     visible: Tensor,
     sink_position: Tensor,
     folded: Tensor,
+    far_apart: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
     """As `block`, for any layout of the tokens that are already there.
@@ -61,6 +65,7 @@ def evaluate(
         state: a `recent_position` below 0 marks a token that does not count.
         sink_position: `[..., sinks]`; -1: the sink is not there, or among the new tokens.
         folded: `[...]` bool: whether S holds a token.
+        far_apart: whether a new token may be far from another.
     """
     eq = attention.equation
     length, wide = q.shape[-2], accumulator(q.dtype)
@@ -74,11 +79,12 @@ def evaluate(
 
     far = None
     if attention.far is not None and attention.dropped != "far":
-        old = slice(eq.sinks, None)  # sinks are never far
+        new = length if far_apart else 0
+        old = slice(eq.sinks, keys.shape[-2] - length + new)  # sinks are never far
         far_seen = seen[..., old] & (key_position[..., old] >= eq.sinks)[..., None, :]
         is_far = far_seen & ~local[..., old]
         tokens = (q, keys[..., old, :], values[..., old, :], key_position[..., old], far_seen, is_far)
-        out, mass = attention.far(*tokens, state.S, state.z)
+        out, mass = attention.far(*tokens, new, state.S, state.z)
         far = Far(
             by_head(eq, out.flatten(-4, -3)),
             mass.flatten(-3, -2).unflatten(-2, (eq.kv_heads, -1)),

@@ -68,8 +68,9 @@ class Shared(Combine):
             return softmax(scores, local, values)
         mix = q.new_zeros(()) if self.mix is None else per_head(self.mix, q)
         mix = torch.where(far.any, mix, float("-inf"))
-        ceiling = finite(torch.maximum(maximum(scores, local), mix)).detach()
-        weights, factor = masked_exp(scores, local, ceiling), (mix - ceiling).exp()
+        scores = scores.masked_fill(~local, float("-inf"))
+        ceiling = finite(torch.maximum(scores.detach().amax(-1), mix.detach()))
+        weights, factor = (scores - ceiling[..., None]).exp(), (mix - ceiling).exp()
         total = positive(weights.sum(-1) + factor * far.mass)
         return (attend(weights, values) + factor[..., None] * far.out) / total
 
@@ -98,7 +99,8 @@ class Lolcats(Combine):
 
     def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         gamma = self.gamma_logit.to(q.dtype).sigmoid().view(*q.shape[-4:-2], 1, 1)
-        weights = gamma * masked_exp(scores, local, finite(maximum(scores, local)))
+        scores = scores.masked_fill(~local, float("-inf"))
+        weights = gamma * (scores - finite(scores.amax(-1))[..., None]).exp()
         out, total = attend(weights, values), weights.sum(-1)
         return out / positive(total) if far is None else (out + far.out) / positive(total + far.mass)
 
@@ -213,17 +215,9 @@ def per_head(parameter: Tensor, q: Tensor) -> Tensor:
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
     """The local part alone."""
-    weights = masked_exp(scores, local, finite(maximum(scores, local)).detach())
+    scores = scores.masked_fill(~local, float("-inf"))
+    weights = (scores - finite(scores.detach().amax(-1))[..., None]).exp()
     return attend(weights, values) / positive(weights.sum(-1))
-
-
-def maximum(scores: Tensor, local: Tensor) -> Tensor:
-    """The largest local score of each row; minus infinity where there is none."""
-    return scores.masked_fill(~local, float("-inf")).amax(-1)
-
-
-def masked_exp(scores: Tensor, keep: Tensor, ceiling: Tensor) -> Tensor:
-    return (scores - ceiling[..., None]).masked_fill(~keep, float("-inf")).exp()
 
 
 def finite(ceiling: Tensor) -> Tensor:

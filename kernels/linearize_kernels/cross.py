@@ -42,6 +42,6 @@ def cross(attention: LinearAttention, q: Tensor, S: Tensor, z: Tensor) -> Tensor
     k, v = none.split([eq.key_dim, eq.value_dim], -1)
     nothing = torch.zeros(q.shape[-2], 0, dtype=torch.bool, device=q.device)
     position = torch.zeros(0, dtype=torch.long, device=q.device)
-    far, mass = attention.far(q.to(S.dtype), k, v, position, nothing, nothing, S, z)
+    far, mass = attention.far(q.to(S.dtype), k, v, position, nothing, nothing, 0, S, z)
     out = far / mass.clamp_min(TINY)[..., None]
     return out.reshape(*q.shape[:-1], -1).to(q.dtype)

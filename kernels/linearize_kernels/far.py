@@ -60,16 +60,18 @@ class FeatureMemory(nn.Module):
         position: Tensor,
         seen: Tensor,
         far: Tensor,
+        new: int,
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What queries read of S and of the tokens k, v that are not in it yet.
 
         Args:
-            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - T tokens and
-                then the T new ones, each after its ancestors.
+            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - new tokens and
+                then the new ones, each after its ancestors.
             position: `[..., N]`; -1 or that of a sink: the token does not count.
             seen, far: `[..., T, N]` bool: the ancestors of each query (itself among them), and those in F(i).
+            new: T, or 0: the queries' own tokens are left out, because none of them is far.
             S: `[..., far, F, Dv]`; z: `[..., far, F]`.
 
         Returns:
@@ -85,7 +87,7 @@ class FeatureMemory(nn.Module):
         if log_decay is not None:
             counts = position >= eq.sinks
             log_decay = log_decay.masked_fill(~counts[..., None, :], 0.0)
-            earlier = before(seen, counts)
+            earlier = before(seen, counts) if new else chain(counts)
             passed = elapsed(log_decay, earlier)
             total = (far.to(q.dtype) @ log_decay[..., None]).squeeze(-1)  # [..., far, T]
             kept = (total[..., :, None] - passed[..., None, :]).masked_fill(~far, float("-inf")).exp()
@@ -188,6 +190,7 @@ class Projection(nn.Module):
         position: Tensor,
         seen: Tensor,
         far: Tensor,
+        new: int,
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
