@@ -92,6 +92,11 @@ def parts_at_odds(a: Attention) -> Iterable[str]:
         yield f"attention.memory.kind, attention.far: {kind} is how the far part forgets; there is none"
     if far and kind != "none" and a.far.feature_map in FAR_PARTS:
         yield f"attention.memory.kind, attention.far.feature_map: {a.far.feature_map} has a memory of its own"
+    if far and a.far.key_weight and (kind == "delta" or a.far.feature_map in FAR_PARTS):
+        yield (
+            "attention.far.key_weight, attention.far.feature_map, attention.memory.kind: "
+            f"{'delta' if kind == 'delta' else a.far.feature_map} sets the weight of a key by itself"
+        )
     if kind == "delta" and a.combine in ("shared", "lolcats"):
         yield f"attention.memory.kind, attention.combine: delta leaves no mass for the normaliser of {a.combine}"
     if kind == "delta" and weight and a.local.scope == "group":

@@ -22,11 +22,14 @@ class Local:
 
 @dataclass(frozen=True)
 class Far:
-    """The rest of the past, through a feature map into a state of fixed size."""
+    """The rest of the past, through a feature map into a state of fixed size; `key_weight`: each key counts with a
+    learned weight.
+    """
 
     feature_map: str = "hedgehog"
     feature_dim: int | None = None
     per_query_head: bool = False
+    key_weight: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ def far_part(layer, head, q, k, v, far):
     if eq.memory == "delta":
         strength = torch.sigmoid(v @ memory.strength_weight[own] + memory.strength_bias[own])
         phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True)
+    if eq.key_weight:
+        *w, b = layer.far.key_weight[own]
+        logs = sum(w[d] * k[:, d] for d in range(len(w))) + b
+        phi_k = (8 * (logs / 8).tanh()).exp()[:, None] * phi_k
     out, mass = [], []
     for i in range(len(q)):
         S, z = (

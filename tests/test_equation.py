@@ -21,7 +21,7 @@ from linearize_kernels import (
 BASE = dict(heads=4, kv_heads=2, key_dim=6, value_dim=5, scale=0.4)
 SLIDING = dict(scope="sliding", size=5, score="softmax")
 FORMS = {
-    "augmented": dict(SLIDING, feature_map="hedgehog", feature_dim=7, conv_width=4, sinks=3),
+    "augmented": dict(SLIDING, feature_map="hedgehog", feature_dim=7, key_weight=True, conv_width=4, sinks=3),
     "conv beyond the window": dict(SLIDING, feature_map="hedgehog", conv_width=9, sinks=2),
     "group": dict(SLIDING, scope="group", feature_map="hedgehog", conv_width=3, sinks=2),
     "flash augmented": dict(
@@ -43,6 +43,9 @@ FORMS = {
     "delta": dict(SLIDING, feature_map="identity", memory="delta", combine="gate", conv_width=9, sinks=2),
     "gated-delta": dict(feature_map="identity", memory="delta", combine="rms"),
     "delta in groups": dict(SLIDING, scope="group", feature_map="linear", memory="delta", combine="gate"),
+    "weighted keys that fade": dict(
+        SLIDING, feature_map="elu", per_query_head=True, key_weight=True, memory="gated", sinks=1
+    ),
     "retention": dict(feature_map="linear", memory="decay", combine="rms"),
     "mamba2": dict(feature_map="linear", memory="gated", combine="rms", conv_width=3),
     "based": dict(SLIDING, feature_map="taylor", feature_dim=4, sinks=1),

@@ -29,7 +29,7 @@ def test_the_default_is_the_contract_s():
     attention = load_recipe("augmented").to_dict()["attention"]
     assert attention == {
         "local": {"scope": "sliding", "size": 64, "score": "softmax"},
-        "far": {"feature_map": "hedgehog", "feature_dim": 64, "per_query_head": False},
+        "far": {"feature_map": "hedgehog", "feature_dim": 64, "per_query_head": False, "key_weight": True},
         "memory": {"kind": "none"},
         "combine": "shared",
         "conv": {"width": 32},

@@ -19,10 +19,10 @@ class Equation:
 
         L(i) = { j in A(i): near(i, j) or p_j < sinks },   F(i) = A(i) minus L(i)
         near(i, j): |p_i - p_j| < size (sliding), or p_i div size == p_j div size (group)
-        o_i = combine( Σ_{L(i)} κ_ij v_j, φ(q_i)ᵀ Σ_{F(i)} D_ij φ(k_j) v_jᵀ ) + Σ_τ c_τ v_{anc(i,τ)}
+        o_i = combine( Σ_{L(i)} κ_ij v_j, φ(q_i)ᵀ Σ_{F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ ) + Σ_τ c_τ v_{anc(i,τ)}
 
     τ runs over the last W tokens; not causal: over the W around i. size 0 means no local part; feature_map None no
-    far part; conv_width 0 no conv.
+    far part; conv_width 0 no conv; ω is 1 without key_weight.
     """
 
     heads: int
@@ -39,6 +39,7 @@ class Equation:
     feature_map: str | None = None
     feature_dim: int | None = None
     per_query_head: bool = False
+    key_weight: bool = False
     memory: str = "none"
     combine: str = "shared"
     conv_width: int = 0

@@ -15,11 +15,16 @@ from linearize_kernels.combine import TINY
 from linearize_kernels.features import FEATURE_MAPS
 from linearize_kernels.memory import MEMORIES, delta_solve, elapsed
 
+CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
 LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
 
 
 class FeatureMemory(nn.Module):
-    """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij φ(k_j)`."""
+    """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij ω(k_j) φ(k_j)`.
+
+    ω(k) = exp(w·k + b), softly capped, is learned per head of S: features of fixed size (Hedgehog's add up to 2)
+    cannot say by themselves that a key matters to every query, as its exp(q·k) does in softmax.
+    """
 
     def __init__(self, equation):
         super().__init__()
@@ -29,10 +34,14 @@ class FeatureMemory(nn.Module):
         self.k_map = None
         if not feature_map.shared:
             self.k_map = feature_map(eq.far_heads, eq.key_dim, eq.feature_dim, eq.scale)
+        weight = torch.empty(eq.far_heads, eq.key_dim + 1)
+        self.key_weight = nn.Parameter(weight) if eq.key_weight else None
         self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim)
         self.state_width = (self.q_map.feature_dim, eq.value_dim)
 
     def reset_parameters(self) -> None:
+        if self.key_weight is not None:
+            nn.init.zeros_(self.key_weight)
         for part in (self.q_map, self.k_map, self.memory):
             if part is not None:
                 part.reset_parameters()
@@ -40,7 +49,13 @@ class FeatureMemory(nn.Module):
     def keys(self, k: Tensor) -> Tensor:
         """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""
         key_map = self.q_map if self.k_map is None else self.k_map
-        return self.memory.key_features(key_map(self.equation.to_far_heads(k)))
+        k = self.equation.to_far_heads(k)
+        phi = self.memory.key_features(key_map(k))
+        if self.key_weight is None:
+            return phi
+        weight = self.key_weight.to(k.dtype)
+        logarithm = k @ weight[:, :-1, None] + weight[:, -1:, None]
+        return (CEILING * (logarithm / CEILING).tanh()).exp() * phi
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""

@@ -103,4 +103,5 @@ def cross_equation(attention: dict, geometry: dict) -> Equation:
         feature_map=far["feature_map"],
         feature_dim=far.get("feature_dim"),
         per_query_head=far.get("per_query_head", False),
+        key_weight=far.get("key_weight", False),
     )

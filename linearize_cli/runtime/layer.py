@@ -27,6 +27,7 @@ def equation(attention: dict, geometry: dict) -> Equation:
         feature_map=far.get("feature_map"),
         feature_dim=far.get("feature_dim"),
         per_query_head=far.get("per_query_head", False),
+        key_weight=far.get("key_weight", False),
         memory=(attention.get("memory") or {}).get("kind", "none"),
         combine=attention.get("combine", "none"),
         conv_width=(attention.get("conv") or {}).get("width", 0),
