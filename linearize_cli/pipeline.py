@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
-from linearize_cli.recover.distill import add_lora, distill_loss, divergence
+from linearize_cli.recover.distill import Distillation, add_lora, divergence
 from linearize_cli.recover.keep import BATCHES, Restorer, best
 from linearize_cli.recover.train import Checkpoint, Log, train
-from linearize_cli.recover.transfer import transferring
+from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import CausalLM, Task, context_length
+from linearize_cli.tasks import Batch, CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
@@ -184,40 +185,31 @@ class Run:
         """Transfer, then distill, then merge."""
         recipe = self.job.recipe.recover
 
-        def batches_from(start: int):
-            size, length = self.job.batch_size, self.length
-            return lambda done: text.batches(source, self.tokenizer, length, size, start + done)
+        def stage(name: str, objective: torch.nn.Module, lr: float, start: int) -> None:
+            started, device = time.monotonic(), self.model.device
 
-        def stage(name: str, model: torch.nn.Module, loss_of, lr: float, start: int) -> None:
-            started = time.monotonic()
-            stream, steps = batches_from(start), self.steps[name]
+            def batches(done: int) -> Iterator[Batch]:
+                size, length = self.job.batch_size, self.length
+                stream = text.batches(source, self.tokenizer, length, size, start + done)
+                return (self.task.batch(ids.to(device)) for ids in stream)
+
             common = (self.tokens_per_step, lr, self.checkpoint, self.partial, self.terminal, self.log)
-            train(name, model, loss_of, stream, steps, *common)
+            train(name, objective, batches, self.steps[name], *common)
             self.took(name, started)
 
         self.model.requires_grad_(False)
         for parameter in linear_parameters(self.model):
             parameter.requires_grad_(True)
         if self.steps["transfer"] and self.checkpoint.stage != "distill":
-            with transferring(self.model, self.native) as losses:
-
-                def transfer_loss(ids):
-                    losses.clear()
-                    self.model(**self.task.batch(ids).inputs)
-                    return sum(losses.values()), {"layers": {n: loss.item() for n, loss in losses.items()}}
-
-                stage("transfer", self.model, transfer_loss, recipe.transfer.lr, 0)
+            stage("transfer", Transfer(self.model, self.native), recipe.transfer.lr, 0)
         if self.steps["transfer"]:
             self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)
         if self.steps["distill"]:
             student = add_lora(self.model, recipe.distill.lora)
-
-            def loss_of(ids):
-                return distill_loss(student, self.native, self.task.batch(ids), recipe.distill), {}
-
             lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
-            stage("distill", student, loss_of, lr, self.steps["transfer"])
+            objective = Distillation(student, self.native, recipe.distill)
+            stage("distill", objective, lr, self.steps["transfer"])
             if self.job.keep_adapter:
                 student.save_pretrained(self.partial / "adapter")
             self.model = student.merge_and_unload()

@@ -1,5 +1,7 @@
 """Distillation: the linearized model learns its softmax teacher's logits through LoRA and its linear parts."""
 
+from typing import Any
+
 import torch
 from linearize_kernels.attention import LinearAttention
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,29 +44,37 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
     return total / logits[..., 0].numel()
 
 
-def distill_loss(student: PeftModel, native: str, batch: Batch, weights: Distill) -> Tensor:
-    """`kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
+class Distillation(nn.Module):
+    """The objective of distillation: a batch ->
+    `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
 
     The KL is the mean over all logits, the cross entropy that over the right answers, the error the squared one
     relative to the teacher's mean square. The teacher is the same model with its softmax attention back and LoRA
     off: its weights are held once.
     """
-    inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
-    output = student(**inputs)
-    logits = output.logits.float()
-    loss = logits.new_zeros(())
-    if weights.kl or weights.hidden:
-        with torch.no_grad(), attention_implementation(student, native), student.disable_adapter():
-            teacher = student(**inputs)
-            target = teacher.logits.float().log_softmax(-1)
-    if weights.kl:
-        loss = loss + weights.kl * divergence(target, logits)
-    if weights.ce:
-        answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
-        loss = loss + weights.ce * answers
-    if weights.hidden:
-        loss = loss + weights.hidden * relative_error(last_hidden(output), last_hidden(teacher))
-    return loss
+
+    def __init__(self, student: PeftModel, native: str, weights: Distill):
+        super().__init__()
+        self.student, self.native, self.weights = student, native, weights
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        student, weights = self.student, self.weights
+        inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
+        output = student(**inputs)
+        logits = output.logits.float()
+        loss = logits.new_zeros(())
+        if weights.kl or weights.hidden:
+            with torch.no_grad(), attention_implementation(student, self.native), student.disable_adapter():
+                teacher = student(**inputs)
+                target = teacher.logits.float().log_softmax(-1)
+        if weights.kl:
+            loss = loss + weights.kl * divergence(target, logits)
+        if weights.ce:
+            answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+            loss = loss + weights.ce * answers
+        if weights.hidden:
+            loss = loss + weights.hidden * relative_error(last_hidden(output), last_hidden(teacher))
+        return loss, {}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:

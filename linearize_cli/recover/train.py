@@ -78,11 +78,17 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def numbers(records: Any) -> Any:
+    """Scalars as plain numbers, in dicts of any depth."""
+    if isinstance(records, dict):
+        return {name: numbers(value) for name, value in records.items()}
+    return records.item()
+
+
 def train(
     stage: str,
-    model: nn.Module,
-    loss_of: Callable[[Tensor], tuple[Tensor, dict[str, Any]]],
-    batches: Callable[[int], Iterator[Tensor]],
+    objective: nn.Module,
+    batches: Callable[[int], Iterator[Any]],
     steps: int,
     tokens_per_step: int,
     lr: float,
@@ -91,15 +97,14 @@ def train(
     terminal: Terminal,
     log: Log,
 ) -> None:
-    """Train what is trainable in `model` for `steps` steps, from where `checkpoint` stands.
+    """Train what is trainable in `objective` for `steps` steps, from where `checkpoint` stands.
 
     Args:
-        loss_of: ids `[B, L]` -> the loss and further records for the log.
-        tokens_per_step: for the progress bar.
+        objective: a batch -> the loss and further records for the log, scalars by name.
         batches: the number of steps already done in this stage -> the batches that follow.
         lr: the peak rate of AdamW.
     """
-    parameters = trainable(model)
+    parameters = trainable(objective)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
     if checkpoint.stage == stage:
         with torch.no_grad():
@@ -109,7 +114,6 @@ def train(
             optimizer.load_state_dict(checkpoint.optimizer)
     else:
         checkpoint.stage, checkpoint.step = stage, 0
-    device = next(iter(parameters.values())).device
     path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
 
     def save() -> None:
@@ -118,15 +122,15 @@ def train(
         checkpoint.save(path)
 
     stream = batches(checkpoint.step)
-    model.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
+    objective.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
     with terminal.progress(stage, steps * tokens_per_step, checkpoint.step * tokens_per_step) as advance:
         while checkpoint.step < steps:
-            ids = next(stream).to(device)
+            batch = next(stream)
             started = time.monotonic()
             rate = lr * schedule(checkpoint.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, records = loss_of(ids)
+            loss, records = objective(batch)
             if not loss.isfinite():
                 raise UserError(
                     f"{stage}: the loss is no longer a number at step {checkpoint.step + 1}",
@@ -137,16 +141,16 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             checkpoint.step += 1
-            speed = ids.numel() / (time.monotonic() - started)
+            speed = tokens_per_step / (time.monotonic() - started)
             log.write(
                 stage=stage,
                 step=checkpoint.step,
                 loss=loss.item(),
                 lr=rate,
                 tokens_per_s=round(speed),
-                **records,
+                **numbers(records),
             )
-            advance(ids.numel())
+            advance(tokens_per_step)
             if time.monotonic() - saved > max(SAVE_EVERY, SAVE_PAUSE * cost):
                 begin = time.monotonic()
                 save()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from linearize_cli.recover.distill import relative_error
 from linearize_cli.runtime.dispatch import attention_implementation, converted
+from linearize_cli.tasks import Batch
 
 TRANSFER = "linearize_transfer"
 
@@ -50,3 +52,16 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
     finally:
         AttentionInterface._global_mapping.pop(TRANSFER, None)
         AttentionMaskInterface._global_mapping.pop(TRANSFER, None)
+
+
+class Transfer(nn.Module):
+    """The objective of transfer: a batch -> the sum of the layers' losses, and each layer's own as a record."""
+
+    def __init__(self, model: PreTrainedModel, native: str):
+        super().__init__()
+        self.model, self.native = model, native
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        with transferring(self.model, self.native) as losses:
+            self.model(**batch.inputs)
+        return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}
