@@ -119,6 +119,9 @@ def cli(context: click.Context, debug: bool) -> None:
     metavar="K",
     help="Train K Medusa heads (not in this version).",
 )
+@click.option(
+    "--tracker", multiple=True, metavar="NAME", help="tensorboard, wandb or trackio; may be repeated."
+)
 @click.option("--keep-adapter", is_flag=True, help="Keep the unmerged LoRA under adapter/.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
@@ -126,7 +129,9 @@ def cli(context: click.Context, debug: bool) -> None:
 @trust_option
 @model_options
 @command_options
-def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: Any) -> dict[str, Any]:
+def convert(
+    terminal: Terminal, no_train: bool, medusa_heads: int, tracker: tuple[str, ...], **arguments: Any
+) -> dict[str, Any]:
     """Convert MODEL: swap its attention, recover the quality, check and save.
 
     MODEL is a Hub id, a folder (Hugging Face's or Meta's Llama format), or `demo`. SRC is a text, JSONL or
@@ -138,7 +143,10 @@ def convert(terminal: Terminal, no_train: bool, medusa_heads: int, **arguments: 
     from linearize_cli.render import conversion, plan
 
     calm_libraries()
-    result = run(train=not no_train, terminal=terminal, **arguments)
+    trackers = tuple(name for names in tracker for name in names.split(","))
+    result = run(train=not no_train, tracker=trackers, terminal=terminal, **arguments)
+    if result is None:  # another process has it
+        sys.exit(0)
     terminal.out.print(plan(result) if arguments["dry_run"] else conversion(result))
     return result
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from transformers import PreTrainedModel
 
 from linearize_cli.artifact.load import refuse_linearized
@@ -17,6 +18,7 @@ from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
 from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
+from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.tasks import CausalLM, Task, context_length, task_of
 
@@ -48,25 +50,25 @@ def convert(
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
+    tracker: tuple[str | GeneralTracker, ...] = (),
     terminal: Terminal | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Turn a softmax checkpoint into a linear-attention artifact.
 
-    The arguments are those of `linearize convert`. Returns the report (the contents of `linearize.json`, and
-    `output`); with `dry_run` the plan, and nothing is written.
+    The arguments are those of `linearize convert`; a tracker may also be one of accelerate's own kind. Returns
+    the report (the contents of `linearize.json`, and `output`); with `dry_run` the plan, and nothing is written.
+    Of several processes only the main one returns it, the others None.
 
     Raises:
         UserError: anything the caller can mend. Nothing half-written is left.
         CheckFailed: the converted model's forms do not agree; nothing is saved.
         KeyboardInterrupt: `<output>.partial` is left for `resume`.
     """
-    terminal = terminal or Terminal(quiet=True)
+    folder = Path(output).expanduser() if output else default_output(model, method)
+    folder = folder if folder.name else folder.resolve()
     recipe = with_budget(load_recipe(method, overrides), tokens)
     if data:
         recipe = with_budget(recipe, data=", ".join(data))
-    folder = Path(output).expanduser() if output else default_output(model, method)
-    folder = folder if folder.name else folder.resolve()
-    partial = folder.with_name(folder.name + ".partial")
     job = Job(
         model,
         recipe,
@@ -80,34 +82,56 @@ def convert(
         dtype,
         seed,
     )
+    engine = Engine(device, tracker, folder.parent / "runs")
+    terminal = terminal if terminal and engine.main else Terminal(quiet=True)
+    with engine.together():
+        result = run(job, folder, engine, terminal, resume, dry_run, force, trust_remote_code)
+    return result if engine.main else None
+
+
+def run(
+    job: Job,
+    folder: Path,
+    engine: Engine,
+    terminal: Terminal,
+    resume: bool,
+    dry_run: bool,
+    force: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """`convert` in one of its processes."""
+    recipe, partial = job.recipe, folder.with_name(folder.name + ".partial")
     if not dry_run:
-        check_output(folder, partial, job, resume, force)
-    refuse_linearized(model)
-    texts = None if text.SELF in data else open_texts(job)
-    teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
+        engine.on_main(check_output, folder, partial, job, resume, force)
+    refuse_linearized(job.model)
+    texts = None if text.SELF in job.data else open_texts(job)
+    teacher, tokenizer = load_teacher(job.model, job.dtype, engine.home, trust_remote_code)
     reach = recipe.attention.local.size if recipe.attention.local else 1
     linear, softmax = choose_layers(
-        plan_layers(teacher, reach, recipe.attention.cross == LINEAR), keep_softmax
+        plan_layers(teacher, reach, recipe.attention.cross == LINEAR), job.keep_softmax
     )
-    check_biases(teacher, linear, softmax, keep_softmax)
+    check_biases(teacher, linear, softmax, job.keep_softmax)
     task = task_of(teacher, tokenizer)
     check_task(job, task, linear)
-    length = check_length(seq_len, recipe, teacher)
-    check_budget(job, length)
+    length = check_length(job.seq_len, recipe, teacher)
+    check_budget(job, length, engine.processes)
     if dry_run:
         return plan_report(job, teacher, linear, softmax, length)
-    check_space(folder, teacher)
-    with partial_folder(partial, job, resume):
+    engine.on_main(check_space, folder, teacher)
+    with engine.only_main(partial_folder, partial, job, resume), engine.watched():
         if texts is None:
             corpus = partial / "self.jsonl"
-            write_corpus(teacher, tokenizer, corpus, recipe.recover.tokens, length, seed, terminal)
+            arguments = (corpus, recipe.recover.tokens, length, job.seed, terminal)
+            engine.on_main(write_corpus, teacher, tokenizer, *arguments)
             texts = open_texts(job, corpus)
-        run = Run(job, teacher, tokenizer, task, linear, softmax, length, partial, terminal)
-        report = run.all(*texts, folder.name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        (partial / "artifact").rename(folder)
-    shutil.rmtree(partial)
+        converting = Run(job, teacher, tokenizer, task, linear, softmax, length, partial, terminal, engine)
+        report = converting.all(*texts, folder.name)
+        if engine.main:
+            if folder.exists():
+                shutil.rmtree(folder)
+            (partial / "artifact").rename(folder)
+    if engine.main:
+        shutil.rmtree(partial)
     return {**report, "output": str(folder)}
 
 
@@ -173,18 +197,23 @@ def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
         )
 
 
-def check_budget(job: Job, length: int) -> None:
+def check_budget(job: Job, length: int, processes: int = 1) -> None:
     """Refuse what no training could do.
 
     Raises:
-        UserError: the tokens do not fill a batch, an adapter is wanted of no training, or layers are to be
-            chosen by a measurement without text.
+        UserError: the tokens do not fill a batch, the batch does not divide among the processes, an adapter is
+            wanted of no training, or layers are to be chosen by a measurement without text.
     """
     tokens, batch = job.recipe.recover.tokens, length * job.batch_size
     if job.train and tokens < batch:
         raise UserError(
             f"{tokens} tokens are less than one batch of {batch}",
             "Raise --tokens, or lower --batch-size or --seq-len.",
+        )
+    if job.train and job.batch_size % processes:
+        raise UserError(
+            f"--batch-size {job.batch_size} does not divide among {processes} processes",
+            "It counts the blocks of all processes: use a multiple of their number.",
         )
     if job.keep_adapter and not job.train:
         raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")

@@ -22,6 +22,7 @@ from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
 from linearize_cli.recover.distill import Distillation, add_lora, divergence
+from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.keep import BATCHES, Restorer, best
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import Transfer
@@ -48,13 +49,14 @@ class Run:
         length: int,
         partial: Path,
         terminal: Terminal,
+        engine: Engine,
     ):
         self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
-        self.task, self.teacher = task, None
+        self.task, self.teacher, self.engine = task, None, engine
         self.linear, self.softmax, self.length, self.partial = linear, softmax, length, partial
         path = partial / "checkpoint.pt"
         self.checkpoint = Checkpoint.load(path) if path.exists() else Checkpoint()
-        self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes)
+        self.log = Log(partial / "log.jsonl", self.checkpoint.log_bytes, engine)
         self.restorer = Restorer(model, [layer.name for layer in linear], task.batch)
         self.native = self.restorer.native
         steps = job.recipe.recover.tokens // self.tokens_per_step if job.train else 0
@@ -70,7 +72,7 @@ class Run:
             limit = None if self.job.eval_data else text.HELD_OUT_LIMIT
             blocks = text.evaluation_blocks(eval_text, self.tokenizer, self.length, limit)
         if blocks is not None and not self.task.answers:
-            common = (self.model, blocks, self.job.batch_size)
+            common = (self.engine.inference(self.model), blocks, self.job.batch_size)
             with self.terminal.progress("teacher", blocks.numel()) as advance:
                 self.teacher = log_probabilities(*common, advance, self.task)
         else:
@@ -99,8 +101,10 @@ class Run:
                     f"the window ({local.size}) is as long as a block ({self.length}): the linear part sees nothing "
                     "and learns nothing; raise --seq-len"
                 )
+            self.engine.track(name, self.job.to_dict())
             self.recover(train_text, blocks)
         self.ablate(blocks)
+        self.engine.finish()
         report = {
             "schema": SCHEMA,
             "base_model": self.job.model,
@@ -121,7 +125,8 @@ class Run:
         if self.teacher is not None:
             names = ("swapped", "transferred", "recovered", "local_only", "linear_only")
             report["kl"] = {name: self.checkpoint.results.get(name) for name in names}
-        self.save(name, report, blocks)
+        if self.engine.main:
+            self.save(name, report, blocks)
         return report
 
     def results(self, *names: str) -> dict[str, float | None]:
@@ -139,14 +144,15 @@ class Run:
         started = time.monotonic()
         measure = "perplexity" if self.teacher is None else "kl"
         with self.terminal.progress(title or f"{measure}, {name}", blocks.numel()) as advance:
-            common = (self.model, blocks, self.job.batch_size, advance, self.task)
+            model = self.engine.inference(self.model)
+            common = (model, blocks, self.job.batch_size, advance, self.task)
             if self.teacher is None:
                 value = perplexity(*common)
             else:
                 value = divergence(self.teacher, log_probabilities(*common)).item()
         self.checkpoint.results[name] = value
         self.took("measure", started)
-        self.log.write(stage="measure", name=name, **{measure: value})
+        self.log.write("measure", name, **{measure: value})
         self.terminal.note(f"{measure}, {title or name}: {value:.4f}")
 
     def took(self, stage: str, started: float) -> None:
@@ -169,13 +175,14 @@ class Run:
                 stream = text.batches(source, self.tokenizer, self.length, size)
             else:
                 stream = blocks.split(size)
-            batches = list(islice(stream, BATCHES))
+            batches = [ids.to(self.engine.device) for ids in islice(stream, BATCHES)]
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             with self.terminal.progress("KL by layer", total) as advance:
-                kl = self.restorer.divergences(batches, advance)
-            results["keep_softmax"] = {"kl": kl, "kept": best(kl, count)}
+                kl = self.restorer.divergences(self.engine.inference(self.model), batches, advance)
+            # Rounding may differ between processes; the choice must not.
+            results["keep_softmax"] = self.engine.on_main(lambda: {"kl": kl, "kept": best(kl, count)})
             self.took("measure", started)
-            self.log.write(stage="keep_softmax", **results["keep_softmax"])
+            self.log.write("keep_softmax", **results["keep_softmax"])
             self.terminal.note(f"kept softmax, by KL: {', '.join(results['keep_softmax']['kept'])}")
         kept = results["keep_softmax"]["kept"]
         self.restorer.restore(kept)
@@ -186,15 +193,15 @@ class Run:
         recipe = self.job.recipe.recover
 
         def stage(name: str, objective: torch.nn.Module, lr: float, start: int) -> None:
-            started, device = time.monotonic(), self.model.device
+            started = time.monotonic()
 
             def batches(done: int) -> Iterator[Batch]:
                 size, length = self.job.batch_size, self.length
                 stream = text.batches(source, self.tokenizer, length, size, start + done)
-                return (self.task.batch(ids.to(device)) for ids in stream)
+                return (self.task.batch(self.engine.share(ids)) for ids in stream)
 
-            common = (self.tokens_per_step, lr, self.checkpoint, self.partial, self.terminal, self.log)
-            train(name, objective, batches, self.steps[name], *common)
+            common = (self.checkpoint, self.partial, self.terminal, self.log, self.engine)
+            train(name, objective, batches, self.steps[name], self.tokens_per_step, lr, *common)
             self.took(name, started)
 
         self.model.requires_grad_(False)
@@ -210,7 +217,7 @@ class Run:
             lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
             objective = Distillation(student, self.native, recipe.distill)
             stage("distill", objective, lr, self.steps["transfer"])
-            if self.job.keep_adapter:
+            if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
             self.model = student.merge_and_unload()
         self.model.requires_grad_(False)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from linearize_cli.recipe import Distill, Lora
+from linearize_cli.recover.parallel import process_mean
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.tasks import IGNORED, Batch
 
@@ -71,7 +72,8 @@ class Distillation(nn.Module):
             loss = loss + weights.kl * divergence(target, logits)
         if weights.ce:
             answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
-            loss = loss + weights.ce * answers
+            count = (batch.labels != IGNORED).sum().float()
+            loss = loss + weights.ce * answers * (count / process_mean(count))
         if weights.hidden:
             loss = loss + weights.hidden * relative_error(last_hidden(output), last_hidden(teacher))
         return loss, {}
@@ -80,7 +82,7 @@ class Distillation(nn.Module):
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     """The mean squared error, relative to the mean square of what is expected."""
     actual, expected = actual.float(), expected.float()
-    return (actual - expected).square().mean() / expected.square().mean()
+    return (actual - expected).square().mean() / process_mean(expected.square().mean())
 
 
 def last_hidden(output: ModelOutput) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize_cli.recover.distill import divergence
@@ -69,25 +69,27 @@ class Restorer:
         record["softmax"] = [name for name, _ in self.model.named_modules() if name in kept]
 
     @torch.no_grad()
-    def divergences(self, batches: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, float]:
+    def divergences(
+        self, model: nn.Module, batches: Sequence[Tensor], progress: Callable[[int], None]
+    ) -> dict[str, float]:
         """KL(teacher ‖ model), a mean over the tokens of batches `[B, L]`: `none` with every layer linear, and
         under each layer's name with that layer alone restored.
 
         Args:
+            model: the converted one, or a sharded copy that shares its configs.
             progress: called with the tokens that one of these forwards has read.
         """
-        self.model.eval()
+        model.eval()
         kl = dict.fromkeys([NONE, *self.shared], 0.0)
         tokens = sum(ids.numel() for ids in batches)
         for ids in batches:
-            ids = ids.to(self.model.device)
-            with attention_implementation(self.model, self.native):
-                teacher = self.logits(ids).log_softmax(-1)
+            with attention_implementation(model, self.native):
+                teacher = self.logits(model, ids).log_softmax(-1)
             for name in kl:
                 with nullcontext() if name == NONE else self.restored(name):
-                    kl[name] += divergence(teacher, self.logits(ids)).item() * ids.numel() / tokens
+                    kl[name] += divergence(teacher, self.logits(model, ids)).item() * ids.numel() / tokens
                 progress(ids.numel())
         return kl
 
-    def logits(self, ids: Tensor) -> Tensor:
-        return self.model(**self.batch_of(ids).inputs).logits.float()
+    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        return model(**self.batch_of(ids).inputs).logits.float()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
+from linearize_cli.recover.engine import Engine, mean_of
+from linearize_cli.recover.parallel import full, placed_like, process_mean
 
 SAVE_EVERY = 20.0  # seconds between checkpoints, at least
 SAVE_PAUSE = 20.0  # and times what the last save took, so that saving stays a small part of a run
@@ -52,18 +54,29 @@ class Checkpoint:
 
 
 class Log:
-    """A JSONL file, a line a record."""
+    """A JSONL file, a line a record, and the trackers. Only the main process writes."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0):
-        self.stream = path.open("ab")
-        self.stream.truncate(keep_bytes)
+    def __init__(self, path: Path, keep_bytes: int, engine: Engine):
+        self.engine, self.steps = engine, 0
+        if engine.main:
+            self.stream = path.open("a+b")
+            self.stream.truncate(keep_bytes)
+            self.stream.seek(0)
+            self.steps = sum("step" in json.loads(line) for line in self.stream)
 
-    def write(self, **record: Any) -> None:
+    def write(self, stage: str, name: str | None = None, **values: Any) -> None:
+        """A step of a stage, or what else has a name."""
+        if not self.engine.main:
+            return
+        record = {"stage": stage, **({"name": name} if name else {}), **values}
         self.stream.write((json.dumps(record) + "\n").encode())
         self.stream.flush()
+        self.steps += "step" in values
+        numbers = {key: value for key, value in values.items() if isinstance(value, dict | float | int)}
+        self.engine.tell({stage: {name: numbers} if name else numbers}, self.steps)
 
     def size(self) -> int:
-        return self.stream.seek(0, 2)
+        return self.stream.seek(0, 2) if self.engine.main else 0
 
 
 def schedule(step: int, steps: int) -> float:
@@ -78,13 +91,6 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def numbers(records: Any) -> Any:
-    """Scalars as plain numbers, in dicts of any depth."""
-    if isinstance(records, dict):
-        return {name: numbers(value) for name, value in records.items()}
-    return records.item()
-
-
 def train(
     stage: str,
     objective: nn.Module,
@@ -96,42 +102,46 @@ def train(
     folder: Path,
     terminal: Terminal,
     log: Log,
+    engine: Engine,
 ) -> None:
-    """Train what is trainable in `objective` for `steps` steps, from where `checkpoint` stands.
+    """Train what is trainable in `objective` for `steps` steps, from where `checkpoint` stands. The checkpoint
+    holds whole tensors, so any number of processes goes on from it.
 
     Args:
         objective: a batch -> the loss and further records for the log, scalars by name.
-        batches: the number of steps already done in this stage -> the batches that follow.
+        batches: the number of steps already done in this stage -> this process's rows of the batches that follow.
+        tokens_per_step: of all processes.
         lr: the peak rate of AdamW.
     """
-    parameters = trainable(objective)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
-    if checkpoint.stage == stage:
-        with torch.no_grad():
-            for name, value in checkpoint.parameters.items():
-                parameters[name].copy_(value)
-        if checkpoint.optimizer:
-            optimizer.load_state_dict(checkpoint.optimizer)
-    else:
-        checkpoint.stage, checkpoint.step = stage, 0
-    path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
-
-    def save() -> None:
-        checkpoint.parameters = {name: p.detach() for name, p in parameters.items()}
-        checkpoint.optimizer, checkpoint.log_bytes = optimizer.state_dict(), log.size()
-        checkpoint.save(path)
-
-    stream = batches(checkpoint.step)
+    if checkpoint.stage != stage:
+        checkpoint.stage, checkpoint.step, checkpoint.parameters, checkpoint.optimizer = stage, 0, {}, {}
     objective.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
-    with terminal.progress(stage, steps * tokens_per_step, checkpoint.step * tokens_per_step) as advance:
+    with (
+        engine.training(objective) as (compute, trained),
+        terminal.progress(stage, steps * tokens_per_step, checkpoint.step * tokens_per_step) as advance,
+    ):
+        parameters = trainable(trained)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
+        restore(checkpoint, parameters, optimizer)
+        stream = batches(checkpoint.step)
+        path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
+
+        def save() -> None:
+            checkpoint.parameters = full({name: p.detach() for name, p in parameters.items()})
+            checkpoint.optimizer, checkpoint.log_bytes = full(optimizer.state_dict()), log.size()
+            if engine.main:
+                checkpoint.save(path)
+
         while checkpoint.step < steps:
             batch = next(stream)
             started = time.monotonic()
             rate = lr * schedule(checkpoint.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, records = objective(batch)
-            if not loss.isfinite():
+            loss, records = compute(batch)
+            due = engine.main and started - saved > max(SAVE_EVERY, SAVE_PAUSE * cost)
+            values = mean_of({"loss": loss, "due": loss.new_tensor(due), **records}, process_mean)
+            if not math.isfinite(values["loss"]):
                 raise UserError(
                     f"{stage}: the loss is no longer a number at step {checkpoint.step + 1}",
                     f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
@@ -141,18 +151,28 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             checkpoint.step += 1
-            speed = tokens_per_step / (time.monotonic() - started)
-            log.write(
-                stage=stage,
-                step=checkpoint.step,
-                loss=loss.item(),
-                lr=rate,
-                tokens_per_s=round(speed),
-                **numbers(records),
-            )
+            due, speed = values.pop("due"), tokens_per_step / (time.monotonic() - started)
+            log.write(stage, step=checkpoint.step, lr=rate, tokens_per_s=round(speed), **values)
             advance(tokens_per_step)
-            if time.monotonic() - saved > max(SAVE_EVERY, SAVE_PAUSE * cost):
+            if due:
                 begin = time.monotonic()
                 save()
                 saved, cost = time.monotonic(), time.monotonic() - begin
-    save()
+        save()
+
+
+def restore(checkpoint: Checkpoint, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Parameters and optimizer as the checkpoint has them."""
+    with torch.no_grad():
+        for name, value in checkpoint.parameters.items():
+            parameters[name].copy_(placed_like(value, parameters[name]))
+    if checkpoint.optimizer:
+        state = {
+            index: {
+                key: placed_like(value, parameter)
+                for key, value in checkpoint.optimizer["state"][index].items()
+            }
+            for index, parameter in enumerate(parameters.values())
+            if index in checkpoint.optimizer["state"]
+        }
+        optimizer.load_state_dict({**checkpoint.optimizer, "state": state})

@@ -1,0 +1,94 @@
+"""One of the processes of `test_distributed`: `python distributed_case.py TEACHER TEXT FOLDER` under torchrun."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from convert_case import SMALL
+from torch.distributed.tensor import DTensor
+
+from linearize_cli import convert
+from linearize_cli.recover import train
+from linearize_cli.recover.engine import Engine
+
+LOSSES = ("recover.distill.ce=0.5", "recover.distill.hidden=0.5")  # those that divide by what they see
+CASE = {**SMALL, "overrides": (*SMALL["overrides"], *LOSSES), "batch_size": 4}
+STEPS = {"transfer": 8, "distill": 12}
+
+
+def converted(path, text, output, **changes):
+    return convert(path, output, data=(text,), **{**CASE, **changes})
+
+
+def stopped(path, text, output, stage, step):
+    """A run that is interrupted before a step of a stage."""
+    offset = STEPS["transfer"] if stage == "distill" else 0
+    schedule, calls = train.schedule, iter(range(1000))
+
+    def stopping(done, steps):
+        if next(calls) == offset + step:
+            raise KeyboardInterrupt
+        return schedule(done, steps)
+
+    with (
+        patch.multiple(train, schedule=stopping, SAVE_EVERY=0.0, SAVE_PAUSE=0.0),
+        suppress(KeyboardInterrupt, SystemExit),  # of two processes, one ends quietly
+    ):
+        converted(path, text, output)
+
+
+def shards():
+    """While open, runs use FSDP2, which accelerate leaves to accelerators; every parameter must be in shards."""
+    begin = Engine.__init__
+
+    def begin_with_shards(self, *arguments, **keywords):
+        begin(self, *arguments, **keywords)
+        self.plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+
+    return patch.object(Engine, "__init__", begin_with_shards)
+
+
+def watched_training(seen):
+    training = Engine.training
+
+    def asserting(self, objective):
+        context = training(self, objective)
+        enter = type(context).__enter__
+
+        class Asserting:
+            def __enter__(_):
+                compute, trained = enter(context)
+                assert all(isinstance(p, DTensor) for p in trained.parameters())
+                assert any(p.to_local().numel() < p.numel() for p in trained.parameters())
+                seen.append(type(objective).__name__)
+                return compute, trained
+
+            def __exit__(_, *error):
+                return context.__exit__(*error)
+
+        return Asserting()
+
+    return patch.object(Engine, "training", asserting)
+
+
+def main():
+    torch.set_num_threads(1)
+    path, text, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    converted(path, text, folder / "ddp")
+    assert dist.get_world_size() == 2
+    stopped(path, text, folder / "two-to-one", "distill", 5)
+    with shards():
+        seen = []
+        with watched_training(seen):
+            converted(path, text, folder / "fsdp", keep_softmax="auto:1")
+        assert seen == ["Transfer", "Distillation"]
+        converted(path, text, folder / "one-to-two", resume=True)
+        stopped(path, text, folder / "shards-to-one", "transfer", 3)
+
+
+if __name__ == "__main__":
+    main()
