@@ -1,5 +1,7 @@
-"""One of the processes of `test_distributed`: `python distributed_case.py TEACHER TEXT FOLDER` under torchrun."""
+"""One of the processes of `test_distributed`, under torchrun: `distributed_case.py TASK TEACHER TEXT FOLDER`."""
 
+import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from convert_case import SMALL
 from torch.distributed.tensor import DTensor
 
-from linearize_cli import convert
+from linearize_cli import cli, convert
 from linearize_cli.recover import train
 from linearize_cli.recover.engine import Engine
 
@@ -75,9 +77,8 @@ def watched_training(seen):
     return patch.object(Engine, "training", asserting)
 
 
-def main():
-    torch.set_num_threads(1)
-    path, text, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def every(path, text, folder):
+    """All that must end as one process does."""
     converted(path, text, folder / "ddp")
     assert dist.get_world_size() == 2
     stopped(path, text, folder / "two-to-one", "distill", 5)
@@ -90,5 +91,21 @@ def main():
         stopped(path, text, folder / "shards-to-one", "transfer", 3)
 
 
+def dying(path, text, folder):
+    """The second process is killed in the seventh step of distillation, as the command runs."""
+    schedule, calls = train.schedule, iter(range(1000))
+
+    def killing(done, steps):
+        if next(calls) == STEPS["transfer"] + 6 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return schedule(done, steps)
+
+    settings = [part for override in CASE["overrides"] for part in ("--set", override)]
+    sizes = ["--seq-len", str(CASE["seq_len"]), "--batch-size", "4", "--tokens", str(CASE["tokens"])]
+    with patch.multiple(train, schedule=killing, SAVE_EVERY=0.0, SAVE_PAUSE=0.0):
+        cli.main(["convert", path, "-o", str(folder / "killed"), "--data", text, *settings, *sizes, "-q"])
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    {"every": every, "dying": dying}[sys.argv[1]](*sys.argv[2:4], Path(sys.argv[4]))

@@ -14,28 +14,36 @@ from safetensors.torch import load_file
 TESTS = Path(__file__).parent
 
 
-def launch(*arguments, module=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
+def launch(*arguments):
+    """Two processes on the CPU, by the launcher that the documentation names."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": str(TESTS),
     }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
+def teacher(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("convert"))
+
+
+@pytest.fixture(scope="module")
+def case(teacher):
     """One process, two, and shards; runs that one number of processes began and another is to end."""
-    teacher = make_teacher(tmp_path_factory.mktemp("convert"))
     where = teacher.path, teacher.text
     whole = converted(*where, teacher.folder / "whole")
     hybrid = converted(*where, teacher.folder / "hybrid", keep_softmax="auto:1")
     stopped(*where, teacher.folder / "one-to-two", "distill", 5)
-    done = launch(str(TESTS / "distributed_case.py"), *where, str(teacher.folder))
+    done = launch(TESTS / "distributed_case.py", "every", *where, teacher.folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return teacher, {"whole": whole, "hybrid": hybrid}
+    return {"whole": whole, "hybrid": hybrid}
 
 
 def same(folder, reference):
@@ -51,15 +59,35 @@ def same(folder, reference):
 @pytest.mark.parametrize(
     ("name", "reference"), [("ddp", "whole"), ("fsdp", "hybrid"), ("one-to-two", "whole")]
 )
-def test_two_processes_equal_one(name, reference, case):
-    teacher, _ = case
+def test_two_processes_equal_one(name, reference, case, teacher):
     same(teacher.folder / name, teacher.folder / reference)
 
 
 @pytest.mark.parametrize("name", ["two-to-one", "shards-to-one"])
-def test_one_process_goes_on_where_two_were_stopped(name, case):
-    teacher, reports = case
+def test_one_process_goes_on_where_two_were_stopped(name, case, teacher):
     assert (teacher.folder / f"{name}.partial" / "checkpoint.pt").exists()
     report = converted(teacher.path, teacher.text, teacher.folder / name, resume=True)
     same(teacher.folder / name, teacher.folder / "whole")
-    assert report["perplexity"] == pytest.approx(reports["whole"]["perplexity"], rel=1e-4)
+    assert report["perplexity"] == pytest.approx(case["whole"]["perplexity"], rel=1e-4)
+
+
+def test_a_killed_process_ends_the_run_which_goes_on(case, teacher):
+    ended = launch(TESTS / "distributed_case.py", "dying", teacher.path, teacher.text, teacher.folder)
+    assert ended.returncode != 0
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert told == ["error: another process of this run has ended"]
+    assert f"{teacher.folder / 'killed.partial'}: go on with --resume" in ended.stderr
+    assert not (teacher.folder / "killed").exists()
+    converted(teacher.path, teacher.text, teacher.folder / "killed", resume=True)
+    same(teacher.folder / "killed", teacher.folder / "whole")
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once(teacher):
+    output = teacher.folder / "refused"
+    sizes = ["--seq-len", "16", "--batch-size", "3", "--tokens", "2k"]
+    arguments = ["convert", teacher.path, "-o", output, "--data", teacher.text, *sizes]
+    ended = launch("-m", "linearize_cli", *arguments)
+    assert ended.stderr.count("error: --batch-size 3 does not divide among 2 processes") == 1
+    assert ended.stderr.count("exitcode  : 2 ") >= 1
+    assert not output.exists() and not output.with_name("refused.partial").exists()

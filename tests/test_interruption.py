@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,54 @@ def test_a_killed_run_keeps_the_same_layers(moment, hybrid, teacher):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     stages = [json.loads(line)["stage"] for line in (output / "log.jsonl").read_text().splitlines()]
     assert stages.count("keep_softmax") == 1
+
+
+KILLS = """
+import os, random, signal, sys, threading
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from convert_case import Teacher, run
+from linearize_cli.recover import train
+train.SAVE_EVERY = train.SAVE_PAUSE = 0.0
+path, text, output, moments = sys.argv[1:]
+chance, schedule = random.Random(moments), train.schedule
+for moment in map(int, moments.split(",")):
+    delay, partial = chance.uniform(0, 0.03), Path(output + ".partial")
+    child = os.fork()
+    if not child:
+        def arming(step, steps):
+            if step + (24 if steps == 36 else 0) >= moment:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return schedule(step, steps)
+        train.schedule = arming
+        run(Teacher(path, text, None), Path(output), resume=partial.exists(), tokens=16 * 4 * 60)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
+"""
+
+
+@pytest.fixture(scope="module")
+def long(teacher):
+    """24 steps of transfer and 36 of distillation, that nothing interrupted."""
+    output = teacher.folder / "long"
+    run(teacher, output, tokens=16 * 4 * 60)
+    return output
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_no_weight(kills, long, teacher):
+    moments = sorted(random.Random(kills).sample(range(50), kills))
+    assert moments[0] < 20 and moments[-1] >= 24, "a stage is left out"
+    output = teacher.folder / f"killed-{kills}-times"
+    arguments = [teacher.path, teacher.text, str(output), ",".join(map(str, moments))]
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLS, *arguments], capture_output=True, env=paths)
+    assert done.returncode == 0, done.stderr.decode()[-800:]
+    run(teacher, output, tokens=16 * 4 * 60, resume=True)
+    resumed, expected = (load_file(folder / "model.safetensors") for folder in (output, long))
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert losses(output) == losses(long)
 
 
 def command(*arguments, **keywords):

@@ -166,7 +166,7 @@ class Engine:
             interrupted = isinstance(error, KeyboardInterrupt)
             raise SystemExit(130 if interrupted else getattr(error, "exit_code", 3)) from None
         finally:
-            if handled:
+            if handled and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else its message comes first
                 signal.signal(signal.SIGTERM, before)
 
     def failed_first(self) -> bool:
@@ -234,7 +234,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
     """Raises UserError: one is unknown, or its package is missing."""
-    known, available = [kind.value for kind in LoggerType if kind != LoggerType.ALL], get_available_trackers()
+    known = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
+    available = [kind.value for kind in get_available_trackers()]
     for name in trackers:
         if isinstance(name, GeneralTracker):
             continue
