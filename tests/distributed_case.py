@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin
 from convert_case import SMALL
 from torch.distributed.tensor import DTensor
 
@@ -44,17 +43,12 @@ def stopped(path, text, output, stage, step):
 
 
 def shards():
-    """While open, runs use FSDP2, which accelerate leaves to accelerators; every parameter must be in shards."""
-    begin = Engine.__init__
-
-    def begin_with_shards(self, *arguments, **keywords):
-        begin(self, *arguments, **keywords)
-        self.plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-
-    return patch.object(Engine, "__init__", begin_with_shards)
+    """While open, runs use FSDP2, as a launcher with `fsdp_config` would have it."""
+    return patch.dict(os.environ, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 
 def watched_training(seen):
+    """Every parameter must be in shards, and what is trained in float32; notes the stage and the other dtypes."""
     training = Engine.training
 
     def asserting(self, objective):
@@ -66,7 +60,9 @@ def watched_training(seen):
                 compute, trained = enter(context)
                 assert all(isinstance(p, DTensor) for p in trained.parameters())
                 assert any(p.to_local().numel() < p.numel() for p in trained.parameters())
-                seen.append(type(objective).__name__)
+                assert all(p.dtype == torch.float32 for p in trained.parameters() if p.requires_grad)
+                frozen = {p.dtype for p in trained.parameters() if not p.requires_grad}
+                seen.append((type(objective).__name__, torch.bfloat16 in frozen))
                 return compute, trained
 
             def __exit__(_, *error):
@@ -86,7 +82,9 @@ def every(path, text, folder):
         seen = []
         with watched_training(seen):
             converted(path, text, folder / "fsdp", keep_softmax="auto:1")
-        assert seen == ["Transfer", "Distillation"]
+            converted(path, text, folder / "half", dtype="bfloat16")
+        stages = ("Transfer", "Distillation")
+        assert seen == [(stage, half) for half in (False, True) for stage in stages]
         converted(path, text, folder / "one-to-two", resume=True)
         stopped(path, text, folder / "shards-to-one", "transfer", 3)
 
@@ -106,6 +104,11 @@ def dying(path, text, folder):
         cli.main(["convert", path, "-o", str(folder / "killed"), "--data", text, *settings, *sizes, "-q"])
 
 
+def configured(*where):
+    engine = Engine()
+    assert engine.processes == 2 and engine.plugin.fsdp_version == 2 and engine.plugin.reshard_after_forward
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"every": every, "dying": dying}[sys.argv[1]](*sys.argv[2:4], Path(sys.argv[4]))
+    {"every": every, "dying": dying, "configured": configured}[sys.argv[1]](*sys.argv[2:4], Path(sys.argv[4]))

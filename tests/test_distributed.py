@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 TESTS = Path(__file__).parent
 
 
-def launch(*arguments):
+def launch(*arguments, distribute=("--multi_gpu",)):
     """Two processes on the CPU, by the launcher that the documentation names."""
     accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [accelerate, "launch", *distribute, "--num_processes", "2", "--main_process_port", "0"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -91,3 +91,20 @@ def test_an_error_of_all_processes_is_told_once(teacher):
     assert ended.stderr.count("error: --batch-size 3 does not divide among 2 processes") == 1
     assert ended.stderr.count("exitcode  : 2 ") >= 1
     assert not output.exists() and not output.with_name("refused.partial").exists()
+
+
+def test_half_precision(case, teacher):
+    """What is trained is float32 (asserted where it is sharded); losses are as near as rounding lets them be."""
+    converted(teacher.path, teacher.text, teacher.folder / "half-alone", dtype="bfloat16")
+    alone, shared = losses(teacher.folder / "half-alone"), losses(teacher.folder / "half")
+    assert shared == pytest.approx(alone, rel=0.05)
+    weights = load_file(teacher.folder / "half" / "model.safetensors")
+    assert {weights[name].dtype for name in weights if "linear_attention" in name} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_the_example_configuration_shards(teacher):
+    config = ("--config_file", TESTS.parent / "examples" / "fsdp2.yaml")
+    where = teacher.path, teacher.text, teacher.folder
+    ended = launch(TESTS / "distributed_case.py", "configured", *where, distribute=config)
+    assert ended.returncode == 0, ended.stderr[-2000:]

@@ -17,11 +17,15 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
+    disable_fsdp_ram_efficient_loading,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from linearize_cli.errors import UserError
 from linearize_cli.recover.parallel import full, sharded
@@ -70,14 +74,13 @@ class Engine:
             project_config=ProjectConfiguration(logging_dir=str(logging_dir)),
             kwargs_handlers=handlers,
         )
-        kind = self.accelerator.distributed_type
-        self.plugin = self.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-        if kind not in SUPPORTED or (self.plugin is not None and self.plugin.fsdp_version != 2):
-            raise UserError(
-                f"accelerate is set to distribute by {'FSDP 1' if self.plugin else kind.value}",
-                "This version uses DDP, or FSDP with fsdp_version: 2: run `accelerate config` again.",
-            )
         self.processes, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.plugin = fsdp_plugin() if self.processes > 1 else None
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise UserError(
+                f"accelerate is set to distribute by {self.accelerator.distributed_type.value}",
+                "This version uses DDP or FSDP 2: run `accelerate config` again.",
+            )
         self.device = str(self.accelerator.device) if self.processes > 1 else device
         self.calls, self.store = count(), None
         if self.processes > 1:
@@ -102,10 +105,8 @@ class Engine:
         return self.sharded(model)
 
     def sharded(self, module: nn.Module) -> nn.Module:
-        policy = {"reshard_after_forward": self.plugin.reshard_after_forward}
-        if self.plugin.cpu_offload:
-            policy["offload_policy"] = self.plugin.cpu_offload
-        return sharded(module, torch.device(self.device), **policy)
+        reshard = self.plugin.reshard_after_forward
+        return sharded(module, torch.device(self.device), reshard_after_forward=reshard)
 
     @contextmanager
     def training(self, objective: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -230,6 +231,27 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP2, if the launcher was given any. On CPUs accelerate itself passes them over.
+
+    Raises:
+        UserError: they ask for FSDP 1, or for what this is not made for.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("accelerate is set to FSDP 1", "Write fsdp_version: 2 into its fsdp_config.")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError(
+            "fsdp_offload_params is not in this version", "Write false into accelerate's fsdp_config."
+        )
+    # Else transformers would give weights to the first process alone. They are mapped from their files, so the
+    # processes of a machine share the memory anyway.
+    disable_fsdp_ram_efficient_loading()
+    return plugin
 
 
 def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
