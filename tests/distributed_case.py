@@ -81,12 +81,20 @@ def every(path, text, folder):
     with shards():
         seen = []
         with watched_training(seen):
-            converted(path, text, folder / "fsdp", keep_softmax="auto:1")
-            converted(path, text, folder / "half", dtype="bfloat16")
-        stages = ("Transfer", "Distillation")
-        assert seen == [(stage, half) for half in (False, True) for stage in stages]
+            converted(path, text, folder / "fsdp")
+        assert seen == [("Transfer", False), ("Distillation", False)]
         converted(path, text, folder / "one-to-two", resume=True)
         stopped(path, text, folder / "shards-to-one", "transfer", 3)
+
+
+def kept(path, text, folder):
+    """Shards with a layer kept as softmax, whole and in half precision."""
+    with shards():
+        converted(path, text, folder / "shards-hybrid", keep_softmax="auto:1")
+        seen = []
+        with watched_training(seen):
+            converted(path, text, folder / "half", dtype="bfloat16")
+        assert seen == [("Transfer", True), ("Distillation", True)]
 
 
 def dying(path, text, folder):
@@ -111,4 +119,6 @@ def configured(*where):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"every": every, "dying": dying, "configured": configured}[sys.argv[1]](*sys.argv[2:4], Path(sys.argv[4]))
+    {"every": every, "dying": dying, "kept": kept, "configured": configured}[sys.argv[1]](
+        *sys.argv[2:4], Path(sys.argv[4])
+    )
