@@ -12,6 +12,7 @@ from linearize_kernels.memory import MEMORIES
 from linearize_cli.recipe import Attention, Recipe
 
 LINEAR = "linear"
+REACHES = ("attention", "all")  # what LoRA may be on
 MOST_FEATURES = 8192  # a state as large as a context that softmax would keep
 
 
@@ -26,7 +27,11 @@ def misfits(recipe: Recipe) -> Iterable[str]:
         at_least.append(("attention.far.feature_dim", a.far.feature_dim, 1))
         if a.far.feature_dim > MOST_FEATURES:
             yield f"attention.far.feature_dim: {a.far.feature_dim} is more than {MOST_FEATURES}"
-    at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
+    if r.distill.lora:
+        at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
+    for name, stage in (("transfer", r.transfer), ("distill", r.distill)):
+        if stage.early_stop is not None:
+            at_least.append((f"recover.{name}.early_stop", stage.early_stop, 1))
     for path, value, least in at_least:
         if value < least:
             yield f"{path}: {value} is less than {least}"
@@ -34,11 +39,30 @@ def misfits(recipe: Recipe) -> Iterable[str]:
         yield "attention: neither local nor far: nothing would be attended to"
     else:
         yield from parts_at_odds(a)
-    if not 0 <= r.transfer.share <= 1:
-        yield f"recover.transfer.share: {r.transfer.share} is not between 0 and 1"
     if r.tokens < 1:
         yield f"recover.tokens: {r.tokens} is less than 1"
+    yield from unfit_training(recipe)
+
+
+def unfit_training(recipe: Recipe) -> Iterable[str]:
+    a, r = recipe.attention, recipe.recover
+    shares = {"transfer.share": r.transfer.share, "transfer.window_dropout": r.transfer.window_dropout}
     rates = {"recover.transfer.lr": r.transfer.lr, "recover.distill.lr": r.distill.lr}
+    if r.distill.linear_lr is not None:
+        rates["recover.distill.linear_lr"] = r.distill.linear_lr
+    for name, stage in (("transfer", r.transfer), ("distill", r.distill)):
+        shares |= {f"{name}.warmup": stage.warmup, f"{name}.evaluate": stage.evaluate}
+        if stage.clip is not None and not stage.clip > 0:
+            yield f"recover.{name}.clip: {stage.clip} is no length of a gradient; null: any"
+        if stage.early_stop is not None and not stage.evaluate:
+            yield f"recover.{name}.early_stop, recover.{name}.evaluate: without looks at held-out text nothing stops"
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            yield f"recover.{name}: {share} is not between 0 and 1"
+    if r.transfer.window_dropout and not (a.local and a.far):
+        yield "recover.transfer.window_dropout: there is no window, or no far part that would learn without it"
+    if r.distill.lora and r.distill.lora.targets not in REACHES:
+        yield f"recover.distill.lora.targets: {r.distill.lora.targets!r} is none of {', '.join(REACHES)}"
     for path, rate in rates.items():
         if isinstance(rate, str) and rate != "auto":
             yield f"{path}: {rate!r} is neither a number nor auto"

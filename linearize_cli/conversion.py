@@ -20,6 +20,7 @@ from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.sample import write_corpus
+from linearize_cli.recover.student import recomputable
 from linearize_cli.tasks import CausalLM, Task, context_length, task_of
 
 
@@ -113,6 +114,7 @@ def run(
     check_biases(teacher, linear, softmax, job.keep_softmax)
     task = task_of(teacher, tokenizer)
     check_task(job, task, linear)
+    check_checkpointing(job, teacher)
     length = check_length(job.seq_len, recipe, teacher)
     check_budget(job, length, engine.processes)
     if dry_run:
@@ -197,6 +199,15 @@ def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
         )
 
 
+def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
+    """Raises UserError: activations are to be computed again, of a model that has no layers for it."""
+    if job.recipe.recover.distill.checkpointing and not recomputable(model):
+        raise UserError(
+            f"recover.distill.checkpointing: {type(model).__name__} has no layers that can be computed again",
+            "Leave it off; a smaller --batch-size saves memory too.",
+        )
+
+
 def check_budget(job: Job, length: int, processes: int = 1) -> None:
     """Refuse what no training could do.
 
@@ -217,6 +228,11 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
         )
     if job.keep_adapter and not job.train:
         raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")
+    if job.keep_adapter and not job.recipe.recover.distill.lora:
+        raise UserError(
+            "recover.distill.lora null makes no adapter to keep",
+            "Leave out --keep-adapter, or set recover.distill.lora.rank=8.",
+        )
     if measured_count(job.keep_softmax) and not (job.train or job.data or job.eval_data):
         raise UserError(
             f"--keep-softmax {job.keep_softmax}: there is no text to measure the layers on",

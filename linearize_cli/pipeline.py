@@ -3,6 +3,8 @@
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import log_probabilities, perplexity
 from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
-from linearize_cli.recipe import learning_rate
+from linearize_cli.recipe import Stage, learning_rate
 from linearize_cli.recover import data as text
-from linearize_cli.recover.distill import Distillation, add_lora, divergence
+from linearize_cli.recover.distill import Distillation, divergence
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.keep import BATCHES, Restorer, best
+from linearize_cli.recover.objective import Objective
+from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
 from linearize_cli.recover.train import Checkpoint, Log, train
-from linearize_cli.recover.transfer import Transfer
+from linearize_cli.recover.transfer import Transfer, WindowDropout
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
@@ -33,6 +37,7 @@ from linearize_cli.tasks import Batch, CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
+LOOKED_AT = 8  # batches of held-out text that the best parameters are chosen by
 
 
 class Run:
@@ -110,7 +115,7 @@ class Run:
             "base_model": self.job.model,
             "method": self.job.recipe.name,
             "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
-            "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.steps.items()},
+            "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.done().items()},
             "perplexity": self.results("teacher", "swapped", "transferred", "recovered"),
             "ablation": self.results("full", "local_only", "linear_only"),
             "keep_softmax": self.checkpoint.results.get("keep_softmax"),
@@ -128,6 +133,10 @@ class Run:
         if self.engine.main:
             self.save(name, report, blocks)
         return report
+
+    def done(self) -> dict[str, int]:
+        """Steps of each stage; fewer than planned where it ended early."""
+        return self.steps | self.checkpoint.results.get("steps", {})
 
     def results(self, *names: str) -> dict[str, float | None]:
         """Perplexities by name."""
@@ -192,7 +201,7 @@ class Run:
         """Transfer, then distill, then merge."""
         recipe = self.job.recipe.recover
 
-        def stage(name: str, objective: torch.nn.Module, lr: float, start: int) -> None:
+        def stage(name: str, objective: Objective, options: Stage, start: int) -> None:
             started = time.monotonic()
 
             def batches(done: int) -> Iterator[Batch]:
@@ -200,26 +209,36 @@ class Run:
                 stream = text.batches(source, self.tokenizer, length, size, start + done)
                 return (self.task.batch(self.engine.share(ids)) for ids in stream)
 
-            common = (self.checkpoint, self.partial, self.terminal, self.log, self.engine)
-            train(name, objective, batches, self.steps[name], self.tokens_per_step, lr, *common)
+            def held_out() -> Iterator[Batch]:
+                first = blocks.split(self.job.batch_size)[:LOOKED_AT]
+                return (self.task.batch(ids.to(self.engine.device)) for ids in first)
+
+            common = (self.checkpoint, self.partial, self.terminal, self.log, self.engine, held_out)
+            train(name, objective, batches, self.steps[name], self.tokens_per_step, options, *common)
             self.took(name, started)
 
         self.model.requires_grad_(False)
         for parameter in linear_parameters(self.model):
             parameter.requires_grad_(True)
         if self.steps["transfer"] and self.checkpoint.stage != "distill":
-            stage("transfer", Transfer(self.model, self.native), recipe.transfer.lr, 0)
+            windows = WindowDropout(recipe.transfer.window_dropout, self.steps["transfer"], self.job.seed)
+            stage("transfer", Transfer(self.model, self.native, windows), recipe.transfer, 0)
         if self.steps["transfer"]:
             self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)
         if self.steps["distill"]:
-            student = add_lora(self.model, recipe.distill.lora)
+            lora, teacher, student = recipe.distill.lora, None, self.model
+            if lora:
+                student = add_lora(self.model, lora)
+            else:
+                teacher = unfreeze(self.model)
             lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
-            objective = Distillation(student, self.native, recipe.distill)
-            stage("distill", objective, lr, self.steps["transfer"])
+            objective = Distillation(student, self.native, recipe.distill, teacher)
+            with recomputed(student) if recipe.distill.checkpointing else nullcontext():
+                stage("distill", objective, replace(recipe.distill, lr=lr), self.steps["transfer"])
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
-            self.model = student.merge_and_unload()
+            self.model = merge(student)
         self.model.requires_grad_(False)
         self.measure("recovered", blocks)
 

@@ -6,7 +6,7 @@ A recipe is a YAML file that states deviations from the defaults below.
 import difflib
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Union, get_args, get_origin
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 import yaml
 
@@ -64,30 +64,77 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """Each layer learns its softmax layer's output: the share of the tokens, and the rate."""
+class Stage:
+    """What the two stages of training have in common.
+
+    Attributes:
+        warmup: share of the steps in which the rate rises, before it falls to zero as a cosine.
+        clip: the longest gradient (norm over all that is trained) that is followed at its length; null: any.
+        evaluate: share of the steps between two looks at held-out text, the best of which counts in the end; 0: none.
+        early_stop: looks without an improvement after which the stage ends; null: it goes on to its last step.
+    """
+
+    warmup: float = 0.1
+    clip: float | None = 1.0
+    evaluate: float = 0.0
+    early_stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Transfer(Stage):
+    """Each layer learns its softmax layer's output.
+
+    Attributes:
+        share: that of the tokens.
+        lr: the rate.
+        window_dropout: how probable it is that a step has a random shorter window in every layer, so that the far
+            part learns what it hides; at the first step, from where it falls to 0 at the last.
+    """
 
     share: float = 0.4
     lr: float = 1e-2
+    window_dropout: float = 0.0
+    linear_lr: ClassVar[None] = None  # all that transfer trains is linear
 
 
 @dataclass(frozen=True)
 class Lora:
+    """Low-rank updates of the weights.
+
+    Attributes:
+        rank: of the updates.
+        alpha: their factor, times the rank.
+        targets: the Linear layers that have one: `attention`, those of the converted modules, or `all`, those of
+            the layers around them too (MLPs).
+    """
+
     rank: int = 8
     alpha: float = 16.0
+    targets: str = "attention"
 
 
 @dataclass(frozen=True)
-class Distill:
-    """The whole model learns the teacher's logits: rate (auto: by width) and weights of the losses. `hidden` is
-    that of the last hidden states' squared error, for classifiers, whose logits say little.
+class Distill(Stage):
+    """The whole model learns the teacher's logits.
+
+    Attributes:
+        lr: the rate; auto: falls with the model's width.
+        linear_lr: that of the linear parts alone; null: as `lr`.
+        kl: weight of the divergence from the teacher's logits.
+        ce: weight of the cross entropy of the right answers.
+        hidden: weight of the last hidden states' squared error; for classifiers, whose logits say little.
+        lora: what is trained beside the linear parts; null: every weight but the embeddings, beside a frozen copy
+            of the teacher.
+        checkpointing: compute activations again in the backward instead of keeping them: less memory, more time.
     """
 
     lr: float | str = "auto"
+    linear_lr: float | None = None
     kl: float = 1.0
     ce: float = 0.0
     hidden: float = 0.0
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | None = field(default_factory=Lora)
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,12 @@ class Batch:
         inputs: the keyword arguments of its forward.
         labels: the right answer at each position of the logits, `[B, T]` int64, IGNORED where there is none;
             None: text alone has no answers.
+        counted: the positions of the logits that are learned from, `[B, T]` bool; None: all.
     """
 
     inputs: dict[str, Any]
     labels: Tensor | None
+    counted: Tensor | None = None
 
 
 class Task:

@@ -132,7 +132,7 @@ def delays(position: Tensor, key_position: Tensor) -> Tensor:
 def distance_bias(attention: LinearAttention, position: Tensor, key_position: Tensor) -> Tensor:
     """`[..., heads, T, N]`."""
     table = attention.distance_bias
-    zero = 0 if attention.equation.causal else attention.equation.size - 1
+    zero = 0 if attention.equation.causal else table.shape[-1] // 2
     index = (delays(position, key_position) + zero).clamp(0, table.shape[-1] - 1)
     return table[:, index].movedim(0, -3)
 

@@ -1,82 +1,136 @@
-"""Distillation: the linearized model learns its softmax teacher's logits through LoRA and its linear parts."""
+"""Distillation: the linearized model learns its softmax teacher's logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from linearize_kernels.attention import LinearAttention
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from linearize_kernels.attention import accumulator
+from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from linearize_cli.recipe import Distill, Lora
+from linearize_cli.recipe import Distill
+from linearize_cli.recover.head import Decoded, decode, whole
+from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.parallel import process_mean
-from linearize_cli.runtime.dispatch import attention_implementation, converted
+from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.tasks import IGNORED, Batch
 
-
-def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Every Linear and Conv1D inside the converted modules, by structure: whatever a family calls them."""
-    return [
-        f"{name}.{part}"
-        for name, module in converted(model).items()
-        for part, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D)
-    ]
-
-
-def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """Wrap the model with LoRA on its converted modules; LoRA and the linear parts are trainable."""
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora_targets(model))
-    student = get_peft_model(model, config)
-    for module in student.modules():
-        if isinstance(module, LinearAttention):
-            module.requires_grad_(True)
-    return student
+LOGITS = 1 << 26  # of teacher and student each, more are never held at once: 256 MB in fp32
 
 
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
     """KL(teacher ‖ student), a mean over all logits: the teacher's log-probabilities and the student's logits
     `[..., vocab]`.
     """
-    total = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
-    return total / logits[..., 0].numel()
+    return total_divergence(teacher, logits) / logits[..., 0].numel()
 
 
-class Distillation(nn.Module):
+def total_divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    return kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
+
+
+class Distillation(Objective):
     """The objective of distillation: a batch ->
     `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
 
-    The KL is the mean over all logits, the cross entropy that over the right answers, the error the squared one
-    relative to the teacher's mean square. The teacher is the same model with its softmax attention back and LoRA
-    off: its weights are held once.
+    The KL is the mean over all logits that count, the cross entropy that over the right answers, the error the
+    squared one relative to the teacher's mean square. Without a teacher of its own, the teacher is the same model
+    with its softmax attention back and LoRA off: its weights are held once.
+
+    Where a batch has more than `limit` logits, they are made of the last hidden states and compared a few tokens at
+    a time, and once more in the backward: the memory for them does not grow with the batch.
     """
 
-    def __init__(self, student: PeftModel, native: str, weights: Distill):
+    def __init__(
+        self,
+        student: PeftModel | PreTrainedModel,
+        native: str,
+        weights: Distill,
+        teacher: PreTrainedModel | None = None,
+        limit: int = LOGITS,
+    ):
         super().__init__()
-        self.student, self.native, self.weights = student, native, weights
+        self.student, self.native, self.weights, self.teacher = student, native, weights, teacher
+        self.limit = limit
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.student.get_base_model() if isinstance(self.student, PeftModel) else self.student
+
+    @contextmanager
+    def teaching(self) -> Iterator[PreTrainedModel]:
+        """While open, the yielded model is the teacher."""
+        model = self.teacher or self.model
+        off = nullcontext() if self.teacher else self.student.disable_adapter()
+        with torch.no_grad(), attention_implementation(model, self.native), off:
+            yield model
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        student, weights = self.student, self.weights
+        weights, vocabulary = self.weights, self.model.config.get_text_config().vocab_size
         inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
-        output = student(**inputs)
-        logits = output.logits.float()
-        loss = logits.new_zeros(())
+        large = batch.labels is not None and batch.labels.numel() * vocabulary > self.limit
+        run = decode if large else whole
+        student, teacher = run(self.model, inputs), None
         if weights.kl or weights.hidden:
-            with torch.no_grad(), attention_implementation(student, self.native), student.disable_adapter():
-                teacher = student(**inputs)
-                target = teacher.logits.float().log_softmax(-1)
-        if weights.kl:
-            loss = loss + weights.kl * divergence(target, logits)
-        if weights.ce:
-            answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
-            count = (batch.labels != IGNORED).sum().float()
-            loss = loss + weights.ce * answers * (count / process_mean(count))
+            with self.teaching() as model:
+                teacher = run(model, inputs)
+        loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
         if weights.hidden:
-            loss = loss + weights.hidden * relative_error(last_hidden(output), last_hidden(teacher))
+            states = last_hidden(student.output), last_hidden(teacher.output)
+            loss = loss + weights.hidden * relative_error(*states)
         return loss, {}
+
+    def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
+        """The terms that are means over tokens; the logits of `size` tokens at a time unless they are there."""
+        rows, targets, answers = student.rows(batch.counted), None, None
+        if self.weights.kl:
+            targets = teacher.rows(batch.counted)
+        if self.weights.ce:
+            answers = batch.labels.flatten() if batch.counted is None else batch.labels[batch.counted]
+        # Processes may have different numbers of them; the mean of their losses is then that of the whole batch.
+        tokens = len(rows) if batch.counted is None else mean_count(batch.counted)
+        right = None if answers is None else mean_count(answers != IGNORED)
+        part = partial(self.part, student, teacher, tokens, right)
+        if not student.parts:
+            return part(rows, targets, answers)
+        pieces = rows.split(size)
+        others = ([None] * len(pieces) if x is None else x.split(size) for x in (targets, answers))
+        again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        return sum(again(*piece) for piece in zip(pieces, *others, strict=True))
+
+    def part(
+        self,
+        student: Decoded,
+        teacher: Decoded | None,
+        tokens: int | Tensor,
+        right: Tensor | None,
+        rows: Tensor,
+        targets: Tensor | None,
+        answers: Tensor | None,
+    ) -> Tensor:
+        """What some rows add to the means over the batch's `tokens` and its `right` answers."""
+        logits = student.logits(rows)
+        logits = logits.to(accumulator(logits.dtype))
+        loss = logits.new_zeros(())
+        if targets is not None:
+            with torch.no_grad():
+                target = teacher.logits(targets).to(logits.dtype).log_softmax(-1)
+            loss = loss + self.weights.kl * (total_divergence(target, logits) / tokens)
+        if answers is not None:
+            total = cross_entropy(logits, answers, ignore_index=IGNORED, reduction="sum")
+            loss = loss + self.weights.ce * (total / right)
+        return loss
+
+
+def mean_count(mask: Tensor) -> Tensor:
+    """How many are true, at least one, on average over the processes."""
+    return process_mean(mask.sum().float()).clamp_min(1)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
+from linearize_cli.recipe import Distill, Transfer
 from linearize_cli.recover.engine import Engine, mean_of
+from linearize_cli.recover.objective import Best, Objective
 from linearize_cli.recover.parallel import full, placed_like, process_mean
+from linearize_cli.runtime.model import linear_parameters
 
 SAVE_EVERY = 20.0  # seconds between checkpoints, at least
 SAVE_PAUSE = 20.0  # and times what the last save took, so that saving stays a small part of a run
-WARMUP = 0.1
-CLIP = 1.0
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Checkpoint:
     Attributes:
         stage: the stage that was last worked on; step: its finished steps.
         parameters, optimizer: of that stage, after its last finished step.
+        best: of that stage, as `objective.Best` keeps it.
         results: what was measured so far.
         log_bytes: length of the log at that moment.
     """
@@ -37,6 +39,7 @@ class Checkpoint:
     step: int = 0
     parameters: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     log_bytes: int = 0
 
@@ -79,9 +82,9 @@ class Log:
         return self.stream.seek(0, 2) if self.engine.main else 0
 
 
-def schedule(step: int, steps: int) -> float:
-    """Linear warmup over the first tenth, then a cosine to zero; a factor of the rate for step 0, 1, .."""
-    warmup = max(1, int(WARMUP * steps))
+def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
+    """Linear warmup over a share of the steps, then a cosine to zero; a factor of the rate for step 0, 1, .."""
+    warmup = max(1, int(warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -91,18 +94,28 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def by_rate(model: nn.Module, lr: float, linear_lr: float | None) -> dict[float, dict[str, Tensor]]:
+    """What is trained, by name, under its rate: the linear parts may have one of their own."""
+    linear = set() if linear_lr is None else set(map(id, linear_parameters(model)))
+    groups: dict[float, dict[str, Tensor]] = {}
+    for name, parameter in trainable(model).items():
+        groups.setdefault(linear_lr if id(parameter) in linear else lr, {})[name] = parameter
+    return groups
+
+
 def train(
     stage: str,
-    objective: nn.Module,
+    objective: Objective,
     batches: Callable[[int], Iterator[Any]],
     steps: int,
     tokens_per_step: int,
-    lr: float,
+    options: Transfer | Distill,
     checkpoint: Checkpoint,
     folder: Path,
     terminal: Terminal,
     log: Log,
     engine: Engine,
+    held_out: Callable[[], Iterator[Any]] | None = None,
 ) -> None:
     """Train what is trainable in `objective` for `steps` steps, from where `checkpoint` stands. The checkpoint
     holds whole tensors, so any number of processes goes on from it.
@@ -111,18 +124,23 @@ def train(
         objective: a batch -> the loss and further records for the log, scalars by name.
         batches: the number of steps already done in this stage -> this process's rows of the batches that follow.
         tokens_per_step: of all processes.
-        lr: the peak rate of AdamW.
+        options: the stage's part of the recipe, its rates as numbers.
+        held_out: the batches by which the best parameters are chosen, the same on all processes.
     """
     if checkpoint.stage != stage:
         checkpoint.stage, checkpoint.step, checkpoint.parameters, checkpoint.optimizer = stage, 0, {}, {}
+        checkpoint.best = {}
     objective.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
     with (
         engine.training(objective) as (compute, trained),
         terminal.progress(stage, steps * tokens_per_step, checkpoint.step * tokens_per_step) as advance,
     ):
-        parameters = trainable(trained)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
+        groups = by_rate(trained, options.lr, options.linear_lr)
+        parameters = {name: p for group in groups.values() for name, p in group.items()}
+        rated = [{"params": list(group.values()), "lr": lr} for lr, group in groups.items()]
+        optimizer = torch.optim.AdamW(rated, weight_decay=0.0)
         restore(checkpoint, parameters, optimizer)
+        best = Best(trained, parameters, held_out, steps, options, checkpoint.best)
         stream = batches(checkpoint.step)
         path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
 
@@ -132,12 +150,13 @@ def train(
             if engine.main:
                 checkpoint.save(path)
 
-        while checkpoint.step < steps:
+        while checkpoint.step < steps and not best.stopped:
             batch = next(stream)
             started = time.monotonic()
-            rate = lr * schedule(checkpoint.step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            factor = schedule(checkpoint.step, steps, options.warmup)
+            for group, rate in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = rate * factor
+            trained.step = checkpoint.step
             loss, records = compute(batch)
             due = engine.main and started - saved > max(SAVE_EVERY, SAVE_PAUSE * cost)
             values = mean_of({"loss": loss, "due": loss.new_tensor(due), **records}, process_mean)
@@ -147,17 +166,24 @@ def train(
                     f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
                 )
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+            nn.utils.clip_grad_norm_(parameters.values(), math.inf if options.clip is None else options.clip)
             optimizer.step()
             optimizer.zero_grad()
             checkpoint.step += 1
             due, speed = values.pop("due"), tokens_per_step / (time.monotonic() - started)
-            log.write(stage, step=checkpoint.step, lr=rate, tokens_per_s=round(speed), **values)
+            values |= best.look(checkpoint.step)
+            log.write(
+                stage, step=checkpoint.step, lr=options.lr * factor, tokens_per_s=round(speed), **values
+            )
             advance(tokens_per_step)
             if due:
                 begin = time.monotonic()
                 save()
                 saved, cost = time.monotonic(), time.monotonic() - begin
+        best.restore()
+        if best.record:
+            terminal.note(f"{stage}: the best of {checkpoint.step} steps was {best.record['step']}")
+        checkpoint.results.setdefault("steps", {})[stage] = checkpoint.step
         save()
 
 

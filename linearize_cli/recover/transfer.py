@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from linearize_cli.recover.distill import relative_error
+from linearize_cli.recover.objective import Objective
 from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.tasks import Batch
 
@@ -54,14 +56,55 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
         AttentionMaskInterface._global_mapping.pop(TRANSFER, None)
 
 
-class Transfer(nn.Module):
-    """The objective of transfer: a batch -> the sum of the layers' losses, and each layer's own as a record."""
+class Transfer(Objective):
+    """The objective of transfer: a batch -> the sum of the layers' losses, and each layer's own as a record.
 
-    def __init__(self, model: PreTrainedModel, native: str):
+    `windows` says which steps have shorter windows; None: none.
+    """
+
+    def __init__(self, model: PreTrainedModel, native: str, windows: "WindowDropout | None" = None):
         super().__init__()
-        self.model, self.native = model, native
+        self.model, self.native, self.windows = model, native, windows
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        with transferring(self.model, self.native) as losses:
+        share = None if self.step is None or self.windows is None else self.windows.at(self.step)
+        with shorter_windows(self.model, share), transferring(self.model, self.native) as losses:
             self.model(**batch.inputs)
         return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}
+
+
+@dataclass(frozen=True)
+class WindowDropout:
+    """Steps with a random shorter window: what it hides is far then, so the far part learns it too (the idea of
+    arXiv 2510.05901, which leaves the window out).
+
+    Attributes:
+        probability: that a step has one, at step 0; it falls linearly to 0 at the last.
+        steps: of the stage.
+        seed: decides with the step alone, so that a resumed run and every process see the same.
+    """
+
+    probability: float
+    steps: int
+    seed: int
+
+    def at(self, step: int) -> float | None:
+        """The share of the window that is left, in [0, 1); None: all of it."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chance, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        return share if chance < self.probability * (1 - step / self.steps) else None
+
+
+@contextmanager
+def shorter_windows(model: PreTrainedModel, share: float | None) -> Iterator[None]:
+    """While open, every layer's window has this share of its tokens, rounded down; None: all."""
+    attentions = [module.linear_attention for module in converted(model).values()]
+    before = [attention.equation for attention in attentions]
+    if share is not None:
+        for attention, equation in zip(attentions, before, strict=True):
+            attention.equation = replace(equation, size=int(share * equation.size))
+    try:
+        yield
+    finally:
+        for attention, equation in zip(attentions, before, strict=True):
+            attention.equation = equation
