@@ -137,10 +137,10 @@ for moment in map(int, moments.split(",")):
     delay, partial = chance.uniform(0, 0.03), Path(output + ".partial")
     child = os.fork()
     if not child:
-        def arming(step, steps):
+        def arming(step, steps, warmup):
             if step + (24 if steps == 36 else 0) >= moment:
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            return schedule(step, steps)
+            return schedule(step, steps, warmup)
         train.schedule = arming
         run(Teacher(path, text, None), Path(output), resume=partial.exists(), tokens=16 * 4 * 60)
         os._exit(0)

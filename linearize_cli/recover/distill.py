@@ -135,7 +135,7 @@ def mean_count(mask: Tensor) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     """The mean squared error, relative to the mean square of what is expected."""
-    actual, expected = actual.float(), expected.float()
+    actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
     return (actual - expected).square().mean() / process_mean(expected.square().mean())
 
 
