@@ -30,10 +30,10 @@ def stopped(path, text, output, stage, step):
     offset = STEPS["transfer"] if stage == "distill" else 0
     schedule, calls = train.schedule, iter(range(1000))
 
-    def stopping(done, steps):
+    def stopping(done, steps, warmup):
         if next(calls) == offset + step:
             raise KeyboardInterrupt
-        return schedule(done, steps)
+        return schedule(done, steps, warmup)
 
     with (
         patch.multiple(train, schedule=stopping, SAVE_EVERY=0.0, SAVE_PAUSE=0.0),
@@ -101,10 +101,10 @@ def dying(path, text, folder):
     """The second process is killed in the seventh step of distillation, as the command runs."""
     schedule, calls = train.schedule, iter(range(1000))
 
-    def killing(done, steps):
+    def killing(done, steps, warmup):
         if next(calls) == STEPS["transfer"] + 6 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return schedule(done, steps)
+        return schedule(done, steps, warmup)
 
     settings = [part for override in CASE["overrides"] for part in ("--set", override)]
     sizes = ["--seq-len", str(CASE["seq_len"]), "--batch-size", "4", "--tokens", str(CASE["tokens"])]
