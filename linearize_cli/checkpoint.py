@@ -48,16 +48,8 @@ def load_teacher(
 
     from linearize_cli.meta_llama import is_meta_folder
 
-    torch_dtype = getattr(torch, dtype, None) if dtype else None
-    if dtype and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
-        raise UserError(f"`{dtype}` is no dtype that weights can have.", "Use float32, bfloat16 or float16.")
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device `{device}` cannot be used.", _brief(error)) from error
-
+    torch_dtype = checked_dtype(dtype)
+    check_device(device)
     source = resolve_model(model)
     if is_meta_folder(source):
         loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
@@ -70,8 +62,61 @@ def load_teacher(
     return loaded, tokenizer
 
 
-def resolve_model(model: str) -> str:
-    """The local folder of the checkpoint that `model` names; from the Hub, what it needs is downloaded first.
+def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that `model` names without its weights: on the meta device, made from its config alone. A folder
+    in Meta's format must have its weights too: they tell the sizes. See `load_teacher`.
+    """
+    import torch
+    import transformers
+
+    from linearize_cli.meta_llama import is_meta_folder, meta_llama_config
+
+    source, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
+    with _explained(model, "its config", FORMATS), torch.device("meta"):
+        if is_meta_folder(source):
+            config, auto_class = meta_llama_config(source), "AutoModelForCausalLM"
+        else:
+            config, auto_class = _load_config(model, source, trust_remote_code)
+        shape = getattr(transformers, auto_class).from_config(
+            config,
+            dtype=wanted or config.dtype or torch.float32,
+            trust_remote_code=trust_remote_code,
+            experts_implementation="eager",  # the one that takes any dtype there
+        )
+    return shape.eval()
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        UserError: nothing can run on it.
+    """
+    import torch
+
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device `{device}` cannot be used.", _brief(error)) from error
+
+
+def checked_dtype(dtype: str | None) -> torch.dtype | None:
+    """
+    Raises:
+        UserError: weights cannot have it.
+    """
+    import torch
+
+    found = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"`{dtype}` is no dtype that weights can have.", "Use float32, bfloat16 or float16.")
+    return found
+
+
+def resolve_model(model: str, weights: bool = True) -> str:
+    """The local folder of the checkpoint that `model` names; from the Hub, what it needs is downloaded first, its
+    weights only if they are wanted.
 
     `demo` is the embedded teacher (`./demo` a folder of that name). A folder that exists wins over a Hub id.
 
@@ -93,11 +138,11 @@ def resolve_model(model: str) -> str:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{path}: no such folder.", NAMES)
     with _explained(model, "the checkpoint", FORMATS):
-        return _download(model)
+        return _download(model, weights)
 
 
-def _download(model: str) -> str:
-    """The folder of a Hub repository's snapshot: its small files and one format of its weights."""
+def _download(model: str, weights: bool) -> str:
+    """The folder of a Hub repository's snapshot: its small files and one format of its weights, if wanted."""
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str, commit: str | None = None) -> Path:
@@ -105,7 +150,9 @@ def _download(model: str) -> str:
 
     folder = fetch("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken")
     _require_checkpoint(model, folder)
-    if not (folder / "config.json").is_file():
+    if not weights:
+        pass
+    elif not (folder / "config.json").is_file():
         fetch("consolidated.*.pth", commit=folder.name)
     elif not any(fetch("model*.safetensors", commit=folder.name).glob("model*.safetensors")):
         fetch("pytorch_model*.bin", commit=folder.name)

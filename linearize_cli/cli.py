@@ -26,7 +26,22 @@ class TokenCount(click.ParamType):
             self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
 
 
-TOKENS = TokenCount()
+class Flops(click.ParamType):
+    name = "N"
+    scales = {"G": 1e9, "T": 1e12, "P": 1e15}
+
+    def convert(self, value, param, ctx):
+        scale = self.scales.get(str(value)[-1:], 1.0)
+        try:
+            number = float(value[:-1] if scale > 1 else value) * scale
+        except (TypeError, ValueError):
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value!r} is not a number of FLOP/s such as 500G or 200T", param, ctx)
+        return number
+
+
+TOKENS, FLOPS = TokenCount(), Flops()
 
 
 def options(*decorators: Callable) -> Callable[[Callable], Callable]:
@@ -124,7 +139,13 @@ def cli(context: click.Context, debug: bool) -> None:
 )
 @click.option("--keep-adapter", is_flag=True, help="Keep the unmerged LoRA under adapter/.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the plan, memory and time, from MODEL's config; write nothing."
+)
+@click.option(
+    "--processes", type=click.IntRange(1), default=1, show_default=True, help="Of --dry-run: how many train."
+)
+@click.option("--flops", type=FLOPS, help="Of --dry-run: FLOP/s of one, such as 200T; measured if not given.")
 @click.option("--force", is_flag=True, help="Replace DIR if it exists.")
 @trust_option
 @model_options

@@ -32,6 +32,7 @@ def misfits(recipe: Recipe) -> Iterable[str]:
     for name, stage in (("transfer", r.transfer), ("distill", r.distill)):
         if stage.early_stop is not None:
             at_least.append((f"recover.{name}.early_stop", stage.early_stop, 1))
+    at_least.append(("recover.transfer.block_layers", r.transfer.block_layers or 0, 0))
     for path, value, least in at_least:
         if value < least:
             yield f"{path}: {value} is less than {least}"

@@ -4,24 +4,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import GeneralTracker
 from transformers import PreTrainedModel
 
 from linearize_cli.artifact.load import refuse_linearized
-from linearize_cli.checkpoint import load_teacher
+from linearize_cli.checkpoint import check_device, load_shape, load_teacher
 from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.console import Terminal
+from linearize_cli.costs import costs
 from linearize_cli.errors import UserError
+from linearize_cli.estimate import estimate, measured_flops
 from linearize_cli.job import Job, check_output, check_space, partial_folder
 from linearize_cli.methods import load_recipe
+from linearize_cli.phantom import Phantom
 from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
 from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
+from linearize_cli.recover.layers import KEY, Blocks
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.recover.student import recomputable
-from linearize_cli.tasks import CausalLM, Task, context_length, task_of
+from linearize_cli.tasks import CausalLM, Task, context_length, task_class, task_of
 
 
 def default_output(model: str, method: str) -> Path:
@@ -46,6 +51,8 @@ def convert(
     keep_adapter: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    processes: int = 1,
+    flops: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -57,7 +64,8 @@ def convert(
     """Turn a softmax checkpoint into a linear-attention artifact.
 
     The arguments are those of `linearize convert`; a tracker may also be one of accelerate's own kind. Returns
-    the report (the contents of `linearize.json`, and `output`); with `dry_run` the plan, and nothing is written.
+    the report (the contents of `linearize.json`, and `output`); with `dry_run` the plan and its costs, by
+    the model's config alone, and nothing is written.
     Of several processes only the main one returns it, the others None.
 
     Raises:
@@ -83,10 +91,12 @@ def convert(
         dtype,
         seed,
     )
+    if dry_run:
+        return plan_report(job, device, trust_remote_code, processes, flops)
     engine = Engine(device, tracker, folder.parent / "runs")
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():
-        result = run(job, folder, engine, terminal, resume, dry_run, force, trust_remote_code)
+        result = run(job, folder, engine, terminal, resume, force, trust_remote_code)
     return result if engine.main else None
 
 
@@ -96,37 +106,37 @@ def run(
     engine: Engine,
     terminal: Terminal,
     resume: bool,
-    dry_run: bool,
     force: bool,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """`convert` in one of its processes."""
     recipe, partial = job.recipe, folder.with_name(folder.name + ".partial")
-    if not dry_run:
-        engine.on_main(check_output, folder, partial, job, resume, force)
+    engine.on_main(check_output, folder, partial, job, resume, force)
     refuse_linearized(job.model)
     texts = None if text.SELF in job.data else open_texts(job)
-    teacher, tokenizer = load_teacher(job.model, job.dtype, engine.home, trust_remote_code)
-    reach = recipe.attention.local.size if recipe.attention.local else 1
-    linear, softmax = choose_layers(
-        plan_layers(teacher, reach, recipe.attention.cross == LINEAR), job.keep_softmax
-    )
-    check_biases(teacher, linear, softmax, job.keep_softmax)
+    check_device(engine.device)
+    size = recipe.recover.transfer.block_layers
+    home = "cpu" if size else engine.home
+    teacher, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
+    linear, softmax = planned(job, teacher)
     task = task_of(teacher, tokenizer)
-    check_task(job, task, linear)
+    check_task(job, type(teacher).__name__, type(task), linear)
     check_checkpointing(job, teacher)
     length = check_length(job.seq_len, recipe, teacher)
     check_budget(job, length, engine.processes)
-    if dry_run:
-        return plan_report(job, teacher, linear, softmax, length)
-    engine.on_main(check_space, folder, teacher)
+    by_block = None
+    if size:
+        by_block = Blocks.of(teacher, [layer.name for layer in linear], size, engine.device)
+        check_blocks(job, teacher, by_block, engine)
+    engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
     with engine.only_main(partial_folder, partial, job, resume), engine.watched():
         if texts is None:
             corpus = partial / "self.jsonl"
             arguments = (corpus, recipe.recover.tokens, length, job.seed, terminal)
             engine.on_main(write_corpus, teacher, tokenizer, *arguments)
             texts = open_texts(job, corpus)
-        converting = Run(job, teacher, tokenizer, task, linear, softmax, length, partial, terminal, engine)
+        where = (length, partial, terminal, engine, by_block)
+        converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
         report = converting.all(*texts, folder.name)
         if engine.main:
             if folder.exists():
@@ -135,6 +145,15 @@ def run(
     if engine.main:
         shutil.rmtree(partial)
     return {**report, "output": str(folder)}
+
+
+def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
+    """The layers that become linear, and those that stay softmax. Raises as `choose_layers` and `check_biases`."""
+    attention = job.recipe.attention
+    reach = attention.local.size if attention.local else 1
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == LINEAR), job.keep_softmax)
+    check_biases(model, linear, softmax, job.keep_softmax)
+    return linear, softmax
 
 
 def open_texts(job: Job, corpus: Path | None = None) -> tuple[text.Source | None, text.Source | None]:
@@ -170,8 +189,8 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
     return seq_len
 
 
-def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
-    """Refuse what this kind of model cannot do.
+def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> None:
+    """Refuse what this kind of model, its class, cannot do.
 
     Raises:
         UserError: a memory that runs forward in time for layers that see both sides, answers that text does not
@@ -180,22 +199,22 @@ def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
     key, distill = forward_only(job.recipe.attention), job.recipe.recover.distill
     if key is not None and not all(layer.causal for layer in layers):
         raise UserError(
-            f"{key} of {job.recipe.name} runs forward in time, and {task.kind} attends to both sides",
+            f"{key} of {job.recipe.name} runs forward in time, and {kind} attends to both sides",
             "Choose a method without it, or pass --set attention.memory.kind=none.",
         )
     if job.recipe.attention.cross == LINEAR and not any("cross" in layer.geometry for layer in layers):
         raise UserError(
-            f"attention.cross linear: no layer of {task.kind} to convert attends to an encoder",
+            f"attention.cross linear: no layer of {kind} to convert attends to an encoder",
             "Pass --set attention.cross=softmax.",
         )
     if distill.ce and not task.answers:
         raise UserError(
-            f"recover.distill.ce {distill.ce:g} needs right answers, and text holds none for {task.kind}",
+            f"recover.distill.ce {distill.ce:g} needs right answers, and text holds none for {kind}",
             "Pass --set recover.distill.ce=0: it learns the teacher's logits.",
         )
-    if text.SELF in job.data and not isinstance(task, CausalLM):
+    if text.SELF in job.data and task is not CausalLM:
         raise UserError(
-            f"--data self: {task.kind} writes no text to learn from", "Pass --data with a file or a dataset."
+            f"--data self: {kind} writes no text to learn from", "Pass --data with a file or a dataset."
         )
 
 
@@ -206,6 +225,43 @@ def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
             f"recover.distill.checkpointing: {type(model).__name__} has no layers that can be computed again",
             "Leave it off; a smaller --batch-size saves memory too.",
         )
+
+
+def check_blocks(job: Job, model: PreTrainedModel, by_block: Blocks, engine: Engine) -> None:
+    """Refuse what cannot be done a block at a time.
+
+    Raises:
+        UserError: the model is to write its own text, to be spread in shards, or to be distilled on a device that
+            does not hold it.
+    """
+    if text.SELF in job.data:
+        raise UserError(
+            f"--data self: a model that is on the device {by_block.size} layers at a time writes too slowly",
+            f"Pass --data with a file or a dataset, or --set {KEY}=0.",
+        )
+    if engine.plugin is not None:
+        raise UserError(
+            f"{KEY} and FSDP are two ways to hold a model that is too large for a device",
+            f"Pass --set {KEY}=0, or run without fsdp_config.",
+        )
+    if job.train and job.recipe.recover.transfer.share < 1 and by_block.device.startswith("cuda"):
+        need, room = model.get_memory_footprint(), torch.cuda.mem_get_info(by_block.device)[1]
+        if need > room:
+            raise UserError(
+                f"distillation needs the whole model on the device: {need >> 20} MB of weights, and "
+                f"{by_block.device} has {room >> 20} MB",
+                "Pass --set recover.transfer.share=1: all tokens go to transfer, and nothing is distilled.",
+            )
+
+
+def hidden_bytes(job: Job, model: PreTrainedModel, by_block: Blocks | None) -> int:
+    """What the hidden states between two blocks take on disk: those that one reads and those that it writes."""
+    if by_block is None or not job.train:
+        return 0
+    tokens = job.recipe.recover.tokens * job.recipe.recover.transfer.share
+    width = model.config.get_text_config().hidden_size
+    generations = min(2, len(by_block.ranges()) - 1)
+    return round(generations * tokens * width * model.dtype.itemsize)
 
 
 def check_budget(job: Job, length: int, processes: int = 1) -> None:
@@ -241,11 +297,25 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
 
 
 def plan_report(
-    job: Job, model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], length: int
+    job: Job, device: str, trust_remote_code: bool, processes: int, flops: float | None
 ) -> dict[str, Any]:
-    """What a conversion would do."""
+    """What a conversion would do, and what that takes. Of the model only its config is read.
+
+    Args:
+        flops: a second, of one process; None: measured on `device`.
+    """
+    refuse_linearized(job.model)
+    check_device(device)
+    if job.data and text.SELF not in job.data:
+        open_texts(job)
+    model = load_shape(job.model, job.dtype, trust_remote_code)
+    with Phantom():
+        linear, softmax = planned(job, model)
+    check_task(job, type(model).__name__, task_class(model), linear)
+    length = check_length(job.seq_len, job.recipe, model)
+    check_budget(job, length, processes)
     count = measured_count(job.keep_softmax)
-    return {
+    report = {
         "base_model": job.model,
         "method": job.recipe.name,
         "recipe": job.recipe.to_dict(),
@@ -258,4 +328,12 @@ def plan_report(
         "seq_len": length,
         "batch_size": job.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "processes": processes,
     }
+    dtype, where = model.dtype, "as given"
+    if flops is None:
+        name = str(dtype).removeprefix("torch.")
+        flops, where = measured_flops(device, dtype), f"a product of matrices in {name}, measured on {device}"
+    counted = costs(model, linear, softmax, job.recipe, length)
+    lines = estimate(counted, job, length, dtype.itemsize, processes, flops, where)
+    return {**report, "estimate": lines}

@@ -69,13 +69,23 @@ def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: boo
         shutil.rmtree(partial)
 
 
-def check_space(folder: Path, model: PreTrainedModel) -> None:
-    need = 2 * sum(p.nbytes for p in model.parameters()) + (64 << 20)
+def check_space(folder: Path, model: PreTrainedModel, hidden_states: int = 0) -> None:
+    """
+    Args:
+        hidden_states: bytes of those that wait between two blocks of layers.
+
+    Raises:
+        UserError: the disk is too full for the artifact and for what training keeps meanwhile.
+    """
+    need = 2 * sum(p.nbytes for p in model.parameters()) + hidden_states + (64 << 20)
     free = shutil.disk_usage(folder.parent).free
     if free < need:
+        part = (
+            f" ({hidden_states >> 20} MB of them for hidden states between blocks)" if hidden_states else ""
+        )
         raise UserError(
             f"not enough disk space at {folder.parent.resolve().name or folder.parent}: "
-            f"{free >> 20} MB are free, about {need >> 20} MB are needed",
+            f"{free >> 20} MB are free, about {need >> 20} MB are needed{part}",
             "Free some space, or pass -o DIR on another disk.",
         )
 

@@ -71,6 +71,15 @@ def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> Llama
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
 
 
+def meta_llama_config(path: str | Path) -> LlamaConfig:
+    """The config of the model in the folder `path`, with its dtype. Raises as `load_meta_llama`."""
+    folder = Path(path)
+    shards = {file: _read_shard(file) for file in _shard_files(folder)}
+    config = _config(_read_params(folder / "params.json"), shards)
+    config.dtype = next(iter(shards.values()))["tok_embeddings.weight"].dtype
+    return config
+
+
 def _read_params(file: Path) -> dict:
     try:
         params = json.loads(file.read_text(encoding="utf-8"))

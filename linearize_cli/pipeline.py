@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,11 @@ from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import Stage, learning_rate
 from linearize_cli.recover import data as text
+from linearize_cli.recover.blocks import transfer_by_blocks
 from linearize_cli.recover.distill import Distillation, divergence
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.keep import BATCHES, Restorer, best
+from linearize_cli.recover.layers import Blocks
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
 from linearize_cli.recover.train import Checkpoint, Log, train
@@ -55,7 +57,9 @@ class Run:
         partial: Path,
         terminal: Terminal,
         engine: Engine,
+        by_block: Blocks | None = None,
     ):
+        self.by_block = by_block
         self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
         self.task, self.teacher, self.engine = task, None, engine
         self.linear, self.softmax, self.length, self.partial = linear, softmax, length, partial
@@ -78,7 +82,7 @@ class Run:
             blocks = text.evaluation_blocks(eval_text, self.tokenizer, self.length, limit)
         if blocks is not None and not self.task.answers:
             common = (self.engine.inference(self.model), blocks, self.job.batch_size)
-            with self.terminal.progress("teacher", blocks.numel()) as advance:
+            with self.running(self.model), self.terminal.progress("teacher", blocks.numel()) as advance:
                 self.teacher = log_probabilities(*common, advance, self.task)
         else:
             self.measure("teacher", blocks)
@@ -152,7 +156,8 @@ class Run:
             return
         started = time.monotonic()
         measure = "perplexity" if self.teacher is None else "kl"
-        with self.terminal.progress(title or f"{measure}, {name}", blocks.numel()) as advance:
+        title = f"{measure}, {title or name}"
+        with self.running(self.model), self.terminal.progress(title, blocks.numel()) as advance:
             model = self.engine.inference(self.model)
             common = (model, blocks, self.job.batch_size, advance, self.task)
             if self.teacher is None:
@@ -162,7 +167,11 @@ class Run:
         self.checkpoint.results[name] = value
         self.took("measure", started)
         self.log.write("measure", name, **{measure: value})
-        self.terminal.note(f"{measure}, {title or name}: {value:.4f}")
+        self.terminal.note(f"{title}: {value:.4f}")
+
+    def running(self, model: PreTrainedModel) -> AbstractContextManager:
+        """While open, a forward of the whole model runs on the device, wherever its weights are."""
+        return self.by_block.streamed(model) if self.by_block else nullcontext()
 
     def took(self, stage: str, started: float) -> None:
         seconds = self.checkpoint.results.setdefault("seconds", {})
@@ -186,7 +195,7 @@ class Run:
                 stream = blocks.split(size)
             batches = [ids.to(self.engine.device) for ids in islice(stream, BATCHES)]
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
-            with self.terminal.progress("KL by layer", total) as advance:
+            with self.running(self.model), self.terminal.progress("KL by layer", total) as advance:
                 kl = self.restorer.divergences(self.engine.inference(self.model), batches, advance)
             # Rounding may differ between processes; the choice must not.
             results["keep_softmax"] = self.engine.on_main(lambda: {"kl": kl, "kept": best(kl, count)})
@@ -201,20 +210,23 @@ class Run:
         """Transfer, then distill, then merge."""
         recipe = self.job.recipe.recover
 
-        def stage(name: str, objective: Objective, options: Stage, start: int) -> None:
-            started = time.monotonic()
-
+        def batches_from(start: int):
             def batches(done: int) -> Iterator[Batch]:
                 size, length = self.job.batch_size, self.length
                 stream = text.batches(source, self.tokenizer, length, size, start + done)
                 return (self.task.batch(self.engine.share(ids)) for ids in stream)
 
-            def held_out() -> Iterator[Batch]:
-                first = blocks.split(self.job.batch_size)[:LOOKED_AT]
-                return (self.task.batch(ids.to(self.engine.device)) for ids in first)
+            return batches
 
+        def held_out() -> Iterator[Batch]:
+            first = blocks.split(self.job.batch_size)[:LOOKED_AT]
+            return (self.task.batch(ids.to(self.engine.device)) for ids in first)
+
+        def stage(name: str, objectives: Iterable[Objective], options: Stage, start: int) -> None:
+            started, batches = time.monotonic(), batches_from(start)
             common = (self.checkpoint, self.partial, self.terminal, self.log, self.engine, held_out)
-            train(name, objective, batches, self.steps[name], self.tokens_per_step, options, *common)
+            for objective in objectives:
+                train(name, objective, batches, self.steps[name], self.tokens_per_step, options, *common)
             self.took(name, started)
 
         self.model.requires_grad_(False)
@@ -222,11 +234,25 @@ class Run:
             parameter.requires_grad_(True)
         if self.steps["transfer"] and self.checkpoint.stage != "distill":
             windows = WindowDropout(recipe.transfer.window_dropout, self.steps["transfer"], self.job.seed)
-            stage("transfer", Transfer(self.model, self.native, windows), recipe.transfer, 0)
+            if self.by_block:
+                progress = (
+                    batches_from(0),
+                    self.steps["transfer"],
+                    self.checkpoint,
+                    self.partial,
+                    self.engine,
+                )
+                objectives = transfer_by_blocks(self.model, self.native, windows, self.by_block, *progress)
+            else:
+                objectives = [Transfer(self.model, self.native, windows)]
+            stage("transfer", objectives, recipe.transfer, 0)
         if self.steps["transfer"]:
             self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)
         if self.steps["distill"]:
+            if self.by_block:  # whole on the device, from here on
+                self.model.to(self.by_block.device)
+                self.by_block = None
             lora, teacher, student = recipe.distill.lora, None, self.model
             if lora:
                 student = add_lora(self.model, lora)
@@ -235,7 +261,7 @@ class Run:
             lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
             objective = Distillation(student, self.native, recipe.distill, teacher)
             with recomputed(student) if recipe.distill.checkpointing else nullcontext():
-                stage("distill", objective, replace(recipe.distill, lr=lr), self.steps["transfer"])
+                stage("distill", [objective], replace(recipe.distill, lr=lr), self.steps["transfer"])
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
             self.model = merge(student)
@@ -266,10 +292,11 @@ class Run:
         save_artifact(folder, model, self.tokenizer, self.job.recipe)
         if (self.partial / "adapter").exists():
             (self.partial / "adapter").rename(folder / "adapter")
-        ids = check_tokens(model, blocks).to(model.device)
         auto_class = getattr(transformers, self.task.auto_class)
         again = auto_class.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-        differences, limit = self_check(self.task, model, again, ids)
+        with self.running(model), self.running(again):
+            ids = check_tokens(model, blocks).to(model.device)
+            differences, limit = self_check(self.task, model, again, ids)
         report["self_check"] = differences
         # Written so that a nan fails too.
         failed = [

@@ -89,11 +89,13 @@ class Transfer(Stage):
         lr: the rate.
         window_dropout: how probable it is that a step has a random shorter window in every layer, so that the far
             part learns what it hides; at the first step, from where it falls to 0 at the last.
+        block_layers: how many layers are on the device at a time; 0 or null: all.
     """
 
     share: float = 0.4
     lr: float = 1e-2
     window_dropout: float = 0.0
+    block_layers: int | None = 0
     linear_lr: ClassVar[None] = None  # all that transfer trains is linear
 
 

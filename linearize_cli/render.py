@@ -91,6 +91,35 @@ def plan(report: dict[str, Any]) -> RenderableType:
         "",
         *chosen,
         f"{budget}, blocks of {report['seq_len']}, {report['batch_size']} a step; nothing was written",
+        "",
+        estimated(report["estimate"]),
+    )
+
+
+def estimated(lines: list[dict[str, Any]]) -> Table:
+    """What a conversion takes, with its arithmetic."""
+    rows = table("", "arithmetic", ">")
+    section = None
+    for line in lines:
+        if line["section"] != section:
+            section = line["section"]
+            rows.add_row(f"[bold]{section}[/bold]")
+        rows.add_row(f"  {line['what']}", line["arithmetic"], quantity(line["value"], line["unit"]))
+    return rows
+
+
+def quantity(value: float, unit: str) -> str:
+    """`1.5 GB`, `3.2 GFLOP/token`, `4.5 h`."""
+    if unit == "B":
+        return size(value)
+    if unit == "s":
+        scale, name = next((x for x in ((3600, "h"), (60, "min")) if value >= x[0]), (1, "s"))
+        return f"{value / scale:,.1f} {name}"
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while value >= 1000 and len(prefixes) > 1:
+        value, _ = value / 1000, prefixes.pop(0)
+    return (
+        f"{value:.3g} {prefixes[0]}{unit}" if unit != "parameters" else f"{value:.3g} {prefixes[0]}".strip()
     )
 
 

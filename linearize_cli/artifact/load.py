@@ -42,7 +42,7 @@ def refuse_linearized(model: str) -> None:
     """
     from linearize_cli.checkpoint import resolve_model
 
-    config = Path(resolve_model(model)) / "config.json"  # Meta's format has none
+    config = Path(resolve_model(model, weights=False)) / "config.json"  # Meta's format has none
     if config.is_file() and '"linearize"' in config.read_text():
         raise UserError(f"{model} is a linearized model already", "Name the softmax model it was made from.")
 

@@ -19,6 +19,10 @@ class Objective(nn.Module):
 
     step: int | None = None
 
+    def independent(self) -> list[list[nn.Parameter]]:
+        """What is trained, in groups whose gradients are clipped apart."""
+        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
+
 
 class Best:
     """The parameters with the lowest loss on held-out batches, and when to look no further.

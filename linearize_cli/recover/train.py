@@ -121,7 +121,8 @@ def train(
     holds whole tensors, so any number of processes goes on from it.
 
     Args:
-        objective: a batch -> the loss and further records for the log, scalars by name.
+        objective: a batch -> the loss and further records for the log, scalars by name. Its `independent()` are
+            the parameters in groups whose gradients are clipped apart.
         batches: the number of steps already done in this stage -> this process's rows of the batches that follow.
         tokens_per_step: of all processes.
         options: the stage's part of the recipe, its rates as numbers.
@@ -166,7 +167,8 @@ def train(
                     f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
                 )
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), math.inf if options.clip is None else options.clip)
+            for part in trained.independent():
+                nn.utils.clip_grad_norm_(part, math.inf if options.clip is None else options.clip)
             optimizer.step()
             optimizer.zero_grad()
             checkpoint.step += 1

@@ -66,6 +66,10 @@ class Transfer(Objective):
         super().__init__()
         self.model, self.native, self.windows = model, native, windows
 
+    def independent(self) -> list[list[nn.Parameter]]:
+        """What each layer learns, apart from the others: gradients are clipped layer by layer."""
+        return [list(module.linear_attention.parameters()) for module in converted(self.model).values()]
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         share = None if self.step is None or self.windows is None else self.windows.at(self.step)
         with shorter_windows(self.model, share), transferring(self.model, self.native) as losses:

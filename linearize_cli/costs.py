@@ -1,0 +1,173 @@
+"""What a conversion costs by the model's shape alone: counted on its own code, with its weights on the meta device."""
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from linearize_cli.errors import UserError
+from linearize_cli.phantom import Phantom, saved_bytes, shortened, watched
+from linearize_cli.plan import Layer
+from linearize_cli.probe import Probe, inputs_of, recording
+from linearize_cli.recipe import Recipe
+from linearize_cli.recover.distill import Distillation, lora_targets
+from linearize_cli.recover.layers import Blocks
+from linearize_cli.recover.transfer import Transfer
+from linearize_cli.runtime import linearize
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.runtime.model import linear_parameters
+from linearize_cli.tasks import Batch
+
+FEW = 8  # tokens of a forward whose products are counted
+MOST = 256  # and of one whose activations are
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Numbers that a conversion's memory and time follow from.
+
+    Attributes:
+        parameters, bytes: of the base model.
+        layers: bytes of each decoder layer's weights; empty where the layers stand in no one list.
+        linear, lora: parameters that conversion and LoRA add.
+        products: multiply-adds a token outside attention, in one forward.
+        softmax, attention: FLOPs a token of all softmax attention that becomes linear, and of what it becomes.
+        stays: FLOPs a token of the softmax attention that stays.
+        width: of the hidden states.
+        transfer, distill: bytes a token that autograd keeps in each layer, in either stage.
+        loss: bytes a token that it keeps outside the layers, in distillation.
+        forward: bytes a token of what the modules of the largest layer return.
+    """
+
+    parameters: int
+    bytes: int
+    layers: list[int]
+    linear: int
+    lora: int
+    products: float
+    softmax: float
+    attention: float
+    stays: float
+    width: int
+    transfer: list[float]
+    distill: list[float]
+    loss: float
+    forward: float
+
+
+def costs(
+    model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], recipe: Recipe, length: int
+) -> Costs:
+    """Converts `model`, which is on the meta device, and counts.
+
+    Args:
+        length: tokens of a block.
+    """
+    base = dict(parameters=sum(p.numel() for p in model.parameters()), bytes=model.get_memory_footprint())
+    try:
+        blocks = Blocks.of(model, [layer.name for layer in linear], 1, "meta")
+        layers = list(blocks.layers(model))
+    except UserError:
+        layers = []
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    native, returns = model.config._attn_implementation, [0] * len(layers)
+    results: list[int] = [0] * len(layers)
+
+    def see(index: int, output: object) -> None:
+        returns[index] = len(output) if isinstance(output, tuple) else 0
+
+    leaves = [[x for x in layer.modules() if next(x.children(), None) is None] for layer in layers]
+    owner = [i for i, some in enumerate(leaves) for _ in some]
+
+    def add(index: int, output: object) -> None:
+        results[owner[index]] += sum(x.nbytes for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor))
+
+    def ids(tokens: int) -> torch.Tensor:
+        return torch.zeros(1, tokens, dtype=torch.int64)
+
+    products = FlopCounterMode(display=False)
+    seen = (watched(layers, see), watched(sum(leaves, []), add), recording(model, Probe()))
+    with ExitStack() as opened, torch.no_grad(), products, Phantom():
+        for context in seen:
+            opened.enter_context(context)
+        model(**inputs_of(model, ids(FEW)), use_cache=False)
+    record = {
+        "base_class": type(model).__name__,
+        "base_model_type": model.config.model_type,
+        "method": recipe.name,
+        "attention": recipe.to_dict()["attention"],
+        "layers": {layer.name: layer.geometry for layer in linear},
+        "softmax": [layer.name for layer in softmax],
+    }
+    linearize(model, record)
+    model.requires_grad_(False)
+    learning = linear_parameters(model)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    tokens = min(length, MOST)
+    batch_ids = ids(tokens)
+    inputs = inputs_of(model, batch_ids) | {"use_cache": False}
+    batch = Batch(inputs, inputs.get("decoder_input_ids", batch_ids))
+    kinds = [kind(layer) for layer in layers]
+    first = [kinds.index(x) for x in kinds]
+
+    def saved(objective: nn.Module) -> tuple[list[float], float]:
+        with shortened(layers, set(first), returns), saved_bytes(layers) as counted, Phantom():
+            objective(batch)
+        return [counted[i] / tokens for i in first], counted[None] / tokens
+
+    transfer, rest = saved(Transfer(model, native)) if learning else ([0.0] * len(layers), 0.0)
+    targets = lora_targets(model)
+    rank = recipe.recover.distill.lora.rank
+    lora = sum(rank * sum(model.get_submodule(name).weight.shape) for name in targets)
+    student = get_peft_model(model, LoraConfig(r=rank, target_modules=targets), low_cpu_mem_usage=True)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    distill, loss = saved(Distillation(student, native, recipe.recover.distill))
+    return Costs(
+        **base,
+        layers=sizes,
+        linear=sum(p.numel() for p in learning),
+        lora=lora,
+        products=products.get_total_flops() / 2 / FEW,
+        softmax=sum(softmax_flops(layer, length) for layer in linear),
+        attention=attention_flops(model, tokens),
+        stays=sum(softmax_flops(layer, length) for layer in softmax),
+        width=model.config.get_text_config().hidden_size,
+        transfer=transfer or [rest],
+        distill=distill or [loss],
+        loss=loss if distill else 0.0,
+        forward=max(results, default=0) / FEW,
+    )
+
+
+def kind(layer: nn.Module) -> tuple:
+    """Equal for layers of the same modules with parameters of the same shapes."""
+    modules = tuple((name, type(x).__name__) for name, x in layer.named_modules())
+    return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+
+
+def softmax_flops(layer: Layer, length: int) -> float:
+    """FLOPs a token of both products of softmax attention; a causal token sees half of the others on average."""
+    g, seen = layer.geometry, (length + 1) / 2 if layer.causal else length
+    return 2 * g["heads"] * (g["key_dim"] + g["value_dim"]) * seen
+
+
+def attention_flops(model: PreTrainedModel, tokens: int) -> float:
+    """FLOPs a token of the products of all linear layers in one forward, counted on one layer of each equation."""
+    modules = [module.linear_attention for module in converted(model).values()]
+    one = {module.equation: module for module in modules}
+    total = 0.0
+    for equation, count in Counter(module.equation for module in modules).items():
+        heads = ((equation.heads, equation.key_dim), (equation.kv_heads, equation.key_dim))
+        shapes = (*heads, (equation.kv_heads, equation.value_dim))
+        with FlopCounterMode(display=False) as counter, Phantom(), torch.no_grad():
+            one[equation](*(torch.zeros(1, h, tokens, width) for h, width in shapes), None)
+        total += count * counter.get_total_flops() / tokens
+    return total
