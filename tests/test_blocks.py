@@ -12,6 +12,7 @@ import pytest
 import torch
 from convert_case import make_teacher, run
 from safetensors.torch import load_file
+from test_distributed import launch
 from tiny_checkpoint import save_tokenizer, tiny_model
 
 from linearize_cli.errors import UserError
@@ -191,6 +192,21 @@ def test_distillation_follows(teachers):
         output = teacher.folder / f"distilled-{size}"
         results.append(run(teacher, output, overrides=overrides, tokens=16 * 4 * 9)["perplexity"])
     assert results[1] == pytest.approx(results[0], rel=1e-5) and results[0]["recovered"]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(teachers, at_once):
+    """Each has its rows of every batch, and their hidden states."""
+    teacher, _ = teachers["llama"]
+    output = teacher.folder / "two-processes"
+    settings = [part for override in blocks(2)["overrides"] for part in ("--set", override)]
+    sizes = ["--seq-len", "16", "--batch-size", "4", "--tokens", str(16 * 4 * 9)]
+    command = ["-m", "linearize_cli", "convert", teacher.path, "-o", output, "--data", teacher.text]
+    done = launch(*command, *settings, *sizes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected, found = weights(at_once("llama")[0]), weights(output)
+    assert all((found[x] - expected[x]).abs().max() < 2e-3 for x in expected)
+    assert curves(output) == pytest.approx(curves(at_once("llama")[0]), rel=1e-3)
 
 
 def test_a_layer_that_reads_more_than_hidden_states_is_refused():

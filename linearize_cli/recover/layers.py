@@ -70,7 +70,7 @@ class Blocks:
     @contextmanager
     def streamed(self, model: PreTrainedModel) -> Iterator[None]:
         """While open, the whole model runs on the device: a layer is there while it runs, the rest throughout."""
-        if self.device == "cpu":  # mapped weights serve as they are
+        if torch.device(self.device).type == "cpu":  # mapped weights serve as they are
             yield
             return
         with ExitStack() as opened:
