@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,8 +15,9 @@ from linearize_cli.phantom import Phantom, saved_bytes, shortened, watched
 from linearize_cli.plan import Layer
 from linearize_cli.probe import Probe, inputs_of, recording
 from linearize_cli.recipe import Recipe
-from linearize_cli.recover.distill import Distillation, lora_targets
+from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.layers import Blocks
+from linearize_cli.recover.student import add_lora, unfreeze
 from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
@@ -35,7 +35,9 @@ class Costs:
     Attributes:
         parameters, bytes: of the base model.
         layers: bytes of each decoder layer's weights; empty where the layers stand in no one list.
-        linear, lora: parameters that conversion and LoRA add.
+        linear: parameters that conversion adds.
+        others: parameters that distillation trains beside these, LoRA's or the model's own.
+        copied: bytes of the teacher's own weights, where the model's own are trained.
         products: multiply-adds a token outside attention, in one forward.
         softmax, attention: FLOPs a token of all softmax attention that becomes linear, and of what it becomes.
         stays: FLOPs a token of the softmax attention that stays.
@@ -49,7 +51,8 @@ class Costs:
     bytes: int
     layers: list[int]
     linear: int
-    lora: int
+    others: int
+    copied: int
     products: float
     softmax: float
     attention: float
@@ -123,18 +126,21 @@ def costs(
         return [counted[i] / tokens for i in first], counted[None] / tokens
 
     transfer, rest = saved(Transfer(model, native)) if learning else ([0.0] * len(layers), 0.0)
-    targets = lora_targets(model)
-    rank = recipe.recover.distill.lora.rank
-    lora = sum(rank * sum(model.get_submodule(name).weight.shape) for name in targets)
-    student = get_peft_model(model, LoraConfig(r=rank, target_modules=targets), low_cpu_mem_usage=True)
-    for parameter in learning:
-        parameter.requires_grad_(True)
-    distill, loss = saved(Distillation(student, native, recipe.recover.distill))
+    added, lora, teacher, student = sum(p.numel() for p in learning), recipe.recover.distill.lora, None, model
+    if lora:
+        student = add_lora(model, lora, on_meta=True)
+    else:
+        teacher = unfreeze(model)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    held = {id(p) for p in student.parameters()}
+    copied = [p for p in teacher.parameters() if id(p) not in held] if teacher else []
+    distill, loss = saved(Distillation(student, native, recipe.recover.distill, teacher))
     return Costs(
         **base,
         layers=sizes,
-        linear=sum(p.numel() for p in learning),
-        lora=lora,
+        linear=added,
+        others=trained - added,
+        copied=sum(p.nbytes for p in copied),
         products=products.get_total_flops() / 2 / FEW,
         softmax=sum(softmax_flops(layer, length) for layer in linear),
         attention=attention_flops(model, tokens),

@@ -56,12 +56,10 @@ def estimate(
     out.section = "the model"
     out.add("parameters", "of the base model", c.parameters, "parameters")
     out.add("linear parameters", "added by the conversion, fp32", c.linear, "parameters")
-    out.add(
-        "LoRA parameters",
-        f"rank {recover.distill.lora.rank} on the converted layers, fp32",
-        c.lora,
-        "parameters",
-    )
+    lora = recover.distill.lora
+    kind = "LoRA" if lora else "the model's own"
+    reach = f"rank {lora.rank}, targets {lora.targets}, fp32" if lora else "all but the embeddings, fp32"
+    out.add(f"{kind} parameters", f"trained by distillation: {reach}", c.others, "parameters")
 
     def trained(count: int, what: str) -> float:
         return out.add(
@@ -98,12 +96,15 @@ def estimate(
     weights = out.add("weights", f"of the checkpoint{of_n}", c.bytes / processes)
     for value in gathered:
         out.add("a layer, gathered", "the largest", value)
-    learning = trained(c.linear + c.lora, "linear and LoRA parameters")
+    copied = (
+        [out.add("the teacher's weights", f"a frozen copy{of_n}", c.copied / processes)] if c.copied else []
+    )
+    learning = trained(c.linear + c.others, f"linear and {kind} parameters")
     loss = out.add("head and loss", f"{batch} x {c.loss:,.0f} B", tokens * c.loss)
     kept = out.add(
         "kept for backward", f"{batch} x {sum(c.distill):,.0f} B, all layers", tokens * sum(c.distill)
     )
-    out.total("in all", weights, *gathered, learning, loss, kept)
+    out.total("in all", weights, *gathered, *copied, learning, loss, kept)
     if spans:
         each = len(c.distill) * c.width * itemsize + max(c.distill)
         kept = out.add(
@@ -111,11 +112,11 @@ def estimate(
             f"{batch} x ({len(c.distill)} layers x {c.width} x {itemsize} B + one layer's {max(c.distill):,.0f} B)",
             tokens * each,
         )
-        out.total("in all, gradient checkpointing", weights, *gathered, learning, loss, kept)
+        out.total("in all, gradient checkpointing", weights, *gathered, *copied, learning, loss, kept)
 
     out.section = "on disk"
     artifact = out.add("artifact", f"the weights + {c.linear:,} x 4 B", c.bytes + 4 * c.linear)
-    most = c.linear + (c.lora if budget["distill"] else 0)
+    most = c.linear + (c.others if budget["distill"] else 0)
     checkpoint = out.add("training checkpoint", f"{most:,} x {KEPT} B: fp32, AdamW", most * KEPT)
     between = min(2, len(spans) - 1) if recover.transfer.block_layers else 0
     hidden = out.add(

@@ -16,7 +16,8 @@ from linearize_cli.errors import UserError
 from linearize_cli.methods import load_recipe
 from linearize_cli.phantom import Phantom
 from linearize_cli.plan import choose_layers, plan_layers
-from linearize_cli.recover.distill import Distillation, lora_targets
+from linearize_cli.recover.distill import Distillation
+from linearize_cli.recover.student import lora_targets
 from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.model import linear_parameters
@@ -107,7 +108,7 @@ def test_counts_and_bytes_are_those_of_the_real_model(family, keep):
     assert sum(found.transfer) * tokens == pytest.approx(kept_bytes(Transfer(model, native), model), rel=0.05)
     student = with_lora(model)
     trained = [p for p in student.parameters() if p.requires_grad]
-    assert found.lora + linear == sum(p.numel() for p in trained)
+    assert found.others + linear == sum(p.numel() for p in trained)
     objective = Distillation(student, native, RECIPE.recover.distill)
     expected = kept_bytes(objective, model)
     assert (sum(found.distill) + found.loss) * tokens == pytest.approx(expected, rel=0.1)

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import Blocks, alone, leaving, returned
-from linearize_cli.recover.train import Checkpoint
 from linearize_cli.recover.objective import Objective
+from linearize_cli.recover.train import Checkpoint
 from linearize_cli.recover.transfer import WindowDropout, shorter_windows, transferring
 from linearize_cli.tasks import Batch
 

@@ -43,10 +43,13 @@ def layer_of(model: nn.Module, name: str) -> str:
     return name
 
 
-def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """Wrap the model with LoRA; LoRA and the linear parts are trainable, both in fp32."""
+def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftModel:
+    """Wrap the model with LoRA; LoRA and the linear parts are trainable, both in fp32. `on_meta`: LoRA's parameters
+    are of shapes alone.
+    """
     targets = lora_targets(model, lora.targets)
-    student = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    student = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for module in student.modules():
         if isinstance(module, LinearAttention):
             module.requires_grad_(True)
