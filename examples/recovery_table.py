@@ -2,8 +2,8 @@
 
     python examples/recovery_table.py examples/recovery.yaml MODEL --data train.jsonl --eval-data valid.jsonl --out runs
 
-A row is a set of options of `linearize convert`; it runs as a process of its own, so its peak memory is its own. What is
-in OUT already is not run again, and an interrupted row is resumed. After each row the artifact's plain forward and
+A row is a set of options of `linearize convert`, run as a process of its own, so that its peak memory is its own. What
+is in OUT already is not run again, and an interrupted row is resumed. After each row the artifact's plain forward and
 backward, and its teacher's forward, are timed on batches of the same shape.
 """
 
