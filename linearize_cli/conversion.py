@@ -83,7 +83,9 @@ def convert(
     if not dry_run:
         check_output(folder, partial, job, resume, force)
     refuse_linearized(model)
-    texts = None if text.SELF in data else open_texts(job)
+    sources = open_sources(job)
+    eval_text = text.open_source(eval_data) if eval_data else None
+    texts = None if None in sources else train_and_eval(job, sources, eval_text)
     teacher, tokenizer = load_teacher(model, dtype, device, trust_remote_code)
     reach = recipe.attention.local.size if recipe.attention.local else 1
     linear, softmax = choose_layers(
@@ -100,8 +102,10 @@ def convert(
     with partial_folder(partial, job, resume):
         if texts is None:
             corpus = partial / "self.jsonl"
-            write_corpus(teacher, tokenizer, corpus, recipe.recover.tokens, length, seed, terminal)
-            texts = open_texts(job, corpus)
+            share = -(-recipe.recover.tokens // len(sources))
+            write_corpus(teacher, tokenizer, corpus, share, length, seed, terminal)
+            sources = [source or text.open_source(str(corpus)) for source in sources]
+            texts = train_and_eval(job, sources, eval_text)
         run = Run(job, teacher, tokenizer, task, linear, softmax, length, partial, terminal)
         report = run.all(*texts, folder.name)
         if folder.exists():
@@ -111,12 +115,18 @@ def convert(
     return {**report, "output": str(folder)}
 
 
-def open_texts(job: Job, corpus: Path | None = None) -> tuple[text.Source | None, text.Source | None]:
-    """The text to train on and the text to measure on, where there is one; `corpus` is what `self` stands for."""
+def open_sources(job: Job) -> list[text.Source | None]:
+    """What the job names as data; None stands for `self`, which is not written yet."""
     names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
-    names = [str(corpus) if name == text.SELF else name for name in names]
-    train_text = text.joined(map(text.open_source, names)) if job.train or job.data else None
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    needed = job.train or job.data
+    return [None if name == text.SELF else text.open_source(name) for name in names] if needed else []
+
+
+def train_and_eval(
+    job: Job, sources: list[text.Source], eval_text: text.Source | None
+) -> tuple[text.Source | None, text.Source | None]:
+    """The text to train on and the text to measure on, where there is one."""
+    train_text = text.joined(sources) if sources else None
     if train_text is not None and eval_text is None:
         train_text, eval_text = text.hold_out(train_text)
     return train_text if job.train else None, eval_text
@@ -167,7 +177,12 @@ def check_task(job: Job, task: Task, layers: list[Layer]) -> None:
             f"recover.distill.ce {distill.ce:g} needs right answers, and text holds none for {task.kind}",
             "Pass --set recover.distill.ce=0: it learns the teacher's logits.",
         )
-    if text.SELF in job.data and not isinstance(task, CausalLM):
+    for key in ("separate_documents", "assistant_only"):
+        if getattr(job.recipe.recover, key) and not isinstance(task, CausalLM):
+            raise UserError(
+                f"recover.{key}: {task.kind} is no causal language model", f"Pass --set recover.{key}=false."
+            )
+    if text.SELF in (*job.data, job.recipe.recover.data) and not isinstance(task, CausalLM):
         raise UserError(
             f"--data self: {task.kind} writes no text to learn from", "Pass --data with a file or a dataset."
         )

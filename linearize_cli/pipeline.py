@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import learning_rate
 from linearize_cli.recover import data as text
+from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.distill import add_lora, distill_loss, divergence
+from linearize_cli.recover.encode import marks_assistant
 from linearize_cli.recover.keep import BATCHES, Restorer, best
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import transferring
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import CausalLM, Task, context_length
+from linearize_cli.tasks import Blocks, CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
@@ -85,6 +88,8 @@ class Run:
         }
         linearize(self.model, record)
         copy_biases(self.model, self.linear)
+        if self.job.train:
+            self.check_text()
         if not linear_parameters(self.model):
             self.steps["transfer"] = 0
         self.steps["distill"] -= self.steps["transfer"]
@@ -152,6 +157,25 @@ class Run:
         seconds = self.checkpoint.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 
+    def stream(self, source: text.Source, skip: int = 0) -> Iterator[Blocks]:
+        """The training text in batches, `skip` of them left out."""
+        recover = self.job.recipe.recover
+        options = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
+        size = self.job.batch_size
+        return text.batches(source, self.tokenizer, self.length, size, skip, **options)
+
+    def check_text(self) -> None:
+        """See that the model and its tokenizer can do with text what the recipe wants.
+
+        Raises:
+            UserError: the model does not keep documents apart.
+        """
+        recover = self.job.recipe.recover
+        if recover.separate_documents:
+            check_apart(self.model, self.native)
+        if recover.assistant_only and not marks_assistant(self.tokenizer):
+            self.terminal.note("the chat template does not mark what the assistant says: all tokens count")
+
     def keep_softmax(self, source: text.Source | None, blocks: torch.Tensor | None) -> None:
         """Give the layers that `--keep-softmax auto:N` is to choose back to softmax. Of a run with transfer, the
         perplexity `swapped` is therefore that with every layer linear, and those that follow are the hybrid's.
@@ -164,10 +188,7 @@ class Run:
             return
         if "keep_softmax" not in results:
             started, size = time.monotonic(), self.job.batch_size
-            if source is not None:
-                stream = text.batches(source, self.tokenizer, self.length, size)
-            else:
-                stream = blocks.split(size)
+            stream = blocks.split(size) if source is None else self.stream(source)
             batches = list(islice(stream, BATCHES))
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             with self.terminal.progress("KL by layer", total) as advance:
@@ -185,8 +206,7 @@ class Run:
         recipe = self.job.recipe.recover
 
         def batches_from(start: int):
-            size, length = self.job.batch_size, self.length
-            return lambda done: text.batches(source, self.tokenizer, length, size, start + done)
+            return lambda done: self.stream(source, start + done)
 
         def stage(name: str, model: torch.nn.Module, loss_of, lr: float, start: int) -> None:
             started = time.monotonic()

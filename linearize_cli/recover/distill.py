@@ -45,9 +45,9 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 def distill_loss(student: PeftModel, native: str, batch: Batch, weights: Distill) -> Tensor:
     """`kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
 
-    The KL is the mean over all logits, the cross entropy that over the right answers, the error the squared one
-    relative to the teacher's mean square. The teacher is the same model with its softmax attention back and LoRA
-    off: its weights are held once.
+    The KL is the mean over the logits that count, the cross entropy that over the right answers, the error the
+    squared one relative to the teacher's mean square. The teacher is the same model with its softmax attention
+    back and LoRA off: its weights are held once.
     """
     inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
     output = student(**inputs)
@@ -58,7 +58,8 @@ def distill_loss(student: PeftModel, native: str, batch: Batch, weights: Distill
             teacher = student(**inputs)
             target = teacher.logits.float().log_softmax(-1)
     if weights.kl:
-        loss = loss + weights.kl * divergence(target, logits)
+        counted = ... if batch.counted is None else batch.counted
+        loss = loss + weights.kl * divergence(target[counted], logits[counted])
     if weights.ce:
         answers = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         loss = loss + weights.ce * answers

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from linearize_cli.recover.distill import divergence
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
-from linearize_cli.tasks import Batch, causal_batch
+from linearize_cli.tasks import Batch, Blocks, causal_batch
 
 NONE = "none"  # every layer linear
 BATCHES = 4  # of text that is measured on
@@ -29,14 +29,14 @@ class Restorer:
     Args:
         model: before its conversion, when every layer has the config that it shares with others.
         names: the layers that are going to be converted.
-        batch_of: makes the inputs of a block of tokens.
+        batch_of: makes the inputs of blocks.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         names: Iterable[str],
-        batch_of: Callable[[Tensor], Batch] = causal_batch,
+        batch_of: Callable[[Blocks | Tensor], Batch] = causal_batch,
     ):
         self.model, self.native, self.batch_of = model, model.config._attn_implementation, batch_of
         with adapted(model):  # which gives a config to modules that have none of their own
@@ -69,11 +69,14 @@ class Restorer:
         record["softmax"] = [name for name, _ in self.model.named_modules() if name in kept]
 
     @torch.no_grad()
-    def divergences(self, batches: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, float]:
-        """KL(teacher ‖ model), a mean over the tokens of batches `[B, L]`: `none` with every layer linear, and
-        under each layer's name with that layer alone restored.
+    def divergences(
+        self, batches: Sequence[Blocks | Tensor], progress: Callable[[int], None]
+    ) -> dict[str, float]:
+        """KL(teacher ‖ model), a mean over the tokens of batches: `none` with every layer linear, and under each
+        layer's name with that layer alone restored.
 
         Args:
+            batches: blocks, or ids `[B, L]`.
             progress: called with the tokens that one of these forwards has read.
         """
         self.model.eval()
@@ -89,5 +92,5 @@ class Restorer:
                 progress(ids.numel())
         return kl
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Blocks | Tensor) -> Tensor:
         return self.model(**self.batch_of(ids).inputs).logits.float()
