@@ -150,6 +150,11 @@ def part(source: Source, first: int, end: int | None) -> Source:
     return Source(name, lambda: islice(source.documents(), first, end), None if end is None else end - first)
 
 
+def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of the joined documents, a piece at a time; each document starts with BOS if there is one."""
+    return (piece[0].tolist() for document in source.documents() for piece in encode(document, tokenizer))
+
+
 def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
     """Consecutive blocks of `length` tokens of the joined documents, `[3, length]` as `encode` has them; the rest
     is dropped.

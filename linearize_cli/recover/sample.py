@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.console import Terminal
-from linearize_cli.errors import UserError
 
 ROWS = 32  # documents sampled at once
 LIBRARY, NAMESPACE = "linearize", "self"
@@ -35,9 +34,6 @@ def write_corpus(
     Every batch has a seed of its own, so that an interrupted file is continued as if it had not been, and a
     shorter corpus is the beginning of a longer one. What one conversion has sampled stays in the cache of
     huggingface_hub, under a fingerprint of the teacher and of how it was sampled, for the next.
-
-    Raises:
-        UserError: the teacher ends every document at once.
     """
     cached = corpus_cache(fingerprint(model, tokenizer, length, seed))
     if cached.exists() and not path.exists():
@@ -57,10 +53,6 @@ def write_corpus(
                 written = sample(model, tokenizer, length)
             new = sum(len(ids) for ids in written)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-            if not any(texts):
-                raise UserError(
-                    "--data self: the model ends every text at once", "Pass --data with a file or a dataset."
-                )
             records = zip(texts, map(len, written), strict=True)
             file.writelines(json.dumps({"text": text, "tokens": n}) + "\n" for text, n in records)
             file.flush()
@@ -113,15 +105,15 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, leng
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a document."""
+    """The tokens that end a document; BOS begins the next one."""
     own = model.generation_config.eos_token_id
-    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, tokenizer.bos_token_id]
     return sorted({token for token in ends if token is not None})
 
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
-    """Ids of ROWS texts, each from BOS, or from a random token where there is none, to its end or `length`."""
+    """Ids of ROWS texts, each from BOS, or from a random token where there is none, up to its end or `length`."""
     if tokenizer.bos_token_id is not None:
         start = torch.full((ROWS, 1), tokenizer.bos_token_id)
     else:
@@ -130,6 +122,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: i
     plain = GenerationConfig(
         do_sample=True,
         top_k=0,
+        min_new_tokens=1,  # no document is empty
         max_new_tokens=length - 1,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
@@ -142,6 +135,6 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: i
     finally:
         model.generation_config = own
     ended = torch.isin(output, torch.tensor(ends, dtype=output.dtype))
-    ended[:, 0] = False  # BOS may be the end as well
-    lengths = torch.where(ended.any(-1), ended.int().argmax(-1) + 1, output.shape[1])
+    ended[:, 0] = False
+    lengths = torch.where(ended.any(-1), ended.int().argmax(-1), output.shape[1])
     return [row[:n] for row, n in zip(output, lengths.tolist(), strict=True)]
