@@ -3,7 +3,7 @@ and continues rows of tokens. The kind follows from the Auto class that loads th
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
@@ -45,8 +45,18 @@ class Blocks:
     starts: Tensor | None = None
     counted: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
+        """The same with a function applied to every tensor."""
+        return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
+
     def to(self, device: torch.device | str) -> "Blocks":
-        return Blocks(*(None if x is None else x.to(device) for x in (self.ids, self.starts, self.counted)))
+        return self.map(lambda x: x.to(device))
+
+    def __getitem__(self, rows: slice) -> "Blocks":
+        return self.map(lambda x: x[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def numel(self) -> int:
         """Tokens."""

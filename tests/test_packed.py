@@ -139,6 +139,13 @@ def test_no_answer_lies_across_a_boundary():
     assert batch.counted is None
 
 
+def test_blocks_are_cut_by_rows():
+    blocks, _ = packed()
+    part = blocks[1:2].to("cpu")
+    assert len(part) == 1 and part.numel() == 145 and part.counted is None
+    assert torch.equal(part.ids, blocks.ids[1:]) and torch.equal(part.starts, blocks.starts[1:])
+
+
 def test_transfer_learns_each_document_from_its_own_softmax():
     """A document three times in a row has the losses that it has alone."""
     model = tiny_model("llama")
