@@ -122,7 +122,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option("--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Layers to keep as they are; auto: by KL.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; may be repeated.")
-@click.option("--eval-data", metavar="SRC", help="Text to measure on; else the last 1% of documents.")
+@click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
 @click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step.")

@@ -23,7 +23,7 @@ from linearize_cli.plan import Layer, check_biases, choose_layers, measured_coun
 from linearize_cli.recipe import Recipe, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
-from linearize_cli.recover.layers import KEY, Blocks
+from linearize_cli.recover.layers import KEY, LayerBlocks
 from linearize_cli.recover.sample import write_corpus
 from linearize_cli.recover.student import recomputable
 from linearize_cli.tasks import CausalLM, Task, context_length, task_class, task_of
@@ -113,7 +113,9 @@ def run(
     recipe, partial = job.recipe, folder.with_name(folder.name + ".partial")
     engine.on_main(check_output, folder, partial, job, resume, force)
     refuse_linearized(job.model)
-    texts = None if text.SELF in job.data else open_texts(job)
+    sources = open_sources(job)
+    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    texts = None if None in sources else train_and_eval(job, sources, eval_text)
     check_device(engine.device)
     size = recipe.recover.transfer.block_layers
     home = "cpu" if size else engine.home
@@ -126,15 +128,16 @@ def run(
     check_budget(job, length, engine.processes)
     by_block = None
     if size:
-        by_block = Blocks.of(teacher, [layer.name for layer in linear], size, engine.device)
+        by_block = LayerBlocks.of(teacher, [layer.name for layer in linear], size, engine.device)
         check_blocks(job, teacher, by_block, engine)
     engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
     with engine.only_main(partial_folder, partial, job, resume), engine.watched():
         if texts is None:
             corpus = partial / "self.jsonl"
-            arguments = (corpus, recipe.recover.tokens, length, job.seed, terminal)
-            engine.on_main(write_corpus, teacher, tokenizer, *arguments)
-            texts = open_texts(job, corpus)
+            share = -(-recipe.recover.tokens // len(sources))
+            engine.on_main(write_corpus, teacher, tokenizer, corpus, share, length, job.seed, terminal)
+            sources = [source or text.open_source(str(corpus)) for source in sources]
+            texts = train_and_eval(job, sources, eval_text)
         where = (length, partial, terminal, engine, by_block)
         converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
         report = converting.all(*texts, folder.name)
@@ -156,12 +159,18 @@ def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]
     return linear, softmax
 
 
-def open_texts(job: Job, corpus: Path | None = None) -> tuple[text.Source | None, text.Source | None]:
-    """The text to train on and the text to measure on, where there is one; `corpus` is what `self` stands for."""
+def open_sources(job: Job) -> list[text.Source | None]:
+    """What the job names as data; None stands for `self`, which is not written yet."""
     names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
-    names = [str(corpus) if name == text.SELF else name for name in names]
-    train_text = text.joined(map(text.open_source, names)) if job.train or job.data else None
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    needed = job.train or job.data
+    return [None if name == text.SELF else text.open_source(name) for name in names] if needed else []
+
+
+def train_and_eval(
+    job: Job, sources: list[text.Source], eval_text: text.Source | None
+) -> tuple[text.Source | None, text.Source | None]:
+    """The text to train on and the text to measure on, where there is one."""
+    train_text = text.joined(sources) if sources else None
     if train_text is not None and eval_text is None:
         train_text, eval_text = text.hold_out(train_text)
     return train_text if job.train else None, eval_text
@@ -212,7 +221,12 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
             f"recover.distill.ce {distill.ce:g} needs right answers, and text holds none for {kind}",
             "Pass --set recover.distill.ce=0: it learns the teacher's logits.",
         )
-    if text.SELF in job.data and task is not CausalLM:
+    for key in ("separate_documents", "assistant_only"):
+        if getattr(job.recipe.recover, key) and task is not CausalLM:
+            raise UserError(
+                f"recover.{key}: {kind} is no causal language model", f"Pass --set recover.{key}=false."
+            )
+    if text.SELF in (*job.data, job.recipe.recover.data) and task is not CausalLM:
         raise UserError(
             f"--data self: {kind} writes no text to learn from", "Pass --data with a file or a dataset."
         )
@@ -227,7 +241,7 @@ def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
         )
 
 
-def check_blocks(job: Job, model: PreTrainedModel, by_block: Blocks, engine: Engine) -> None:
+def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine: Engine) -> None:
     """Refuse what cannot be done a block at a time.
 
     Raises:
@@ -254,7 +268,7 @@ def check_blocks(job: Job, model: PreTrainedModel, by_block: Blocks, engine: Eng
             )
 
 
-def hidden_bytes(job: Job, model: PreTrainedModel, by_block: Blocks | None) -> int:
+def hidden_bytes(job: Job, model: PreTrainedModel, by_block: LayerBlocks | None) -> int:
     """What the hidden states between two blocks take on disk: those that one reads and those that it writes."""
     if by_block is None or not job.train:
         return 0
@@ -306,8 +320,8 @@ def plan_report(
     """
     refuse_linearized(job.model)
     check_device(device)
-    if job.data and text.SELF not in job.data:
-        open_texts(job)
+    if job.data:
+        open_sources(job)
     model = load_shape(job.model, job.dtype, trust_remote_code)
     with Phantom():
         linear, softmax = planned(job, model)

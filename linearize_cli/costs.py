@@ -16,7 +16,7 @@ from linearize_cli.plan import Layer
 from linearize_cli.probe import Probe, inputs_of, recording
 from linearize_cli.recipe import Recipe
 from linearize_cli.recover.distill import Distillation
-from linearize_cli.recover.layers import Blocks
+from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.student import add_lora, unfreeze
 from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
@@ -74,7 +74,7 @@ def costs(
     """
     base = dict(parameters=sum(p.numel() for p in model.parameters()), bytes=model.get_memory_footprint())
     try:
-        blocks = Blocks.of(model, [layer.name for layer in linear], 1, "meta")
+        blocks = LayerBlocks.of(model, [layer.name for layer in linear], 1, "meta")
         layers = list(blocks.layers(model))
     except UserError:
         layers = []

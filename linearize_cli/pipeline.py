@@ -23,11 +23,13 @@ from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
 from linearize_cli.recipe import Stage, learning_rate
 from linearize_cli.recover import data as text
+from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.blocks import transfer_by_blocks
 from linearize_cli.recover.distill import Distillation, divergence
+from linearize_cli.recover.encode import marks_assistant
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.keep import BATCHES, Restorer, best
-from linearize_cli.recover.layers import Blocks
+from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
 from linearize_cli.recover.train import Checkpoint, Log, train
@@ -35,7 +37,7 @@ from linearize_cli.recover.transfer import Transfer, WindowDropout
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import Batch, CausalLM, Task, context_length
+from linearize_cli.tasks import Batch, Blocks, CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
@@ -57,7 +59,7 @@ class Run:
         partial: Path,
         terminal: Terminal,
         engine: Engine,
-        by_block: Blocks | None = None,
+        by_block: LayerBlocks | None = None,
     ):
         self.by_block = by_block
         self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
@@ -97,6 +99,8 @@ class Run:
         }
         linearize(self.model, record)
         copy_biases(self.model, self.linear)
+        if self.job.train:
+            self.check_text()
         if not linear_parameters(self.model):
             self.steps["transfer"] = 0
         self.steps["distill"] -= self.steps["transfer"]
@@ -177,6 +181,26 @@ class Run:
         seconds = self.checkpoint.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 
+    def stream(self, source: text.Source, skip: int = 0) -> Iterator[Blocks]:
+        """The training text in batches, `skip` of them left out."""
+        recover = self.job.recipe.recover
+        options = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
+        size = self.job.batch_size
+        return text.batches(source, self.tokenizer, self.length, size, skip, **options)
+
+    def check_text(self) -> None:
+        """See that the model and its tokenizer can do with text what the recipe wants.
+
+        Raises:
+            UserError: the model does not keep documents apart.
+        """
+        recover = self.job.recipe.recover
+        if recover.separate_documents:
+            with self.running(self.model):
+                check_apart(self.model, self.native)
+        if recover.assistant_only and not marks_assistant(self.tokenizer):
+            self.terminal.note("the chat template does not mark what the assistant says: all tokens count")
+
     def keep_softmax(self, source: text.Source | None, blocks: torch.Tensor | None) -> None:
         """Give the layers that `--keep-softmax auto:N` is to choose back to softmax. Of a run with transfer, the
         perplexity `swapped` is therefore that with every layer linear, and those that follow are the hybrid's.
@@ -189,10 +213,7 @@ class Run:
             return
         if "keep_softmax" not in results:
             started, size = time.monotonic(), self.job.batch_size
-            if source is not None:
-                stream = text.batches(source, self.tokenizer, self.length, size)
-            else:
-                stream = blocks.split(size)
+            stream = blocks.split(size) if source is None else self.stream(source)
             batches = [ids.to(self.engine.device) for ids in islice(stream, BATCHES)]
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             with self.running(self.model), self.terminal.progress("KL by layer", total) as advance:
@@ -212,9 +233,8 @@ class Run:
 
         def batches_from(start: int):
             def batches(done: int) -> Iterator[Batch]:
-                size, length = self.job.batch_size, self.length
-                stream = text.batches(source, self.tokenizer, length, size, start + done)
-                return (self.task.batch(self.engine.share(ids)) for ids in stream)
+                stream = self.stream(source, start + done)
+                return (self.task.batch(self.engine.share(blocks)) for blocks in stream)
 
             return batches
 

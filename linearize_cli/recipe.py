@@ -141,8 +141,14 @@ class Distill(Stage):
 
 @dataclass(frozen=True)
 class Recover:
+    """Training: tokens in all, and the text they come from. `separate_documents` lets no document see another
+    in its block; `assistant_only` learns what the assistant says in a chat and nothing else.
+    """
+
     tokens: int = 40_000_000
     data: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
+    separate_documents: bool = False
+    assistant_only: bool = False
     transfer: Transfer = field(default_factory=Transfer)
     distill: Distill = field(default_factory=Distill)
 

@@ -3,7 +3,7 @@ and continues rows of tokens. The kind follows from the Auto class that loads th
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
@@ -29,6 +29,38 @@ from linearize_cli.runtime.config import PREFIX, auto_class
 IGNORED = -100  # a label that no answer is right for, as torch's cross entropy has it
 NOISE = 0.15  # share of a block's tokens that are masked
 SPAN = 3  # tokens of a masked span, on average (T5, arXiv 1910.10683)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of text.
+
+    Attributes:
+        ids: `[B, L]` int64.
+        starts: `[B, L]` bool, where a document begins that the model must read by itself; None: a block is one.
+        counted: `[B, L]` bool, the tokens to learn to say; None: all.
+    """
+
+    ids: Tensor
+    starts: Tensor | None = None
+    counted: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
+        """The same with a function applied to every tensor."""
+        return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
+
+    def to(self, device: torch.device | str) -> "Blocks":
+        return self.map(lambda x: x.to(device))
+
+    def __getitem__(self, rows: slice) -> "Blocks":
+        return self.map(lambda x: x[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def numel(self) -> int:
+        """Tokens."""
+        return self.ids.numel()
 
 
 @dataclass(frozen=True)
@@ -69,8 +101,14 @@ class Task:
         self.kind = type(model).__name__.removeprefix(PREFIX)
         self.pad_id = model.config.pad_token_id
 
-    def batch(self, ids: Tensor) -> Batch:
-        """The inputs and answers of a block of tokens `[B, L]`. The same row always gives the same ones."""
+    def batch(self, blocks: Blocks | Tensor) -> Batch:
+        """The inputs and answers of blocks, or of ids `[B, L]` without marks. The same row always gives the same
+        ones.
+        """
+        return self.ask(blocks if isinstance(blocks, Blocks) else Blocks(blocks))
+
+    def ask(self, blocks: Blocks) -> Batch:
+        """As `batch`; only causal language models read the marks."""
         raise NotImplementedError
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
@@ -104,8 +142,8 @@ class CausalLM(Task):
     auto_class, pipeline = "AutoModelForCausalLM", "text-generation"
     encodes, decodes = False, True
 
-    def batch(self, ids: Tensor) -> Batch:
-        return causal_batch(ids)
+    def ask(self, blocks: Blocks) -> Batch:
+        return causal_batch(blocks)
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         ids, mask = pad_left(rows, extra=extra)
@@ -160,8 +198,8 @@ class MaskedLM(Encoder):
             tokenizer.mask_token_id, f"the tokenizer of {self.kind} has no mask token", "Set its mask_token."
         )
 
-    def batch(self, ids: Tensor) -> Batch:
-        ids = self.framed(ids)
+    def ask(self, blocks: Blocks) -> Batch:
+        ids = self.framed(blocks.ids)
         order = torch.stack([torch.rand(ids.shape[1], generator=chance(row)) for row in ids])
         order[:, [0, -1]] = 2.0  # the marks are never hidden
         hidden = torch.zeros_like(order, dtype=torch.bool)
@@ -185,8 +223,8 @@ class SequenceClassification(Encoder):
                 "Choose an encoder with at least two classes.",
             )
 
-    def batch(self, ids: Tensor) -> Batch:
-        return Batch({"input_ids": self.framed(ids)}, None)
+    def ask(self, blocks: Blocks) -> Batch:
+        return Batch({"input_ids": self.framed(blocks.ids)}, None)
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         return list(self.encode(model, rows, extra)[0])
@@ -219,7 +257,8 @@ class Seq2SeqLM(Task):
         else:
             self.corrupt = self.halves if self.mask_id is None else self.infilling
 
-    def batch(self, ids: Tensor) -> Batch:
+    def ask(self, blocks: Blocks) -> Batch:
+        ids = blocks.ids
         room = ids.shape[1] - len(self.before) - len(self.after)
         pairs = [self.corrupt(row[:room].tolist(), chance(row)) for row in ids]
         source, labels = (
@@ -274,9 +313,24 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task_class(model)(model, tokenizer)
 
 
-def causal_batch(ids: Tensor) -> Batch:
-    """Each token's answer is the next one."""
-    return Batch({"input_ids": ids, "use_cache": False}, pad(ids[:, 1:], (0, 1), value=IGNORED))
+def causal_batch(blocks: Blocks | Tensor) -> Batch:
+    """Each token's answer is the next one of its document."""
+    if not isinstance(blocks, Blocks):
+        blocks = Blocks(blocks)
+    ids, starts, counted = blocks.ids, blocks.starts, blocks.counted
+    inputs, labels = {"input_ids": ids, "use_cache": False}, pad(ids[:, 1:], (0, 1), value=IGNORED)
+    if starts is not None:
+        inputs["position_ids"] = document_positions(starts)
+        labels = labels.masked_fill(pad(starts[:, 1:], (0, 1)), IGNORED)
+    if counted is not None:
+        labels = labels.masked_fill(~pad(counted[:, 1:], (0, 1)), IGNORED)
+    return Batch(inputs, labels, None if counted is None else labels != IGNORED)
+
+
+def document_positions(starts: Tensor) -> Tensor:
+    """`[B, L]` bool, true where a document begins -> each token's place in its document, int64."""
+    slot = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    return slot - slot.where(starts, 0).cummax(-1).values
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -26,7 +26,7 @@ from linearize_cli.measure.equivalence import (
     sample_rows,
 )
 from linearize_cli.measure.selfcheck import TOLERANCE
-from linearize_cli.recover.data import read_jsonl
+from linearize_cli.recover.read import Chat, read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.tasks import Task, context_length, task_of
@@ -231,7 +231,10 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
     if path.suffix == ".jsonl":
-        texts = ["".join(document) for document in read_jsonl(path)]
+        documents = list(read_jsonl(path))
+        if any(isinstance(document, Chat) for document in documents):
+            raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
+        texts = ["".join(document) for document in documents]
     else:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     texts = [text for text in texts if text.strip()]

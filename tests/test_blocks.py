@@ -17,7 +17,7 @@ from tiny_checkpoint import save_tokenizer, tiny_model
 
 from linearize_cli.errors import UserError
 from linearize_cli.recover import blocks as blocks_module
-from linearize_cli.recover.layers import Blocks, returned
+from linearize_cli.recover.layers import LayerBlocks, returned
 from linearize_cli.tasks import causal_batch
 
 SHARE = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=1.0")
@@ -215,9 +215,9 @@ def test_a_layer_that_reads_more_than_hidden_states_is_refused():
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
     model.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop(), *args[1:]))
     model.register_forward_pre_hook(lambda module, args: seen.clear())
-    found = Blocks.of(model, ["model.layers.1.self_attn"], 1, "cpu")
+    found = LayerBlocks.of(model, ["model.layers.1.self_attn"], 1, "cpu")
     assert found.count == 2 and returned(found, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
-    every = Blocks.of(model, [f"model.layers.{i}.self_attn" for i in range(3)], 1, "cpu")
+    every = LayerBlocks.of(model, [f"model.layers.{i}.self_attn" for i in range(3)], 1, "cpu")
     with pytest.raises(UserError, match="layers 2 to 2 .* do not run alone"):
         returned(every, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
 
@@ -225,7 +225,7 @@ def test_a_layer_that_reads_more_than_hidden_states_is_refused():
 def test_layers_in_two_lists_are_refused():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="do not stand in one list"):
-        Blocks.of(model, ["model.layers.0.self_attn", "model.norm"], 1, "cpu")
+        LayerBlocks.of(model, ["model.layers.0.self_attn", "model.norm"], 1, "cpu")
 
 
 def test_a_full_disk_is_told_before_the_start(teachers, monkeypatch):

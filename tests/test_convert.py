@@ -120,7 +120,7 @@ def test_the_teacher_writes_its_own_corpus(teacher, monkeypatch):
     changes = {**SMALL, "data": ("self",), "eval_data": teacher.text, "batch_size": 4}
     report = convert(teacher.path, output, **changes)
     assert report["perplexity"]["recovered"] > 0
-    assert len(texts) == 96 and len(set(texts)) > 8  # 3 batches of 32: 1280 tokens in documents of up to 16
+    assert sum(json.loads(text)["tokens"] for text in texts) >= SMALL["tokens"] and len(set(texts)) > 8
 
 
 def keep_corpus(rmtree, texts):

@@ -10,6 +10,9 @@ from transformers import AutoTokenizer
 
 from linearize_cli.errors import UserError
 from linearize_cli.recover import data
+from linearize_cli.recover import read as readers
+from linearize_cli.recover.encode import encode, marks_assistant
+from linearize_cli.recover.read import Chat
 
 
 @pytest.fixture
@@ -39,11 +42,10 @@ def test_files_of_each_kind(tmp_path):
     source = data.open_source(str(tmp_path))
     assert read(source) == ["a fox", "sat", "p q", "r", "one document\nof two lines\n"]
     assert source.count == 5
-    assert read(data.joined([source, source])) == read(source) * 2
 
 
 def test_a_long_text_is_read_in_pieces_that_cut_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 10)
+    monkeypatch.setattr(readers, "PIECE", 10)
     (tmp_path / "long.txt").write_text("a line of words\n" * 9)
     (document,) = data.open_source(str(tmp_path / "long.txt")).documents()
     pieces = list(document)
@@ -62,7 +64,16 @@ def test_batches_repeat_the_source_and_resume_anywhere(tmp_path, tokenizer):
     all_at_once = list(islice(data.batches(source, tokenizer, 4, 2), 9))
     for skip in (1, 4, 8):
         resumed = next(data.batches(source, tokenizer, 4, 2, skip=skip))
-        assert torch.equal(resumed, all_at_once[skip])
+        assert torch.equal(resumed.ids, all_at_once[skip].ids)
+
+
+def test_sources_take_turns(tmp_path):
+    a, b, c = (
+        data.open_source(str(jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(n)])))
+        for name, n in (("a", 4), ("b", 1), ("c", 2))
+    )
+    both = data.joined([a, b, c])
+    assert read(both) == ["a0", "b0", "c0", "a1", "c1", "a2", "a3"] and both.count == 7
 
 
 def test_the_last_hundredth_is_held_out(tmp_path):
@@ -70,6 +81,18 @@ def test_the_last_hundredth_is_held_out(tmp_path):
     kept, held = data.hold_out(source)
     assert read(held) == ["text 248", "text 249"]
     assert read(kept) + read(held) == read(source)
+
+
+@pytest.mark.parametrize(("length", "eval_documents"), [(1000, range(500)), (999, range(989, 999)), (2, [1])])
+def test_what_is_held_out_of_a_stream(tmp_path, length, eval_documents):
+    """The first 500 documents; of one so short that its end is seen, the last hundredth."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [f"text {i}" for i in range(length)])
+    train, held = data.hold_out(data.hub_source(str(folder)))
+    assert read(held) == [f"text {i}" for i in eval_documents]
+    assert set(read(train)) == {f"text {i}" for i in range(length)} - set(read(held))
+    assert read(train) == read(train)  # every pass is the same
 
 
 def test_the_demo_text_is_a_source():
@@ -89,6 +112,10 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path):
     ("content", "words"),
     [
         ("", ["holds no text"]),
+        ('{"text": null}\n', ["holds no text"]),
+        ('{"messages": []}\n', ["holds no text"]),
+        ('{"messages": "a"}\n', ["line 1", "`role`"]),
+        ('{"messages": [{"from": "gpt"}]}\n', ["line 1", "`role`"]),
         ('{"text": ""}\n', ["holds no text"]),
         ('{"text": "a"}\n{"body": "b"}\n', ["line 2", "`text`"]),
         ("not json\n", ["line 1"]),
@@ -102,6 +129,88 @@ def test_bad_jsonl_is_refused_with_its_line(content, words, tmp_path):
     with pytest.raises(UserError) as error:
         data.open_source(str(file))
     assert all(word in str(error.value) for word in [*words, "bad.jsonl"])
+
+
+CHAT = [
+    {"role": "user", "content": "fox"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "a fox"},
+]
+SHAREGPT = [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in CHAT]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }} {{ eos_token }}{% endgeneration %}"
+    "{% elif message.role == 'user' %}{{ message.content }}{% else %}{{ raise_exception('who?') }}{% endif %}"
+    " {% endfor %}"
+)
+BOS, EOS, A, FOX, SAT = 1, 2, 3, 4, 5
+CHAT_IDS = [BOS, FOX, SAT, EOS, A, A, FOX, EOS]
+SAID = [0, 0, 1, 1, 0, 1, 1, 1]
+
+
+def chats(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data.open_source(str(path))
+
+
+def test_chats_of_every_kind_of_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = (
+        {"messages": CHAT},
+        {"conversations": SHAREGPT},
+        {"text": "fox", "messages": CHAT},
+        {"messages": []},
+    )
+    assert list(chats(tmp_path / "a.jsonl", *rows).documents()) == [CHAT, CHAT, ["fox"]]
+    pyarrow.parquet.write_table(pyarrow.table({"id": [0], "messages": [CHAT]}), tmp_path / "b.parquet")
+    assert list(data.open_source(str(tmp_path / "b.parquet")).documents()) == [CHAT]
+    (tmp_path / "set").mkdir()
+    chats(tmp_path / "set" / "train.jsonl", {"messages": CHAT})
+    assert list(data.hub_source(str(tmp_path / "set")).documents()) == [CHAT]
+    (tmp_path / "other").mkdir()
+    jsonl(tmp_path / "other" / "a.txt", [])
+    (tmp_path / "other" / "train.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(UserError, match="the dataset .*no row with a `text`"):
+        list(data.hub_source(str(tmp_path / "other")).documents())
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_a_chat_goes_through_the_template_and_has_one_bos(tokenizer, bos):
+    tokenizer.chat_template = TEMPLATE.replace("{{ bos_token }}", bos)
+    (piece,) = encode(Chat(CHAT), tokenizer)
+    assert piece.tolist() == [CHAT_IDS, SAID, [1, *[0] * 7]]
+
+
+def test_a_template_without_marks_makes_all_count(tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (piece,) = encode(Chat(CHAT), tokenizer)
+    assert piece[:2].tolist() == [CHAT_IDS, [1] * 8] and not marks_assistant(tokenizer)
+
+
+def test_a_chat_without_a_template_or_that_it_refuses(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        list(encode(Chat(CHAT), tokenizer))
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(UserError, match="who\\?"):
+        list(encode(Chat([{"role": "narrator", "content": "a"}]), tokenizer))
+
+
+def test_what_counts_and_where_documents_begin(tmp_path, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    source = chats(tmp_path / "a.jsonl", {"messages": CHAT}, {"text": "a fox"}, {"messages": CHAT[:1] * 9})
+    options = {"separate": True, "assistant_only": True}
+    first = next(data.batches(source, tokenizer, 5, 2, **options))
+    assert first.ids.tolist() == [CHAT_IDS[:5], [*CHAT_IDS[5:], BOS, A]]
+    assert first.counted.tolist() == [[False, False, True, True, False], [True] * 5]
+    assert first.starts.int().tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
+    plain = next(data.batches(source, tokenizer, 5, 2))
+    assert torch.equal(plain.ids, first.ids) and plain.starts is None and plain.counted is None
+    # The third chat's nine words have nobody answer them: the blocks of nothing else are left out.
+    third = next(data.batches(source, tokenizer, 5, 2, skip=1, **options))
+    assert third.ids[0].tolist() == CHAT_IDS[:5]
 
 
 def test_what_is_no_data_is_refused(tmp_path, tokenizer):

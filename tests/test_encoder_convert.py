@@ -191,6 +191,12 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         ("bart", dict(method="retention"), "attention.memory.kind of retention runs forward in time"),
         ("roberta-classifier", dict(overrides=("recover.distill.ce=1",)), "recover.distill.ce 1 needs"),
         ("bert", dict(data=("self",)), "--data self: BertForMaskedLM writes no text"),
+        (
+            "bert",
+            dict(overrides=("recover.separate_documents=true",)),
+            "recover.separate_documents: BertForMaskedLM is no causal",
+        ),
+        ("t5", dict(overrides=("recover.assistant_only=true",)), "recover.assistant_only: T5"),
         ("roberta-classifier", dict(seq_len=130), "context of 128"),
         ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* encoder"),
         ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' is none of"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize_cli.recover.engine import Engine
-from linearize_cli.recover.layers import Blocks, alone, leaving, returned
+from linearize_cli.recover.layers import LayerBlocks, alone, leaving, returned
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.train import Checkpoint
 from linearize_cli.recover.transfer import WindowDropout, shorter_windows, transferring
@@ -29,7 +29,7 @@ def transfer_by_blocks(
     model: PreTrainedModel,
     native: str,
     windows: WindowDropout,
-    blocks: Blocks,
+    blocks: LayerBlocks,
     batches: Callable[[int], Iterator[Batch]],
     steps: int,
     checkpoint: Checkpoint,
@@ -115,7 +115,7 @@ class BlockTransfer(Objective):
         model: PreTrainedModel,
         native: str,
         windows: WindowDropout,
-        blocks: Blocks,
+        blocks: LayerBlocks,
         returns: list[int],
         block: range,
         hidden: HiddenStates,

@@ -1,6 +1,5 @@
 """Text sources as streams of documents, and documents as blocks of tokens."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -8,18 +7,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.errors import UserError
+from linearize_cli.recover.encode import encode
+from linearize_cli.recover.read import READERS, Document, documents
+from linearize_cli.tasks import Blocks
 
 DEMO, SELF = "demo", "self"
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
-PIECE = 1 << 20  # characters of a text file read at once
 HELD_OUT_SHARE = 0.01
 HELD_OUT_LIMIT = 500_000  # tokens held out at most, so that measuring stays a small part of a long run
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-
-# A document as pieces of text, so that a long one is never whole in memory.
-Document = Iterable[str]
+HELD_OUT_OF_STREAM = 500  # documents, of a stream whose end is not known
+SUFFIXES = tuple(READERS)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """A text file (one document), JSONL (`text` field) or parquet, a folder of them, or a Hub dataset
-    `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
+    """A text file (one document), JSONL or parquet (`text` field, or a chat in `messages`), a folder of them, or a
+    Hub dataset `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
 
     Raises:
         UserError: nothing is there, the form is unknown, or it holds no text.
@@ -64,76 +64,28 @@ def local_source(name: str, path: Path) -> Source:
                 f"cannot read {file}: its ending is none of {', '.join(SUFFIXES)}", "Rename or convert it."
             )
 
-    def documents() -> Iterator[Document]:
+    def read() -> Iterator[Document]:
         for file in files:
             yield from READERS[file.suffix](file)
 
     try:
-        count = sum(1 for document in documents() for _ in islice(document, 1))
+        count = sum(1 for document in read() for _ in islice(document, 1))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} holds a file that is no UTF-8 text: {error}", "Convert it to UTF-8."
         ) from None
     if count == 0:
         raise UserError(f"{name} holds no text", "Name data with at least one document that is not empty.")
-    return Source(name, documents, count)
+    return Source(name, read, count)
 
 
 def demo_source() -> Source:
     from linearize_cli.demo.corpus import generate_documents
 
-    def documents() -> Iterator[Document]:
+    def read() -> Iterator[Document]:
         return ([document.text] for document in generate_documents(DEMO_SEED, DEMO_DOCUMENTS))
 
-    return Source(DEMO, documents, DEMO_DOCUMENTS)
-
-
-def read_text(file: Path) -> Iterator[Document]:
-    def pieces() -> Iterator[str]:
-        with file.open(encoding="utf-8") as stream:
-            while piece := stream.read(PIECE):
-                yield piece + stream.readline()  # end at a line, so that no word is cut
-
-    if file.stat().st_size:
-        yield pieces()
-
-
-def read_jsonl(file: Path) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{file}, line {number}: not a JSON object with a `text` field",
-                    'Each line must read like {"text": "..."}.',
-                ) from None
-            if not isinstance(text, str):
-                raise UserError(f"{file}, line {number}: `text` is no string", "Mend or remove the line.")
-            if text:
-                yield [text]
-
-
-def read_parquet(file: Path) -> Iterator[Document]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(
-                f"{file} has no `text` column", f"Its columns: {', '.join(table.schema_arrow.names)}."
-            )
-        for batch in table.iter_batches(columns=["text"]):
-            yield from ([text] for text in batch.column(0).to_pylist() if text)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"cannot read {file}: {error}", "The file may be cut short; fetch it again."
-        ) from None
-
-
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    return Source(DEMO, read, DEMO_DOCUMENTS)
 
 
 def hub_source(name: str) -> Source:
@@ -150,74 +102,93 @@ def hub_source(name: str) -> Source:
             f"cannot open the dataset {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "Check the name and the network, or pass --data FILE with text of your own, or --data self.",
         ) from None
-    return Source(name, lambda: ([row["text"]] for row in stream if row.get("text")))
+    return Source(name, lambda: documents(stream, f"the dataset {name}"))
 
 
 def joined(sources: Iterable[Source]) -> Source:
-    """Several sources, one after the other."""
+    """Several sources in one: a document of each in turn, until all are used up."""
     sources = list(sources)
     counts = [s.count for s in sources]
 
-    def documents() -> Iterator[Document]:
-        for source in sources:
-            yield from source.documents()
+    def read() -> Iterator[Document]:
+        streams = [source.documents() for source in sources]
+        while streams:
+            for stream in list(streams):
+                if (document := next(stream, None)) is None:
+                    streams.remove(stream)
+                else:
+                    yield document
 
-    return Source(", ".join(s.name for s in sources), documents, None if None in counts else sum(counts))
+    return Source(", ".join(s.name for s in sources), read, None if None in counts else sum(counts))
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
-    """Split off the last 1% of documents (at least one) for measuring.
+    """Split off the last 1% of documents (at least one) for measuring; of a stream whose end is not among its
+    first 1,000, the first 500.
 
     Raises:
-        UserError: the number of documents is not known, or there is only one.
+        UserError: there is only one.
     """
-    if source.count is None:
-        raise UserError(
-            f"{source.name} is a stream of unknown length, so nothing can be held out of it",
-            "Pass --eval-data with text to measure on.",
-        )
-    if source.count < 2:
+    count, limit = source.count, 2 * HELD_OUT_OF_STREAM
+    if count is None:
+        count = sum(1 for _ in islice(source.documents(), limit))
+        if count == limit:
+            return part(source, HELD_OUT_OF_STREAM, None), part(source, 0, HELD_OUT_OF_STREAM)
+    if count < 2:
         raise UserError(
             f"{source.name} holds a single document, so nothing can be held out of it",
             "Pass --eval-data with text to measure on.",
         )
-    held = max(1, round(source.count * HELD_OUT_SHARE))
-    kept = source.count - held
-    return (
-        Source(source.name, lambda: islice(source.documents(), kept), kept),
-        Source(
-            f"the last {held} documents of {source.name}",
-            lambda: islice(source.documents(), kept, None),
-            held,
-        ),
-    )
+    kept = count - max(1, round(count * HELD_OUT_SHARE))
+    return part(source, 0, kept), part(source, kept, count)
 
 
-def tokens(source: Source, tokenizer) -> Iterator[list[int]]:
+def part(source: Source, first: int, end: int | None) -> Source:
+    """The documents of a source from `first` on, before `end`."""
+    name = source.name if first == 0 else f"{source.name} from document {first + 1} on"
+    name += "" if end is None else f", {end - first} documents"
+    return Source(name, lambda: islice(source.documents(), first, end), None if end is None else end - first)
+
+
+def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of the joined documents, a piece at a time; each document starts with BOS if there is one."""
+    return (piece[0].tolist() for document in source.documents() for piece in encode(document, tokenizer))
+
+
+def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
+    """Consecutive blocks of `length` tokens of the joined documents, `[3, length]` as `encode` has them; the rest
+    is dropped.
+    """
+    pending = torch.empty(3, 0, dtype=torch.long)
     for document in source.documents():
-        if tokenizer.bos_token_id is not None:
-            yield [tokenizer.bos_token_id]
-        for piece in document:
-            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        for piece in encode(document, tokenizer):
+            pending = torch.cat([pending, piece], 1)
+            whole = pending.shape[1] // length * length
+            for first in range(0, whole, length):
+                yield pending[:, first : first + length]
+            pending = pending[:, whole:]
 
 
-def blocks(source: Source, tokenizer, length: int) -> Iterator[Tensor]:
+def blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
     """Consecutive blocks of `length` tokens of the joined documents, int64 `[length]`; the rest is dropped."""
-    pending: list[int] = []
-    for ids in tokens(source, tokenizer):
-        pending += ids
-        whole = len(pending) // length * length
-        for first in range(0, whole, length):
-            yield torch.tensor(pending[first : first + length])
-        del pending[:whole]
+    return (block[0] for block in encoded_blocks(source, tokenizer, length))
 
 
-def batches(source: Source, tokenizer, length: int, size: int, skip: int = 0) -> Iterator[Tensor]:
-    """Batches `[size, length]` without end: the source is read again when it is used up.
+def batches(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    size: int,
+    skip: int = 0,
+    separate: bool = False,
+    assistant_only: bool = False,
+) -> Iterator[Blocks]:
+    """Batches of `size` blocks of `length` tokens without end: the source is read again when it is used up.
 
     Args:
-        skip: batches to leave out at the start, to go on where a run was interrupted.
+        skip: batches to leave out at the start, to go on where a run was interrupted; they are read again.
+        separate: mark where documents begin.
+        assistant_only: mark what counts, where the chat template tells; blocks without any are left out.
 
     Raises:
         UserError: the source does not fill one block.
@@ -226,9 +197,10 @@ def batches(source: Source, tokenizer, length: int, size: int, skip: int = 0) ->
     def endless() -> Iterator[Tensor]:
         while True:
             empty = True
-            for block in blocks(source, tokenizer, length):
-                empty = False
-                yield block
+            for block in encoded_blocks(source, tokenizer, length):
+                if not assistant_only or bool(block[1, 1:].any()):
+                    empty = False
+                    yield block
             if empty:
                 raise UserError(
                     f"{source.name} is shorter than one block of {length} tokens",
@@ -237,7 +209,8 @@ def batches(source: Source, tokenizer, length: int, size: int, skip: int = 0) ->
 
     stream = islice(endless(), skip * size, None)
     while True:
-        yield torch.stack(list(islice(stream, size)))
+        ids, counted, starts = torch.stack(list(islice(stream, size)), 1)
+        yield Blocks(ids, starts.bool() if separate else None, counted.bool() if assistant_only else None)
 
 
 def evaluation_blocks(source: Source, tokenizer, length: int, limit: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from linearize_cli.recover.distill import divergence
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
-from linearize_cli.tasks import Batch, causal_batch
+from linearize_cli.tasks import Batch, Blocks, causal_batch
 
 NONE = "none"  # every layer linear
 BATCHES = 4  # of text that is measured on
@@ -29,14 +29,14 @@ class Restorer:
     Args:
         model: before its conversion, when every layer has the config that it shares with others.
         names: the layers that are going to be converted.
-        batch_of: makes the inputs of a block of tokens.
+        batch_of: makes the inputs of blocks.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         names: Iterable[str],
-        batch_of: Callable[[Tensor], Batch] = causal_batch,
+        batch_of: Callable[[Blocks | Tensor], Batch] = causal_batch,
     ):
         self.model, self.native, self.batch_of = model, model.config._attn_implementation, batch_of
         with adapted(model):  # which gives a config to modules that have none of their own
@@ -70,13 +70,14 @@ class Restorer:
 
     @torch.no_grad()
     def divergences(
-        self, model: nn.Module, batches: Sequence[Tensor], progress: Callable[[int], None]
+        self, model: nn.Module, batches: Sequence[Blocks | Tensor], progress: Callable[[int], None]
     ) -> dict[str, float]:
-        """KL(teacher ‖ model), a mean over the tokens of batches `[B, L]`: `none` with every layer linear, and
-        under each layer's name with that layer alone restored.
+        """KL(teacher ‖ model), a mean over the tokens of batches: `none` with every layer linear, and under each
+        layer's name with that layer alone restored.
 
         Args:
             model: the converted one, or a sharded copy that shares its configs.
+            batches: blocks, or ids `[B, L]`.
             progress: called with the tokens that one of these forwards has read.
         """
         model.eval()
@@ -91,5 +92,5 @@ class Restorer:
                 progress(ids.numel())
         return kl
 
-    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, ids: Blocks | Tensor) -> Tensor:
         return model(**self.batch_of(ids).inputs).logits.float()

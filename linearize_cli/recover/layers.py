@@ -29,7 +29,7 @@ class Finished(Exception):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class LayerBlocks:
     """The layers of a model in blocks of `size`, and the device that they visit.
 
     Attributes:
@@ -43,7 +43,7 @@ class Blocks:
     device: str
 
     @classmethod
-    def of(cls, model: PreTrainedModel, converted: Sequence[str], size: int, device: str) -> "Blocks":
+    def of(cls, model: PreTrainedModel, converted: Sequence[str], size: int, device: str) -> "LayerBlocks":
         """
         Args:
             converted: the names of the attention modules that are or will be linear.
@@ -162,7 +162,7 @@ def leaving(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def returned(blocks: Blocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
+def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
     """How long a tuple each layer returns, 0 for a plain tensor, seen on the batch's first row.
 
     Raises:

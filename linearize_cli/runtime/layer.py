@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from linearize_cli.runtime.cache import LinearCacheLayer, cache_layer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
+from linearize_cli.runtime.packed import attend_apart, document_starts
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
@@ -47,6 +48,7 @@ class LinearizedAttention(LinearAttention):
         linearize_state: LinearCacheLayer | None = None,
         s_aux: Tensor | None = None,
         cache: object = None,
+        position_ids: Tensor | None = None,
         **unused: object,
     ) -> Tensor:
         """query `[B, heads, T, D]`, key and value `[B, kv, T, D]` -> `[B, T, heads, Dv]` in query's dtype.
@@ -58,6 +60,8 @@ class LinearizedAttention(LinearAttention):
             linearize_state: the layer's place in the cache, or None without one.
             s_aux: `[heads]` learned sink logits (gpt-oss).
             cache: the paged cache of continuous batching, which holds no state.
+            position_ids: `[B or 1, T]`, of which documents are read that are packed into one row, where there
+                are neither pads nor a cache; None: a row is one.
         """
         if cache is not None:
             raise NotImplementedError(
@@ -69,10 +73,16 @@ class LinearizedAttention(LinearAttention):
         sink_logits = s_aux if self.equation.score == "softmax" else None
         if not self.equation.causal:
             out = bidirectional(self, query, key, value, valid, sink_logits)
-        elif linearize_state is None:
-            out, _ = chunked(self, None, query, key, value, valid, sink_logits)
-        else:
+        elif linearize_state is not None:
             out = linearize_state.attend(self, query, key, value, valid, sink_logits)
+        else:
+            starts = None if valid is not None else document_starts(position_ids, query.shape[0])
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return chunked(self, None, q, k, v, valid, sink_logits)[0]
+
+            heads = (query, key, value)
+            out = attend(*heads) if starts is None else attend_apart(attend, starts, *heads)
         return out.transpose(1, 2).contiguous()
 
     def place(self, cache: Cache, index: int) -> LinearCacheLayer:

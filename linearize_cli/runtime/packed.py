@@ -1,0 +1,54 @@
+"""Several documents packed into one row: each is a sequence of its own."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SHORT = 64  # documents shorter than this go together
+
+
+def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """Where documents begin, `[B, T]` bool, or None where every row is one.
+
+    As transformers finds them (`masking_utils.find_packed_sequence_indices`): a position that does not follow
+    the one before it begins a document. Compiled code cannot look, and takes every row as one.
+
+    Args:
+        position_ids: `[B or 1, T]`; positions of another form (of images, say) pack nothing.
+    """
+    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return None
+    jumps = position_ids.diff(dim=-1) != 1
+    return pad(jumps, (1, 0), value=True).expand(batch, -1) if bool(jumps.any()) else None
+
+
+def attend_apart(attend: Callable[..., Tensor], starts: Tensor, *heads: Tensor) -> Tensor:
+    """A causal attention of every document by itself.
+
+    Documents become rows with pads on their right, which a causal attention does not see; those of about the
+    same length make one batch, so that no more than half of one is pads (but among the short).
+
+    Args:
+        attend: q, k, v `[N, heads, T, D]` -> `[N, heads, T, Dv]`.
+        starts: `[B, T]` bool, true where a document begins; heads: q, k, v `[B, heads, T, D]`.
+
+    Returns:
+        `[B, heads, T, Dv]`.
+    """
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in heads]  # [B T, heads, D]
+    first = starts.flatten().nonzero().squeeze(-1)
+    lengths = first.diff(append=first.new_tensor([starts.numel()]))
+    kinds = lengths.div(SHORT, rounding_mode="floor").float().frexp().exponent  # 0, 1, 2 to 3, 4 to 7, ..
+    outputs, slots = [], []
+    for kind in kinds.unique():
+        length = lengths[kinds == kind, None]
+        place = torch.arange(int(length.max()), device=length.device)
+        index = first[kinds == kind, None] + place.minimum(length - 1)  # a pad repeats the last token
+        own = place < length
+        out = attend(*(x[index].transpose(1, 2) for x in tokens))
+        outputs.append(out.transpose(1, 2)[own])
+        slots.append(index[own])
+    order = torch.cat(slots).argsort()
+    return torch.cat(outputs)[order].unflatten(0, starts.shape).transpose(1, 2)
