@@ -1,0 +1,362 @@
+"""`eval`: an artifact beside its softmax teacher."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.artifact.load import load, refuse_linearized
+from linearize_cli.checkpoint import load_teacher
+from linearize_cli.console import Terminal, write_json
+from linearize_cli.demo import heldout_path
+from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
+from linearize_cli.errors import UserError
+from linearize_cli.measure import plots, synthetic
+from linearize_cli.measure.ablation import ABLATIONS, has_both_parts, without
+from linearize_cli.measure.generation import generation
+from linearize_cli.measure.harness import Harness
+from linearize_cli.measure.predictions import predictions
+from linearize_cli.measure.recall import recall
+from linearize_cli.recover import data as text
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import CausalLM, Task, context_length, last_position, task_of
+from linearize_cli.verification import check_artifact
+from linearize_cli.versions import versions
+
+SCHEMA = 1
+TIMES = 8  # the trained length: the longest context, if none is asked for
+SHORTEST = 8  # tokens of a block
+BINS = 16  # of positions
+DOCUMENTS = 100  # of the demo's, for recall
+PROMPT, NEW, PROMPTS = 32, 64, 8  # of the generation checks
+NO_WINDOW = 32  # what distances are multiples of where a method has no window
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and its student, and the text `[N]` that they are measured on."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    text: Tensor
+    terminal: Terminal
+    seed: int
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def blocks(self, length: int) -> Tensor:
+        """Consecutive blocks `[N, length]`; the rest is dropped."""
+        return self.text[: len(self.text) // length * length].view(-1, length)
+
+
+def evaluate(
+    artifact: str | Path = ".",
+    *,
+    teacher: str | None = None,
+    data: str | None = None,
+    context: Sequence[int] = (),
+    tasks: Sequence[str] = (),
+    tokens: int | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """`linearize eval`: measure an artifact beside its softmax teacher, and write `eval.json` and figures into it.
+
+    Args:
+        teacher: the model it was made from; None: the one that its linearize.json names.
+        data: text to measure on, as of `convert`; None: the demo's, of a demo artifact.
+        context: tokens of a block; the first is that of the overall numbers, the longest that of those by
+            position. Empty: the length it was trained at, and up to 8 times that, as far as the model's
+            positions and the text allow.
+        tasks: of lm_eval, by name, or as YAML files.
+        tokens: of text at most; None: all (of a stream, 500,000).
+        trust_remote_code: whether code that either model brings along may run.
+        write: whether to write into the artifact.
+
+    Returns:
+        The contents of `eval.json`; what does not apply to this kind of model, or was not asked for, is None.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+    """
+    terminal, folder = terminal or Terminal(quiet=True), Path(artifact).expanduser()
+    check_artifact(folder)
+    record = read_record(folder)
+    base = teacher or record.get("base_model")
+    if base is None:
+        raise UserError(
+            f"{folder} has no linearize.json that names its teacher", "Pass --teacher with its base model."
+        )
+    if any(length < SHORTEST for length in context):
+        raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
+    source = open_text(data, base)
+    harness = Harness(tasks) if tasks else None
+    student, tokenizer = load(
+        folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
+    task = task_of(student, tokenizer)
+    if harness and not isinstance(task, CausalLM):
+        raise UserError(f"--tasks: {task.kind} is no causal language model", "Leave the option out.")
+    limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
+    ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
+    pair = Pair(original, student, tokenizer, task, ids, terminal, seed)
+    trained = record.get("seq_len") or min(1024, context_length(student))
+    contexts = choose_contexts(pair, list(dict.fromkeys(context)), trained, source.name)
+    reach = context_length(original) if isinstance(task, CausalLM) else max(contexts)
+    if max(contexts) > reach:
+        terminal.note(
+            f"beyond {reach} tokens the teacher itself is outside its context: no fair reference there"
+        )
+    report = {
+        "schema": SCHEMA,
+        "teacher": base,
+        "method": record.get("method"),
+        "data": source.name,
+        "contexts": {"trained": trained, "teacher": reach, "measured": contexts},
+        "window": window(student),
+        **measure_text(pair, contexts),
+        **measure_recall(pair, max(contexts), demo=base == text.DEMO),
+        "generation": measure_generation(pair, contexts[0]) if task.decodes else None,
+        "tasks": measure_tasks(pair, harness) if harness else None,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions(),
+    }
+    if write:
+        draw(folder, report)
+        write_json(folder / "eval.json", report)
+    return report
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`linearize.json`, or nothing where there is none."""
+    path = folder / "linearize.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "Convert again, or remove the file.") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is no report of a conversion", "Convert again, or remove the file.")
+    return record
+
+
+def open_text(data: str | None, base: str) -> text.Source:
+    if data is None and base == text.DEMO:
+        data = str(heldout_path())
+    if data is None:
+        raise UserError(
+            "eval needs text that neither model was trained on",
+            "Pass --data: a text, JSONL or parquet file, a folder of them, or a Hub dataset.",
+        )
+    if data == text.SELF:
+        raise UserError(
+            "--data self: on its own writing a teacher is no reference", "Pass text that it did not write."
+        )
+    return text.open_source(data)
+
+
+def original_model(
+    folder: Path,
+    base: str,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The teacher.
+
+    Raises:
+        UserError: it cannot be had, or is another kind of model than the student, or has another vocabulary.
+    """
+    try:
+        refuse_linearized(base)
+        teacher, own = load_teacher(base, dtype, device, trust_remote_code)
+    except UserError as error:
+        hint = "Pass --teacher with the softmax model that the artifact was made from: a folder or a Hub id."
+        raise UserError(f"no teacher for {folder}: {error.what}", f"{error.hint}\n{hint}") from error
+    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
+    classes = [type(task_of(model, tokenizer)) for model in (teacher, student)]
+    hint = "Pass --teacher with the model that the artifact was made from."
+    if classes[0] is not classes[1]:
+        raise UserError(f"{base} ({type(teacher).__name__}) is another kind of model than {folder}", hint)
+    if own.get_vocab() != tokenizer.get_vocab() or sizes[0] != sizes[1]:
+        raise UserError(f"{base} has another vocabulary ({sizes[0]:,}) than {folder} ({sizes[1]:,})", hint)
+    if teacher.config.num_labels != student.config.num_labels:
+        raise UserError(f"{base} has other classes than {folder}", hint)
+    return teacher
+
+
+def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:
+    """Tokens of a block, the one of the overall numbers first.
+
+    Raises:
+        UserError: blocks longer than the text, or than learned positions.
+    """
+    limit, have = last_position(pair.teacher), len(pair.text)
+    for length in asked or [trained]:
+        if limit is not None and length > limit:
+            raise UserError(
+                f"--context {length} is beyond the {limit} positions that the model has learned",
+                f"Use at most {limit}.",
+            )
+        if length > have:
+            raise UserError(
+                f"the text ({name}) has {have:,} tokens, less than one block of {length:,}",
+                "Pass more text with --data, or a smaller --context.",
+            )
+    if asked or not isinstance(pair.task, CausalLM):
+        return asked or [trained]
+    longest = min(TIMES * trained, limit or TIMES * trained, have) // trained * trained
+    return list(dict.fromkeys([trained, longest]))
+
+
+def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
+    """`perplexity`, `kl`, `top1_agreement` and `ablation`; perplexities are None where text has no answers."""
+    models, answers, by_context, by_length = list(pair.models.values()), pair.task.answers, [], {}
+    for length in contexts:
+        blocks = pair.blocks(length)
+        with pair.terminal.progress(f"blocks of {length:,}", blocks.numel()) as advance:
+            found = by_length[length] = predictions(models, blocks, pair.task, advance)
+        by_context.append(
+            {
+                "context": length,
+                "blocks": len(blocks),
+                "teacher": found.perplexity(0) if answers else None,
+                "student": found.perplexity(1) if answers else None,
+                "kl": found.mean(found.kl),
+                "top1_agreement": found.mean(found.same),
+            }
+        )
+    first, longest = by_context[0], by_length[max(contexts)]
+    width, end = -(-max(contexts) // BINS), len(longest.count)
+    positions = [
+        {
+            "start": start,
+            "end": min(start + width, end),
+            "teacher": longest.perplexity(0, start, start + width),
+            "student": longest.perplexity(1, start, start + width),
+        }
+        for start in range(0, end, width)
+    ]
+    return {
+        "perplexity": {
+            "teacher": first["teacher"],
+            "student": first["student"],
+            "by_position": positions if answers else None,
+            "by_context": by_context,
+        },
+        "kl": first["kl"],
+        "top1_agreement": first["top1_agreement"],
+        "ablation": measure_ablation(pair, contexts[0], first["student"]),
+    }
+
+
+def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, float | None]:
+    results: dict[str, float | None] = {"full": full, **dict.fromkeys(ABLATIONS)}
+    if full is None or not has_both_parts(pair.student):
+        return results
+    blocks = pair.blocks(length)
+    for name, part in ABLATIONS.items():
+        with (
+            pair.terminal.progress(name.replace("_", " "), blocks.numel()) as advance,
+            without(pair.student, part),
+        ):
+            results[name] = predictions([pair.student], blocks, pair.task, advance).perplexity(0)
+    return results
+
+
+def measure_recall(pair: Pair, longest: int, demo: bool) -> dict[str, Any]:
+    """`recall` and `passkey`: of the demo, of its documents alone; of other models, in rows made for it."""
+    if not isinstance(pair.task, CausalLM):
+        return {"recall": None, "passkey": None}
+    if demo:
+        return {"recall": demo_recall(pair), "passkey": None}
+    distances = synthetic.distances(window(pair.student) or NO_WINDOW, longest)
+    bos = pair.tokenizer.bos_token_id
+    opening, random = [] if bos is None else [bos], torch.Generator().manual_seed(pair.seed)
+    special = torch.tensor(pair.tokenizer.all_special_ids, dtype=torch.long)
+    vocabulary = pair.text.unique()
+    vocabulary = vocabulary[~torch.isin(vocabulary, special)]
+    probes = {
+        "recall": [synthetic.pair_probe(vocabulary, opening, d, random) for d in distances],
+        "passkey": [
+            synthetic.passkey_probe(pair.tokenizer, pair.text, opening, d, random) for d in distances
+        ],
+    }
+    results = {}
+    for name, found in probes.items():
+        found = [probe for probe in found if probe and probe.rows.shape[1] <= longest]
+        with pair.terminal.progress(name, sum(probe.rows.numel() for probe in found)) as advance:
+            results[name] = synthetic.by_distance(pair.models, found, advance)
+    return results
+
+
+def window(model: PreTrainedModel) -> int:
+    """The longest near part of its layers, 0 where they have none."""
+    return max(layer.linear_attention.equation.size for layer in converted(model).values())
+
+
+def demo_recall(pair: Pair) -> dict[str, Any]:
+    """As `recall`, by the name of the model; a distance stands for those from it up to `until`."""
+    documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
+    found = {name: recall(model, pair.tokenizer, documents) for name, model in pair.models.items()}
+    bins = zip(*(result["by_distance"] for result in found.values()), strict=True)
+    return {
+        **{name: result["accuracy"] for name, result in found.items()},
+        "by_distance": [
+            {
+                **dict(zip(("distance", "until"), parts[0]["distance"], strict=True)),
+                **{name: part["accuracy"] for name, part in zip(found, parts, strict=True)},
+            }
+            for parts in bins
+        ],
+    }
+
+
+def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
+    """Continuations of a few places of the text, far apart."""
+    prompt = min(PROMPT, length // 2)
+    rows = pair.blocks(prompt + min(NEW, length - prompt))
+    rows = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]
+    total = 4 * len(rows) * (rows.shape[1] - prompt)
+    with pair.terminal.progress("generation", total) as advance:
+        return generation(pair.task, pair.models, rows, prompt, pair.seed, advance)
+
+
+def measure_tasks(pair: Pair, harness: Harness) -> dict[str, Any]:
+    """`{task: {metric: {teacher, student}}}`."""
+    pair.terminal.note(f"lm_eval: {', '.join(harness.names)}")
+    found = {name: harness.run(model, pair.tokenizer, pair.seed) for name, model in pair.models.items()}
+    return {
+        task: {metric: {name: found[name][task][metric] for name in found} for metric in metrics}
+        for task, metrics in found["teacher"].items()
+    }
+
+
+def draw(folder: Path, report: dict[str, Any]) -> None:
+    figures = {
+        "perplexity": plots.by_position(report),
+        "recall": plots.by_distance(report),
+        "transfer": plots.transfer(folder / "log.jsonl"),
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            plots.save(figure, folder / f"eval-{name}.png")
