@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def evaluate(
         )
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
-    source = open_text(data, base)
+    demo = text.DEMO in (base, record.get("base_model"))
+    source = open_text(data, demo)
     harness = Harness(tasks) if tasks else None
     student, tokenizer = load(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -130,7 +131,7 @@ def evaluate(
         "contexts": {"trained": trained, "teacher": reach, "measured": contexts},
         "window": window(student),
         **measure_text(pair, contexts),
-        **measure_recall(pair, max(contexts), demo=base == text.DEMO),
+        **measure_recall(pair, max(contexts), demo),
         "generation": measure_generation(pair, contexts[0]) if task.decodes else None,
         "tasks": measure_tasks(pair, harness) if harness else None,
         "dtype": str(student.dtype).removeprefix("torch."),
@@ -157,9 +158,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def open_text(data: str | None, base: str) -> text.Source:
-    if data is None and base == text.DEMO:
-        data = str(heldout_path())
+def open_text(data: str | None, demo: bool) -> text.Source:
+    """The text to measure on; a local one by its name alone, for a report may be published."""
+    if data is None and demo:
+        return replace(text.open_source(str(heldout_path())), name="held-out text of the demo")
     if data is None:
         raise UserError(
             "eval needs text that neither model was trained on",
@@ -167,9 +169,11 @@ def open_text(data: str | None, base: str) -> text.Source:
         )
     if data == text.SELF:
         raise UserError(
-            "--data self: on its own writing a teacher is no reference", "Pass text that it did not write."
+            "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
         )
-    return text.open_source(data)
+    source = text.open_source(data)
+    local = Path(data).expanduser()
+    return replace(source, name=local.resolve().name) if local.exists() else source
 
 
 def original_model(
@@ -346,7 +350,7 @@ def measure_tasks(pair: Pair, harness: Harness) -> dict[str, Any]:
     pair.terminal.note(f"lm_eval: {', '.join(harness.names)}")
     found = {name: harness.run(model, pair.tokenizer, pair.seed) for name, model in pair.models.items()}
     return {
-        task: {metric: {name: found[name][task][metric] for name in found} for metric in metrics}
+        task: {metric: {name: found[name][task].get(metric) for name in found} for metric in metrics}
         for task, metrics in found["teacher"].items()
     }
 

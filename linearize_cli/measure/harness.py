@@ -1,6 +1,8 @@
 """Tasks of the LM Evaluation Harness (`lm_eval`, an optional extra), through its own Python API."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,9 +31,10 @@ class Harness:
                 'Install it: pip install "linearize-cli[eval]"',
             ) from None
         self.evaluate, self.model, self.names = lm_eval.simple_evaluate, HFLM, list(names)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.manager = TaskManager()
-        files = [name for name in names if name.endswith((".yaml", ".yml"))]
-        unknown = {*names} - {*files, *self.manager.all_tasks}
+        files = {name for name in names if name.endswith((".yaml", ".yml")) and Path(name).is_file()}
+        unknown = {*names} - files - {*self.manager.all_tasks}
         if unknown:
             raise UserError(
                 f"lm_eval has no task {first_five(unknown)}",
@@ -51,7 +54,7 @@ class Harness:
     ) -> dict[str, dict[str, Any]]:
         """`{task: {metric: value}}`."""
         results = self.evaluate(
-            model=self.model(pretrained=model, tokenizer=tokenizer, batch_size=8),
+            model=self.model(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8),
             tasks=self.names,
             task_manager=self.manager,
             log_samples=False,

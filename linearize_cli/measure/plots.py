@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from linearize_cli.errors import UserError
 
@@ -62,12 +63,14 @@ def by_distance(report: dict[str, Any]) -> Figure | None:
     drawing, axes = figure("recall by distance", "tokens since it was told", "share recalled")
     for (measure, values), marker in zip(measures.items(), "os", strict=False):
         parts = [part for part in values["by_distance"] if part["teacher"] is not None]
-        at = [part["distance"] for part in parts]
+        at = [(part["distance"] + part.get("until", part["distance"])) / 2 for part in parts]
         for name, style in (("teacher", TEACHER), ("student", STUDENT)):
             shares = [part[name] for part in parts]
             axes.plot(at, shares, label=f"{measure}, {name}", marker=marker, markersize=4, **style)
-    axes.axvline(report["window"], color="0.7", linestyle=":", linewidth=1, label="window")
-    axes.set_xscale("symlog", base=2, linthresh=8)
+    if report["window"]:
+        axes.axvline(report["window"], color="0.7", linestyle=":", linewidth=1, label="window")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(-0.03, 1.03)
     axes.legend(frameon=False, fontsize=8)
     return drawing
