@@ -162,19 +162,20 @@ def ablation(report: dict[str, Any]) -> list[RenderableType]:
 def recall(report: dict[str, Any]) -> list[RenderableType]:
     """Shares by distance: a column a measure and model."""
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
-    rows: dict[str, dict[str, str]] = {}
-    for measure, values in measures.items():
-        for part in (*values["by_distance"], {"distance": "all", **values}):
-            where = f"{part['distance']}" + (f" to {part['until'] - 1}" if "until" in part else "")
-            for name in ("teacher", "student"):
-                rows.setdefault(where, {})[f"{measure}, {name}"] = number(part[name], ".1%")
-    columns = [f"{measure}, {name}" for measure in measures for name in ("teacher", "student")]
-    result = table(">tokens since", *(f">{column}" for column in columns))
-    for where in sorted(rows, key=lambda where: int(where.split()[0]) if where != "all" else 1 << 60):
-        result.add_row(where, *(rows[where].get(column, "") for column in columns))
-    blind = [measure for measure, values in measures.items() if (values["teacher"] or 0) < BLIND]
-    said = [f"{' and '.join(blind)}: the teacher hardly does it, so this says nothing of the student"]
-    return ["", result, *(said if blind else [])] if rows else []
+    if not measures:
+        return []
+    parts = {name: {part["distance"]: part for part in x["by_distance"]} for name, x in measures.items()}
+    columns = [(measure, name) for measure in measures for name in ("teacher", "student")]
+    rows = table(">tokens since", *(f">{measure}, {name}" for measure, name in columns))
+    for distance in sorted(set().union(*parts.values())):
+        until = next(found[distance] for found in parts.values() if distance in found).get("until")
+        shares = (parts[measure].get(distance, {}).get(name) for measure, name in columns)
+        where = f"{distance:,} to {until - 1:,}" if until else f"{distance:,}"
+        rows.add_row(where, *(number(share, ".1%") for share in shares))
+    rows.add_row("all", *(number(measures[measure][name], ".1%") for measure, name in columns))
+    blind = [name for name, values in measures.items() if (values["teacher"] or 0) < BLIND]
+    said = f"{' and '.join(blind)}: the teacher hardly does it, so this says nothing of the student"
+    return ["", rows, *([said] if blind else [])]
 
 
 def written(report: dict[str, Any]) -> list[RenderableType]:
