@@ -47,7 +47,7 @@ def demo(
         terminal=terminal,
     )
     common = dict(device=device, dtype=dtype, seed=seed)
-    measured = evaluate(output, context=(SEQ_LEN, LONGER), **common, terminal=terminal)
+    measured = evaluate(output, context=(SEQ_LEN, LONGER), **common)
     verdict = verify(output, **common)["verdict"]
     return {
         **report,
