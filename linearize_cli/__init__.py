@@ -1,6 +1,6 @@
 """linearize: turn a softmax checkpoint into a linear-attention model.
 
-`convert`, `load`, `verify` and `push` are imported on first use, so that the command line answers at once.
+`convert`, `load`, `evaluate`, `verify` and `push` are imported on first use, so that the command line answers at once.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _API = {
     "convert": "linearize_cli.conversion",
     "load": "linearize_cli.artifact.load",
+    "evaluate": "linearize_cli.evaluation",
     "verify": "linearize_cli.verification",
     "push": "linearize_cli.artifact.push",
 }

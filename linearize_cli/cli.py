@@ -26,6 +26,13 @@ class TokenCount(click.ParamType):
             self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
 
 
+class TokenCounts(TokenCount):
+    name = "N,N"
+
+    def convert(self, value, param, ctx):
+        return [super(TokenCounts, self).convert(part.strip(), param, ctx) for part in value.split(",")]
+
+
 class Flops(click.ParamType):
     name = "N"
     scales = {"G": 1e9, "T": 1e12, "P": 1e15}
@@ -200,6 +207,33 @@ def verify(
     calm_libraries()
     report = run(**arguments, progress=lambda check: terminal.note(f"checking {check}"))
     terminal.out.print(render(report))
+    return report
+
+
+@cli.command("eval")
+@click.argument("artifact", default=".")
+@click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
+@click.option("--data", metavar="SRC", help="Text to measure on; a demo artifact has its own.")
+@click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens of a block, such as 1k,8k.")
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval (an extra: linearize-cli[eval]), by commas.")
+@trust_option
+@model_options
+@command_options
+def evaluate(
+    terminal: Terminal, context: list[int] | None, tasks: str | None, **arguments: Any
+) -> dict[str, Any]:
+    """Measure ARTIFACT (default: this folder) beside its softmax teacher.
+
+    Perplexity by position, KL and agreement, recall by distance, what it writes, what each part carries. The
+    report goes to ARTIFACT/eval.json, too, with figures (eval-*.png) beside it.
+    """
+    from linearize_cli.evaluation import evaluate as run
+    from linearize_cli.render import evaluation
+
+    calm_libraries()
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    report = run(context=context or (), tasks=names, terminal=terminal, **arguments)
+    terminal.out.print(evaluation(report))
     return report
 
 

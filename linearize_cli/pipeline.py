@@ -17,6 +17,7 @@ from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.console import Terminal
 from linearize_cli.errors import CheckFailed
 from linearize_cli.job import Job
+from linearize_cli.measure.ablation import ABLATIONS, has_both_parts, without
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import log_probabilities, perplexity
 from linearize_cli.measure.selfcheck import self_check
@@ -123,6 +124,7 @@ class Run:
             "base_model": self.job.model,
             "method": self.job.recipe.name,
             "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
+            "seq_len": self.length,
             "tokens": {stage: steps * self.tokens_per_step or None for stage, steps in self.done().items()},
             "perplexity": self.results("teacher", "swapped", "transferred", "recovered"),
             "ablation": self.results("full", "local_only", "linear_only"),
@@ -290,15 +292,14 @@ class Run:
 
     def ablate(self, blocks: torch.Tensor | None) -> None:
         """Perplexity with either part left out, of models that have both."""
-        results, attention = self.checkpoint.results, self.job.recipe.attention
+        results = self.checkpoint.results
         last = results.get("recovered", results.get("swapped"))
-        if blocks is None or not (attention.local and attention.far):
+        if blocks is None or not has_both_parts(self.model):
             return
         results["full"] = last
-        for name, dropped in (("local_only", "far"), ("linear_only", "local")):
-            set_dropped(self.model, dropped)
-            self.measure(name, blocks, name.replace("_", " "))
-        set_dropped(self.model, None)
+        for name, part in ABLATIONS.items():
+            with without(self.model, part):
+                self.measure(name, blocks, name.replace("_", " "))
 
     def save(self, name: str, report: dict[str, Any], blocks: torch.Tensor | None) -> None:
         """Write the artifact, load it again, and refuse it if the forms of the model disagree.
@@ -335,11 +336,6 @@ class Run:
         report["seconds"] = self.checkpoint.results["seconds"]
         save_report(folder, name, self.job.recipe, report)
         shutil.copy(self.partial / "log.jsonl", folder)
-
-
-def set_dropped(model: PreTrainedModel, part: str | None) -> None:
-    for module in converted(model).values():
-        module.linear_attention.dropped = part
 
 
 def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:

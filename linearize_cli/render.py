@@ -7,6 +7,8 @@ from rich.table import Table
 
 from linearize_cli.recipe import Recipe
 
+BLIND = 0.1  # the share of a teacher's recall below which its student's says nothing
+
 
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table; columns that start with `>` are aligned to the right."""
@@ -161,6 +163,72 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
             recipe.paper,
         )
     return rows
+
+
+def evaluation(report: dict[str, Any]) -> RenderableType:
+    """What `eval` measured."""
+    texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
+    for row in report["perplexity"]["by_context"]:
+        teacher, student = row["teacher"], row["student"]
+        texts.add_row(
+            f"{row['context']:,}",
+            f"{row['blocks']:,}",
+            number(teacher),
+            number(student),
+            number(student and student / teacher),
+            number(row["kl"], ".4f"),
+            number(row["top1_agreement"], ".1%"),
+        )
+    return Group("perplexity", texts, *ablation(report), *recall(report), *written(report), *harness(report))
+
+
+def ablation(report: dict[str, Any]) -> list[RenderableType]:
+    parts = {name: value for name, value in report["ablation"].items() if name != "full" and value}
+    said = "    ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in parts.items())
+    return [f"perplexity of a part alone: {said}"] if parts else []
+
+
+def recall(report: dict[str, Any]) -> list[RenderableType]:
+    """Shares by distance: a column a measure and model."""
+    measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
+    if not measures:
+        return []
+    parts = {name: {part["distance"]: part for part in x["by_distance"]} for name, x in measures.items()}
+    columns = [(measure, name) for measure in measures for name in ("teacher", "student")]
+    rows = table(">tokens since", *(f">{measure}, {name}" for measure, name in columns))
+    for distance in sorted(set().union(*parts.values())):
+        until = next(found[distance] for found in parts.values() if distance in found).get("until")
+        shares = (parts[measure].get(distance, {}).get(name) for measure, name in columns)
+        where = f"{distance:,} to {until - 1:,}" if until else f"{distance:,}"
+        rows.add_row(where, *(number(share, ".1%") for share in shares))
+    rows.add_row("all", *(number(measures[measure][name], ".1%") for measure, name in columns))
+    blind = [name for name, values in measures.items() if (values["teacher"] or 0) < BLIND]
+    said = f"{' and '.join(blind)}: the teacher hardly does it, so this says nothing of the student"
+    return ["", rows, *([said] if blind else [])]
+
+
+def written(report: dict[str, Any]) -> list[RenderableType]:
+    """The generation checks."""
+    if report["generation"] is None:
+        return []
+    found = report["generation"]
+    repeated, exact = found["repetition"], found["exact_match"]
+    rows = table("written", ">teacher", ">student")
+    for way in ("greedy", "sampled"):
+        shares = (number(repeated[way][name], ".1%") for name in ("teacher", "student"))
+        rows.add_row(f"repeated 4-grams, {way} (text: {number(repeated['text'], '.1%')})", *shares)
+    said = f"the student's greedy text is the teacher's for {exact['mean']:.1f} of {exact['of']} tokens"
+    return ["", rows, said]
+
+
+def harness(report: dict[str, Any]) -> list[RenderableType]:
+    """Results of lm_eval."""
+    rows = table("task", "metric", ">teacher", ">student")
+    for task, metrics in (report["tasks"] or {}).items():
+        for metric, values in metrics.items():
+            if "stderr" not in metric:
+                rows.add_row(task, metric, number(values["teacher"], ".4f"), number(values["student"], ".4f"))
+    return ["", rows] if rows.row_count else []
 
 
 def pushed(result: dict[str, Any]) -> RenderableType:

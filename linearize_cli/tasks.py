@@ -343,6 +343,23 @@ def context_length(model: PreTrainedModel) -> int:
     return limit
 
 
+def last_position(model: PreTrainedModel) -> int | None:
+    """Tokens beyond which the model has no positions, because it learned them or holds them in a table; None:
+    it computes them (RoPE, ALiBi) or has none.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    embeddings = [
+        [module.num_embeddings]
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    sizes = {size for shape in (*embeddings, *(b.shape for b in model.buffers())) for size in shape}
+    # Some tables hold a few rows more (OPT's two).
+    return context_length(model) if any(limit <= size <= limit + 8 for size in sizes) else None
+
+
 def require(token: int | None, what: str, hint: str) -> int:
     if token is None:
         raise UserError(what, hint)

@@ -12,7 +12,7 @@ from tiny_checkpoint import save_tokenizer, tiny_model
 from linearize_cli.cli import cli
 from linearize_cli.methods import method_names
 
-COMMANDS = {"convert", "verify", "push", "generate", "inspect", "methods", "demo"}
+COMMANDS = {"convert", "eval", "verify", "push", "generate", "inspect", "methods", "demo"}
 
 
 def linearize(*arguments, cwd=None):
@@ -120,6 +120,10 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["convert", "tiny", "-o", "x", "--data", "absent.txt"], ["absent.txt"]),
         (["convert", "tiny", "-o", "x", "--no-train", "--colour"], ["--colour"]),
         (["verify", "tiny"], ["linearize convert"]),
+        (["eval", "tiny"], ["linearize convert"]),
+        (["eval", "tiny-augmented"], ["--data"]),
+        (["eval", "tiny-augmented", "--data", "absent.txt"], ["absent.txt"]),
+        (["eval", "tiny-augmented", "--context", "some"], ["some", "650k"]),
         (["verify", "tiny-augmented", "--draft", "lookup"], ["--draft"]),
         (["generate", "tiny", "a"], ["linearize convert"]),
         (["generate", "tiny-augmented", "a", "--speculative", "medusa"], ["Medusa heads"]),
@@ -160,7 +164,7 @@ def test_an_internal_error_ends_with_3_and_debug_shows_it(folder, monkeypatch, c
 
 def test_the_python_api_is_there_whatever_was_imported_first():
     probe = "import linearize_cli.conversion, linearize_cli.verification, linearize_cli as l\n"
-    probe += "assert all(map(callable, (l.convert, l.load, l.verify, l.push)))"
+    probe += "assert all(map(callable, (l.convert, l.load, l.evaluate, l.verify, l.push)))"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
 
 

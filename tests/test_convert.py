@@ -40,7 +40,7 @@ def test_an_artifact_is_whole(whole, teacher):
     saved = json.loads((output / "linearize.json").read_text())
     assert saved == {key: value for key, value in report.items() if key != "output"}
     assert set(saved) == {
-        "schema", "base_model", "method", "layers", "tokens", "perplexity", "ablation", "self_check",
+        "schema", "base_model", "method", "layers", "seq_len", "tokens", "perplexity", "ablation", "self_check",
         "state_bytes", "kv_bytes_per_token", "seconds", "versions", "keep_softmax",
     }  # fmt: skip
     assert saved["layers"] == {

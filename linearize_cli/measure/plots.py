@@ -1,0 +1,103 @@
+"""What `eval` measured, as small figures."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from linearize_cli.errors import UserError
+
+TEACHER, STUDENT = {"color": "0.45", "linestyle": "--"}, {"color": "C0"}
+SMOOTHED = 50  # points of a training curve
+
+
+def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure that belongs to no display."""
+    drawing = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = drawing.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawing, axes
+
+
+def save(drawing: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        drawing.savefig(beside, format="png", dpi=150)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}", "Choose another place.") from None
+
+
+def by_position(report: dict[str, Any]) -> Figure | None:
+    parts = [part for part in report["perplexity"]["by_position"] or () if part["teacher"] is not None]
+    if not parts:
+        return None
+    drawing, axes = figure("perplexity by position", "position in the block, tokens", "perplexity")
+    middles = [(part["start"] + part["end"]) / 2 for part in parts]
+    for name, style in (("teacher", TEACHER), ("student", STUDENT)):
+        axes.plot(middles, [part[name] for part in parts], label=name, marker="o", markersize=3, **style)
+    values = [part[name] for part in parts for name in ("teacher", "student")]
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    contexts = report["contexts"]
+    for key, label, line in (("trained", "trained length", ":"), ("teacher", "teacher's context", "-.")):
+        if contexts[key] and contexts[key] <= parts[-1]["end"]:
+            axes.axvline(contexts[key], color="0.7", linestyle=line, linewidth=1, label=label)
+    axes.legend(frameon=False, fontsize=8)
+    return drawing
+
+
+def by_distance(report: dict[str, Any]) -> Figure | None:
+    measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
+    if not measures:
+        return None
+    drawing, axes = figure("recall by distance", "tokens since it was told", "share recalled")
+    for (measure, values), marker in zip(measures.items(), "os", strict=False):
+        parts = [part for part in values["by_distance"] if part["teacher"] is not None]
+        at = [(part["distance"] + part.get("until", part["distance"])) / 2 for part in parts]
+        for name, style in (("teacher", TEACHER), ("student", STUDENT)):
+            shares = [part[name] for part in parts]
+            axes.plot(at, shares, label=f"{measure}, {name}", marker=marker, markersize=4, **style)
+    if report["window"]:
+        axes.axvline(report["window"], color="0.7", linestyle=":", linewidth=1, label="window")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, fontsize=8)
+    return drawing
+
+
+def transfer(log: Path) -> Figure | None:
+    """The loss of every layer over the steps of transfer, from the log of the conversion."""
+    curves = defaultdict(list)
+    if log.is_file():
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        for record in records:
+            if record.get("stage") == "transfer":
+                for layer, loss in record.get("layers", {}).items():
+                    curves[layer].append((record["step"], loss))
+    if not curves:
+        return None
+    drawing, axes = figure("transfer, layer by layer", "step", "relative error of the layer's output")
+    colours = colormaps["viridis"]
+    for number, (layer, points) in enumerate(curves.items()):
+        width = -(-len(points) // SMOOTHED)
+        means = [points[i : i + width] for i in range(0, len(points), width)]
+        steps, losses = zip(
+            *((part[-1][0], sum(x for _, x in part) / len(part)) for part in means), strict=True
+        )
+        colour = colours(number / max(1, len(curves) - 1) * 0.9)
+        axes.plot(steps, losses, label=layer, color=colour, linewidth=1)
+    axes.set_yscale("log")
+    if len(curves) <= 12:
+        axes.legend(frameon=False, fontsize=6)
+    return drawing
