@@ -132,7 +132,9 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
 @click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Blocks per step; by the budget if not given, 8 at most."
+)
 @click.option("--no-train", is_flag=True, help="Swap only.")
 @click.option(
     "--medusa-heads",

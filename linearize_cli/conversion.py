@@ -1,6 +1,7 @@
 """`convert`: turn a softmax checkpoint into a linear-attention artifact."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from linearize_cli.recover.sample import write_corpus
 from linearize_cli.recover.student import recomputable
 from linearize_cli.tasks import CausalLM, Task, context_length, task_class, task_of
 
+STEPS, LARGEST = 1000, 8  # of a batch that nobody chose
+
 
 def default_output(model: str, method: str) -> Path:
     """`./MODEL-METHOD`."""
@@ -46,7 +49,7 @@ def convert(
     eval_data: str | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     train: bool = True,
     keep_adapter: bool = False,
     resume: bool = False,
@@ -125,13 +128,14 @@ def run(
     check_task(job, type(teacher).__name__, type(task), linear)
     check_checkpointing(job, teacher)
     length = check_length(job.seq_len, recipe, teacher)
+    asked, job = job, with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     by_block = None
     if size:
         by_block = LayerBlocks.of(teacher, [layer.name for layer in linear], size, engine.device)
         check_blocks(job, teacher, by_block, engine)
     engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
-    with engine.only_main(partial_folder, partial, job, resume), engine.watched():
+    with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
         if texts is None:
             corpus = partial / "self.jsonl"
             share = -(-recipe.recover.tokens // len(sources))
@@ -196,6 +200,16 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
             f"--seq-len {seq_len} is beyond the model's context of {limit}", f"Use at most {limit}."
         )
     return seq_len
+
+
+def with_batch_size(job: Job, length: int) -> Job:
+    """The blocks per step: as asked for, else so many, a power of 2, that the budget makes STEPS steps, at most
+    LARGEST. At the same tokens, more steps recover more until there are enough of them.
+    """
+    if job.batch_size is not None:
+        return job
+    rows = job.recipe.recover.tokens // (length * STEPS)
+    return replace(job, batch_size=max(1, min(LARGEST, 1 << rows.bit_length() >> 1)))
 
 
 def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> None:
@@ -327,6 +341,7 @@ def plan_report(
         linear, softmax = planned(job, model)
     check_task(job, type(model).__name__, task_class(model), linear)
     length = check_length(job.seq_len, job.recipe, model)
+    job = with_batch_size(job, length)
     check_budget(job, length, processes)
     count = measured_count(job.keep_softmax)
     report = {

@@ -27,7 +27,7 @@ class Job:
     eval_data: str | None
     keep_softmax: str | None
     seq_len: int | None
-    batch_size: int
+    batch_size: int | None
     train: bool
     keep_adapter: bool
     dtype: str | None

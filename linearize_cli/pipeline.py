@@ -22,14 +22,14 @@ from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import log_probabilities, perplexity
 from linearize_cli.measure.selfcheck import self_check
 from linearize_cli.plan import Layer, copy_biases, measured_count
-from linearize_cli.recipe import Stage, learning_rate
+from linearize_cli.recipe import Stage, learning_rates
 from linearize_cli.recover import data as text
 from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.blocks import transfer_by_blocks
 from linearize_cli.recover.distill import Distillation, divergence
 from linearize_cli.recover.encode import marks_assistant
 from linearize_cli.recover.engine import Engine
-from linearize_cli.recover.keep import BATCHES, Restorer, best
+from linearize_cli.recover.keep import ROWS, Restorer, best
 from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
@@ -42,7 +42,7 @@ from linearize_cli.tasks import Batch, Blocks, CausalLM, Task, context_length
 from linearize_cli.versions import versions
 
 SCHEMA = 1
-LOOKED_AT = 8  # batches of held-out text that the best parameters are chosen by
+LOOKED_AT = 64  # blocks of held-out text that the best parameters are chosen by
 
 
 class Run:
@@ -216,7 +216,7 @@ class Run:
         if "keep_softmax" not in results:
             started, size = time.monotonic(), self.job.batch_size
             stream = blocks.split(size) if source is None else self.stream(source)
-            batches = [ids.to(self.engine.device) for ids in islice(stream, BATCHES)]
+            batches = [ids.to(self.engine.device) for ids in islice(stream, -(-ROWS // size))]
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             with self.running(self.model), self.terminal.progress("KL by layer", total) as advance:
                 kl = self.restorer.divergences(self.engine.inference(self.model), batches, advance)
@@ -241,7 +241,7 @@ class Run:
             return batches
 
         def held_out() -> Iterator[Batch]:
-            first = blocks.split(self.job.batch_size)[:LOOKED_AT]
+            first = blocks[:LOOKED_AT].split(self.job.batch_size)
             return (self.task.batch(ids.to(self.engine.device)) for ids in first)
 
         def stage(name: str, objectives: Iterable[Objective], options: Stage, start: int) -> None:
@@ -280,10 +280,15 @@ class Run:
                 student = add_lora(self.model, lora)
             else:
                 teacher = unfreeze(self.model)
-            lr = learning_rate(self.job.recipe, self.model.config.get_text_config().hidden_size)
+            lr, linear_lr = learning_rates(recipe.distill, self.model.config.get_text_config().hidden_size)
             objective = Distillation(student, self.native, recipe.distill, teacher)
             with recomputed(student) if recipe.distill.checkpointing else nullcontext():
-                stage("distill", [objective], replace(recipe.distill, lr=lr), self.steps["transfer"])
+                stage(
+                    "distill",
+                    [objective],
+                    replace(recipe.distill, lr=lr, linear_lr=linear_lr),
+                    self.steps["transfer"],
+                )
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
             self.model = merge(student)

@@ -121,7 +121,7 @@ class Distill(Stage):
 
     Attributes:
         lr: the rate; auto: falls with the model's width.
-        linear_lr: that of the linear parts alone; null: as `lr`.
+        linear_lr: that of the linear parts alone; auto: three times `lr`; null: as `lr`.
         kl: weight of the divergence from the teacher's logits.
         ce: weight of the cross entropy of the right answers.
         hidden: weight of the last hidden states' squared error; for classifiers, whose logits say little.
@@ -131,7 +131,7 @@ class Distill(Stage):
     """
 
     lr: float | str = "auto"
-    linear_lr: float | None = None
+    linear_lr: float | str | None = None
     kl: float = 1.0
     ce: float = 0.0
     hidden: float = 0.0
@@ -230,10 +230,12 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     return None
 
 
-def learning_rate(recipe: Recipe, width: int) -> float:
-    """The distillation rate: as stated, or falling with the model's width (2e-3 at 64, 2e-4 at 4096)."""
-    rate = recipe.recover.distill.lr
-    return 2e-3 * (64 / width) ** 0.5537 if rate == "auto" else rate
+def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
+    """The rates of distillation, `lr` and `linear_lr`: as stated, or falling with the model's width (2e-3 at 64, 2e-4
+    at 4096) and three times that.
+    """
+    rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
+    return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
 
 
 def with_budget(recipe: Recipe, tokens: int | None = None, data: str | None = None) -> Recipe:

@@ -5,7 +5,7 @@ import yaml
 
 from linearize_cli.errors import UserError
 from linearize_cli.methods import load_recipe, method_names
-from linearize_cli.recipe import learning_rate, parse_count
+from linearize_cli.recipe import Distill, learning_rates, parse_count
 
 BASES = ["based", "flash", "flash-local", "gated-delta", "hedgehog", "linformer", "lolcats", "lolcats-group"]
 BASES += ["mamba2", "performer", "relu", "retention", "transnormer", "window", "yoso", "yoso-e"]
@@ -139,8 +139,10 @@ def test_no_counts(text):
         parse_count(text)
 
 
-def test_the_rate_falls_with_the_width():
-    recipe = load_recipe("augmented")
-    assert learning_rate(recipe, 64) == pytest.approx(2e-3)
-    assert learning_rate(recipe, 4096) == pytest.approx(2e-4, rel=1e-3)
-    assert learning_rate(load_recipe("augmented", ["recover.distill.lr=1e-3"]), 4096) == 1e-3
+def test_rates_fall_with_the_width():
+    auto = Distill(linear_lr="auto")
+    assert learning_rates(auto, 64) == pytest.approx((2e-3, 6e-3))
+    assert learning_rates(auto, 4096) == pytest.approx((2e-4, 6e-4), rel=1e-3)
+    assert learning_rates(Distill(), 64) == (pytest.approx(2e-3), None)
+    assert learning_rates(Distill(lr=1e-3, linear_lr="auto"), 4096) == (1e-3, pytest.approx(3e-3))
+    assert learning_rates(Distill(lr=1e-3, linear_lr=1e-2), 4096) == (1e-3, 1e-2)

@@ -13,7 +13,7 @@ from linearize_cli.runtime.dispatch import attention_implementation, set_config
 from linearize_cli.tasks import Batch, Blocks, causal_batch
 
 NONE = "none"  # every layer linear
-BATCHES = 4  # of text that is measured on
+ROWS = 32  # blocks of text that are measured on
 
 
 def best(kl: dict[str, float], count: int) -> list[str]:
