@@ -1,18 +1,17 @@
-"""Loads any model that a user names. Here a failed load becomes a message that says what to do.
+"""Loads any model that a user names.
 
 torch and transformers are imported inside the functions: `linearize --help` does not wait for them.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.explain import NAMES, brief, explained
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 # Parameters below which threads wait for one another longer than they work; on a busy machine, many times longer.
 SMALL = 20_000_000
-NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
 FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
     "and consolidated.*.pth (Meta). A LoRA adapter must first be merged into its base model."
@@ -72,7 +70,7 @@ def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = F
     from linearize_cli.meta_llama import is_meta_folder, meta_llama_config
 
     source, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
-    with _explained(model, "its config", FORMATS), torch.device("meta"):
+    with explained(model, "its config", FORMATS), torch.device("meta"):
         if is_meta_folder(source):
             config, auto_class = meta_llama_config(source), "AutoModelForCausalLM"
         else:
@@ -98,7 +96,7 @@ def check_device(device: str) -> None:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device `{device}` cannot be used.", _brief(error)) from error
+        raise UserError(f"The device `{device}` cannot be used.", brief(error)) from error
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | None:
@@ -137,7 +135,7 @@ def resolve_model(model: str, weights: bool = True) -> str:
         raise UserError(f"{path} is a file.", f"Name the folder it is in. {NAMES}")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{path}: no such folder.", NAMES)
-    with _explained(model, "the checkpoint", FORMATS):
+    with explained(model, "the checkpoint", FORMATS):
         return _download(model, weights)
 
 
@@ -169,7 +167,7 @@ def _load_meta(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from linearize_cli.meta_llama import load_meta_llama, load_meta_tokenizer
 
-    with _explained(model, "the checkpoint", FORMATS):
+    with explained(model, "the checkpoint", FORMATS):
         tokenizer = load_meta_tokenizer(source)
         loaded = load_meta_llama(source, dtype).to(device)
     for config in (loaded.config, loaded.generation_config):
@@ -183,12 +181,12 @@ def _load_hugging_face(
     import transformers
     from transformers import AutoTokenizer
 
-    with _explained(model, "its config.json", FORMATS):
+    with explained(model, "its config.json", FORMATS):
         config, auto_class = _load_config(model, source, trust_remote_code)
-    with _explained(model, "its tokenizer", TOKENIZER_FILES):
+    with explained(model, "its tokenizer", TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_tokenizer(model, tokenizer)
-    with _explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
+    with explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
         loaded, info = getattr(transformers, auto_class).from_pretrained(
             source,
             config=config,
@@ -274,100 +272,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-@contextmanager
-def _explained(model: str, part: str, hint: str, source: str | None = None) -> Iterator[None]:
-    """Turns what other libraries raise while they load `part` of `model` into a UserError.
-
-    Args:
-        source: the folder whose weight files may be to blame.
-    """
-    import torch
-
-    try:
-        yield
-    except UserError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{model} does not fit into the device's memory.", "Try --dtype bfloat16.") from error
-    except Exception as error:
-        known = _known_cause(error, model) or (_unreadable_file(source) if source else None)
-        if isinstance(error, ImportError):
-            hint = "Install the package that it names."
-        raise known or UserError(f"{model}: {part} cannot be loaded: {_brief(error)}", hint) from error
-
-
-def _known_cause(error: Exception, model: str) -> UserError | None:
-    """What the Hub refused, or the code that was not run. transformers wraps such errors: hence the chain."""
-    from huggingface_hub import errors
-
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    for link in chain:  # a traceback shows them
-        link.args = tuple(_redacted(arg) if isinstance(arg, str) else arg for arg in link.args)
-
-    answer = next((link for link in chain if isinstance(link, errors.HfHubHTTPError)), None)
-    said, who = (_brief(answer), _signed_in()) if answer else ("", "")
-    sign_in, or_folder = "`hf auth login` or set HF_TOKEN", "or name a local folder."
-    gated = f"1) accept the licence at https://huggingface.co/{model}; 2) {sign_in}\n"
-    gated += f"(fine-grained tokens need gated-repo read); {who}."
-    unseen = f"Check the spelling. A private model needs a token: {sign_in}; {who}."
-    unreachable = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError)
-    causes = (  # the first that fits: a GatedRepoError is also a RepositoryNotFoundError
-        (errors.GatedRepoError, "is gated.", gated),
-        (errors.RepositoryNotFoundError, "is no folder here, nor a model that the Hub shows.", unseen),
-        (errors.HFValidationError, "is neither a folder nor a Hub id.", NAMES),
-        (errors.OfflineModeIsEnabled, "is not cached, and HF_HUB_OFFLINE is set.", f"Unset it, {or_folder}"),
-        (errors.HfHubHTTPError, f"was refused: {said}", f"Try later, check the token ({who}), {or_folder}"),
-        (unreachable, "is not cached, and the Hub cannot be reached.", f"Check the network, {or_folder}"),
-    )
-    for types, what, hint in causes:
-        if any(isinstance(link, types) for link in chain):
-            return UserError(f"{model} {what}", hint)
-    if "trust_remote_code=True" in str(error):
-        hint = "Read that code. If you trust it, add --trust-remote-code."
-        return UserError(f"{model} needs Python code of its own, which was not run.", hint)
-    return None
-
-
-def _signed_in() -> str:
-    from huggingface_hub import get_token, whoami
-
-    if get_token() is None:
-        return "not signed in"
-    try:
-        return f"signed in as {whoami()['name']}"
-    except Exception:  # this line only adds to a message about another failure
-        return "the Hub does not know the token in use"
-
-
-def _unreadable_file(source: str) -> UserError | None:
-    """Names the first weight file that cannot be read, if there is one."""
-    import torch
-    from safetensors import safe_open
-
-    for file in sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]):
-        try:
-            if file.suffix == ".bin":
-                torch.load(file, map_location="meta", weights_only=True)
-            else:
-                safe_open(file, framework="pt")
-        except pickle.UnpicklingError:
-            what = f"{file} is damaged or holds Python code, which was not run."
-            return UserError(what, "Take the checkpoint from a source you trust, or one in safetensors.")
-        except Exception as error:  # safetensors, zipfile and torch raise types of their own
-            hint = "Download it again. A Git LFS pointer (a few lines of text) wants `git lfs pull`."
-            return UserError(f"{file} cannot be read: {_brief(error)}", hint)
-    return None
-
-
-def _brief(error: BaseException) -> str:
-    """The start of another library's message."""
-    return _redacted(" ".join(str(error).split("\n")[:2]).strip() or type(error).__name__)
-
-
-def _redacted(text: str) -> str:
-    """Without Hub tokens: a message may quote a request's headers."""
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)

@@ -2,112 +2,21 @@
 
 import sys
 import traceback
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
 
 from linearize_cli import __version__
-from linearize_cli.console import Terminal, fail, write_json
-from linearize_cli.errors import CheckFailed, UserError
-
-
-class TokenCount(click.ParamType):
-    name = "N"
-
-    def convert(self, value, param, ctx):
-        from linearize_cli.recipe import parse_count
-
-        try:
-            return parse_count(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
-
-
-class TokenCounts(TokenCount):
-    name = "N,N"
-
-    def convert(self, value, param, ctx):
-        return [super(TokenCounts, self).convert(part.strip(), param, ctx) for part in value.split(",")]
-
-
-class Flops(click.ParamType):
-    name = "N"
-    scales = {"G": 1e9, "T": 1e12, "P": 1e15}
-
-    def convert(self, value, param, ctx):
-        scale = self.scales.get(str(value)[-1:], 1.0)
-        try:
-            number = float(value[:-1] if scale > 1 else value) * scale
-        except (TypeError, ValueError):
-            number = 0.0
-        if not 0 < number < float("inf"):
-            self.fail(f"{value!r} is not a number of FLOP/s such as 500G or 200T", param, ctx)
-        return number
-
-
-TOKENS, FLOPS = TokenCount(), Flops()
-
-
-def options(*decorators: Callable) -> Callable[[Callable], Callable]:
-    def apply(function: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-def command_options(function: Callable) -> Callable:
-    """`--json` and `-q`, which all commands have; the function gets a `terminal` and returns its result. A
-    result with the verdict FAIL ends the program with exit code 1.
-    """
-
-    @wraps(function)
-    def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
-        if json_file and not Path(json_file).absolute().parent.is_dir():
-            raise UserError(
-                f"--json {json_file}: its folder does not exist", "Create it, or choose another place."
-            )
-        result = function(terminal=Terminal(quiet), **kwargs)
-        if json_file:
-            write_json(json_file, result)
-        if isinstance(result, dict) and result.get("verdict") == "FAIL":
-            sys.exit(CheckFailed.exit_code)
-
-    json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as data, too.")
-    quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
-    return json_option(quiet_option(run))
-
-
-def calm_libraries() -> None:
-    """Only our own progress and errors are shown."""
-    import warnings
-
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-
-
-model_options = options(
-    click.option("--device", default="cpu", show_default=True, help="Where it runs, as torch names it."),
-    click.option(
-        "--dtype", default=None, help="float32, bfloat16 or float16; the checkpoint's own if not given."
-    ),
-    click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
-    ),
-)
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that MODEL or ARTIFACT brings along."
+from linearize_cli.console import Terminal, fail
+from linearize_cli.errors import UserError
+from linearize_cli.options import (
+    FLOPS,
+    TOKENS,
+    TokenCounts,
+    calm_libraries,
+    command_options,
+    model_options,
+    trust_option,
 )
 
 

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import Batch
 from linearize_cli.errors import UserError
 from linearize_cli.phantom import Phantom, saved_bytes, shortened, watched
-from linearize_cli.plan import Layer
+from linearize_cli.plan import Layer, conversion_record
 from linearize_cli.probe import Probe, inputs_of, recording
 from linearize_cli.recipe import Recipe
 from linearize_cli.recover.distill import Distillation
@@ -22,7 +23,6 @@ from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import Batch
 
 FEW = 8  # tokens of a forward whose products are counted
 MOST = 256  # and of one whose activations are
@@ -100,15 +100,7 @@ def costs(
         for context in seen:
             opened.enter_context(context)
         model(**inputs_of(model, ids(FEW)), use_cache=False)
-    record = {
-        "base_class": type(model).__name__,
-        "base_model_type": model.config.model_type,
-        "method": recipe.name,
-        "attention": recipe.to_dict()["attention"],
-        "layers": {layer.name: layer.geometry for layer in linear},
-        "softmax": [layer.name for layer in softmax],
-    }
-    linearize(model, record)
+    linearize(model, conversion_record(model, recipe, linear, softmax))
     model.requires_grad_(False)
     learning = linear_parameters(model)
     for parameter in learning:

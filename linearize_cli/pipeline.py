@@ -14,14 +14,14 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.save import save_artifact, save_report
+from linearize_cli.batch import Batch, Blocks
 from linearize_cli.console import Terminal
-from linearize_cli.errors import CheckFailed
 from linearize_cli.job import Job
 from linearize_cli.measure.ablation import ABLATIONS, has_both_parts, without
 from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import log_probabilities, perplexity
-from linearize_cli.measure.selfcheck import self_check
-from linearize_cli.plan import Layer, copy_biases, measured_count
+from linearize_cli.measure.selfcheck import check_tokens, require_same, self_check
+from linearize_cli.plan import Layer, conversion_record, copy_biases, measured_count
 from linearize_cli.recipe import Stage, learning_rates
 from linearize_cli.recover import data as text
 from linearize_cli.recover.apart import check_apart
@@ -36,9 +36,8 @@ from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import Transfer, WindowDropout
 from linearize_cli.runtime import linearize
-from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import Batch, Blocks, CausalLM, Task, context_length
+from linearize_cli.tasks import CausalLM, Task
 from linearize_cli.versions import versions
 
 SCHEMA = 1
@@ -90,14 +89,7 @@ class Run:
         else:
             self.measure("teacher", blocks)
         torch.manual_seed(self.job.seed)
-        record = {
-            "base_class": type(self.model).__name__,
-            "base_model_type": self.model.config.model_type,
-            "method": self.job.recipe.name,
-            "attention": self.job.recipe.to_dict()["attention"],
-            "layers": {layer.name: layer.geometry for layer in self.linear},
-            "softmax": [layer.name for layer in self.softmax],
-        }
+        record = conversion_record(self.model, self.job.recipe, self.linear, self.softmax)
         linearize(self.model, record)
         copy_biases(self.model, self.linear)
         if self.job.train:
@@ -323,32 +315,9 @@ class Run:
         with self.running(model), self.running(again):
             ids = check_tokens(model, blocks).to(model.device)
             differences, limit = self_check(self.task, model, again, ids)
+        require_same(differences, limit)
         report["self_check"] = differences
-        # Written so that a nan fails too.
-        failed = [
-            form
-            for form, difference in differences.items()
-            if difference is not None and not difference <= limit
-        ]
-        if failed:
-            raise CheckFailed(
-                "the self-check refused the converted model: logits differ by "
-                + ", ".join(f"{differences[form]:.2g} ({form})" for form in failed)
-                + f", {limit:.2g} is allowed",
-                "Nothing was saved. `linearize inspect MODEL` shows its layers; --keep-softmax at:... leaves some out.",
-            )
         self.took("check and save", started)
         report["seconds"] = self.checkpoint.results["seconds"]
         save_report(folder, name, self.job.recipe, report)
         shutil.copy(self.partial / "log.jsonl", folder)
-
-
-def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
-    """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
-    recent = max(module.linear_attention.equation.recent for module in converted(model).values())
-    length = min(3 * max(recent, 32) + 45, context_length(model))
-    if blocks is not None and blocks.numel() >= 2 * length:
-        return blocks.flatten()[: 2 * length].view(2, length)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(0, vocabulary, (2, length), generator=generator)

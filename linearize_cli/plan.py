@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from linearize_cli.errors import UserError
 from linearize_cli.probe import PROBE, Call, has_bias, is_causal, is_cross, probe, probe_bias, visible
+from linearize_cli.recipe import Recipe
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
 from linearize_cli.tasks import task_class
@@ -234,3 +235,17 @@ def kept_indices(keep: str, count: int) -> list[int]:
         f"Use a number below {count} (spread evenly), auto:N with such a number (chosen by KL), or at:i,j,k with "
         f"some of the layers 0 to {count - 1}.",
     )
+
+
+def conversion_record(
+    model: PreTrainedModel, recipe: Recipe, linear: list[Layer], softmax: list[Layer]
+) -> dict[str, Any]:
+    """What a linearized config says of its conversion, under `linearize`: all that makes its layers again."""
+    return {
+        "base_class": type(model).__name__,
+        "base_model_type": model.config.model_type,
+        "method": recipe.name,
+        "attention": recipe.to_dict()["attention"],
+        "layers": {layer.name: layer.geometry for layer in linear},
+        "softmax": [layer.name for layer in softmax],
+    }

@@ -2,17 +2,16 @@
 and continues rows of tokens. The kind follows from the Auto class that loads the model's class.
 """
 
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import count, takewhile
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize_cli.batch import IGNORED, Batch, Blocks, causal_batch
+from linearize_cli.corruption import NOISE, chance, fill, spans
 from linearize_cli.decoder import (
     Decoder,
     SourceDecoder,
@@ -25,58 +24,6 @@ from linearize_cli.decoder import (
 )
 from linearize_cli.errors import UserError
 from linearize_cli.runtime.config import PREFIX, auto_class
-
-IGNORED = -100  # a label that no answer is right for, as torch's cross entropy has it
-NOISE = 0.15  # share of a block's tokens that are masked
-SPAN = 3  # tokens of a masked span, on average (T5, arXiv 1910.10683)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Blocks of text.
-
-    Attributes:
-        ids: `[B, L]` int64.
-        starts: `[B, L]` bool, where a document begins that the model must read by itself; None: a block is one.
-        counted: `[B, L]` bool, the tokens to learn to say; None: all.
-    """
-
-    ids: Tensor
-    starts: Tensor | None = None
-    counted: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
-        """The same with a function applied to every tensor."""
-        return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
-
-    def to(self, device: torch.device | str) -> "Blocks":
-        return self.map(lambda x: x.to(device))
-
-    def __getitem__(self, rows: slice) -> "Blocks":
-        return self.map(lambda x: x[rows])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def numel(self) -> int:
-        """Tokens."""
-        return self.ids.numel()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch as the model takes it.
-
-    Attributes:
-        inputs: the keyword arguments of its forward.
-        labels: the right answer at each position of the logits, `[B, T]` int64, IGNORED where there is none;
-            None: text alone has no answers.
-        counted: the positions of the logits that are learned from, `[B, T]` bool; None: all.
-    """
-
-    inputs: dict[str, Any]
-    labels: Tensor | None
-    counted: Tensor | None = None
 
 
 class Task:
@@ -313,26 +260,6 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task_class(model)(model, tokenizer)
 
 
-def causal_batch(blocks: Blocks | Tensor) -> Batch:
-    """Each token's answer is the next one of its document."""
-    if not isinstance(blocks, Blocks):
-        blocks = Blocks(blocks)
-    ids, starts, counted = blocks.ids, blocks.starts, blocks.counted
-    inputs, labels = {"input_ids": ids, "use_cache": False}, pad(ids[:, 1:], (0, 1), value=IGNORED)
-    if starts is not None:
-        inputs["position_ids"] = document_positions(starts)
-        labels = labels.masked_fill(pad(starts[:, 1:], (0, 1)), IGNORED)
-    if counted is not None:
-        labels = labels.masked_fill(~pad(counted[:, 1:], (0, 1)), IGNORED)
-    return Batch(inputs, labels, None if counted is None else labels != IGNORED)
-
-
-def document_positions(starts: Tensor) -> Tensor:
-    """`[B, L]` bool, true where a document begins -> each token's place in its document, int64."""
-    slot = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
-    return slot - slot.where(starts, 0).cummax(-1).values
-
-
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that a row may have: rows of learned positions are fewer where some stand for pads (RoBERTa)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
@@ -364,33 +291,3 @@ def require(token: int | None, what: str, hint: str) -> int:
     if token is None:
         raise UserError(what, hint)
     return token
-
-
-def chance(row: Tensor) -> torch.Generator:
-    """Chance that the row's own tokens decide: a resumed run and every measurement see the same."""
-    return torch.Generator().manual_seed(zlib.crc32(row.cpu().numpy().tobytes()))
-
-
-def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Random gaps (start, end) of a text: NOISE of its tokens in spans of SPAN on average, as many whatever the
-    chance; the last one ends the text.
-    """
-    noise = max(1, round(NOISE * length))
-    pieces = max(1, min(round(noise / SPAN), length - noise, most))
-
-    def parts(total: int) -> Tensor:
-        cuts = torch.randperm(total - 1, generator=generator)[: pieces - 1].sort().values + 1
-        return torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([total]))
-
-    kept, hidden = parts(length - noise), parts(noise)
-    ends = (kept + hidden).cumsum(0)
-    return [(end - size, end) for end, size in zip(ends.tolist(), hidden.tolist(), strict=True)]
-
-
-def fill(tokens: list[int], gaps: list[tuple[int, int]], marks: Sequence[int]) -> list[int]:
-    """The text with a mark in the place of each gap."""
-    result, last = [], 0
-    for mark, (start, end) in zip(marks, gaps, strict=False):
-        result += [*tokens[last:start], mark]
-        last = end
-    return result + tokens[last:]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_distributed import launch
 from tiny_checkpoint import save_tokenizer, tiny_model
 
+from linearize_cli.batch import causal_batch
 from linearize_cli.errors import UserError
 from linearize_cli.recover import blocks as blocks_module
 from linearize_cli.recover.layers import LayerBlocks, returned
-from linearize_cli.tasks import causal_batch
 
 SHARE = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=1.0")
 LAYERS = 5

@@ -9,13 +9,13 @@ from encoders import tiny_model as tiny_encoder
 from families import CONVERTED, swap, swapped, tiny_model
 from torch.nn.functional import log_softmax
 
+from linearize_cli.batch import IGNORED, Batch
 from linearize_cli.recipe import Distill, Lora
 from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.head import decode
 from linearize_cli.recover.student import add_lora, lora_targets, merge, recomputable, recomputed, unfreeze
 from linearize_cli.recover.train import trainable
 from linearize_cli.runtime.dispatch import attention_implementation, converted
-from linearize_cli.tasks import IGNORED, Batch
 
 # What a family does to its logits behind the output embedding, in values that show.
 SCALED = {

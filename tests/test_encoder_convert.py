@@ -12,6 +12,7 @@ from encoders import WORDS, tiny_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from linearize_cli import convert, load, verify
+from linearize_cli.batch import IGNORED
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.errors import UserError
 from linearize_cli.generate import generate
@@ -19,7 +20,7 @@ from linearize_cli.inspect import inspect
 from linearize_cli.measure.perplexity import perplexity
 from linearize_cli.recover import data
 from linearize_cli.runtime import layer as runtime_layer
-from linearize_cli.tasks import IGNORED, context_length, task_of
+from linearize_cli.tasks import context_length, task_of
 
 KINDS = {
     "albert": "AutoModelForMaskedLM",

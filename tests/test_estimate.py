@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from linearize_cli import convert
+from linearize_cli.batch import causal_batch
 from linearize_cli.cli import cli
 from linearize_cli.costs import costs
 from linearize_cli.errors import UserError
@@ -21,7 +22,6 @@ from linearize_cli.recover.student import lora_targets
 from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.tasks import causal_batch
 
 LENGTH, ROWS = 96, 3
 RECIPE = load_recipe("augmented", ("attention.local.size=8", "attention.conv.width=4"))

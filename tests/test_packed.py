@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import AUGMENTED, SMALL, swap, swapped, tiny_model
 
+from linearize_cli.batch import IGNORED, Blocks, causal_batch, document_positions
 from linearize_cli.errors import UserError
 from linearize_cli.methods import load_recipe
 from linearize_cli.recipe import Distill, Lora
@@ -13,7 +14,6 @@ from linearize_cli.recover.student import add_lora
 from linearize_cli.recover.transfer import transferring
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.packed import attend_apart, document_starts
-from linearize_cli.tasks import IGNORED, Blocks, causal_batch, document_positions
 
 # Two rows of as many tokens: shorter and longer than the window of 8, alone in their size and not.
 ROWS = ([1, 37, 5, 70, 3, 29], [145])

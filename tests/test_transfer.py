@@ -7,11 +7,11 @@ from encoders import swapped as swapped_encoder
 from families import AUGMENTED, swapped
 from safetensors.torch import load_file
 
+from linearize_cli.batch import Batch
 from linearize_cli.errors import UserError
 from linearize_cli.methods import load_recipe
 from linearize_cli.recover.transfer import Transfer, WindowDropout, shorter_windows
 from linearize_cli.runtime.dispatch import converted
-from linearize_cli.tasks import Batch
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import IGNORED, causal_batch
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
-from linearize_cli.tasks import IGNORED, CausalLM, Task, causal_batch
+from linearize_cli.tasks import CausalLM, Task
 
 AT_ONCE = 8192  # tokens of a forward
 LOGITS = 1 << 26  # numbers among its logits

@@ -5,7 +5,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize_cli.decoder import Decoder
-from linearize_cli.tasks import Task
+from linearize_cli.errors import CheckFailed
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import Task, context_length
 
 # Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
 # layers of rounding add up to in the narrow types.
@@ -35,6 +37,19 @@ def self_check(
     return differences, TOLERANCE[logits.dtype] * max(1.0, logits.abs().max().item())
 
 
+def require_same(differences: dict[str, float | None], limit: float) -> None:
+    """Raises CheckFailed: which forms differ, and by how much."""
+    # Written so that a nan fails too.
+    failed = [form for form, x in differences.items() if x is not None and not x <= limit]
+    if failed:
+        raise CheckFailed(
+            "the self-check refused the converted model: logits differ by "
+            + ", ".join(f"{differences[form]:.2g} ({form})" for form in failed)
+            + f", {limit:.2g} is allowed",
+            "Nothing was saved. `linearize inspect MODEL` shows its layers; --keep-softmax at:... leaves some out.",
+        )
+
+
 def incremental_difference(decoder: Decoder, ids: Tensor, singles: int = 32) -> float:
     """Largest logit difference between one forward and an uneven prefill followed by single tokens."""
     cache, length = decoder.new_cache(), ids.shape[1]
@@ -46,3 +61,14 @@ def incremental_difference(decoder: Decoder, ids: Tensor, singles: int = 32) -> 
 
 def largest(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).abs().max().item()
+
+
+def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
+    """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
+    recent = max(module.linear_attention.equation.recent for module in converted(model).values())
+    length = min(3 * max(recent, 32) + 45, context_length(model))
+    if blocks is not None and blocks.numel() >= 2 * length:
+        return blocks.flatten()[: 2 * length].view(2, length)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (2, length), generator=generator)

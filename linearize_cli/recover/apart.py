@@ -5,10 +5,10 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import Blocks, causal_batch
 from linearize_cli.errors import UserError
 from linearize_cli.measure.selfcheck import TOLERANCE, largest
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.tasks import Blocks, causal_batch
 
 LENGTHS = (5, 9)
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import Batch
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import LayerBlocks, alone, leaving, returned
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.train import Checkpoint
 from linearize_cli.recover.transfer import WindowDropout, shorter_windows, transferring
-from linearize_cli.tasks import Batch
 
 
 def transfer_by_blocks(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from linearize_cli.batch import Blocks
 from linearize_cli.errors import UserError
 from linearize_cli.recover.encode import encode
 from linearize_cli.recover.read import READERS, Document, documents
-from linearize_cli.tasks import Blocks
 
 DEMO, SELF = "demo", "self"
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000

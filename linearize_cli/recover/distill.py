@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from linearize_cli.batch import IGNORED, Batch
 from linearize_cli.recipe import Distill
 from linearize_cli.recover.head import Decoded, decode, whole
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.parallel import process_mean
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.tasks import IGNORED, Batch
 
 LOGITS = 1 << 26  # of teacher and student each, more are never held at once: 256 MB in fp32
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import Batch, Blocks, causal_batch
 from linearize_cli.recover.distill import divergence
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
-from linearize_cli.tasks import Batch, Blocks, causal_batch
 
 NONE = "none"  # every layer linear
 ROWS = 32  # blocks of text that are measured on

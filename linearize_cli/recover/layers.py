@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize_cli.batch import Batch
 from linearize_cli.errors import UserError
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.tasks import Batch
 
 KEY = "recover.transfer.block_layers"
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from linearize_cli.batch import Batch
 from linearize_cli.recover.distill import relative_error
 from linearize_cli.recover.objective import Objective
 from linearize_cli.runtime.dispatch import attention_implementation, converted
-from linearize_cli.tasks import Batch
 
 TRANSFER = "linearize_transfer"
 
