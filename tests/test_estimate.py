@@ -193,7 +193,8 @@ def test_a_dry_run_needs_a_config_alone(config_only):
 
 def test_a_dry_run_prints_its_arithmetic(config_only):
     arguments = ["-q", "convert", str(config_only), "--dry-run", "--seq-len", "100", "--tokens", "80k"]
-    result = CliRunner().invoke(cli, [*arguments[1:], "--flops", "2T", "--processes", "2"])
+    several = ["--flops", "2T", "--processes", "2", "--batch-size", "4"]
+    result = CliRunner().invoke(cli, [*arguments[1:], *several])
     assert result.exit_code == 0, result.output
     for part in (
         "2 TFLOP/s",

@@ -67,7 +67,7 @@ def test_the_choice_is_made_after_transfer_on_training_text(teacher):
     run(teacher, teacher.folder / "linear", overrides=only_transfer)
     original, tokenizer = load_teacher(teacher.path)
     text, _ = data.hold_out(data.open_source(teacher.text))
-    blocks = torch.cat([batch.ids for batch in islice(data.batches(text, tokenizer, 16, 4), 4)])
+    blocks = torch.cat([batch.ids for batch in islice(data.batches(text, tokenizer, 16, 4), 8)])
     measured = report["keep_softmax"]["kl"]
     assert measured["none"] == pytest.approx(
         kl(original, load(teacher.folder / "linear")[0], blocks), rel=1e-4

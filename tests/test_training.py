@@ -50,7 +50,7 @@ def weights(output):
         "recover.distill.warmup=0.1",
         "recover.distill.clip=1",
         "recover.distill.lora.targets=attention",
-        "recover.distill.linear_lr=null",
+        "recover.distill.linear_lr=auto",
         "recover.transfer.window_dropout=0",
         "recover.distill.evaluate=0",
     ],
@@ -83,7 +83,7 @@ def test_a_rate_of_the_linear_parts_moves_them_alone(teacher, plain):
     options = ("recover.transfer.share=0", "recover.distill.lr=1e-3", "recover.distill.linear_lr=1e-5")
     for name, change in (
         ("own", options),
-        ("same", options[:2]),
+        ("same", (*options[:2], "recover.distill.linear_lr=null")),
         ("none", ("recover.distill.lr=1e-30", options[0])),
     ):
         moves[name] = weights(convert(teacher, f"rate-{name}", *change, tokens=16 * 4)[0])

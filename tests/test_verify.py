@@ -109,7 +109,8 @@ def test_window_off_by_one_in_decoding(llama, tokenizer, monkeypatch):
 def test_pads_that_count_as_tokens(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(runtime_layer, "valid_tokens", lambda *args: None)
     report = check(llama, tokenizer)
-    assert (report["verdict"], report["failed"]) == ("FAIL", ["padding"])
+    # Without a cache and a mask, positions that start again behind pads are those of packed documents.
+    assert (report["verdict"], report["failed"]) == ("FAIL", ["padding", "greedy"])
 
 
 @pytest.mark.parametrize("keep", [0, 1])
