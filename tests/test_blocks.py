@@ -184,6 +184,15 @@ def test_a_killed_run_goes_on_within_its_block(moment, count, teachers, at_once)
     assert not partial.exists()
 
 
+def test_a_block_that_ends_early_leaves_hidden_states_for_the_next(teachers):
+    teacher, _ = teachers["llama"]
+    output, keywords = teacher.folder / "early", blocks(2)
+    looks = ("recover.transfer.evaluate=0.1", "recover.transfer.early_stop=1", "recover.transfer.lr=10")
+    report = run(teacher, output, **{**keywords, "overrides": (*keywords["overrides"], *looks)})
+    steps = [step for step, _ in curves(output)]
+    assert min(steps.count(step) for step in set(steps)) < LAYERS and report["self_check"]
+
+
 def test_distillation_follows(teachers):
     teacher, _ = teachers["llama"]
     results = []

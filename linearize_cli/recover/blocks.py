@@ -6,6 +6,7 @@ as when all learn at once, and is read from disk once.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -55,11 +56,14 @@ def transfer_by_blocks(
             objective.load_state_dict(load_file(file))
             continue
         with blocks.resident(model, block):
+            done = 0
             if objective.learning:
                 yield objective
-            else:
+                done = checkpoint.step
+            if block.stop < blocks.count:  # what a block that ended early has not seen, the next one may need
+                objective.step = None
                 with torch.no_grad():
-                    for batch in islice(batches(0), steps):
+                    for batch in islice(batches(done), steps - done):
                         objective(batch)
         engine.accelerator.wait_for_everyone()
         checkpoint.results["transferred_layers"] = block.stop
@@ -100,7 +104,7 @@ class HiddenStates:
 def save_whole(content: dict[str, Tensor], file: Path) -> None:
     """Write beside, then rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".new")
+    beside = file.with_suffix(f".{os.getpid()}")  # several processes may write the same row
     save_file({name: x.contiguous() for name, x in content.items()}, beside)
     beside.replace(file)
 
