@@ -230,6 +230,9 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
     }.items():
         with pytest.raises(UserError, match=words):
             data.open_source(str(tmp_path / name))
+    (tmp_path / "late.txt").write_bytes(b"a fox\n" * 300_000 + b"\xff")  # beyond what is read on opening it
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        list(next(data.open_source(str(tmp_path / "late.txt")).documents()))
     one = data.open_source(str(tmp_path / "one.jsonl"))
     with pytest.raises(UserError, match="single document"):
         data.hold_out(one)

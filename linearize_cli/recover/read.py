@@ -65,8 +65,11 @@ def documents(rows: Iterable[Any], where: str) -> Iterator[Document]:
 def read_text(file: Path) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
         with file.open(encoding="utf-8") as stream:
-            while piece := stream.read(PIECE):
-                yield piece + stream.readline()  # end at a line, so that no word is cut
+            try:
+                while piece := stream.read(PIECE):
+                    yield piece + stream.readline()  # end at a line, so that no word is cut
+            except UnicodeDecodeError as error:  # perhaps long after the start
+                raise UserError(f"{file} is no UTF-8 text: {error}", "Convert it to UTF-8.") from None
 
     if file.stat().st_size:
         yield pieces()
