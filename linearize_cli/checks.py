@@ -101,7 +101,7 @@ def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine
         UserError: the model is to write its own text, to be spread in shards, or to be distilled on a device that
             does not hold it.
     """
-    if text.SELF in job.data:
+    if text.SELF in (job.data or (job.recipe.recover.data,)):
         raise UserError(
             f"--data self: a model that is on the device {by_block.size} layers at a time writes too slowly",
             f"Pass --data with a file or a dataset, or --set {KEY}=0.",

@@ -21,6 +21,7 @@ from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.parallel import process_mean
 from linearize_cli.runtime.dispatch import attention_implementation
 
+TINY = 1e-12  # in the place of a 0 that nothing is divided into
 LOGITS = 1 << 26  # of teacher and student each, more are never held at once: 256 MB in fp32
 
 
@@ -83,7 +84,7 @@ class Distillation(Objective):
         loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
         if weights.hidden:
             states = last_hidden(student.output), last_hidden(teacher.output)
-            loss = loss + weights.hidden * relative_error(*states)
+            loss = loss + weights.hidden * relative_error(*states, batch.counted)
         return loss, {}
 
     def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
@@ -129,14 +130,19 @@ class Distillation(Objective):
 
 
 def mean_count(mask: Tensor) -> Tensor:
-    """How many are true, at least one, on average over the processes."""
-    return process_mean(mask.sum().float()).clamp_min(1)
+    """How many are true on average over the processes; never 0."""
+    return process_mean(mask.sum().float()).clamp_min(TINY)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
-    """The mean squared error, relative to the mean square of what is expected."""
+def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The mean squared error, relative to the mean square of what is expected: `[..., X]`, of all vectors or of those
+    that are `counted`, `[...]` bool.
+    """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
-    return (actual - expected).square().mean() / process_mean(expected.square().mean())
+    error, size = (actual - expected).square().mean(-1), expected.square().mean(-1)
+    if counted is not None:
+        error, size = error * counted, size * counted
+    return error.mean() / process_mean(size.mean()).clamp_min(TINY)
 
 
 def last_hidden(output: ModelOutput) -> Tensor:

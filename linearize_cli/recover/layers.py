@@ -190,6 +190,8 @@ def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Ba
                 with blocks.resident(model, block), alone(layers, block, outputs.get(block[0] - 1), returns):
                     actual, expected = leaving(model, inputs).float(), outputs[block[-1]].float()
                 same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, AttributeError, TypeError, KeyError, IndexError, ValueError):
                 same = False
             if not same:

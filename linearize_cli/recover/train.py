@@ -185,7 +185,10 @@ def train(
         best.restore()
         if best.record:
             terminal.note(f"{stage}: the best of {checkpoint.step} steps was {best.record['step']}")
-        checkpoint.results.setdefault("steps", {})[stage] = checkpoint.step
+        done = checkpoint.results.setdefault("steps", {})
+        done[stage] = max(
+            checkpoint.step, done.get(stage, 0)
+        )  # of blocks of layers, the one that learned longest
         save()
 
 
