@@ -22,7 +22,7 @@ from linearize_cli.measure.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.measure.perplexity import log_probabilities, perplexity
 from linearize_cli.measure.selfcheck import check_tokens, require_same, self_check
 from linearize_cli.plan import Layer, conversion_record, copy_biases, measured_count
-from linearize_cli.recipe import Stage, learning_rates
+from linearize_cli.recipe import Stage, learning_rates, transfer_rate
 from linearize_cli.recover import data as text
 from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.blocks import transfer_by_blocks
@@ -259,7 +259,8 @@ class Run:
                 objectives = transfer_by_blocks(self.model, self.native, windows, self.by_block, *progress)
             else:
                 objectives = [Transfer(self.model, self.native, windows)]
-            stage("transfer", objectives, recipe.transfer, 0)
+            lr = transfer_rate(recipe.transfer, min(layer.geometry["key_dim"] for layer in self.linear))
+            stage("transfer", objectives, replace(recipe.transfer, lr=lr), 0)
         if self.steps["transfer"]:
             self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)

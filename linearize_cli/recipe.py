@@ -86,14 +86,15 @@ class Transfer(Stage):
 
     Attributes:
         share: that of the tokens.
-        lr: the rate.
+        lr: the rate; auto: 1e-2 at heads of 128 and more for smaller ones, so that it stays the same share of a
+            projection's entries, which are 1 / sqrt(head size) long.
         window_dropout: how probable it is that a step has a random shorter window in every layer, so that the far
             part learns what it hides; at the first step, from where it falls to 0 at the last.
         block_layers: how many layers are on the device at a time; 0 or null: all.
     """
 
     share: float = 0.4
-    lr: float = 1e-2
+    lr: float | str = 1e-2
     window_dropout: float = 0.0
     block_layers: int | None = 0
     linear_lr: ClassVar[None] = None  # all that transfer trains is linear
@@ -228,6 +229,11 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     names = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
     problems.append(f"{path}: expected {names}, got {value!r}")
     return None
+
+
+def transfer_rate(transfer: Transfer, head_dim: int) -> float:
+    """The rate of transfer: as stated, or by the size of the heads' keys."""
+    return 1e-2 * (128 / head_dim) ** 0.5 if transfer.lr == "auto" else transfer.lr
 
 
 def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:

@@ -5,7 +5,7 @@ import yaml
 
 from linearize_cli.errors import UserError
 from linearize_cli.methods import load_recipe, method_names
-from linearize_cli.recipe import Distill, learning_rates, parse_count
+from linearize_cli.recipe import Distill, Transfer, learning_rates, parse_count, transfer_rate
 
 BASES = ["based", "flash", "flash-local", "gated-delta", "hedgehog", "linformer", "lolcats", "lolcats-group"]
 BASES += ["mamba2", "performer", "relu", "retention", "transnormer", "window", "yoso", "yoso-e"]
@@ -146,3 +146,9 @@ def test_rates_fall_with_the_width():
     assert learning_rates(Distill(), 64) == (pytest.approx(2e-3), None)
     assert learning_rates(Distill(lr=1e-3, linear_lr="auto"), 4096) == (1e-3, pytest.approx(3e-3))
     assert learning_rates(Distill(lr=1e-3, linear_lr=1e-2), 4096) == (1e-3, 1e-2)
+
+
+def test_the_rate_of_transfer_falls_with_the_size_of_the_heads():
+    assert transfer_rate(Transfer(lr="auto"), 128) == pytest.approx(1e-2)
+    assert transfer_rate(Transfer(lr="auto"), 8) == pytest.approx(4e-2)
+    assert transfer_rate(Transfer(lr=3e-3), 8) == 3e-3
