@@ -199,6 +199,7 @@ def plan_report(
     with Phantom():
         linear, softmax = planned(job, model)
     check_task(job, type(model).__name__, task_class(model), linear)
+    check_checkpointing(job, model)
     length = check_length(job.seq_len, job.recipe, model)
     job = with_batch_size(job, length)
     check_budget(job, length, processes)

@@ -89,6 +89,8 @@ def calm_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for known in ("find_unused_parameters", "fan_in_fan_out"):  # torch and peft, on what is meant so
+        warnings.filterwarnings("ignore", message=known)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
