@@ -89,7 +89,8 @@ def test_the_far_part_learns_what_the_window_hides(teacher):
     ablations = {}
     for dropout in (0, 1):
         output = teacher.folder / f"dropout-{dropout}"
-        changes = dict(tokens=16 * 4 * 200, overrides=(*SMALL["overrides"], *options(dropout)))
+        overrides = (*SMALL["overrides"], *options(dropout), "recover.transfer.lr=1e-2")
+        changes = dict(tokens=16 * 4 * 200, overrides=overrides)
         ablations[dropout] = run(teacher, output, **changes)["ablation"]["linear_only"]
     assert ablations[1] < ablations[0]
 
