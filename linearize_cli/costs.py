@@ -18,7 +18,7 @@ from linearize_cli.probe import Probe, inputs_of, recording
 from linearize_cli.recipe import Recipe
 from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.layers import LayerBlocks
-from linearize_cli.recover.student import add_lora, unfreeze
+from linearize_cli.recover.student import student_and_teacher
 from linearize_cli.recover.transfer import Transfer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
@@ -118,11 +118,8 @@ def costs(
         return [counted[i] / tokens for i in first], counted[None] / tokens
 
     transfer, rest = saved(Transfer(model, native)) if learning else ([0.0] * len(layers), 0.0)
-    added, lora, teacher, student = sum(p.numel() for p in learning), recipe.recover.distill.lora, None, model
-    if lora:
-        student = add_lora(model, lora, on_meta=True)
-    else:
-        teacher = unfreeze(model)
+    added = sum(p.numel() for p in learning)
+    student, teacher = student_and_teacher(model, recipe.recover.distill.lora, on_meta=True)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     held = {id(p) for p in student.parameters()}
     copied = [p for p in teacher.parameters() if id(p) not in held] if teacher else []

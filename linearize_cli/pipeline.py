@@ -32,7 +32,7 @@ from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.keep import ROWS, Restorer, best
 from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.objective import Objective
-from linearize_cli.recover.student import add_lora, merge, recomputed, unfreeze
+from linearize_cli.recover.student import merge, recomputed, student_and_teacher
 from linearize_cli.recover.train import Checkpoint, Log, train
 from linearize_cli.recover.transfer import Transfer, WindowDropout
 from linearize_cli.runtime import linearize
@@ -268,20 +268,12 @@ class Run:
             if self.by_block:  # whole on the device, from here on
                 self.model.to(self.by_block.device)
                 self.by_block = None
-            lora, teacher, student = recipe.distill.lora, None, self.model
-            if lora:
-                student = add_lora(self.model, lora)
-            else:
-                teacher = unfreeze(self.model)
+            student, teacher = student_and_teacher(self.model, recipe.distill.lora)
             lr, linear_lr = learning_rates(recipe.distill, self.model.config.get_text_config().hidden_size)
             objective = Distillation(student, self.native, recipe.distill, teacher)
             with recomputed(student) if recipe.distill.checkpointing else nullcontext():
-                stage(
-                    "distill",
-                    [objective],
-                    replace(recipe.distill, lr=lr, linear_lr=linear_lr),
-                    self.steps["transfer"],
-                )
+                options = replace(recipe.distill, lr=lr, linear_lr=linear_lr)
+                stage("distill", [objective], options, self.steps["transfer"])
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
             self.model = merge(student)

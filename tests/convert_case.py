@@ -3,11 +3,14 @@
 import json
 import random
 from collections import namedtuple
+from contextlib import contextmanager
 
+import pytest
 import torch
 from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 
 from linearize_cli import convert
+from linearize_cli.recover import train
 
 SMALL = dict(overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
 Teacher = namedtuple("Teacher", "path text folder")
@@ -29,6 +32,25 @@ def make_teacher(folder, layers=2):
 
 def run(teacher, output, **changes):
     return convert(teacher.path, output, data=(teacher.text,), batch_size=4, **{**SMALL, **changes})
+
+
+@contextmanager
+def stopped(monkeypatch, when):
+    """A conversion within saves at every step, and stops after the save that `when(checkpoint, saves)` is true of."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(train, "SAVE_PAUSE", 0.0)
+    save, count = train.Checkpoint.save, 0
+
+    def stop(self, path):
+        nonlocal count
+        count += 1
+        save(self, path)
+        if when(self, count):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.Checkpoint, "save", stop)
+        yield
 
 
 def losses(folder):

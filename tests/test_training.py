@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from convert_case import SMALL, losses, make_teacher, run
+from convert_case import SMALL, losses, make_teacher, run, stopped
 from families import swapped
 from safetensors.torch import load_file
 from torch import nn
@@ -158,19 +158,7 @@ def test_a_run_keeps_the_best_of_its_looks(teacher, monkeypatch):
     model, _ = load(output)
     assert all(p.isfinite().all() for p in model.parameters())
 
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(training, "SAVE_PAUSE", 0.0)
-    save, count = training.Checkpoint.save, 0
-
-    def stop(self, path):
-        nonlocal count
-        count += 1
-        save(self, path)
-        if count == 24 + 1 + best + 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training.Checkpoint, "save", stop)
+    with stopped(monkeypatch, lambda checkpoint, saves: saves == 24 + 1 + best + 4):
         convert(teacher, "best-stopped", *options, tokens=16 * 4 * 60)
     again, resumed = convert(teacher, "best-stopped", *options, tokens=16 * 4 * 60, resume=True)
     assert resumed["tokens"] == report["tokens"] and resumed["perplexity"] == report["perplexity"]
@@ -191,16 +179,9 @@ def test_full_fine_tuning_converts_and_resumes(dtype, teacher, monkeypatch):
     kept = {name for name in original if torch.equal(saved[name], original[name].to(saved[name].dtype))}
     assert kept == {"model.embed_tokens.weight", "lm_head.weight"} & set(original)
 
-    def stop(self, path):
-        save(self, path)
-        if self.stage == "distill" and self.step == 9:
-            raise KeyboardInterrupt
-
-    save = training.Checkpoint.save
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(training, "SAVE_PAUSE", 0.0)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training.Checkpoint, "save", stop)
+    with stopped(
+        monkeypatch, lambda checkpoint, saves: (checkpoint.stage, checkpoint.step) == ("distill", 9)
+    ):
         convert(teacher, f"full-stopped-{dtype}", *options, **changes)
     again, _ = convert(teacher, f"full-stopped-{dtype}", *options, **changes, resume=True)
     assert losses(again) == losses(output)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convert_case import SMALL, losses, make_teacher, run
+from convert_case import SMALL, losses, make_teacher, run, stopped
 from encoders import swapped as swapped_encoder
 from families import AUGMENTED, swapped
 from safetensors.torch import load_file
@@ -100,23 +100,9 @@ def options(dropout, share=1):
 
 
 def test_a_resumed_run_has_the_same_windows(teacher, monkeypatch):
-    from linearize_cli.recover import train
-
     overrides = (*SMALL["overrides"], *options(0.9, 0.6))
     run(teacher, teacher.folder / "whole", overrides=overrides)
-    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(train, "SAVE_PAUSE", 0.0)
-    save, count = train.Checkpoint.save, 0
-
-    def stop(self, path):
-        nonlocal count
-        count += 1
-        save(self, path)
-        if count == 7:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train.Checkpoint, "save", stop)
+    with stopped(monkeypatch, lambda checkpoint, saves: saves == 7):
         run(teacher, teacher.folder / "stopped", overrides=overrides)
     run(teacher, teacher.folder / "stopped", overrides=overrides, resume=True)
     assert losses(teacher.folder / "stopped") == losses(teacher.folder / "whole")

@@ -56,6 +56,17 @@ def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftM
     return student
 
 
+def student_and_teacher(
+    model: PreTrainedModel, lora: Lora | None, on_meta: bool = False
+) -> tuple[PeftModel | PreTrainedModel, PreTrainedModel | None]:
+    """What distillation trains, made of a linearized model: with LoRA, or every weight, and then the teacher of its
+    own that this takes. `on_meta` as in `add_lora`.
+    """
+    if lora is None:
+        return model, unfreeze(model)
+    return add_lora(model, lora, on_meta), None
+
+
 class Cast(nn.Module):
     """A parameter as the model computes with it."""
 

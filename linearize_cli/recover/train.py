@@ -141,6 +141,7 @@ def train(
         rated = [{"params": list(group.values()), "lr": lr} for lr, group in groups.items()]
         optimizer = torch.optim.AdamW(rated, weight_decay=0.0)
         restore(checkpoint, parameters, optimizer)
+        parts = trained.independent()
         best = Best(trained, parameters, held_out, steps, options, checkpoint.best)
         stream = batches(checkpoint.step)
         path, saved, cost = folder / "checkpoint.pt", time.monotonic(), 0.0
@@ -167,7 +168,7 @@ def train(
                     f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
                 )
             loss.backward()
-            for part in trained.independent():
+            for part in parts:
                 nn.utils.clip_grad_norm_(part, math.inf if options.clip is None else options.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -186,9 +187,8 @@ def train(
         if best.record:
             terminal.note(f"{stage}: the best of {checkpoint.step} steps was {best.record['step']}")
         done = checkpoint.results.setdefault("steps", {})
-        done[stage] = max(
-            checkpoint.step, done.get(stage, 0)
-        )  # of blocks of layers, the one that learned longest
+        # Of blocks of layers, the one that learned longest.
+        done[stage] = max(checkpoint.step, done.get(stage, 0))
         save()
 
 
