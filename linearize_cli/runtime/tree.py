@@ -6,14 +6,15 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 
 import torch
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.block import block
-from linearize_kernels.chunked import commit
+from linearize_kernels.chunked import commit, take
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -45,9 +46,10 @@ class LinearBranch(LinearCacheLayer):
         position, visible = self.shape.position.to(q.device), self.shape.visible.to(q.device)
         return block(attention, self.state, q, k, v, position, visible, *sink_logits).to(q.dtype)
 
-    def commit(self, path: Sequence[int]) -> None:
-        k, v = (x[..., path, :] for x in self.new)
-        self.prefix.append(self.attention, commit(self.attention, self.prefix.state, k, v), k, v, None)
+    def commit(self, nodes: Tensor, valid: Tensor | None) -> None:
+        k, v = (take(x, nodes) for x in self.new)
+        state = commit(self.attention, self.prefix.state, k, v, valid)
+        self.prefix.append(self.attention, state, k, v, valid)
 
 
 class SoftmaxBranch(DynamicLayer):
@@ -67,8 +69,16 @@ class SoftmaxBranch(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.prefix.get_mask_sizes(query_length)
 
-    def commit(self, path: Sequence[int]) -> None:
-        self.prefix.update(*(x[..., path, :] for x in self.new))
+    def commit(self, nodes: Tensor, valid: Tensor | None) -> None:
+        new = [take(x, nodes) for x in self.new]
+        if valid is not None:  # a shorter path's pads go left of all that its row has
+            stored = self.prefix.keys.shape[-2]
+            order = pad(valid.to(new[0].device), (stored, 0), value=True).long().argsort(dim=-1, stable=True)
+            old = self.prefix.keys, self.prefix.values
+            rows = [take(torch.cat(pair, -2), order) for pair in zip(old, new, strict=True)]
+            self.prefix.keys, self.prefix.values = (x[..., :stored, :] for x in rows)
+            new = [x[..., stored:, :] for x in rows]
+        self.prefix.update(*new)
 
 
 class DummyBranch(DummyLayer):
@@ -77,7 +87,7 @@ class DummyBranch(DummyLayer):
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()
 
-    def commit(self, path: Sequence[int]) -> None: ...
+    def commit(self, nodes: Tensor, valid: Tensor | None) -> None: ...
 
 
 BRANCHES = {
@@ -90,31 +100,56 @@ BRANCHES = {
 
 @dataclass
 class Tree:
-    """A tree that was read. Attributes: `logits` `[B, N, vocab]`, each node's as if its path had been decoded
-    token by token.
+    """A tree that was read.
+
+    Attributes:
+        logits: `[B, N, vocab]`, each node's as if its path had been decoded token by token.
+        hidden: `[B, N, width]`, what the model's head made them of.
     """
 
     logits: Tensor
+    hidden: Tensor
+    shape: Shape
     parents: Sequence[int]
     branches: list[LinearBranch | SoftmaxBranch | DummyBranch]
 
+    def path(self, node: int) -> list[int]:
+        """From a root to the node."""
+        path = []
+        while node >= 0:
+            path, node = [node, *path], self.parents[node]
+        return path
+
     @torch.no_grad()
-    def commit(self, path: Sequence[int]) -> None:
-        """Append the nodes of an accepted path, from a root on, to the cache of every row.
+    def commit(self, *paths: Sequence[int]) -> None:
+        """Append the nodes of accepted paths, from a root on, to the cache: one path for all rows, or one each.
+        A row whose path is shorter than another's gets pads on its left.
 
         Raises:
-            ValueError: the nodes are no such path.
+            ValueError: the nodes are no such path, or there are not as many paths as rows.
             RuntimeError: the cache has moved on since the tree was read.
         """
-        path, parents = list(path), dict(enumerate(self.parents))
-        if any(parents.get(node) != before for before, node in zip([-1, *path], path, strict=False)):
-            raise ValueError(f"{path} is no path of the tree: it must go from a root from parent to child")
+        rows, nodes = self.logits.shape[:2]
+        paths = [list(path) for path in (paths * rows if len(paths) == 1 else paths)]
+        if len(paths) != rows:
+            raise ValueError(f"{len(paths)} paths for {rows} rows")
+        for path in paths:
+            if path and not (0 <= path[-1] < nodes and path == self.path(path[-1])):
+                raise ValueError(
+                    f"{path} is no path of the tree: it must go from a root from parent to child"
+                )
         linear = (branch for branch in self.branches if isinstance(branch, LinearBranch))
         if any(branch.state is not branch.prefix.state for branch in linear):
             raise RuntimeError("the cache has moved on since the tree was read")
-        if path:
-            for branch in self.branches:
-                branch.commit(path)
+        longest = max(map(len, paths))
+        if longest == 0:
+            return
+        nodes = torch.tensor(
+            [[-1] * (longest - len(path)) + path for path in paths], device=self.logits.device
+        )
+        valid = nodes >= 0 if min(map(len, paths)) < longest else None
+        for branch in self.branches:
+            branch.commit(nodes.clamp_min(0), valid)
 
 
 @torch.no_grad()
@@ -148,17 +183,15 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
     if first is None:
         raise ValueError("the cache holds no prefix: run the model on it first")
     count = first.state.count
-    visible = torch.eye(len(parents), dtype=torch.bool, device=ids.device)
-    for i, parent in enumerate(parents):
-        if parent >= 0:
-            visible[i] |= visible[parent]
-    depth = visible.sum(-1) - 1
+    visible, depth = (x.to(ids.device) for x in ancestors(tuple(parents)))
     shape = Shape(depth, visible, count[:, None] + depth)
     branched = copy.copy(cache)
     branched.layers = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
     slots = torch.arange(first.seen + len(parents), device=ids.device)
     hook = partial(pass_tree_mask, shape=shape)
+    head, hidden = model.get_output_embeddings(), []
     with ExitStack() as hooks:
+        hooks.callback(head.register_forward_pre_hook(lambda module, args: hidden.append(args[0])).remove)
         for name in model.config.linearize["softmax"]:
             module = model.get_submodule(name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -169,7 +202,17 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
             attention_mask=(slots >= first.seen - count[:, None]).long(),
             position_ids=shape.position,
         ).logits
-    return Tree(logits, list(parents), branched.layers)
+    return Tree(logits, hidden[-1], shape, parents, branched.layers)
+
+
+@lru_cache(64)
+def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`visible` and `depth` of a `Shape`; a drafter's trees are few."""
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    return visible, visible.sum(-1) - 1
 
 
 def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -> tuple[tuple, dict] | None:
@@ -190,6 +233,6 @@ def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -
     prefix, depth = mask.shape[-1] - nodes, shape.depth.to(mask.device)
     columns = torch.cat([torch.arange(prefix, device=mask.device), prefix + depth])
     mask = mask[:, :, depth][..., columns]
-    hidden = nn.functional.pad(~shape.visible.to(mask.device), (prefix, 0), value=False)
+    hidden = pad(~shape.visible.to(mask.device), (prefix, 0), value=False)
     lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return args, {**kwargs, "attention_mask": mask.masked_fill(hidden, lowest)}
