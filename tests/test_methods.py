@@ -87,7 +87,10 @@ def check_trees(model) -> None:
 @pytest.mark.parametrize("keep", [None, "at:1"], ids=["all linear", "one softmax layer"])
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_from_swap_to_tree(method, keep, teacher, tmp_path):
-    common = dict(method=method, overrides=small(method), keep_softmax=keep)
+    # The loss that is looked at below and a rate for a small model, whichever are the method's own.
+    rates = ("recover.distill.kl=1", "recover.distill.ce=0", "recover.distill.lr=auto")
+    overrides = (*small(method), *rates)
+    common = dict(method=method, overrides=overrides, keep_softmax=keep)
     run(teacher, tmp_path / "swapped", train=False, **common)
     report = run(teacher, tmp_path / "out", seq_len=24, tokens=24 * 4 * 50, **common)
     assert len(report["layers"]["softmax"]) == (keep is not None)

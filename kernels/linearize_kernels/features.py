@@ -110,7 +110,9 @@ class Projected(FeatureMap):
 @feature_map("hedgehog")
 class Hedgehog(Projected):
     """`[softmax(xW), softmax(-xW)]`, one learned W per head (arXiv 2402.04347, in the softmax form of
-    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many.
+    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many. W's columns start at the length of
+    the directions whose exponentials estimate `exp(scale q·k)` (Performer's), √(scale D), not at 1: unit ones tell
+    keys of small heads too little apart.
     """
 
     positive = True
@@ -118,6 +120,11 @@ class Hedgehog(Projected):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.feature_dim = 2 * self.weight.shape[-1]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.mul_(math.sqrt(self.scale * self.head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.weight.to(x.dtype)
