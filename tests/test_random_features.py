@@ -46,6 +46,15 @@ def test_performer_directions_are_orthogonal_within_blocks_and_of_gaussian_lengt
     assert directions.norm(dim=-1).std() > 0.5, "lengths of Gaussian vectors, not one length"
 
 
+def test_weighted_keys_start_at_the_softmax_kernel():
+    torch.manual_seed(0)
+    far = layer("augmented", "attention.far.feature_dim=2000").far
+    q, k = vectors(40, DIM) / 2, vectors(40, DIM) / 2
+    products = far.q_map(q) @ far.keys(k).transpose(-1, -2)
+    ratio = products[0] / (SCALE * q[0] @ k[0].T).exp()
+    assert 0.9 < ratio.mean() < 1.1 and ratio.std() < 0.3, (ratio.mean(), ratio.std())
+
+
 @pytest.mark.parametrize("name", ["performer", "yoso", "yoso-e"])
 def test_random_features_follow_the_seed_and_are_saved(name):
     def state(seed):

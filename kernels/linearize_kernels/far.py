@@ -8,6 +8,8 @@ Shapes: `heads` are query heads, `far` the heads of S and z (`far_heads`); a tok
 and never counts, and sinks are never folded.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -39,10 +41,17 @@ class FeatureMemory(nn.Module):
         self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim)
         self.state_width = (self.q_map.feature_dim, eq.value_dim)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.key_weight is not None:
             nn.init.zeros_(self.key_weight)
-        for part in (self.q_map, self.k_map, self.memory):
+            weight = min(
+                -math.log(self.q_map.share) / CEILING, 0.9
+            )  # so that ω φφ starts as the softmax's own weight
+            self.key_weight[:, -1] = CEILING * math.atanh(weight)
+        with torch.random.fork_rng(devices=[]):  # φ(q)·φ(k) means something where both start as the same map
+            self.q_map.reset_parameters()
+        for part in (self.k_map, self.memory):
             if part is not None:
                 part.reset_parameters()
 

@@ -40,10 +40,12 @@ class FeatureMap(nn.Module):
         name: in recipes.
         positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
         shared: whether queries and keys must go through one and the same map.
+        share: about what `φ(q)ᵀ φ(k)` is of `exp(scale q·k)` at the start of a conversion, for maps that stand for it.
     """
 
     positive = False
     shared = False
+    share = 1.0
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__()
@@ -99,10 +101,11 @@ class Projected(FeatureMap):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The identity; columns beyond the head size are random directions of the same length."""
+        """The identity; columns beyond the head size are random directions of the same length, one set for all
+        heads."""
         heads, head_dim, width = self.weight.shape
-        directions = torch.randn(heads, head_dim, width)
-        self.weight.copy_(directions / directions.norm(dim=1, keepdim=True))
+        directions = torch.randn(head_dim, width)
+        self.weight.copy_(directions / directions.norm(dim=0))
         square = min(head_dim, width)
         self.weight[:, :, :square] = torch.eye(head_dim, square)
 
@@ -120,6 +123,7 @@ class Hedgehog(Projected):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.feature_dim = 2 * self.weight.shape[-1]
+        self.share = 4 / self.feature_dim
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
