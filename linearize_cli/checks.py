@@ -145,8 +145,9 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
     """Refuse what no training could do.
 
     Raises:
-        UserError: the tokens do not fill a batch, the batch does not divide among the processes, an adapter is
-            wanted of no training, or layers are to be chosen by a measurement without text.
+        UserError: the tokens do not fill a batch, the batch does not divide among the processes, an adapter or
+            heads are wanted of no training, heads look beyond a block, or layers are to be chosen by a measurement
+            without text.
     """
     tokens, batch = job.recipe.recover.tokens, length * job.batch_size
     if job.train and tokens < batch:
@@ -161,6 +162,11 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
         )
     if job.medusa_heads and not job.train:
         raise UserError("--no-train trains no Medusa heads", "Leave out --medusa-heads or --no-train.")
+    if job.medusa_heads and length < 4 * (job.medusa_heads + 1):
+        raise UserError(
+            f"blocks of {length} tokens are too short for {job.medusa_heads} Medusa heads",
+            f"Pass --seq-len {4 * (job.medusa_heads + 1)} or more, or train fewer heads.",
+        )
     if job.keep_adapter and not job.train:
         raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")
     if job.keep_adapter and not job.recipe.recover.distill.lora:

@@ -161,6 +161,8 @@ def test_heads_of_an_artifact(artifact, teacher, tmp_path, monkeypatch):
         train(folder, **text)
     with pytest.raises(UserError, match="nothing to resume"):
         train(folder, **text, resume=True)
+    with pytest.raises(UserError, match="too short for 4 Medusa heads"):
+        train(folder, **(text | {"heads": 4}), force=True)
     facts = train(folder, **text, force=True)
     assert json.loads((folder / "linearize.json").read_text())["medusa"] == {
         k: v for k, v in facts.items() if k != "output"
