@@ -76,7 +76,11 @@ def assisted(
             raise UserError(what, "Shorten the prompt, or pass a smaller --max-new.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     target = GenerationConfig(
-        max_new_tokens=max_new, eos_token_id=list(stop) or None, pad_token_id=0, use_cache=True, **sampling
+        max_new_tokens=max_new,
+        eos_token_id=list(stop) or None,
+        pad_token_id=stop[0] if stop else None,  # another would be taken for pads where the prompt has it
+        use_cache=True,
+        **sampling,
     )
     drafter = GenerationConfig(
         num_assistant_tokens=drafted,
