@@ -118,6 +118,11 @@ def test_the_last_position_is_not_passed():
     rows, steps = run(model, prompts, Oracle(known, 1.0, [DEEP], VOCABULARY), 12, context=24)
     assert rows == known and len(rows[1]) == 24
     assert max(step.nodes for step in steps) > 5
+    for drafter in (NoDraft(), Oracle(known, 1.0, [DEEP], VOCABULARY)):  # rows that would pass it end there
+        rows, _ = run(model, prompts, drafter, 200, context=24)
+        assert list(map(len, rows)) == [24, 24] and rows[1] == known[1] and rows[0][:15] == known[0]
+    with pytest.raises(UserError, match="a prompt of 24 tokens leaves no room: the model has 24 positions"):
+        run(model, prompts_of(3, 24), NoDraft(), 1, context=24)
 
 
 def test_rows_end_at_different_times(model, known):
