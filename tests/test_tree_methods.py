@@ -102,8 +102,7 @@ def test_there_are_cases_enough():
 
 @pytest.mark.parametrize("method", method_names())
 def test_a_tree_is_its_paths_decoded_in_single_precision(method):
-    for seed in range(2):
-        check_random_tree(method, seed, torch.float32, 1e-4)
+    check_random_tree(method, 0, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("method", ["augmented:flash", "gated-delta", "linformer", "lolcats-group", "yoso"])
@@ -122,7 +121,7 @@ def test_half_precision_adds_nothing_to_its_own_noise(keep):
     for module in converted(model).values():
         module.linear_attention.float()
     rng, noise, tree = random.Random(0), [], []
-    for seed in range(6):
+    for seed in range(4):
         rows, mask = pad_left([random_ids(n, seed=10 * seed + n) for n in (3, 9, 14, 22)])
         cache, parents = prefilled(model, rows, mask), random_tree(rng, 12)
         ids = random_ids(4, 12, seed=seed)
