@@ -75,8 +75,7 @@ def speculate(
         try:
             tree = read_tree(model, cache, draft.ids, draft.parents)
         except NotImplementedError as error:
-            hint = "Decode it without: linearize generate ARTIFACT PROMPT."
-            raise UserError(f"the model cannot verify a token tree: {error}", hint) from None
+            raise cannot_branch(error) from None
         parents = torch.tensor(list(draft.parents), device=draft.ids.device)
         accepted, following = rule(tree.logits, draft.ids, parents)
         last = longest(accepted, tree.shape.visible)
@@ -94,6 +93,24 @@ def speculate(
         yield Step(tokens, [len(path) - 1 if path else None for path in paths], len(draft.parents))
         if any(left):
             tree.commit(*paths)
+
+
+@torch.inference_mode()
+def check_branches(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: a layer keeps what no tree can branch off.
+    """
+    cache, _, _ = prefill(model, [[0]])
+    try:
+        read_tree(model, cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
+    except NotImplementedError as error:
+        raise cannot_branch(error) from None
+
+
+def cannot_branch(error: NotImplementedError) -> UserError:
+    hint = "It decodes without drafts: linearize generate ARTIFACT PROMPT."
+    return UserError(f"the model cannot verify a token tree: {error}", hint)
 
 
 def prefill(model: PreTrainedModel, rows: list[list[int]]) -> tuple[Cache, Tensor, Tensor]:
