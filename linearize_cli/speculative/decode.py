@@ -65,7 +65,8 @@ def speculate(
         return tokens
 
     none = torch.full((1,), -1, device=model.device)
-    _, first = rule(logits[:, None], none.expand(len(rows), 1), none)
+    last = torch.tensor([row[-1:] for row in rows], device=model.device)
+    _, first = rule(logits[:, None], last, none)
     yield Step([take(row, tokens) for row, tokens in enumerate(first.tolist())], [None] * len(rows), 1)
     while any(left):
         room = max(left) - 1
