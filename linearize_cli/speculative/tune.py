@@ -20,8 +20,8 @@ ROWS, PROMPT, CONTINUED = (
 )  # held-out beginnings, their tokens and those written after them, at most
 RANKS = 10  # candidates of a head that are looked at
 SIZES = (1, 2, 4, 8, 16, 32, NODES)  # of the trees whose cost is measured
-REPEATS = 12  # steps of each
-WARM_UP = 2
+REPEATS = 20  # steps of each
+WARM_UP = 3  # the prompt's forward among them
 
 
 def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int, float]:
@@ -65,17 +65,19 @@ def acceptance(model: PreTrainedModel, heads: MedusaHeads, rows: Tensor, given: 
 
 
 def step_seconds(model: PreTrainedModel, heads: MedusaHeads, prompt: list[int]) -> dict[int, float]:
-    """The fastest of some speculative steps by the nodes of the tree: other work on the machine only ever adds."""
-    nodes, seconds = likeliest(heads.acceptance), {}
+    """Seconds of a speculative step by the nodes of its tree: the fastest of some, for other work on the machine only
+    ever adds, and at most those of a larger tree.
+    """
+    nodes, length = likeliest(heads.acceptance), (len(heads) + 1) * (REPEATS + WARM_UP) + 1
+    running = {}
     for size in SIZES:
         drafter = heads.drafter(Choices.of(nodes[: size - 1]))
-        steps = speculate(model, [prompt], drafter, (len(heads) + 1) * (REPEATS + WARM_UP))
-        next(steps)
-        times = []
-        for _ in range(REPEATS + WARM_UP):
+        running[len(drafter.parents)] = speculate(model, [prompt], drafter, length)
+    times: dict[int, list[float]] = {size: [] for size in running}
+    for _ in range(WARM_UP + REPEATS):
+        for size, steps in running.items():  # in turns, so that a slow moment is not one size's alone
             started = time.perf_counter()
-            if next(steps, None) is None:
-                break
-            times.append(time.perf_counter() - started)
-        seconds[len(drafter.parents)] = min(times[WARM_UP:])
-    return seconds
+            next(steps)
+            times[size].append(time.perf_counter() - started)
+    fastest = {size: min(own[WARM_UP:]) for size, own in times.items()}
+    return {size: min(fastest[other] for other in fastest if other >= size) for size in fastest}
