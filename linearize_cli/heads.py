@@ -17,8 +17,7 @@ from linearize_cli.conversion import train_and_eval
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_partial, partial_folder
-from linearize_cli.methods import load_recipe
-from linearize_cli.recipe import HeadStage, with_budget
+from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.heads import LOG, check_heads, make_heads
@@ -64,7 +63,7 @@ def heads(
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
     report = json.loads((folder / "linearize.json").read_text())
-    recipe = with_budget(load_recipe(str(folder / "recipe.yaml")), tokens)
+    recipe = with_budget(saved_recipe(folder), tokens)
     if report["base_model"] == text.DEMO:
         data, eval_data = data or (text.DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
@@ -123,10 +122,26 @@ def run(
     return facts
 
 
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe of an artifact; that its parts can be had is not asked here.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    problems: list[str] = []
+    try:
+        recipe = build(Recipe, yaml.safe_load((folder / "recipe.yaml").read_text()), "", problems)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(str(error))
+    if problems:
+        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
+        raise UserError(what, "Convert the model again, or fetch the artifact again.")
+    return recipe
+
+
 def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write the facts into `linearize.json`, and into the card unless somebody has edited it."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    path, name = folder / "README.md", {"repo_name": folder.name, "recipe": recipe}
+    path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     untouched = path.is_file() and path.read_text() == card(report, **name)
     report = {**report, "medusa": facts}
     write_json(folder / "linearize.json", report)
