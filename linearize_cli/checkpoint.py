@@ -152,7 +152,9 @@ def _download(model: str, weights: bool) -> str:
         pass
     elif not (folder / "config.json").is_file():
         fetch("consolidated.*.pth", commit=folder.name)
-    elif not any(fetch("model*.safetensors", commit=folder.name).glob("model*.safetensors")):
+    elif not any(
+        fetch("model*.safetensors", "medusa.safetensors", commit=folder.name).glob("model*.safetensors")
+    ):
         fetch("pytorch_model*.bin", commit=folder.name)
     return str(folder)
 

@@ -79,6 +79,11 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
             raise UserError(
                 f"recover.{key}: {kind} is no causal language model", f"Pass --set recover.{key}=false."
             )
+    if job.medusa_heads and task is not CausalLM:
+        raise UserError(
+            f"--medusa-heads: {kind} is no causal language model, so it has no next tokens to draft",
+            "Leave the option out.",
+        )
     if text.SELF in (*job.data, job.recipe.recover.data) and task is not CausalLM:
         raise UserError(
             f"--data self: {kind} writes no text to learn from", "Pass --data with a file or a dataset."
@@ -110,6 +115,11 @@ def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine
         raise UserError(
             f"{KEY} and FSDP are two ways to hold a model that is too large for a device",
             f"Pass --set {KEY}=0, or run without fsdp_config.",
+        )
+    if job.medusa_heads and job.recipe.recover.transfer.share == 1:
+        raise UserError(
+            f"--medusa-heads needs the whole model on the device, and {KEY} with transfer alone never brings it there",
+            "Leave the option out, and train heads where the model fits: linearize heads ARTIFACT.",
         )
     if job.train and job.recipe.recover.transfer.share < 1 and by_block.device.startswith("cuda"):
         need, room = model.get_memory_footprint(), torch.cuda.mem_get_info(by_block.device)[1]
@@ -149,6 +159,8 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
             f"--batch-size {job.batch_size} does not divide among {processes} processes",
             "It counts the blocks of all processes: use a multiple of their number.",
         )
+    if job.medusa_heads and not job.train:
+        raise UserError("--no-train trains no Medusa heads", "Leave out --medusa-heads or --no-train.")
     if job.keep_adapter and not job.train:
         raise UserError("--no-train makes no adapter to keep", "Leave out --keep-adapter or --no-train.")
     if job.keep_adapter and not job.recipe.recover.distill.lora:

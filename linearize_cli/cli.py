@@ -50,7 +50,7 @@ def cli(context: click.Context, debug: bool) -> None:
     type=click.IntRange(0),
     default=0,
     metavar="K",
-    help="Train K Medusa heads (not in this version).",
+    help="Then train K Medusa heads, for speculative decoding, on as many tokens again.",
 )
 @click.option(
     "--tracker", multiple=True, metavar="NAME", help="tensorboard, wandb or trackio; may be repeated."
@@ -68,16 +68,12 @@ def cli(context: click.Context, debug: bool) -> None:
 @trust_option
 @model_options
 @command_options
-def convert(
-    terminal: Terminal, no_train: bool, medusa_heads: int, tracker: tuple[str, ...], **arguments: Any
-) -> dict[str, Any]:
+def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
     """Convert MODEL: swap its attention, recover the quality, check and save.
 
     MODEL is a Hub id, a folder (Hugging Face's or Meta's Llama format), or `demo`. SRC is a text, JSONL or
     parquet file, a folder of them, a Hub dataset NAME[:CONFIG][:SPLIT], or `self` (sampled from the model).
     """
-    if medusa_heads:
-        raise UserError("--medusa-heads: this version trains no Medusa heads", "Leave the option out.")
     from linearize_cli.conversion import convert as run
     from linearize_cli.render import conversion, plan
 
@@ -176,8 +172,18 @@ def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.argument("artifact")
 @click.argument("prompt")
 @click.option("--max-new", type=click.IntRange(1), default=128, show_default=True, help="Tokens at most.")
-@click.option("--speculative", type=click.Choice(["medusa", "lookup"]), help="Draft tokens and verify them.")
+@click.option(
+    "--speculative",
+    type=click.Choice(["medusa", "lookup"]),
+    help="Draft tokens, by the artifact's heads or by n-grams of the text, and verify them.",
+)
+@click.option(
+    "--tree", metavar="NAME|FILE", help="Of medusa: auto, chain, mc_sim_7b_63, or a JSON file of choices."
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@click.option(
+    "--typical", is_flag=True, help="Accept typical drafts, too: faster, but LOSSY, not the model's own text."
+)
 @trust_option
 @model_options
 @command_options
@@ -186,7 +192,41 @@ def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.generate import generate as run
 
     calm_libraries()
-    return run(**arguments)
+    result = run(**arguments)
+    if not result.get("lossless", True):
+        terminal.note("lossy: with --typical the text is not distributed as the model's own")
+    if result.get("acceptance"):
+        terminal.note(f"{result['acceptance']} tokens a forward, {result['tokens_per_s']} tokens/s")
+    return result
+
+
+@cli.command()
+@click.argument("artifact", default=".")
+@click.option("--heads", type=click.IntRange(1), default=4, show_default=True, metavar="K", help="How many.")
+@click.option("--data", multiple=True, metavar="SRC", help="Text to train on; the conversion's if not given.")
+@click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
+@click.option("--tokens", type=TOKENS, help="Budget, such as 650k; that of the recovery if not given.")
+@click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; the conversion's if not given.")
+@click.option("--batch-size", type=click.IntRange(1), help="Blocks per step; by the budget if not given.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="By the model's width if not given.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace the heads that are there.")
+@trust_option
+@model_options
+@command_options
+def heads(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Train Medusa heads for ARTIFACT (default: this folder), which stays as it is: they draft for
+    `generate --speculative medusa`.
+    """
+    from linearize_cli.heads import heads as run
+    from linearize_cli.render import medusa
+
+    calm_libraries()
+    result = run(terminal=terminal, **arguments)
+    if result is None:  # another process has it
+        sys.exit(0)
+    terminal.out.print(medusa(result))
+    return result
 
 
 @cli.command()

@@ -54,6 +54,7 @@ def convert(
     seq_len: int | None = None,
     batch_size: int | None = None,
     train: bool = True,
+    medusa_heads: int = 0,
     keep_adapter: bool = False,
     resume: bool = False,
     dry_run: bool = False,
@@ -96,6 +97,7 @@ def convert(
         keep_adapter,
         dtype,
         seed,
+        medusa_heads,
     )
     if dry_run:
         return plan_report(job, device, trust_remote_code, processes, flops)

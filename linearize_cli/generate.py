@@ -4,11 +4,21 @@ import time
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers import PreTrainedModel, TextStreamer
 
 from linearize_cli.artifact.load import load
+from linearize_cli.checkpoint import resolve_model
 from linearize_cli.errors import UserError
-from linearize_cli.tasks import task_of
+from linearize_cli.recover.heads import check_heads
+from linearize_cli.speculative.accept import Greedy, Rule, Sampling, Typical
+from linearize_cli.speculative.decode import speculate
+from linearize_cli.speculative.drafts import Drafter, Lookup
+from linearize_cli.speculative.medusa import load_heads
+from linearize_cli.speculative.trees import AUTO, named_tree
+from linearize_cli.tasks import last_position, task_of
+
+LOOKUP, MEDUSA = "lookup", "medusa"
 
 
 def generate(
@@ -17,7 +27,9 @@ def generate(
     *,
     max_new: int = 128,
     speculative: str | None = None,
+    tree: str | None = None,
     temperature: float = 0.0,
+    typical: bool = False,
     trust_remote_code: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
@@ -26,19 +38,17 @@ def generate(
     """Continue a prompt with an artifact and stream it to standard output; an encoder-decoder answers it.
 
     Args:
-        speculative: "lookup" drafts with n-grams of the text so far (transformers' prompt lookup).
+        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" with n-grams of the text so far.
+        tree: of "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
         temperature: 0 is greedy.
+        typical: accept drafts that are typical of the model: more of them, but the text is no longer distributed as
+            the model's own.
 
     Raises:
-        UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, or a drafter
-            that is not there.
+        UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, a drafter or a
+            tree that is not there, or a model that cannot verify drafts.
     """
-    if not 0 <= temperature <= 100:
-        raise UserError(
-            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
-        )
-    if speculative == "medusa":
-        raise UserError(f"{artifact} has no Medusa heads", "Use --speculative lookup, or none.")
+    check_options(speculative, tree, temperature, typical)
     model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     if not task.decodes:
@@ -51,28 +61,109 @@ def generate(
         raise UserError(
             "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
         )
-    torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    )
-    lookup = {"prompt_lookup_num_tokens": 8} if speculative == "lookup" else {}
-    ids = ids.to(model.device)
+    ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_special_tokens=True)
+    if speculative:
+        check_heads(model, type(task))
+        drafter = drafter_of(speculative, tree, artifact, model)
+        rule, run = rule_of(temperature, typical, seed), speculative_text
+        options = (drafter, rule)
+    else:
+        torch.manual_seed(seed)
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        run, options = plain_text, (temperature, next((x for x in ends if x is not None), None))
     started = time.monotonic()
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-        **lookup,
-    )[0]
-    new = output[task.given(ids) :].tolist()
+    output, facts = run(model, ids, max_new, streamer, *options)
+    seconds = time.monotonic() - started
+    new = output[task.given(ids) :]
     return {
         "artifact": artifact,
         "prompt": prompt,
         "text": tokenizer.decode(output, skip_special_tokens=True),
         "tokens": new,
-        "tokens_per_s": round(len(new) / (time.monotonic() - started), 1),
+        "tokens_per_s": round(len(new) / seconds, 1),
+        **facts,
         "seed": seed,
     }
+
+
+def check_options(speculative: str | None, tree: str | None, temperature: float, typical: bool) -> None:
+    """Raises UserError: they are out of range, or do not go together."""
+    if not 0 <= temperature <= 100:
+        raise UserError(
+            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+        )
+    if tree and speculative != MEDUSA:
+        raise UserError("--tree is for Medusa heads; lookup drafts a chain", "Add --speculative medusa.")
+    if typical and not speculative:
+        raise UserError("--typical says which drafts are accepted", "Add --speculative medusa or lookup.")
+    if typical and not temperature:
+        raise UserError("--typical is a way of sampling", "Add --temperature T, such as 0.7.")
+
+
+def plain_text(
+    model: PreTrainedModel,
+    ids: Tensor,
+    max_new: int,
+    streamer: TextStreamer,
+    temperature: float,
+    pad: int | None,
+) -> tuple[list[int], dict[str, Any]]:
+    """All tokens, by transformers' `generate`, and nothing more to tell."""
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new,
+        pad_token_id=pad,
+        streamer=streamer,
+        **sampling,
+    )
+    return output[0].tolist(), {}
+
+
+def speculative_text(
+    model: PreTrainedModel,
+    ids: Tensor,
+    max_new: int,
+    streamer: TextStreamer,
+    drafter: Drafter,
+    rule: Rule,
+) -> tuple[list[int], dict[str, Any]]:
+    """All tokens, by speculative decoding, and what it was like: `acceptance`, tokens a forward on average, the
+    prompt's left out.
+    """
+    row, counts = ids[0].tolist(), []
+    streamer.put(ids.cpu())
+    ends = model.generation_config.eos_token_id
+    stop = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    for step in speculate(model, [row], drafter, max_new, rule, stop, last_position(model)):
+        (new,) = step.tokens
+        row = row + new
+        counts.append(len(new))
+        streamer.put(torch.tensor(new))
+    streamer.end()
+    trees = counts[1:]
+    return row, {
+        "acceptance": round(sum(trees) / len(trees), 3) if trees else None,
+        "forwards": len(counts),
+        "lossless": rule.lossless,
+    }
+
+
+def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedModel) -> Drafter:
+    """
+    Raises:
+        UserError: the artifact has no heads, or the tree does not fit them.
+    """
+    if name == LOOKUP:
+        return Lookup()
+    heads = load_heads(resolve_model(artifact), model)
+    return heads.drafter(named_tree(tree or AUTO, len(heads), heads.output.shape[1], heads.tree))
+
+
+def rule_of(temperature: float, typical: bool, seed: int) -> Rule:
+    if not temperature:
+        return Greedy()
+    return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed))

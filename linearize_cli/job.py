@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from linearize_cli.errors import CheckFailed, UserError
-from linearize_cli.recipe import Recipe
+from linearize_cli.recipe import HeadStage, Recipe
 
 FULL = 1 << 20  # free bytes below which a failure to write is put down to the disk
 
@@ -32,14 +32,14 @@ class Job:
     keep_adapter: bool
     dtype: str | None
     seed: int
+    medusa_heads: int = 0
+    medusa_lr: float | str = HeadStage.lr
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}
 
 
 def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: bool) -> None:
-    if resume and force:
-        raise UserError("--resume goes on with a run, --force starts over", "Pass one of them.")
     if folder.exists() and not force:
         raise UserError(
             f"{folder} exists already", "Pass --force to replace it, or -o DIR to write elsewhere."
@@ -50,6 +50,17 @@ def check_output(folder: Path, partial: Path, job: Job, resume: bool, force: boo
         )
     if not folder.parent.is_dir():
         raise UserError(f"{folder.parent} is no folder", "Create it, or pass -o DIR in one that exists.")
+    check_partial(partial, job, resume, force)
+
+
+def check_partial(partial: Path, job: Job, resume: bool, force: bool) -> None:
+    """What an interrupted run left is gone on with, or deleted, only on request.
+
+    Raises:
+        UserError: there is none, one of another job, or one that nothing was said about.
+    """
+    if resume and force:
+        raise UserError("--resume goes on with a run, --force starts over", "Pass one of them.")
     if resume:
         if not (partial / "job.json").exists():
             raise UserError(f"nothing to resume: there is no {partial}", "Run without --resume.")

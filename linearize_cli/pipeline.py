@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -29,6 +29,7 @@ from linearize_cli.recover.blocks import transfer_by_blocks
 from linearize_cli.recover.distill import Distillation, divergence
 from linearize_cli.recover.encode import marks_assistant
 from linearize_cli.recover.engine import Engine
+from linearize_cli.recover.heads import LOG, check_heads, make_heads
 from linearize_cli.recover.keep import ROWS, Restorer, best
 from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.objective import Objective
@@ -63,7 +64,7 @@ class Run:
     ):
         self.by_block = by_block
         self.job, self.model, self.tokenizer, self.terminal = job, model, tokenizer, terminal
-        self.task, self.teacher, self.engine = task, None, engine
+        self.task, self.teacher, self.heads, self.engine = task, None, None, engine
         self.linear, self.softmax, self.length, self.partial = linear, softmax, length, partial
         path = partial / "checkpoint.pt"
         self.checkpoint = Checkpoint.load(path) if path.exists() else Checkpoint()
@@ -94,6 +95,9 @@ class Run:
         copy_biases(self.model, self.linear)
         if self.job.train:
             self.check_text()
+        if self.job.medusa_heads:
+            with self.running(self.model):
+                check_heads(self.model, type(self.task))
         if not linear_parameters(self.model):
             self.steps["transfer"] = 0
         self.steps["distill"] -= self.steps["transfer"]
@@ -110,6 +114,7 @@ class Run:
             self.engine.track(name, self.job.to_dict())
             self.recover(train_text, blocks)
         self.ablate(blocks)
+        medusa = self.train_heads(train_text, blocks) if self.job.medusa_heads else None
         self.engine.finish()
         report = {
             "schema": SCHEMA,
@@ -127,6 +132,8 @@ class Run:
             "seconds": self.checkpoint.results.get("seconds", {}),
             "versions": versions(),
         }
+        if medusa is not None:
+            report["medusa"] = medusa
         if not isinstance(self.task, CausalLM):
             report["task"] = self.task.pipeline
         if self.teacher is not None:
@@ -177,10 +184,17 @@ class Run:
 
     def stream(self, source: text.Source, skip: int = 0) -> Iterator[Blocks]:
         """The training text in batches, `skip` of them left out."""
-        recover = self.job.recipe.recover
-        options = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
-        size = self.job.batch_size
-        return text.batches(source, self.tokenizer, self.length, size, skip, **options)
+        size, recover = self.job.batch_size, self.job.recipe.recover
+        return text.stream(source, self.tokenizer, self.length, size, recover, skip)
+
+    def batches_from(self, source: text.Source, start: int) -> Callable[[int], Iterator[Batch]]:
+        """This process's rows of the training text behind `start` batches, as `train` wants them."""
+
+        def batches(done: int) -> Iterator[Batch]:
+            stream = self.stream(source, start + done)
+            return (self.task.batch(self.engine.share(blocks)) for blocks in stream)
+
+        return batches
 
     def check_text(self) -> None:
         """See that the model and its tokenizer can do with text what the recipe wants.
@@ -225,19 +239,12 @@ class Run:
         """Transfer, then distill, then merge."""
         recipe = self.job.recipe.recover
 
-        def batches_from(start: int):
-            def batches(done: int) -> Iterator[Batch]:
-                stream = self.stream(source, start + done)
-                return (self.task.batch(self.engine.share(blocks)) for blocks in stream)
-
-            return batches
-
         def held_out() -> Iterator[Batch]:
             first = blocks[:LOOKED_AT].split(self.job.batch_size)
             return (self.task.batch(ids.to(self.engine.device)) for ids in first)
 
         def stage(name: str, objectives: Iterable[Objective], options: Stage, start: int) -> None:
-            started, batches = time.monotonic(), batches_from(start)
+            started, batches = time.monotonic(), self.batches_from(source, start)
             common = (self.checkpoint, self.partial, self.terminal, self.log, self.engine, held_out)
             for objective in objectives:
                 train(name, objective, batches, self.steps[name], self.tokens_per_step, options, *common)
@@ -250,7 +257,7 @@ class Run:
             windows = WindowDropout(recipe.transfer.window_dropout, self.steps["transfer"], self.job.seed)
             if self.by_block:
                 progress = (
-                    batches_from(0),
+                    self.batches_from(source, 0),
                     self.steps["transfer"],
                     self.checkpoint,
                     self.partial,
@@ -291,6 +298,18 @@ class Run:
             with without(self.model, part):
                 self.measure(name, blocks, name.replace("_", " "))
 
+    def train_heads(self, source: text.Source, blocks: torch.Tensor) -> dict[str, Any]:
+        """Medusa heads for the converted model, in a folder of their own: the checkpoint beside it keeps what the
+        model has learned.
+        """
+        folder = self.partial / "heads"
+        if self.engine.main:
+            folder.mkdir(exist_ok=True)
+        batches = self.batches_from(source, sum(self.steps.values()))
+        common = (blocks, self.length, folder, self.terminal, self.engine)
+        self.heads, facts = make_heads(self.job, self.model.eval(), batches, *common)
+        return facts
+
     def save(self, name: str, report: dict[str, Any], blocks: torch.Tensor | None) -> None:
         """Write the artifact, load it again, and refuse it if the forms of the model disagree.
 
@@ -303,6 +322,9 @@ class Run:
         save_artifact(folder, model, self.tokenizer, self.job.recipe)
         if (self.partial / "adapter").exists():
             (self.partial / "adapter").rename(folder / "adapter")
+        if self.heads is not None:
+            self.heads.save(folder, model.dtype)
+            shutil.copy(self.partial / "heads" / LOG, folder)
         auto_class = getattr(transformers, self.task.auto_class)
         again = auto_class.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
         with self.running(model), self.running(again):

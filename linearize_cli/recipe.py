@@ -72,8 +72,10 @@ class Stage:
         clip: the longest gradient (norm over all that is trained) that is followed at its length; null: any.
         evaluate: share of the steps between two looks at held-out text, the best of which counts in the end; 0: none.
         early_stop: looks without an improvement after which the stage ends; null: it goes on to its last step.
+        key: where its rate is set.
     """
 
+    key: ClassVar[str]
     warmup: float = 0.1
     clip: float | None = 1.0
     evaluate: float = 0.0
@@ -98,6 +100,7 @@ class Transfer(Stage):
     window_dropout: float = 0.0
     block_layers: int | None = 0
     linear_lr: ClassVar[None] = None  # all that transfer trains is linear
+    key: ClassVar[str] = "recover.transfer.lr"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,22 @@ class Distill(Stage):
     hidden: float = 0.0
     lora: Lora | None = field(default_factory=Lora)
     checkpointing: bool = False
+    key: ClassVar[str] = "recover.distill.lr"
+
+
+@dataclass(frozen=True)
+class HeadStage(Stage):
+    """Medusa heads learn which tokens follow so many places later; no part of a recipe.
+
+    Attributes:
+        lr: the rate; auto: falls with the model's width.
+        decay: a head counts so many times as much as the one before.
+    """
+
+    lr: float | str = "auto"
+    decay: float = 0.8
+    linear_lr: ClassVar[None] = None  # the model is frozen
+    key: ClassVar[str] = "--lr"
 
 
 @dataclass(frozen=True)
@@ -242,6 +261,11 @@ def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """
     rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
+
+
+def head_rate(stage: HeadStage, width: int) -> float:
+    """The rate of Medusa heads: as stated, or Medusa's 1e-3 at 4096 and more for smaller widths (6.5e-3 at 96)."""
+    return 1e-3 * (4096 / width) ** 0.5 if stage.lr == "auto" else stage.lr
 
 
 def with_budget(recipe: Recipe, tokens: int | None = None, data: str | None = None) -> Recipe:

@@ -76,7 +76,22 @@ def conversion(report: dict[str, Any]) -> RenderableType:
         measured.append(divergences(report))
     if report["keep_softmax"]:
         measured += ["", kept(report)]
+    if report.get("medusa"):
+        measured += ["", medusa(report["medusa"])]
     return Group(*measured, "", *lines)
+
+
+def medusa(facts: dict[str, Any]) -> RenderableType:
+    """How often Medusa heads are right, and the tree that was chosen."""
+    rows = table("head", *(f">top {rank}" for rank in (1, 2, 3)))
+    for head, rates in enumerate(facts["acceptance"], 1):
+        rows.add_row(str(head), *(f"{sum(rates[:rank]):.1%}" for rank in (1, 2, 3)))
+    return Group(
+        rows,
+        "",
+        f"{facts['expected_tokens_per_step']} expected tokens a step, from a tree of {facts['tree_nodes']} nodes, the "
+        "best on this machine",
+    )
 
 
 def plan(report: dict[str, Any]) -> RenderableType:

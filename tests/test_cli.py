@@ -12,7 +12,7 @@ from tiny_checkpoint import save_tokenizer, tiny_model
 from linearize_cli.cli import cli
 from linearize_cli.methods import method_names
 
-COMMANDS = {"convert", "eval", "verify", "push", "generate", "inspect", "methods", "demo"}
+COMMANDS = {"convert", "eval", "verify", "push", "generate", "heads", "inspect", "methods", "demo"}
 
 
 def linearize(*arguments, cwd=None):
@@ -116,7 +116,10 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["convert", "tiny", "-o", "x", "--set", "attention.y=1"], ["attention.y"]),
         (["convert", "tiny", "-o", "x", "--tokens", "some"], ["some", "650k"]),
         (["convert", "tiny", "-o", "no/such/folder", "--no-train"], ["no/such"]),
-        (["convert", "tiny", "-o", "x", "--medusa-heads", "3"], ["--medusa-heads"]),
+        (["convert", "tiny", "-o", "x", "--no-train", "--medusa-heads", "3"], ["--medusa-heads"]),
+        (["heads", "tiny"], ["linearize convert"]),
+        (["heads", "tiny-augmented", "--data", "absent.txt"], ["absent.txt"]),
+        (["heads", "tiny-augmented", "--resume", "--force"], ["--resume", "--force"]),
         (["convert", "tiny", "-o", "x", "--data", "absent.txt"], ["absent.txt"]),
         (["convert", "tiny", "-o", "x", "--no-train", "--colour"], ["--colour"]),
         (["verify", "tiny"], ["linearize convert"]),
@@ -127,6 +130,8 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["verify", "tiny-augmented", "--draft", "lookup"], ["--draft"]),
         (["generate", "tiny", "a"], ["linearize convert"]),
         (["generate", "tiny-augmented", "a", "--speculative", "medusa"], ["Medusa heads"]),
+        (["generate", "tiny-augmented", "a", "--tree", "chain"], ["--speculative medusa"]),
+        (["generate", "tiny-augmented", "a", "--typical"], ["--speculative"]),
         (["generate", "tiny-augmented", "a", "--temperature", "-1"], ["temperature"]),
         (["generate", "tiny-augmented", "a", "--temperature", "nan"], ["temperature"]),
         (["generate", "tiny-augmented", "a", "--seed", "99999999999999999999"], ["--seed"]),

@@ -170,10 +170,20 @@ def _making(report: dict, base: str, method: str, recipe: dict) -> str:
         "method": f"`{method}`" + (f": {recipe['summary']}" if recipe.get("summary") else ""),
         "paper": paper,
         "tokens of training": _pairs(report["tokens"], "{:,}"),
+        "Medusa heads": _medusa(report.get("medusa")),
         "seconds": _pairs(report["seconds"], "{:,.1f}"),
         "versions": _pairs(report["versions"], "{}"),
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
+
+
+def _medusa(facts: dict | None) -> str:
+    if not facts:
+        return ""
+    return (
+        f"{facts['heads']}, in `medusa.safetensors`, with a tree of {facts['tree_nodes']} nodes: "
+        f"{_number(facts['expected_tokens_per_step'], '{:.2f}')} expected tokens a step"
+    )
 
 
 def _pairs(values: dict | None, style: str) -> str:

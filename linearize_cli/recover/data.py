@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.batch import Blocks
 from linearize_cli.errors import UserError
+from linearize_cli.recipe import Recover
 from linearize_cli.recover.encode import encode
 from linearize_cli.recover.read import READERS, Document, documents
 
@@ -211,6 +212,19 @@ def batches(
     while True:
         ids, counted, starts = torch.stack(list(islice(stream, size)), 1)
         yield Blocks(ids, starts.bool() if separate else None, counted.bool() if assistant_only else None)
+
+
+def stream(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    size: int,
+    recover: Recover,
+    skip: int = 0,
+) -> Iterator[Blocks]:
+    """`batches`, marked as a recipe wants them."""
+    marks = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
+    return batches(source, tokenizer, length, size, skip, **marks)
 
 
 def evaluation_blocks(source: Source, tokenizer, length: int, limit: int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop of both stages: interruptible at any moment, with the same result as without."""
+"""The training loop of all stages: interruptible at any moment, with the same result as without."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
-from linearize_cli.recipe import Distill, Transfer
+from linearize_cli.recipe import Stage
 from linearize_cli.recover.engine import Engine, mean_of
 from linearize_cli.recover.objective import Best, Objective
 from linearize_cli.recover.parallel import full, placed_like, process_mean
@@ -109,7 +109,7 @@ def train(
     batches: Callable[[int], Iterator[Any]],
     steps: int,
     tokens_per_step: int,
-    options: Transfer | Distill,
+    options: Stage,
     checkpoint: Checkpoint,
     folder: Path,
     terminal: Terminal,
@@ -165,7 +165,7 @@ def train(
             if not math.isfinite(values["loss"]):
                 raise UserError(
                     f"{stage}: the loss is no longer a number at step {checkpoint.step + 1}",
-                    f"Lower the rate, recover.{stage}.lr, or use --dtype float32.",
+                    f"Lower the rate, {options.key}, or use --dtype float32.",
                 )
             loss.backward()
             for part in parts:

@@ -47,13 +47,20 @@ def speculate(
         max_new: tokens to generate for each.
         rule: how tokens are chosen; None: greedily.
         stop: tokens that end a row; the row has it as its last.
-        context: positions that the model has; None: any number.
+        context: positions that the model has, where a row ends; None: any number.
 
     Raises:
-        UserError: a layer keeps what no tree can branch off.
+        UserError: a layer keeps what no tree can branch off, or a prompt leaves no position.
     """
     rule, stop = rule or Greedy(), set(stop)
     rows, left = [list(prompt) for prompt in prompts], [max_new] * len(prompts)
+    if context is not None:
+        left = [min(max_new, context - len(row)) for row in rows]
+        if min(left) < 1:
+            what = (
+                f"a prompt of {max(map(len, rows))} tokens leaves no room: the model has {context} positions"
+            )
+            raise UserError(what, "Shorten the prompt.")
     cache, hidden, logits = prefill(model, rows)
 
     def take(row: int, tokens: list[int]) -> list[int]:
@@ -65,7 +72,8 @@ def speculate(
         return tokens
 
     none = torch.full((1,), -1, device=model.device)
-    _, first = rule(logits[:, None], none.expand(len(rows), 1), none)
+    last = torch.tensor([row[-1:] for row in rows], device=model.device)
+    _, first = rule(logits[:, None], last, none)
     yield Step([take(row, tokens) for row, tokens in enumerate(first.tolist())], [None] * len(rows), 1)
     while any(left):
         room = max(left) - 1
@@ -75,8 +83,7 @@ def speculate(
         try:
             tree = read_tree(model, cache, draft.ids, draft.parents)
         except NotImplementedError as error:
-            hint = "Decode it without: linearize generate ARTIFACT PROMPT."
-            raise UserError(f"the model cannot verify a token tree: {error}", hint) from None
+            raise cannot_branch(error) from None
         parents = torch.tensor(list(draft.parents), device=draft.ids.device)
         accepted, following = rule(tree.logits, draft.ids, parents)
         last = longest(accepted, tree.shape.visible)
@@ -94,6 +101,24 @@ def speculate(
         yield Step(tokens, [len(path) - 1 if path else None for path in paths], len(draft.parents))
         if any(left):
             tree.commit(*paths)
+
+
+@torch.inference_mode()
+def check_branches(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: a layer keeps what no tree can branch off.
+    """
+    cache, _, _ = prefill(model, [[0]])
+    try:
+        read_tree(model, cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
+    except NotImplementedError as error:
+        raise cannot_branch(error) from None
+
+
+def cannot_branch(error: NotImplementedError) -> UserError:
+    hint = "It decodes without drafts: linearize generate ARTIFACT PROMPT."
+    return UserError(f"the model cannot verify a token tree: {error}", hint)
 
 
 def prefill(model: PreTrainedModel, rows: list[list[int]]) -> tuple[Cache, Tensor, Tensor]:

@@ -1,0 +1,149 @@
+"""`heads`: Medusa heads for an artifact."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize_cli.artifact.card import card
+from linearize_cli.artifact.load import load
+from linearize_cli.batch import Batch
+from linearize_cli.checks import check_budget, check_length, with_batch_size
+from linearize_cli.console import Terminal, write_json
+from linearize_cli.conversion import train_and_eval
+from linearize_cli.demo import heldout_path
+from linearize_cli.errors import UserError
+from linearize_cli.job import Job, check_partial, partial_folder
+from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
+from linearize_cli.recover import data as text
+from linearize_cli.recover.engine import Engine
+from linearize_cli.recover.heads import LOG, check_heads, make_heads
+from linearize_cli.recover.sample import write_corpus
+from linearize_cli.speculative.medusa import FILE
+from linearize_cli.tasks import task_of
+
+HEADS = 4
+
+
+def heads(
+    artifact: str | Path = ".",
+    *,
+    heads: int = HEADS,
+    data: tuple[str, ...] = (),
+    eval_data: str | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+) -> dict[str, Any] | None:
+    """Train Medusa heads for an artifact's model, which stays as it is; they are saved in its folder.
+
+    The arguments are those of `linearize heads`; text, tokens and blocks are the conversion's if not given. Returns
+    the facts that `linearize.json` then has under `medusa`, and `output`; of several processes, on the main one.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+        KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
+    """
+    folder = Path(artifact).expanduser().resolve()
+    if not (folder / "linearize.json").is_file():
+        raise UserError(
+            f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
+        )
+    if (folder / FILE).exists() and not (force or resume):
+        raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
+    report = json.loads((folder / "linearize.json").read_text())
+    recipe = with_budget(saved_recipe(folder), tokens)
+    if report["base_model"] == text.DEMO:
+        data, eval_data = data or (text.DEMO,), eval_data or (None if data else str(heldout_path()))
+    data = data or tuple(recipe.recover.data.split(", "))
+    length = seq_len or report.get("seq_len")
+    asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
+    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr)
+    engine = Engine(device)
+    terminal = terminal if terminal and engine.main else Terminal(quiet=True)
+    with engine.together():
+        facts = run(job, folder, report, engine, terminal, resume, force, trust_remote_code)
+    return {**facts, "output": str(artifact)} if engine.main else None
+
+
+def run(
+    job: Job,
+    folder: Path,
+    report: dict[str, Any],
+    engine: Engine,
+    terminal: Terminal,
+    resume: bool,
+    force: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """`heads` in one of its processes."""
+    partial = folder.with_name(f"{folder.name}.heads.partial")
+    engine.on_main(check_partial, partial, job, resume, force)
+    sources = [None if name == text.SELF else text.open_source(name) for name in job.data]
+    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    device = {"device": engine.home, "dtype": job.dtype}
+    model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
+    task = task_of(model, tokenizer)
+    check_heads(model, type(task))
+    length = check_length(job.seq_len, job.recipe, model)
+    asked, job = job, with_batch_size(job, length)
+    check_budget(job, length, engine.processes)
+    with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
+        if None in sources:
+            corpus, share = partial / "self.jsonl", -(-job.recipe.recover.tokens // len(sources))
+            engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
+            sources = [source or text.open_source(str(corpus)) for source in sources]
+        train_text, eval_text = train_and_eval(job, sources, eval_text)
+        limit = None if job.eval_data else text.HELD_OUT_LIMIT
+        blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
+
+        def batches(done: int) -> Iterator[Batch]:
+            stream = text.stream(train_text, tokenizer, length, job.batch_size, job.recipe.recover, done)
+            return (task.batch(engine.share(rows)) for rows in stream)
+
+        made, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
+        if engine.main:
+            shutil.copy(partial / LOG, folder)
+            made.save(folder, model.dtype)
+            tell(folder, report, facts)
+    if engine.main:
+        shutil.rmtree(partial)
+    return facts
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe of an artifact; that its parts can be had is not asked here.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    problems: list[str] = []
+    try:
+        recipe = build(Recipe, yaml.safe_load((folder / "recipe.yaml").read_text()), "", problems)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(str(error))
+    if problems:
+        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
+        raise UserError(what, "Convert the model again, or fetch the artifact again.")
+    return recipe
+
+
+def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the facts into `linearize.json`, and into the card unless somebody has edited it."""
+    path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
+    untouched = path.is_file() and path.read_text() == card(report, **name)
+    report = {**report, "medusa": facts}
+    write_json(folder / "linearize.json", report)
+    if untouched:
+        path.write_text(card(report, **name))
