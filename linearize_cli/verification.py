@@ -252,7 +252,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def render(report: dict[str, Any]) -> RenderableType:
     """A report of `verify` as a table and sentences."""
-    rows = table("check", ">measured", ">limit", "")
+    rows = table("check", "measured", "limit", "")
     for line in report["checks"]:
         rows.add_row(line["name"].replace("_", " "), line["measured"], line["limit"], line["verdict"])
     said = speed.sentence(report)

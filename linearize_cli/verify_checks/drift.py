@@ -12,7 +12,7 @@ from linearize_cli.runtime.dispatch import converted
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
 
 SHORTEST, LONGER = 128, (1, 4, 16)  # tokens, twice the near part where that is longer, and times as many
-SINGLE, PIECE = 512, 8  # tokens that come one by one, and at once beyond them
+SINGLE, PIECE = 256, 16  # tokens that come one by one, and at once beyond them
 # Sums in fp32 are about 1e-6 off; where the state is kept in half precision, more than 1e-3 even of a state that
 # forgets.
 LIMIT = 1e-4

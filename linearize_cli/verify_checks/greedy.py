@@ -59,9 +59,9 @@ def decoded(
     length, cache, token, margins = ids.shape[1], decoder.new_cache(), ids, []
     for step in range(max_new):
         mask = mask if step == 0 else pad(mask, (0, 1), value=1)
-        top = decoder(token, cache, mask)[:, -1].topk(2)
-        token = top.indices[:, :1]
-        margins.append(top.values[:, 0] - top.values[:, 1])
+        logits = decoder(token, cache, mask)[:, -1]
+        token, top = logits.argmax(-1, keepdim=True), logits.topk(2).values
+        margins.append(top[:, 0] - top[:, 1])
         ids = torch.cat([ids, token], 1)
     return ids, mask, length, torch.stack(margins, 1)
 

@@ -69,32 +69,33 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
 
 
 def compare_trees(subject: Subject, worst: Comparison) -> None:
-    """Two trees in rows of different lengths. Of the first, paths of every length from nothing to the deepest node are
-    accepted, in each row another; of the second, the root or nothing. Then single tokens follow.
+    """Two trees one after the other, in rows of different lengths, then single tokens. Of the first tree every row
+    accepts another part of the deepest path, from nothing to all; of the second the other way round.
     """
-    rows = subject.rows
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
-    nodes = subject.random_tokens(len(rows), len(subject.parents))
-    longest = min(subject.context, rows.shape[1]) - len(deepest) - 4 - STEPS
+    shares = range(len(deepest) + 1)
+    nodes = subject.random_tokens(len(shares), len(subject.parents))
+    follow = subject.random_tokens(len(shares), STEPS)
+    longest = min(subject.context, subject.rows.shape[1]) - len(deepest) - STEPS - 2
     for start in starts_around(subject.size):
-        for accepted in range(len(deepest) + 1 if start <= longest else 0):
-            texts = [rows[0, :start], rows[1, : start + 3]]
-            ids, mask = pad_left(texts)
-            cache = DynamicCache(config=subject.model.config)
-            forward(subject.model, ids, cache, mask)
-            for lengths in ((accepted, len(deepest) - accepted), (1, 0)):
-                paths = [deepest[:length] for length in lengths]
-                read_tree(subject.model, cache, nodes, subject.parents).commit(*paths)
-                taken = [ids[path] for ids, path in zip(nodes, paths, strict=True)]
-                texts = [torch.cat(pair) for pair in zip(texts, taken, strict=True)]
-                fresh = [fresh_run(subject, text, cache, row, worst) for row, text in enumerate(texts)]
-            follow = rows[:, -STEPS:]
-            tokens = enumerate(follow.split(1, 1))
-            logits = torch.cat([continued(subject, cache, token, texts, i) for i, token in tokens], 1)
-            for row, expected in enumerate(fresh):
-                worst.add(logits[row], forward(subject.model, follow[row, None], expected)[0])
-                compare_row(cache.layers, row, expected.layers, 0, worst)
+        if start > longest:
+            continue
+        texts = [subject.rows[i % 2, : start + i % 3] for i in shares]
+        ids, mask = pad_left(texts)
+        cache = DynamicCache(config=subject.model.config)
+        forward(subject.model, ids, cache, mask)
+        for lengths in (shares, reversed(shares)):
+            paths = [deepest[:length] for length in lengths]
+            read_tree(subject.model, cache, nodes, subject.parents).commit(*paths)
+            taken = [ids[path] for ids, path in zip(nodes, paths, strict=True)]
+            texts = [torch.cat(pair) for pair in zip(texts, taken, strict=True)]
+            fresh = [fresh_run(subject, text, cache, row, worst) for row, text in enumerate(texts)]
+        tokens = enumerate(follow.split(1, 1))
+        logits = torch.cat([continued(subject, cache, token, texts, i) for i, token in tokens], 1)
+        for row, expected in enumerate(fresh):
+            worst.add(logits[row], forward(subject.model, follow[row, None], expected)[0])
+            compare_row(cache.layers, row, expected.layers, 0, worst)
 
 
 def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:

@@ -13,7 +13,8 @@ from linearize_cli.speculative.decode import speculate
 from linearize_cli.speculative.drafts import Drafter
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
 
-TOKENS, ROWS, NEW = 1024, 16, 32  # at least so many tokens, rows at once, tokens of a row at most
+TOKENS, NEW = 1024, 32  # in all at least, and of a row at most
+LOGITS = 1 << 26  # of the trees of rows that are decoded together
 IMPROBABLE = 1e-4  # a sound model fails once in 10,000 seeds
 
 
@@ -22,12 +23,14 @@ def sampling(subject: Subject) -> Finding:
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)
     new = min(subject.max_new, NEW)
-    rows = [subject.texts[i % len(subject.texts)] for i in range(max(ROWS, -(-TOKENS // new)))]
+    rows = [subject.texts[i % len(subject.texts)] for i in range(-(-TOKENS // new))]
+    vocabulary = subject.model.get_input_embeddings().num_embeddings
+    batch = max(1, LOGITS // (vocabulary * len(subject.parents)))
     generator = subject.generator()
     rule = Sampling(generator=generator)
     places = [
-        sampled_places(subject.model, rows[first : first + ROWS], subject.drafter, rule, new, generator)
-        for first in range(0, len(rows), ROWS)
+        sampled_places(subject.model, rows[first : first + batch], subject.drafter, rule, new, generator)
+        for first in range(0, len(rows), batch)
     ]
     found = uniformity(torch.cat(places))
     said = f"chi-square {found['chi_square']:.1f} of {found['tokens']:,} tokens: p {found['p_value']:.2g}"

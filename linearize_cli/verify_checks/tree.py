@@ -70,7 +70,7 @@ def tree(subject: Subject) -> Finding:
         "inside_max_abs_diff": gap.inside,
         "offsets_swept": len({length % subject.size for length in lengths}),
         "nodes": len(depth),
-        "kl": gap.kl / gap.nodes,
+        "kl": max(0.0, gap.kl / gap.nodes),
         "top1_flips": gap.flips,
     }
     more = "" if gap.crossing is None else f" ({gap.crossing:.1e} across edges)"
