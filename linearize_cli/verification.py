@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
 from linearize_cli.artifact.load import check_artifact
 from linearize_cli.console import write_json
+from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
 from linearize_cli.recover.read import Chat, read_jsonl
@@ -107,7 +108,16 @@ def verify_model(
     if subject.no_tree is None:
         drafter = drafter or Lookup()
         speculation = speculation or by_trees(model, drafter)
-        subject = replace(subject, drafter=drafter, parents=parents or DEFAULT_TREE, speculation=speculation)
+        noise, target = subject.noise, speculation.target
+        if target is not model:
+            noise, _ = rounding_noise(Decoder(target), subject.rows, target.dtype)
+        subject = replace(
+            subject,
+            drafter=drafter,
+            parents=parents or DEFAULT_TREE,
+            speculation=speculation,
+            target_noise=noise,
+        )
     found: list[Finding] = []
     for name, check in (DECODING if task.decodes else READING).items():
         progress(name)

@@ -32,6 +32,7 @@ class Subject:
         parents: of the tree's nodes.
         drafter: of the trees that the model itself reads.
         speculation: what is compared with plain decoding; None: there is none.
+        target_noise: as noise, of the speculation's target.
         no_tree: why no token tree can be read; None: it can.
     """
 
@@ -48,6 +49,7 @@ class Subject:
     parents: Sequence[int] = (-1,)
     drafter: Drafter = Lookup()
     speculation: Speculation | None = None
+    target_noise: float = 0.0
     no_tree: str | None = None
 
     def comparison(self) -> Comparison:

@@ -31,7 +31,7 @@ def greedy(subject: Subject) -> Finding:
         lines.append(Line("greedy", f"no speculation: {subject.no_tree}"))
     else:
         said = f"{len(drafted)} of {len(subject.texts)} prompts differ, drafted by {speculation.name}"
-        lines.append(line(said, drafted, limit))
+        lines.append(line(said, drafted, TIES * subject.target_noise))
     mismatches = cached + drafted
     data = {
         "prompts": len(subject.texts),
