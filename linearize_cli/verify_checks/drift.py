@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize_cli.decoder import forward
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
@@ -42,7 +41,7 @@ def seen_by(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor,
     seen = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[1:3]))
     try:
-        forward(subject.model, subject.rows)
+        subject.task.read(subject.model, list(subject.rows))
     finally:
         hook.remove()
     k, v = (x.transpose(0, 1).flatten(1, 2) for x in seen[0])  # [kv, B T, D]
