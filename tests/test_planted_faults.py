@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from families import swapped
-from linearize_kernels.attention import Equation
+from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.far import FeatureMemory
 from test_verify import GROUPS, check, tokenizer  # noqa: F401
 
+from linearize_cli.methods import load_recipe
 from linearize_cli.runtime import tree
 from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.layer import equation
 from linearize_cli.runtime.tree import LinearBranch
 from linearize_cli.speculative.accept import Greedy, Sampling
+from linearize_cli.verify_checks.drift import LIMIT, state_errors
 
 attend, commit, append = LinearBranch.attend, LinearBranch.commit, LinearCacheLayer.append
 
@@ -117,6 +120,33 @@ def test_a_state_in_half_precision(narrow, model, tokenizer, monkeypatch):  # no
     report = check(model, tokenizer)
     assert report["verdict"] == "FAIL" and "drift" in report["failed"]
     assert report["drift"][-1]["state_rel_error"] > 3 * report["limits"]["drift"]
+
+
+@pytest.mark.parametrize("method", ["augmented", "retention", "gated-delta", "linformer"])
+@torch.no_grad()
+def test_the_drift_of_a_sum_tells_its_precision(method, monkeypatch):
+    """Of states that grow, forget, correct themselves or are projected: at least tenfold on either side."""
+    overrides = ["attention.local.size=16"] if method == "augmented" else []
+    recipe = load_recipe(method, overrides).to_dict()["attention"]
+    torch.manual_seed(0)
+    geometry = dict(heads=4, kv_heads=2, key_dim=8, value_dim=8, scale=8**-0.5)
+    attention = LinearAttention(equation(recipe, geometry))
+    for parameter in attention.parameters():
+        parameter.add_(0.15 * torch.randn_like(parameter))
+    k, v = torch.randn(2, 1, 2, 300, 8)
+
+    def worst() -> float:
+        return max(row["state_rel_error"] for row in state_errors(attention, k, v, [96, 300]))
+
+    def rounded(self, attention, state, *args):
+        append(self, attention, replace(state, S=state.S.bfloat16().float()), *args)
+
+    assert worst() < LIMIT / 10
+    monkeypatch.setattr(LinearCacheLayer, "append", rounded)
+    assert worst() > LIMIT * 10
+    monkeypatch.setattr(LinearCacheLayer, "append", append)
+    attention, k, v = attention.double(), k.double(), v.double()
+    assert worst() < 1e-13
 
 
 def test_an_acceptance_that_believes_the_drafter(model, tokenizer, monkeypatch):  # noqa: F811
