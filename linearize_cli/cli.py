@@ -90,24 +90,25 @@ def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **argu
 @click.argument("artifact", default=".")
 @click.option("--prompts", metavar="FILE", help="Prompts for the greedy check: a line each, or JSONL.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens per prompt.")
-@click.option("--draft", metavar="medusa|lookup|MODEL", help="Drafter (not in this version).")
-@click.option("--target", type=click.Choice(["self", "teacher"]), default="self", help="Not in this version.")
-@click.option("--tree", metavar="NAME|FILE", help="Token tree (not in this version).")
+@click.option(
+    "--draft", metavar="medusa|lookup|MODEL", help="Drafter; medusa if ARTIFACT has heads, else lookup."
+)
+@click.option(
+    "--target",
+    type=click.Choice(["self", "teacher"]),
+    default="self",
+    show_default=True,
+    help="teacher: ARTIFACT drafts for its softmax model.",
+)
+@click.option("--tree", metavar="NAME|FILE", help="mc_sim_7b_63, chain, auto (with heads), or JSON choices.")
 @trust_option
 @model_options
 @command_options
-def verify(
-    terminal: Terminal, draft: str | None, target: str, tree: str | None, **arguments: Any
-) -> dict[str, Any]:
-    """Prove that all forms of ARTIFACT (default: this folder) compute the same.
+def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Prove that all forms of ARTIFACT (default: this folder) compute the same, speculation among them, and measure it.
 
     The report goes to ARTIFACT/verify.json, too. In half precision, --dtype float32 is the strict check.
     """
-    if draft or tree or target != "self":
-        raise UserError(
-            "verify: this version checks forms, padding, greedy decoding and rollback, not drafters or trees",
-            "Leave out --draft, --target and --tree.",
-        )
     from linearize_cli.verification import render
     from linearize_cli.verification import verify as run
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize_cli.artifact.load import load, refuse_linearized
+from linearize_cli.artifact.load import check_artifact, load, refuse_linearized
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.console import Terminal, write_json
 from linearize_cli.demo import heldout_path
@@ -27,7 +27,6 @@ from linearize_cli.measure.beside import (
 from linearize_cli.measure.harness import Harness
 from linearize_cli.recover import data as text
 from linearize_cli.tasks import CausalLM, context_length, last_position, task_of
-from linearize_cli.verification import check_artifact
 from linearize_cli.versions import versions
 
 SCHEMA = 1

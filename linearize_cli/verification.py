@@ -1,35 +1,34 @@
 """`verify`: whether a linearized model computes the same in every way in which it can be run."""
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
-from linearize_cli.artifact.load import load
+from linearize_cli.artifact.load import check_artifact
 from linearize_cli.console import write_json
-from linearize_cli.errors import UserError, first_five
-from linearize_cli.measure.equivalence import (
-    Comparison,
-    compare_forms,
-    compare_padding,
-    compare_reading,
-    compare_reload,
-    compare_rollback,
-    greedy_mismatches,
-    rounding_noise,
-    sample_rows,
-)
-from linearize_cli.measure.selfcheck import TOLERANCE
+from linearize_cli.decoder import Decoder
+from linearize_cli.errors import UserError
+from linearize_cli.measure.equivalence import rounding_noise, sample_rows
 from linearize_cli.recover.read import Chat, read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
+from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import Task, context_length, task_of
+from linearize_cli.verify_checks import speed
+from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Subject, not_checked, why_no_tree
+from linearize_cli.verify_checks.drift import drift
+from linearize_cli.verify_checks.forms import forms, padding, reload
+from linearize_cli.verify_checks.greedy import greedy
+from linearize_cli.verify_checks.rollback import rollback
+from linearize_cli.verify_checks.sampling import sampling
+from linearize_cli.verify_checks.speculation import DEFAULT_TREE, Speculation, by_trees, load_drafted
+from linearize_cli.verify_checks.tree import tree
 from linearize_cli.versions import versions
 
 PROMPTS = (
@@ -42,8 +41,29 @@ PROMPTS = (
     "Dear Sir or Madam, I am writing to ask whether",
     "1, 2, 3, 4,",
 )
-BATCH = 8  # prompts decoded together
-TIE = 10  # times the noise
+Check = Callable[[Subject], Finding]
+READING: dict[str, Check] = {"padding": padding, "reload": reload}
+DECODING: dict[str, Check] = {
+    "tree": tree,
+    "forms": forms,
+    "greedy": greedy,
+    "rollback": rollback,
+    "padding": padding,
+    "drift": drift,
+}
+# These measure what only a sound model has.
+MEASURING: dict[str, Check] = {"sampling": sampling, "speed": speed.speed}
+PARTS = {
+    "tree": None,
+    "forms": {"prefill_vs_decode": None, "chunked_vs_decode": None},
+    "greedy": None,
+    "rollback": {"max_abs_diff": None},
+    "padding": {"max_abs_diff": None},
+    "drift": None,
+    "sampling": None,
+    "acceptance": None,
+    "speed": None,
+}
 
 
 @torch.inference_mode()
@@ -53,6 +73,9 @@ def verify_model(
     *,
     prompts: Sequence[str] | None = None,
     max_new: int = 64,
+    drafter: Drafter | None = None,
+    speculation: Speculation | None = None,
+    parents: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda check: None,
 ) -> dict[str, Any]:
@@ -61,13 +84,16 @@ def verify_model(
     Args:
         prompts: texts to continue; None: a few built in.
         max_new: tokens to generate for each prompt.
+        drafter: of the trees that the model verifies; None: prompt lookup.
+        speculation: what greedy decoding is compared with and timed against; None: these trees.
+        parents: of the nodes of the tree that is compared with sequential decoding; None: one of 64.
         progress: called with the name of each check before it starts.
 
     Returns:
-        The contents of `verify.json`. `failed` names the checks beyond their `limits`; `noise` is the
-        measured rounding noise of the logits (`rounding_noise`), and a greedy token that differs is a tie
-        if its margin is less than 10 times that; parts that were not run are None. A model that does not
-        decode has pads and `reload` (saved and loaded again) checked.
+        The contents of `verify.json`. `checks` is the table; `failed` names the checks beyond their `limits`; `noise`
+        is the measured rounding noise of the logits (`rounding_noise`), and a greedy token that differs is a tie if
+        its margin is less than 10 times that; parts that were not run are None. A model that does not decode has pads
+        and `reload` (saved and loaded again) checked.
 
     Raises:
         UserError: the model is not linearized, no prompt has a token, or max_new does not fit its context.
@@ -76,7 +102,65 @@ def verify_model(
         raise UserError(
             "the model has no converted layer", "`linearize convert MODEL` makes a linearized model."
         )
-    task, context = task_of(model, tokenizer), context_length(model)
+    task = task_of(model, tokenizer)
+    progress("noise")
+    subject = subject_of(task, model, tokenize(model, tokenizer, prompts, max_new), max_new, seed)
+    if subject.no_tree is None:
+        drafter = drafter or Lookup()
+        speculation = speculation or by_trees(model, drafter)
+        noise, target = subject.noise, speculation.target
+        if target is not model:
+            noise, _ = rounding_noise(Decoder(target), subject.rows, target.dtype)
+        subject = replace(
+            subject,
+            drafter=drafter,
+            parents=parents or DEFAULT_TREE,
+            speculation=speculation,
+            target_noise=noise,
+        )
+    found: list[Finding] = []
+    for name, check in (DECODING if task.decodes else READING).items():
+        progress(name)
+        found.append(check(subject))
+    failed = failures(found)
+    for name, check in MEASURING.items() if task.decodes else ():
+        if failed:
+            found.append(not_checked(name, "the forms of the model do not agree"))
+            continue
+        progress(name)
+        found.append(check(subject))
+    failed = failures(found)
+    if not task.decodes:
+        found += [
+            not_checked(name, f"{task.kind} writes no text")
+            for name in (*DECODING, *MEASURING)
+            if name not in READING
+        ]
+    lines = [line for finding in found for line in finding.lines]
+    ties = any(line.verdict == TIE for line in lines)
+    return {
+        "verdict": FAIL if failed else "NUMERICAL_TIE" if ties else "EXACT",
+        "failed": failed,
+        **PARTS,
+        **{key: value for finding in found for key, value in finding.data.items()},
+        "checks": [asdict(line) for line in lines],
+        "limits": {name: limit for finding in found for name, limit in finding.limits.items()},
+        "noise": subject.noise,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions(),
+    }
+
+
+def tokenize(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_new: int
+) -> list[list[int]]:
+    """The tokens of prompts, the last ones cut off where max_new more would not fit the context.
+
+    Raises:
+        UserError: no prompt has a token, or max_new does not fit.
+    """
+    context = context_length(model)
     if not 1 <= max_new < context:
         what = f"cannot generate {max_new} tokens: the model's context is {context}"
         raise UserError(what, f"Pass --max-new between 1 and {context - 1}.")
@@ -86,91 +170,42 @@ def verify_model(
     texts = [ids[: context - max_new] for ids in texts if ids]
     if not texts:
         raise UserError("the tokenizer finds no token in any prompt", "Pass other --prompts.")
+    return texts
 
+
+def subject_of(
+    task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
+) -> Subject:
+    """A model with what all checks need, without speculation.
+
+    Raises:
+        UserError: the model's logits are not numbers.
+    """
+    context = context_length(model)
     size = max(layer.linear_attention.equation.recent for layer in converted(model).values()) or 32
     rows = sample_rows(model, texts, min(4 * size + 37, context), seed)
     if task.decodes:
-        checks, noise = check_decoder(task, model, rows, size, progress)
-        progress("greedy")
-        parts = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
-        mismatches = [
-            mismatch
-            for number, part in enumerate(parts)
-            for mismatch in greedy_mismatches(task, model, part, number * BATCH, max_new)
-        ]
+        read, _, _ = task.start(model, list(rows[:1]))
     else:
-        checks, noise = check_encoder(task, model, rows, size, progress)
-        mismatches = []
-
-    failed = [name for name, check in checks.items() if check.failed]
-    if not all(mismatch["margin"] < TIE * noise for mismatch in mismatches):
-        failed.append("greedy")
-    measured = {name: check.diff for name, check in checks.items()}
-    greedy = {
-        "prompts": len(texts),
-        "tokens": len(texts) * max_new,
-        "mismatches": len(mismatches),
-        "first_divergence": mismatches[0] if mismatches else None,
-    }
-    return {
-        "verdict": "FAIL" if failed else "NUMERICAL_TIE" if mismatches else "EXACT",
-        "failed": failed,
-        "tree": None,
-        "forms": {name: measured.get(name) for name in ("prefill_vs_decode", "chunked_vs_decode")},
-        "greedy": greedy if task.decodes else None,
-        "rollback": {"max_abs_diff": measured.get("rollback")},
-        "padding": {"max_abs_diff": measured["padding"]},
-        **({} if task.decodes else {"reload": {"max_abs_diff": measured["reload"]}}),
-        "drift": None,
-        "acceptance": None,
-        "speed": None,
-        "limits": {name: check.limit for name, check in checks.items()},
-        "noise": noise,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "versions": versions(),
-    }
+        read = lambda ids: torch.stack(task.read(model, list(ids)))  # noqa: E731
+    noise, largest = rounding_noise(read, rows, model.dtype)
+    no_tree = why_no_tree(task, model, rows)
+    return Subject(task, model, texts, rows, size, context, max_new, seed, noise, largest, no_tree=no_tree)
 
 
-def check_decoder(
-    task: Task, model: PreTrainedModel, rows: Tensor, size: int, progress: Callable[[str], None]
-) -> tuple[dict[str, Comparison], float]:
-    """What is compared of a model that continues text, by name, and the noise."""
-    decoder, _, _ = task.start(model, list(rows[:1]))
-    progress("noise")
-    noise, largest = rounding_noise(decoder, rows, model.dtype)
-    checks = comparisons(model, largest, "prefill_vs_decode", "chunked_vs_decode", "padding", "rollback")
-    progress("forms")
-    compare_forms(decoder, rows, size, checks["prefill_vs_decode"], checks["chunked_vs_decode"])
-    progress("padding")
-    compare_padding(task, model, rows, size, checks["padding"])
-    progress("rollback")
-    if not compare_rollback(decoder, rows, size, checks["rollback"]):
-        del checks["rollback"]
-    return checks, noise
-
-
-def check_encoder(
-    task: Task, model: PreTrainedModel, rows: Tensor, size: int, progress: Callable[[str], None]
-) -> tuple[dict[str, Comparison], float]:
-    """What is compared of a model that only reads text, by name, and the noise."""
-    progress("noise")
-    noise, largest = rounding_noise(lambda ids: torch.stack(task.read(model, list(ids))), rows, model.dtype)
-    checks = comparisons(model, largest, "padding", "reload")
-    progress("padding")
-    compare_reading(task, model, rows, size, checks["padding"])
-    progress("reload")
-    compare_reload(task, model, rows, checks["reload"])
-    return checks, noise
-
-
-def comparisons(model: PreTrainedModel, largest: float, *names: str) -> dict[str, Comparison]:
-    return {name: Comparison(TOLERANCE[model.dtype], largest) for name in names}
+def failures(found: list[Finding]) -> list[str]:
+    """The names of the checks that failed, each once."""
+    return list(
+        dict.fromkeys(line.name for finding in found for line in finding.lines if line.verdict == FAIL)
+    )
 
 
 def verify(
     artifact: str | Path = ".",
     *,
+    draft: str | None = None,
+    target: str = "self",
+    tree: str | None = None,
     prompts: str | Path | None = None,
     max_new: int = 64,
     device: str = "cpu",
@@ -183,6 +218,7 @@ def verify(
     """`linearize verify`: load an artifact, run every check, write `verify.json` into it.
 
     Args:
+        draft, target, tree: see `speculation.Choice`.
         prompts: a file with a prompt a line, or JSONL with a `text` field; None: a few built in.
         dtype: torch's name of the dtype to run in; None: the artifact's.
         trust_remote_code: whether a feature map that the artifact brings along may run.
@@ -192,39 +228,20 @@ def verify(
         As `verify_model`; a verdict of FAIL raises nothing.
 
     Raises:
-        UserError: the folder is no linearized artifact or not whole, or the prompts cannot be used.
+        UserError: the folder is no linearized artifact or not whole, or the prompts, the tree or the drafter cannot
+            be used.
     """
     folder = Path(artifact).expanduser()
     check_artifact(folder)
     texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    model, tokenizer = load(folder.resolve(), **options)
-    report = verify_model(model, tokenizer, prompts=texts, max_new=max_new, seed=seed, progress=progress)
+    model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
+    report = verify_model(
+        model, tokenizer, prompts=texts, max_new=max_new, seed=seed, progress=progress, **ways
+    )
     if write:
         write_json(folder / "verify.json", report)
     return report
-
-
-def check_artifact(folder: Path) -> None:
-    """Refuse what is no folder or no artifact, and say what it is."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder", "Name the folder that `linearize convert` wrote.")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError:
-        hint = "Name the folder that `linearize convert` wrote."
-        raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "Convert again.") from None
-    modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
-    missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
-    if missing:
-        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
-    if "linearize" not in config:
-        what = f"{folder} is no linearized artifact: its config.json is that of a {config.get('model_type')} model"
-        raise UserError(what, f"Convert it first: linearize convert {folder}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -244,37 +261,23 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """A report of `verify` as a table and a sentence."""
-    greedy, rows = report["greedy"], table("check", ">measured", ">limit", "")
-    names = ("padding", "rollback") if greedy else ("padding", "reload")
-    forms = report["forms"] if greedy else {}
-    for name, diff in (forms | {name: report[name]["max_abs_diff"] for name in names}).items():
-        if diff is None:
-            rows.add_row(title(name), "not possible: some layers cannot take tokens back", "", "")
-        else:
-            word = "FAIL" if name in report["failed"] else "ok"
-            rows.add_row(title(name), f"{diff:.1e}", f"{report['limits'][name]:.1e}", word)
-    if greedy:
-        differing = f"{greedy['mismatches']} of {greedy['tokens']} tokens differ"
-        word = "FAIL" if "greedy" in report["failed"] else "tie" if greedy["mismatches"] else "ok"
-        rows.add_row("greedy", differing, f"margin {TIE * report['noise']:.1e}", word)
-    return Group(rows, "", f"{report['verdict']}: {sentence(report)}")
-
-
-def title(name: str) -> str:
-    return name.replace("_", " ")
+    """A report of `verify` as a table and sentences."""
+    rows = table("check", "measured", "limit", "")
+    for line in report["checks"]:
+        rows.add_row(line["name"].replace("_", " "), line["measured"], line["limit"], line["verdict"])
+    said = speed.sentence(report)
+    return Group(rows, "", f"{report['verdict']}: {sentence(report)}", *([said] if said else []))
 
 
 def sentence(report: dict[str, Any]) -> str:
     """The verdict, in words."""
-    greedy = report["greedy"]
-    if report["verdict"] == "FAIL":
-        return f"the model's forms do not agree ({', '.join(map(title, report['failed']))})."
+    if report["verdict"] == FAIL:
+        names = ", ".join(name.replace("_", " ") for name in report["failed"])
+        return f"the model's forms do not agree ({names})."
     agree = f"all forms of the model agree within the rounding of {report['dtype']}"
+    greedy = report["greedy"]
     if greedy is None:
         return f"{agree}."
     if report["verdict"] == "EXACT":
-        return f"{agree}, and so do all {greedy['tokens']} greedy tokens of {greedy['prompts']} prompts."
-    return (
-        f"{agree}; {greedy['mismatches']} of {greedy['tokens']} greedy tokens differ, each where logits tie."
-    )
+        return f"{agree}, and so do all {greedy['tokens']:,} greedy tokens of {greedy['prompts']} prompts."
+    return f"{agree}; {greedy['mismatches']} of {greedy['tokens']:,} greedy tokens differ, each where logits tie."

@@ -94,6 +94,31 @@ def test_verify_writes_its_report(folder):
     assert json.loads((folder / "tiny-augmented" / "verify.json").read_text()) == report
 
 
+def test_verify_by_other_drafters_and_trees(folder):
+    """A tree and prompts of files, and the artifact as the drafter of its own teacher."""
+    (folder / "tree.json").write_text("[[0], [1], [0, 0], [1, 0]]")
+    (folder / "prompts.txt").write_text("a fox\nsat\n")
+    result = linearize(
+        *(
+            "verify",
+            "tiny-augmented",
+            "--target",
+            "teacher",
+            "--tree",
+            "tree.json",
+            "--prompts",
+            "prompts.txt",
+        ),
+        *("--max-new", "8", "--json", "t.json"),
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((folder / "t.json").read_text())
+    assert report["verdict"] in ("EXACT", "NUMERICAL_TIE") and report["tree"]["nodes"] == 5
+    assert report["greedy"]["prompts"] == 2 and "teacher" in report["greedy"]["draft"]
+    assert report["speed"]["draft"] in result.stdout and "on this machine" in result.stdout
+
+
 def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
     from linearize_cli import verification
     from linearize_cli.cli import main
@@ -127,7 +152,11 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["eval", "tiny-augmented"], ["--data"]),
         (["eval", "tiny-augmented", "--data", "absent.txt"], ["absent.txt"]),
         (["eval", "tiny-augmented", "--context", "some"], ["some", "650k"]),
-        (["verify", "tiny-augmented", "--draft", "lookup"], ["--draft"]),
+        (["verify", "tiny-augmented", "--draft", "medusa"], ["Medusa heads"]),
+        (["verify", "tiny-augmented", "--draft", "absent"], ["absent"]),
+        (["verify", "tiny-augmented", "--target", "teacher", "--draft", "lookup"], ["--draft"]),
+        (["verify", "tiny-augmented", "--tree", "absent.json"], ["absent.json", "mc_sim_7b_63"]),
+        (["verify", "tiny-augmented", "--prompts", "absent.txt"], ["absent.txt"]),
         (["generate", "tiny", "a"], ["linearize convert"]),
         (["generate", "tiny-augmented", "a", "--speculative", "medusa"], ["Medusa heads"]),
         (["generate", "tiny-augmented", "a", "--tree", "chain"], ["--speculative medusa"]),

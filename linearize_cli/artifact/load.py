@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,28 @@ def load(
             f"Convert it first: linearize convert {path}",
         )
     return model, tokenizer
+
+
+def check_artifact(folder: Path) -> None:
+    """Refuse what is no folder or no artifact, and say what it is."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder", "Name the folder that `linearize convert` wrote.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        hint = "Name the folder that `linearize convert` wrote."
+        raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "Convert again.") from None
+    modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
+    missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
+    if missing:
+        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
+    if "linearize" not in config:
+        what = f"{folder} is no linearized artifact: its config.json is that of a {config.get('model_type')} model"
+        raise UserError(what, f"Convert it first: linearize convert {folder}")
 
 
 def refuse_linearized(model: str) -> None:

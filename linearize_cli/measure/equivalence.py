@@ -1,13 +1,9 @@
-"""Whether a model computes the same in every way in which it can be run.
-
-Each check compares logits on one batch of rows; `compare_rollback` compares the states of the layers as well.
-"""
+"""Whether a model computes the same in every way in which it can be run: logits on one batch of rows, compared."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +12,6 @@ from transformers import Cache, PreTrainedModel
 
 from linearize_cli.decoder import Decoder, marked
 from linearize_cli.errors import UserError
-from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
 from linearize_cli.tasks import Task
 
 PIECES = (7, 1, 13, 64, 2, 33)  # of a chunked prefill
@@ -172,70 +167,3 @@ def compare_reload(task: Task, model: PreTrainedModel, rows: Tensor, worst: Comp
         again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     for actual, expected in zip(task.read(again, list(rows)), task.read(model, list(rows)), strict=True):
         worst.add(actual, expected)
-
-
-def compare_rollback(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
-    """Draft tokens, take some back, draft again, take one back and go on with a single token, against a cache
-    that saw only the tokens that stayed: logits, and all that the converted layers keep. The drafts cross
-    edges of windows and groups. False: the model has layers of its own that cannot take tokens back.
-    """
-    starts = {max(1, start) for start in (1, size - 2, 2 * size - 3)}
-    cases = [(start, 4, rejected) for start in sorted(starts) for rejected in range(5)]
-    cases += [(size + 1, size + 5, rejected) for rejected in (1, min(size, ROLLBACK))]
-    for start, drafted, rejected in cases:
-        kept = start + drafted - rejected
-        if start + drafted + 4 > rows.shape[1]:
-            continue
-        cache = decoder.new_cache()
-        decoder(rows[:, :start], cache)
-        if not cache.is_croppable:
-            return False
-        decoder.own(cache).activate_past_recording()
-        decoder(rows[:, start : start + drafted], cache)
-        cache.crop(-rejected)
-        compare_states(decoder, cache, run(decoder, rows[:, :kept], [kept])[1], worst)
-
-        others = rows.flip(0)[:, kept : kept + 4]
-        second = decoder(others[:, :3], cache)
-        cache.crop(-1)
-        logits = torch.cat([second[:, :2], decoder(others[:, 3:], cache)], 1)
-        stayed = torch.cat([rows[:, :kept], others[:, :2], others[:, 3:]], 1)
-        expected, fresh = run(decoder, stayed, [stayed.shape[1]])
-        worst.add(logits, expected[:, -3:])
-        compare_states(decoder, cache, fresh, worst)
-    return True
-
-
-def compare_states(decoder: Decoder, cache: Cache, fresh: Cache, worst: Comparison) -> None:
-    for layer, expected in zip(decoder.own(cache).layers, decoder.own(fresh).layers, strict=True):
-        if isinstance(layer, LinearCacheLayer):
-            for name, tensor in vars(expected.state).items():
-                if tensor.numel():
-                    worst.add(getattr(layer.state, name), tensor)
-
-
-def greedy_mismatches(
-    task: Task, model: PreTrainedModel, texts: list[list[int]], first: int, max_new: int
-) -> list[dict[str, Any]]:
-    """Where greedy decoding with a cache chose another token than one forward without a cache over its text.
-
-    Both see the same padded batch: a fault with pads is the affair of another check.
-
-    Returns:
-        `prompt` (counted from `first`), `position` (tokens generated before it), and `margin`: how far below
-        the best logit of the forward without a cache the chosen token's lies, which is the difference of the
-        top two where these two were swapped.
-    """
-    decoder, ids, mask = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
-    length, cache, token = ids.shape[1], decoder.new_cache(), ids
-    for step in range(max_new):
-        mask = mask if step == 0 else pad(mask, (0, 1), value=1)
-        token = decoder(token, cache, mask)[:, -1:].argmax(-1)
-        ids = torch.cat([ids, token], 1)
-    logits = decoder(ids[:, :-1], None, mask)[:, length - 1 :]
-    chosen = ids[:, length:]
-    margin = logits.amax(-1) - logits.gather(-1, chosen[..., None]).squeeze(-1)
-    return [
-        {"prompt": first + row, "position": position, "margin": margin[row, position].item()}
-        for row, position in (logits.argmax(-1) != chosen).nonzero().tolist()
-    ]

@@ -15,6 +15,13 @@ def state_bytes(model: PreTrainedModel) -> int:
     return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
 
 
+def saved_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that the linear layers' softmax attention would keep per token."""
+    equations = [module.linear_attention.equation for module in converted(model).values()]
+    numbers = sum(eq.kv_heads * (eq.key_dim + eq.value_dim) for eq in equations if eq.causal)
+    return numbers * model.dtype.itemsize
+
+
 def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
     """Bytes of keys and values that softmax attention in these layers keeps per decoded token."""
     geometries = (layer.geometry for layer in layers if layer.caches)

@@ -80,7 +80,7 @@ class Typical(Sampling):
         entropy = torch.special.entr(p).sum(-1)
         bound = (self.delta * (-entropy).exp()).clamp_max(self.epsilon)
         before = parents.clamp_min(0)
-        probable = p[:, before].gather(-1, ids[..., None]).squeeze(-1) > bound[:, before]
+        probable = p[:, before].gather(-1, ids.clamp_min(0)[..., None]).squeeze(-1) > bound[:, before]
         return probable | (parents < 0), self.draw(logits)
 
 

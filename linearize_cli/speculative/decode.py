@@ -47,13 +47,20 @@ def speculate(
         max_new: tokens to generate for each.
         rule: how tokens are chosen; None: greedily.
         stop: tokens that end a row; the row has it as its last.
-        context: positions that the model has; None: any number.
+        context: positions that the model has, where a row ends; None: any number.
 
     Raises:
-        UserError: a layer keeps what no tree can branch off.
+        UserError: a layer keeps what no tree can branch off, or a prompt leaves no position.
     """
     rule, stop = rule or Greedy(), set(stop)
     rows, left = [list(prompt) for prompt in prompts], [max_new] * len(prompts)
+    if context is not None:
+        left = [min(max_new, context - len(row)) for row in rows]
+        if min(left) < 1:
+            what = (
+                f"a prompt of {max(map(len, rows))} tokens leaves no room: the model has {context} positions"
+            )
+            raise UserError(what, "Shorten the prompt.")
     cache, hidden, logits = prefill(model, rows)
 
     def take(row: int, tokens: list[int]) -> list[int]:

@@ -1,0 +1,1 @@
+"""The checks of `verify`: each takes a `Subject` and returns a `Finding`."""

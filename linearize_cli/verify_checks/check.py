@@ -1,0 +1,106 @@
+"""What a check of `verify` is given and what it returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from linearize_cli.decoder import forward
+from linearize_cli.measure.equivalence import Comparison
+from linearize_cli.measure.selfcheck import TOLERANCE
+from linearize_cli.runtime.tree import read_tree
+from linearize_cli.speculative.drafts import Drafter, Lookup
+from linearize_cli.tasks import CausalLM, Task
+from linearize_cli.verify_checks.speculation import Speculation
+
+OK, TIE, FAIL = "ok", "tie", "FAIL"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is verified.
+
+    Attributes:
+        texts: the prompts' tokens.
+        rows: `[2, L]` tokens, more than three windows or groups where the context has room.
+        size: tokens from one edge of a window or group to the next.
+        context: positions that the model has.
+        noise: how far rounding moves a logit; largest: the largest logit.
+        parents: of the tree's nodes.
+        drafter: of the trees that the model itself reads.
+        speculation: what is compared with plain decoding; None: there is none.
+        target_noise: as noise, of the speculation's target.
+        no_tree: why no token tree can be read; None: it can.
+    """
+
+    task: Task
+    model: PreTrainedModel
+    texts: list[list[int]]
+    rows: Tensor
+    size: int
+    context: int
+    max_new: int
+    seed: int
+    noise: float
+    largest: float
+    parents: Sequence[int] = (-1,)
+    drafter: Drafter = Lookup()
+    speculation: Speculation | None = None
+    target_noise: float = 0.0
+    no_tree: str | None = None
+
+    def comparison(self) -> Comparison:
+        """Of logits, by the dtype's tolerance."""
+        return Comparison(TOLERANCE[self.model.dtype], self.largest)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def random_tokens(self, *shape: int) -> Tensor:
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, shape, generator=self.generator()).to(self.model.device)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table; `name` is the check's, as `failed` has it, `verdict` empty where nothing is judged."""
+
+    name: str
+    measured: str
+    limit: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: the parts of `verify.json` that it fills, and its lines of the table."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: str = "") -> Finding:
+    """Of a check that has one number and one limit."""
+    line = Line(name, f"{diff:.1e}{more}", f"{limit:.1e}", OK if diff <= limit else FAIL)
+    return Finding(data, [line], {name: limit})
+
+
+def not_checked(name: str, why: str) -> Finding:
+    return Finding(lines=[Line(name, f"not possible: {why}")])
+
+
+def why_no_tree(task: Task, model: PreTrainedModel, rows: Tensor) -> str | None:
+    """Why no token tree can be read of a model; None: it can."""
+    if not isinstance(task, CausalLM):
+        return f"{task.kind} has no text of its own that a tree could follow"
+    cache = DynamicCache(config=model.config)
+    forward(model, rows[:, :2], cache)
+    try:
+        read_tree(model, cache, rows[:, :2], [-1, -1])
+    except NotImplementedError as error:
+        return str(error)
+    return None

@@ -1,0 +1,139 @@
+"""What is taken back leaves no trace: crops of a cache, and token trees of which little or nothing is accepted.
+
+All that the layers keep is compared with a fresh run over the tokens that stayed; so are the logits of what follows.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from linearize_cli.decoder import Decoder, forward, pad_left
+from linearize_cli.measure.equivalence import Comparison, run
+from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
+from linearize_cli.runtime.tree import ancestors, read_tree
+from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
+
+STEPS = 3  # single tokens after an accepted path
+
+
+def rollback(subject: Subject) -> Finding:
+    """Both ways in one comparison."""
+    worst, data = subject.comparison(), {}
+    decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
+    if not compare_crops(decoder, subject.rows, subject.size, worst):
+        return not_checked("rollback", "some layers cannot take tokens back")
+    more = ""
+    if subject.no_tree is None:
+        compare_trees(subject, worst)
+    else:
+        more = ", by cropping alone"
+    data["rollback"] = {"max_abs_diff": worst.diff}
+    return compared("rollback", worst.diff, worst.limit, data, more)
+
+
+def starts_around(size: int) -> list[int]:
+    """Lengths of prefixes just before an edge of windows and groups."""
+    return sorted({max(1, start) for start in (1, size - 2, 2 * size - 3)})
+
+
+def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
+    """Draft tokens, take some back, draft again, take one back and go on with a single token, against a cache
+    that saw only the tokens that stayed. The drafts cross edges of windows and groups. False: the model has layers
+    of its own that cannot take tokens back.
+    """
+    cases = [(start, 4, rejected) for start in starts_around(size) for rejected in range(5)]
+    cases += [(size + 1, size + 5, rejected) for rejected in (1, min(size, ROLLBACK))]
+    for start, drafted, rejected in cases:
+        kept = start + drafted - rejected
+        if start + drafted + 4 > rows.shape[1]:
+            continue
+        cache = decoder.new_cache()
+        decoder(rows[:, :start], cache)
+        if not cache.is_croppable:
+            return False
+        decoder.own(cache).activate_past_recording()
+        decoder(rows[:, start : start + drafted], cache)
+        cache.crop(-rejected)
+        compare_states(decoder.own(cache), decoder.own(run(decoder, rows[:, :kept], [kept])[1]), worst)
+
+        others = rows.flip(0)[:, kept : kept + 4]
+        second = decoder(others[:, :3], cache)
+        cache.crop(-1)
+        logits = [second[:, :2], decoder(others[:, 3:], cache)]
+        stayed = [rows[:, :kept], others[:, :2], others[:, 3:]]
+        expected, fresh = run(decoder, torch.cat(stayed, 1), [kept + 3])
+        worst.add(torch.cat(logits, 1), expected[:, -3:])
+        compare_states(decoder.own(cache), decoder.own(fresh), worst)
+    return True
+
+
+def compare_trees(subject: Subject, worst: Comparison) -> None:
+    """Two trees one after the other, in rows of different lengths, then single tokens. Of the first tree every row
+    accepts another part of the deepest path, from nothing to all; of the second the other way round.
+    """
+    visible, depth = ancestors(tuple(subject.parents))
+    deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
+    shares = range(len(deepest) + 1)
+    nodes = subject.random_tokens(len(shares), len(subject.parents))
+    follow = subject.random_tokens(len(shares), STEPS)
+    longest = min(subject.context, subject.rows.shape[1]) - len(deepest) - STEPS - 2
+    for start in starts_around(subject.size):
+        if start > longest:
+            continue
+        texts = [subject.rows[i % 2, : start + i % 3] for i in shares]
+        ids, mask = pad_left(texts)
+        cache = DynamicCache(config=subject.model.config)
+        forward(subject.model, ids, cache, mask)
+        for lengths in (shares, reversed(shares)):
+            paths = [deepest[:length] for length in lengths]
+            read_tree(subject.model, cache, nodes, subject.parents).commit(*paths)
+            taken = [ids[path] for ids, path in zip(nodes, paths, strict=True)]
+            texts = [torch.cat(pair) for pair in zip(texts, taken, strict=True)]
+            fresh = [fresh_run(subject, text, cache, row, worst) for row, text in enumerate(texts)]
+        tokens = enumerate(follow.split(1, 1))
+        logits = torch.cat([continued(subject, cache, token, texts, i) for i, token in tokens], 1)
+        for row, expected in enumerate(fresh):
+            worst.add(logits[row], forward(subject.model, follow[row, None], expected)[0])
+            compare_row(cache.layers, row, expected.layers, 0, worst)
+
+
+def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
+    """The cache of a text alone, which that of a row is compared with."""
+    fresh = DynamicCache(config=subject.model.config)
+    forward(subject.model, text[None], fresh)
+    compare_row(cache.layers, row, fresh.layers, 0, worst)
+    return fresh
+
+
+def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor], more: int) -> Tensor:
+    """Logits of a token `[B, 1]` that follows `more` others behind the texts; whatever else is there is pads, left
+    of them.
+    """
+    slots = torch.arange(cache.get_seq_length() + 1, device=token.device)
+    own = torch.tensor([len(text) + more + 1 for text in texts], device=token.device)
+    return forward(subject.model, token, cache, (slots >= len(slots) - own[:, None]).long())
+
+
+def compare_states(cache: Cache, fresh: Cache, worst: Comparison) -> None:
+    """Two caches of the same rows without pads."""
+    first = next(layer for layer in fresh.layers if isinstance(layer, LinearCacheLayer))
+    for row in range(len(first.state.count)):
+        compare_row(cache.layers, row, fresh.layers, row, worst)
+
+
+def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, worst: Comparison) -> None:
+    """All that layers keep of a row, which may lie behind pads, with that of a row that does not."""
+    for layer, fresh in zip(layers, fresh_layers, strict=True):
+        if isinstance(fresh, LinearCacheLayer):
+            there = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # an empty slot holds anything
+            for name, tensor in vars(fresh.state).items():
+                pair = getattr(layer.state, name)[row], tensor[fresh_row]
+                if name in ("recent_k", "recent_v"):
+                    pair = tuple(x.where(there, 0) for x in pair)
+                if tensor.numel():
+                    worst.add(*pair)
+        elif isinstance(fresh, DynamicLayer):
+            kept = fresh.keys.shape[-2]
+            worst.add(layer.keys[row, :, -kept:], fresh.keys[fresh_row])
+            worst.add(layer.values[row, :, -kept:], fresh.values[fresh_row])
