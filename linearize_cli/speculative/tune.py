@@ -13,11 +13,8 @@ from linearize_cli.speculative.decode import speculate
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.trees import NODES, Choices, likeliest, optimised
 
-ROWS, PROMPT, CONTINUED = (
-    32,
-    64,
-    128,
-)  # held-out beginnings, their tokens and those written after them, at most
+ROWS = 32  # held-out beginnings
+PROMPT, CONTINUED = 64, 128  # their tokens, and those written after them, at most
 RANKS = 10  # candidates of a head that are looked at
 SIZES = (1, 2, 4, 8, 16, 32, NODES)  # of the trees whose cost is measured
 REPEATS = 20  # steps of each
