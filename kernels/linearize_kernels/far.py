@@ -25,7 +25,8 @@ class FeatureMemory(nn.Module):
     """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij ω(k_j) φ(k_j)`.
 
     ω(k) = exp(w·k + b), softly capped, is learned per head of S: features of fixed size (Hedgehog's add up to 2)
-    cannot say by themselves that a key matters to every query, as its exp(q·k) does in softmax.
+    cannot say by themselves that a key matters to every query, as its exp(q·k) does in softmax. With it, far tokens
+    start with about the weight that they have in softmax.
     """
 
     def __init__(self, equation):
@@ -43,17 +44,17 @@ class FeatureMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.key_weight is not None:
-            nn.init.zeros_(self.key_weight)
-            weight = min(
-                -math.log(self.q_map.share) / CEILING, 0.9
-            )  # so that ω φφ starts as the softmax's own weight
-            self.key_weight[:, -1] = CEILING * math.atanh(weight)
         with torch.random.fork_rng(devices=[]):  # φ(q)·φ(k) means something where both start as the same map
             self.q_map.reset_parameters()
         for part in (self.k_map, self.memory):
             if part is not None:
                 part.reset_parameters()
+        if self.key_weight is not None:
+            factor = self.q_map.estimate_softmax()
+            if self.k_map is not None:
+                self.k_map.estimate_softmax()
+            nn.init.zeros_(self.key_weight)
+            self.key_weight[:, -1] = CEILING * math.atanh(min(-math.log(factor) / CEILING, 0.9))
 
     def keys(self, k: Tensor) -> Tensor:
         """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""

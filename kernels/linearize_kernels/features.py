@@ -40,12 +40,10 @@ class FeatureMap(nn.Module):
         name: in recipes.
         positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
         shared: whether queries and keys must go through one and the same map.
-        share: about what `φ(q)ᵀ φ(k)` is of `exp(scale q·k)` at the start of a conversion, for maps that stand for it.
     """
 
     positive = False
     shared = False
-    share = 1.0
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__()
@@ -54,6 +52,10 @@ class FeatureMap(nn.Module):
 
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
+
+    def estimate_softmax(self) -> float:
+        """Start so that `φ(q)ᵀ φ(k)` estimates `exp(scale q·k)` up to the returned factor; 1 where there is no way."""
+        return 1.0
 
 
 @feature_map("identity")
@@ -113,9 +115,7 @@ class Projected(FeatureMap):
 @feature_map("hedgehog")
 class Hedgehog(Projected):
     """`[softmax(xW), softmax(-xW)]`, one learned W per head (arXiv 2402.04347, in the softmax form of
-    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many. W's columns start at the length of
-    the directions whose exponentials estimate `exp(scale q·k)` (Performer's), √(scale D), not at 1: unit ones tell
-    keys of small heads too little apart.
+    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many.
     """
 
     positive = True
@@ -123,12 +123,12 @@ class Hedgehog(Projected):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.feature_dim = 2 * self.weight.shape[-1]
-        self.share = 4 / self.feature_dim
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
+    def estimate_softmax(self) -> float:
+        """W's columns get the length of the directions whose exponentials estimate `exp(scale q·k)` (Performer's)."""
         self.weight.mul_(math.sqrt(self.scale * self.head_dim))
+        return 4 / self.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.weight.to(x.dtype)
