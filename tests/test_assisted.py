@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused(teacher, kept, merged, tmp_path):
         drafting_for_teacher(kept, str(merged))
     with pytest.raises(UserError, match="not a linearized one"):
         drafted_by(teacher.path, str(kept))
-    with pytest.raises(UserError, match="config.json cannot be loaded"):
+    with pytest.raises(UserError, match="is a llama model, not a linearized one"):
         drafting_for_teacher(teacher.path)
 
 

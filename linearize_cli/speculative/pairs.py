@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import enter_own_feature_map, load, refuse_linearized
 from linearize_cli.checkpoint import load_teacher, resolve_model
@@ -17,7 +17,6 @@ from linearize_cli.errors import UserError, first_five
 from linearize_cli.evaluation import read_record
 from linearize_cli.explain import explained
 from linearize_cli.runtime import linearize
-from linearize_cli.runtime.config import LinearizedConfig
 from linearize_cli.tasks import CausalLM, task_of
 
 ADAPTER = "adapter"
@@ -79,26 +78,28 @@ def drafting_for_teacher(
     """
     enter_own_feature_map(str(artifact), trust_remote_code)
     folder = Path(resolve_model(str(artifact)))
-    with explained(str(artifact), "its config.json", "Name the folder that `linearize convert` wrote."):
-        config = LinearizedConfig.from_pretrained(folder)
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    record = config.get("linearize")
+    if record is None:
+        what = f"{artifact} is a {config.get('model_type')} model, not a linearized one"
+        raise UserError(what, f"Convert it first: linearize convert {artifact}")
     hint = "Name the softmax model that the artifact was made from: a folder or a Hub id."
     name = teacher or read_record(folder).get("base_model")
     if name is None:
         raise UserError(f"{artifact} has no linearize.json that names its teacher", hint)
-    dtype = dtype or str(config.dtype).removeprefix("torch.")
+    dtype = dtype or config.get("dtype")
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     try:
         refuse_linearized(name)
         target, tokenizer = load_teacher(name, **options)
     except UserError as error:
         raise UserError(f"no teacher for {artifact}: {error.what}", f"{error.hint}\n{hint}") from error
-    if type(target).__name__ != config.linearize["base_class"]:
-        what = f"{name} is a {type(target).__name__}, and {artifact} was a {config.linearize['base_class']}"
-        raise UserError(what, hint)
+    if type(target).__name__ != record["base_class"]:
+        raise UserError(
+            f"{name} is a {type(target).__name__}, and {artifact} was a {record['base_class']}", hint
+        )
     shared = (folder / ADAPTER).is_dir()
-    drafter, other = (
-        (beside(target, folder, config.linearize), tokenizer) if shared else load(artifact, **options)
-    )
+    drafter, other = (beside(target, folder, record), tokenizer) if shared else load(artifact, **options)
     check_pair(name, target, tokenizer, str(artifact), drafter, other)
     return Pair(target, drafter, tokenizer, shared)
 
