@@ -93,7 +93,7 @@ def check_options(speculative: str | None, tree: str | None, temperature: float,
             f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
         )
     if tree and speculative != MEDUSA:
-        raise UserError("--tree is for Medusa heads; lookup drafts a chain", "Add --speculative medusa.")
+        raise UserError("--tree is for Medusa heads", "Add --speculative medusa.")
     if typical and not speculative:
         raise UserError("--typical says which drafts are accepted", "Add --speculative medusa or lookup.")
     if typical and not temperature:
@@ -131,8 +131,8 @@ def speculative_text(
     drafter: Drafter,
     rule: Rule,
 ) -> tuple[list[int], dict[str, Any]]:
-    """All tokens, by speculative decoding, and what it was like: `acceptance`, tokens a forward on average, the
-    prompt's left out.
+    """All tokens, by speculative decoding, and what it was like: `forwards`, and `acceptance`, tokens a forward on
+    average. The prompt's own forward, which gave the first token, is left out of both.
     """
     row, counts = ids[0].tolist(), []
     streamer.put(ids.cpu())
@@ -147,7 +147,7 @@ def speculative_text(
     trees = counts[1:]
     return row, {
         "acceptance": round(sum(trees) / len(trees), 3) if trees else None,
-        "forwards": len(counts),
+        "forwards": len(counts) - 1,
         "lossless": rule.lossless,
     }
 

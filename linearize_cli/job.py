@@ -74,7 +74,7 @@ def check_partial(partial: Path, job: Job, resume: bool, force: bool) -> None:
     elif partial.exists():
         if not force:
             raise UserError(
-                f"{partial} is left of an interrupted run",
+                f"{partial} is left of an interrupted run, or of one that still goes on",
                 "Pass --resume to go on, or --force to start over.",
             )
         shutil.rmtree(partial)

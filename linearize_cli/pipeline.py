@@ -283,6 +283,7 @@ class Run:
                 stage("distill", [objective], options, self.steps["transfer"])
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")
+                (self.partial / "adapter/README.md").unlink(missing_ok=True)  # an empty card
             self.model = merge(student)
         self.model.requires_grad_(False)
         self.measure("recovered", blocks)

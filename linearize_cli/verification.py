@@ -253,7 +253,10 @@ def read_prompts(path: Path) -> list[str]:
             raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
         texts = ["".join(document) for document in documents]
     else:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            texts = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no text: {error}", "Write a prompt a line, in UTF-8.") from None
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} holds no prompt", 'Write a prompt a line, or JSONL: {"text": "..."}.')

@@ -26,6 +26,8 @@ def load(
     import linearize_cli.runtime
     from linearize_cli.checkpoint import load_teacher
 
+    if Path(path).is_dir():  # one called `demo` is no embedded teacher
+        path = Path(path).resolve()
     enter_own_feature_map(str(path), trust_remote_code)
     model, tokenizer = load_teacher(str(path), dtype, device)
     if not isinstance(model, linearize_cli.runtime.LinearizeMixin):

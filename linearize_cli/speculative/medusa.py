@@ -152,13 +152,21 @@ def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
         UserError: it holds none, they are damaged, or they are another model's.
     """
     path = Path(folder) / FILE
-    again = f"Train them: linearize heads {folder}"
+    again = f"Train them: linearize heads {folder} --force"
     if not path.is_file():
-        raise UserError(f"{folder} has no Medusa heads (no {FILE})", f"{again}. Or use lookup.")
+        raise UserError(
+            f"{folder} has no Medusa heads (no {FILE})",
+            f"Train them: linearize heads {folder}. Or use lookup.",
+        )
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            metadata = file.metadata() or {}
+        if "heads" not in metadata:
+            raise ValueError("it holds no Medusa heads")
+        if not all(x.isfinite().all() for x in tensors.values()):
+            raise ValueError("its numbers are not finite")
+        facts = {key: json.loads(value) for key, value in metadata.items()}
         acceptance, tree = facts["acceptance"], facts["tree"]
         choices = Choices.of(tree) if is_choices(tree) or tree == [] else None
         rates = all(isinstance(rate, float | int) for rates in acceptance for rate in rates)

@@ -83,7 +83,7 @@ def drafting_for_teacher(
     if record is None:
         what = f"{artifact} is a {config.get('model_type')} model, not a linearized one"
         raise UserError(what, f"Convert it first: linearize convert {artifact}")
-    hint = "Name the softmax model that the artifact was made from: a folder or a Hub id."
+    hint = "The softmax model it was made from must be where `base_model` of linearize.json says."
     name = teacher or read_record(folder).get("base_model")
     if name is None:
         raise UserError(f"{artifact} has no linearize.json that names its teacher", hint)
