@@ -12,7 +12,9 @@ from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 from linearize_cli import convert
 from linearize_cli.recover import train
 
-SMALL = dict(overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
+# 8 steps of transfer, 12 of distillation.
+SIZES = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=0.4")
+SMALL = dict(overrides=SIZES, seq_len=16, tokens=16 * 4 * 20)
 Teacher = namedtuple("Teacher", "path text folder")
 
 

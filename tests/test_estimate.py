@@ -161,7 +161,7 @@ def lines(report):
 
 def test_a_dry_run_needs_a_config_alone(config_only):
     common = dict(dry_run=True, tokens=80_000, seq_len=100, batch_size=8, flops=1e12)
-    overrides = ("recover.transfer.block_layers=2",)
+    overrides = ("recover.transfer.block_layers=2", "recover.transfer.share=0.4")
     report = convert(str(config_only), overrides=overrides, **common)
     found, (parameters, layer) = lines(report), (47_488 // 2, 0)
     parameters = report["parameters"]
