@@ -145,7 +145,7 @@ def test_a_run_keeps_the_best_of_its_looks(teacher, monkeypatch):
     the best; a run that is stopped goes on to the same.
     """
     options = (
-        "recover.distill.lr=0.5",
+        "recover.distill.lr=5",
         "recover.distill.evaluate=0.08",
         "recover.distill.early_stop=3",
         "recover.transfer.evaluate=0.5",
