@@ -133,6 +133,6 @@ def test_half_precision_adds_nothing_to_its_own_noise(keep):
             path = path_to(parents, node)
             tree.append(logits[:, node] - decoded(model, copy.deepcopy(cache), mask, ids[:, path])[:, -1])
     noise, tree = (torch.cat([x.flatten() for x in parts]).double() for parts in (noise, tree))
-    assert noise.square().mean() > 0
-    assert tree.square().mean().sqrt() < 2 * noise.square().mean().sqrt()
-    assert tree.abs().max() < 2 * noise.abs().max()
+    floor = torch.finfo(torch.bfloat16).eps * logits.abs().max().double()  # one rounding
+    assert tree.square().mean().sqrt() < 2 * noise.square().mean().sqrt().clamp_min(floor)
+    assert tree.abs().max() < 2 * noise.abs().max().clamp_min(floor)

@@ -44,11 +44,13 @@ class FeatureMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # φ(q)·φ(k) means something where both start as the same map
-            self.q_map.reset_parameters()
-        for part in (self.k_map, self.memory):
-            if part is not None:
-                part.reset_parameters()
+        drawn = torch.get_rng_state()
+        self.q_map.reset_parameters()
+        if self.k_map is not None:  # φ(q)·φ(k) means something where both start as the same map
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(drawn)
+                self.k_map.reset_parameters()
+        self.memory.reset_parameters()
         if self.key_weight is not None:
             factor = self.q_map.estimate_softmax()
             if self.k_map is not None:

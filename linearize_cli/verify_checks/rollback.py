@@ -117,8 +117,8 @@ def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor]
 
 def compare_states(cache: Cache, fresh: Cache, worst: Comparison) -> None:
     """Two caches of the same rows without pads."""
-    first = next(layer for layer in fresh.layers if isinstance(layer, LinearCacheLayer))
-    for row in range(len(first.state.count)):
+    first = fresh.layers[0]
+    for row in range(len(first.state.count if isinstance(first, LinearCacheLayer) else first.keys)):
         compare_row(cache.layers, row, fresh.layers, row, worst)
 
 
