@@ -30,8 +30,9 @@ def whole(teacher):
 RUN = """
 import sys, os, signal
 import torch; torch.set_num_threads(1)
+from pathlib import Path
+from convert_case import Teacher, run
 from linearize_cli.recover import train
-from linearize_cli.conversion import convert
 train.SAVE_EVERY = train.SAVE_PAUSE = 0.0
 path, text, output, moment, *keep = sys.argv[1:]
 save, count = train.torch.save, 0
@@ -63,8 +64,7 @@ def killing_divergence(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return divergence(*arguments)
 keep_softmax.divergence = killing_divergence
-convert(path, output, data=(text,), batch_size=4, keep_softmax=keep[0] if keep else None,
-        overrides=("attention.local.size=4", "attention.conv.width=3"), seq_len=16, tokens=16 * 4 * 20)
+run(Teacher(path, text, None), Path(output), keep_softmax=keep[0] if keep else None)
 """
 
 
@@ -96,8 +96,14 @@ def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
     assert len(steps) == len(set(steps)), "a step stands in the log twice"
 
 
+def child(script, *arguments):
+    """A process of its own that finds what these tests share."""
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, env=paths)
+
+
 def kill(output, arguments):
-    killed = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True)
+    killed = child(RUN, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
     assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
 
@@ -162,8 +168,7 @@ def test_kills_at_random_moments_change_no_weight(kills, long, teacher):
     assert moments[0] < 20 and moments[-1] >= 24, "a stage is left out"
     output = teacher.folder / f"killed-{kills}-times"
     arguments = [teacher.path, teacher.text, str(output), ",".join(map(str, moments))]
-    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLS, *arguments], capture_output=True, env=paths)
+    done = child(KILLS, *arguments)
     assert done.returncode == 0, done.stderr.decode()[-800:]
     run(teacher, output, tokens=16 * 4 * 60, resume=True)
     resumed, expected = (load_file(folder / "model.safetensors") for folder in (output, long))
