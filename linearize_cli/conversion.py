@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.checkpoint import check_device, load_shape, load_teacher
@@ -142,10 +142,8 @@ def run(
     engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
     with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
         if texts is None:
-            corpus = partial / "self.jsonl"
-            share = -(-recipe.recover.tokens // len(sources))
-            engine.on_main(write_corpus, teacher, tokenizer, corpus, share, length, job.seed, terminal)
-            sources = [source or text.open_source(str(corpus)) for source in sources]
+            writing = (teacher, tokenizer, partial / "self.jsonl")
+            sources = with_own_text(job, sources, *writing, length, terminal, engine)
             texts = train_and_eval(job, sources, eval_text)
         where = (length, partial, terminal, engine, by_block)
         converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
@@ -173,6 +171,23 @@ def open_sources(job: Job) -> list[text.Source | None]:
     names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
     return [None if name == text.SELF else text.open_source(name) for name in names] if needed else []
+
+
+def with_own_text(
+    job: Job,
+    sources: list[text.Source | None],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Path,
+    length: int,
+    terminal: Terminal,
+    engine: Engine,
+) -> list[text.Source]:
+    """The sources with what the model writes into `corpus`, its share of the budget, where one is `self`."""
+    if None in sources:
+        share = -(-job.recipe.recover.tokens // len(sources))
+        engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
+    return [source or text.open_source(str(corpus)) for source in sources]
 
 
 def train_and_eval(

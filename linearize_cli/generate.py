@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
-from linearize_cli.artifact.load import load
+from linearize_cli.artifact.load import artifact_name, load
 from linearize_cli.checkpoint import resolve_model
 from linearize_cli.errors import UserError
 from linearize_cli.recover.heads import check_heads
@@ -159,7 +159,7 @@ def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedMode
     """
     if name == LOOKUP:
         return Lookup()
-    heads = load_heads(resolve_model(artifact), model)
+    heads = load_heads(resolve_model(artifact_name(artifact)), model)
     return heads.drafter(named_tree(tree or AUTO, len(heads), heads.output.shape[1], heads.tree))
 
 

@@ -13,7 +13,7 @@ from linearize_cli.artifact.load import load
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
 from linearize_cli.console import Terminal, write_json
-from linearize_cli.conversion import train_and_eval
+from linearize_cli.conversion import open_sources, train_and_eval, with_own_text
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.job import Job, check_partial, partial_folder
@@ -21,7 +21,6 @@ from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.heads import LOG, check_heads, make_heads
-from linearize_cli.recover.sample import write_corpus
 from linearize_cli.speculative.medusa import FILE
 from linearize_cli.tasks import task_of
 
@@ -90,7 +89,7 @@ def run(
     """`heads` in one of its processes."""
     partial = folder.with_name(f"{folder.name}.heads.partial")
     engine.on_main(check_partial, partial, job, resume, force)
-    sources = [None if name == text.SELF else text.open_source(name) for name in job.data]
+    sources = open_sources(job)
     eval_text = text.open_source(job.eval_data) if job.eval_data else None
     device = {"device": engine.home, "dtype": job.dtype}
     model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
@@ -100,10 +99,8 @@ def run(
     asked, job = job, with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
-        if None in sources:
-            corpus, share = partial / "self.jsonl", -(-job.recipe.recover.tokens // len(sources))
-            engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
-            sources = [source or text.open_source(str(corpus)) for source in sources]
+        writing = (model, tokenizer, partial / "self.jsonl")
+        sources = with_own_text(job, sources, *writing, length, terminal, engine)
         train_text, eval_text = train_and_eval(job, sources, eval_text)
         limit = None if job.eval_data else text.HELD_OUT_LIMIT
         blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)

@@ -21,7 +21,7 @@ from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import Task, context_length, task_of
 from linearize_cli.verify_checks import speed
-from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Subject, not_checked, why_no_tree
+from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Subject, no_tree_of, not_checked
 from linearize_cli.verify_checks.drift import drift
 from linearize_cli.verify_checks.forms import forms, padding, reload
 from linearize_cli.verify_checks.greedy import greedy
@@ -189,7 +189,7 @@ def subject_of(
     else:
         read = lambda ids: torch.stack(task.read(model, list(ids)))  # noqa: E731
     noise, largest = rounding_noise(read, rows, model.dtype)
-    no_tree = why_no_tree(task, model, rows)
+    no_tree = no_tree_of(task, model)
     return Subject(task, model, texts, rows, size, context, max_new, seed, noise, largest, no_tree=no_tree)
 
 

@@ -26,16 +26,20 @@ def load(
     import linearize_cli.runtime
     from linearize_cli.checkpoint import load_teacher
 
-    if Path(path).is_dir():  # one called `demo` is no embedded teacher
-        path = Path(path).resolve()
-    enter_own_feature_map(str(path), trust_remote_code)
-    model, tokenizer = load_teacher(str(path), dtype, device)
+    path = artifact_name(path)
+    enter_own_feature_map(path, trust_remote_code)
+    model, tokenizer = load_teacher(path, dtype, device)
     if not isinstance(model, linearize_cli.runtime.LinearizeMixin):
         raise UserError(
             f"{path} is a softmax model ({type(model).__name__}), not a linearized one",
             f"Convert it first: linearize convert {path}",
         )
     return model, tokenizer
+
+
+def artifact_name(path: str | Path) -> str:
+    """A folder's whole name, for one called `demo` is no embedded teacher; a Hub id as it is."""
+    return str(Path(path).resolve() if Path(path).is_dir() else path)
 
 
 def check_artifact(folder: Path) -> None:

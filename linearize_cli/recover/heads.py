@@ -22,7 +22,7 @@ from linearize_cli.recover.distill import LOGITS, mean_count
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.objective import Objective
 from linearize_cli.recover.train import Checkpoint, Log, train
-from linearize_cli.speculative.decode import check_branches
+from linearize_cli.speculative.decode import cannot_branch, why_no_tree
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.tune import tune
 from linearize_cli.tasks import CausalLM, Task
@@ -117,7 +117,9 @@ def check_heads(model: PreTrainedModel, task: type[Task]) -> None:
             f"{type(model).__name__} is no causal language model: it has no next token to draft",
             "Medusa heads and --speculative are for decoders.",
         )
-    check_branches(model)
+    why = why_no_tree(model)
+    if why:
+        raise cannot_branch(why)
 
 
 def make_heads(

@@ -3,8 +3,8 @@ the cache. The tree itself writes nothing: it is read through branches, which st
 """
 
 import copy
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
@@ -189,9 +189,8 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
     branched.layers = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
     slots = torch.arange(first.seen + len(parents), device=ids.device)
     hook = partial(pass_tree_mask, shape=shape)
-    head, hidden = model.get_output_embeddings(), []
     with ExitStack() as hooks:
-        hooks.callback(head.register_forward_pre_hook(lambda module, args: hidden.append(args[0])).remove)
+        hidden = hooks.enter_context(read_by_head(model))
         for name in model.config.linearize["softmax"]:
             module = model.get_submodule(name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -203,6 +202,17 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
             position_ids=shape.position,
         ).logits
     return Tree(logits, hidden[-1], shape, parents, branched.layers)
+
+
+@contextmanager
+def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """While open, what the model's head reads, `[B, T, width]`, goes into the yielded list, forward by forward."""
+    seen: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @lru_cache(64)

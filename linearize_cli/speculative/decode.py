@@ -1,6 +1,6 @@
 """The loop of speculative decoding, of any number of rows at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from linearize_cli.decoder import forward, pad_left
 from linearize_cli.errors import UserError
-from linearize_cli.runtime.tree import read_tree
+from linearize_cli.runtime.tree import read_by_head, read_tree
 from linearize_cli.speculative.accept import Greedy, Rule, longest
 from linearize_cli.speculative.drafts import Drafter
 
@@ -103,32 +103,32 @@ def speculate(
             tree.commit(*paths)
 
 
+def written(steps: Iterable[Step]) -> list[list[int]]:
+    """The new tokens of each row."""
+    rows = zip(*(step.tokens for step in steps), strict=True)
+    return [[token for tokens in pieces for token in tokens] for pieces in rows]
+
+
 @torch.inference_mode()
-def check_branches(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        UserError: a layer keeps what no tree can branch off.
-    """
+def why_no_tree(model: PreTrainedModel) -> str | None:
+    """Why no token tree can branch off what the model keeps; None: it can."""
     cache, _, _ = prefill(model, [[0]])
     try:
         read_tree(model, cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
     except NotImplementedError as error:
-        raise cannot_branch(error) from None
+        return str(error)
+    return None
 
 
-def cannot_branch(error: NotImplementedError) -> UserError:
+def cannot_branch(why: object) -> UserError:
     hint = "It decodes without drafts: linearize generate ARTIFACT PROMPT."
-    return UserError(f"the model cannot verify a token tree: {error}", hint)
+    return UserError(f"the model cannot verify a token tree: {why}", hint)
 
 
 def prefill(model: PreTrainedModel, rows: list[list[int]]) -> tuple[Cache, Tensor, Tensor]:
     """The cache after the rows, and the last tokens' hidden states `[B, width]` and logits `[B, vocab]`."""
     ids, mask = pad_left([torch.tensor(row, device=model.device) for row in rows])
-    cache, seen = DynamicCache(config=model.config), []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    cache = DynamicCache(config=model.config)
+    with read_by_head(model) as hidden:
         logits = forward(model, ids, cache, mask)
-    finally:
-        hook.remove()
-    return cache, seen[-1][:, -1], logits[:, -1]
+    return cache, hidden[-1][:, -1], logits[:, -1]

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize_cli.artifact.load import enter_own_feature_map, load, refuse_linearized
+from linearize_cli.artifact.load import artifact_name, enter_own_feature_map, load, refuse_linearized
 from linearize_cli.checkpoint import load_teacher, resolve_model
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.evaluation import read_record
@@ -76,8 +76,8 @@ def drafting_for_teacher(
     Raises:
         UserError: one of them cannot be had, or they do not fit each other.
     """
-    enter_own_feature_map(str(artifact), trust_remote_code)
-    folder = Path(resolve_model(str(artifact)))
+    enter_own_feature_map(artifact_name(artifact), trust_remote_code)
+    folder = Path(resolve_model(artifact_name(artifact)))
     config, _ = PreTrainedConfig.get_config_dict(folder)
     record = config.get("linearize")
     if record is None:

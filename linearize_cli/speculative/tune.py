@@ -6,10 +6,10 @@ import time
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from linearize_cli.decoder import forward
-from linearize_cli.speculative.decode import speculate
+from linearize_cli.speculative.decode import speculate, written
+from linearize_cli.speculative.drafts import NoDraft
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.trees import NODES, Choices, likeliest, optimised
 
@@ -39,11 +39,8 @@ def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int
 @torch.inference_mode()
 def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
     """Prompts `[B, T]` with what the model writes greedily after them, `[B, T + new]`: what it is asked for later."""
-    cache, rows = DynamicCache(config=model.config), prompts
-    for _ in range(new):
-        logits = forward(model, rows[:, cache.get_seq_length() :], cache)
-        rows = torch.cat([rows, logits[:, -1:].argmax(-1)], 1)
-    return rows
+    rows = written(speculate(model, prompts.tolist(), NoDraft(), new))
+    return torch.cat([prompts, torch.tensor(rows, device=prompts.device)], 1)
 
 
 @torch.inference_mode()

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from linearize_cli.decoder import forward
 from linearize_cli.measure.equivalence import Comparison
 from linearize_cli.measure.selfcheck import TOLERANCE
-from linearize_cli.runtime.tree import read_tree
+from linearize_cli.speculative.decode import why_no_tree
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import CausalLM, Task
 from linearize_cli.verify_checks.speculation import Speculation
@@ -93,14 +92,8 @@ def not_checked(name: str, why: str) -> Finding:
     return Finding(lines=[Line(name, f"not possible: {why}")])
 
 
-def why_no_tree(task: Task, model: PreTrainedModel, rows: Tensor) -> str | None:
+def no_tree_of(task: Task, model: PreTrainedModel) -> str | None:
     """Why no token tree can be read of a model; None: it can."""
     if not isinstance(task, CausalLM):
         return f"{task.kind} has no text of its own that a tree could follow"
-    cache = DynamicCache(config=model.config)
-    forward(model, rows[:, :2], cache)
-    try:
-        read_tree(model, cache, rows[:, :2], [-1, -1])
-    except NotImplementedError as error:
-        return str(error)
-    return None
+    return why_no_tree(model)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from linearize_cli.speculative.decode import written
 from linearize_cli.tasks import Task
 from linearize_cli.verify_checks.check import FAIL, OK, TIE, Finding, Line, Subject
 from linearize_cli.verify_checks.speculation import Speculation
@@ -107,11 +108,7 @@ def speculative_mismatches(
 def speculated(speculation: Speculation, texts: list[list[int]], max_new: int) -> list[list[int]]:
     """The new tokens of each text."""
     parts = [texts] if speculation.batched else [[text] for text in texts]
-    rows = []
-    for part in parts:
-        steps = [step.tokens for step in speculation.run(part, max_new)]
-        rows += [[token for new in pieces for token in new] for pieces in zip(*steps, strict=True)]
-    return rows
+    return [row for part in parts for row in written(speculation.run(part, max_new))]
 
 
 def mismatch(prompt: int, position: int, margin: Tensor) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from linearize_cli.decoder import forward, marked, pad_left
 from linearize_cli.measure.distribution import integral_transform, uniformity
 from linearize_cli.speculative.accept import Rule, Sampling
-from linearize_cli.speculative.decode import speculate
+from linearize_cli.speculative.decode import speculate, written
 from linearize_cli.speculative.drafts import Drafter
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
 
@@ -51,13 +51,12 @@ def sampled_places(
     generator: torch.Generator,
 ) -> Tensor:
     """Where the tokens that are sampled behind these rows lie in the distributions of a forward without a cache."""
-    steps = [step.tokens for step in speculate(model, rows, drafter, new, rule)]
-    written = [[token for tokens in pieces for token in tokens] for pieces in zip(*steps, strict=True)]
+    drawn = written(speculate(model, rows, drafter, new, rule))
     whole = [
-        torch.tensor([*row, *tokens], device=model.device) for row, tokens in zip(rows, written, strict=True)
+        torch.tensor([*row, *tokens], device=model.device) for row, tokens in zip(rows, drawn, strict=True)
     ]
     ids, mask = pad_left(whole)
     logits = marked(forward(model, ids, None, mask), mask)
-    logits = torch.cat([own[-len(tokens) - 1 : -1] for own, tokens in zip(logits, written, strict=True)])
-    tokens = torch.tensor([token for tokens in written for token in tokens])
+    logits = torch.cat([own[-len(tokens) - 1 : -1] for own, tokens in zip(logits, drawn, strict=True)])
+    tokens = torch.tensor([token for tokens in drawn for token in tokens])
     return integral_transform(logits, tokens, rule.temperature, generator)
