@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.block import block
+from linearize_kernels.blocked import segment_of
 from linearize_kernels.state import State
 
 
@@ -166,27 +167,37 @@ def chunked(
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
     batch, length = q.shape[0], q.shape[-2]
-    in_step = state is None and valid is None
+    count = rows_count(state, valid)
+    in_step = count == 0
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
     chunk = chunk or min(max(attention.equation.recent, 32), 128)
     outputs = []
     for first in range(0, length, segment):
         part = slice(first, min(first + segment, length))
-        own = None if valid is None else valid[:, part]
-        out, state = run_segment(
-            attention,
-            state,
-            q[..., part, :],
-            k[..., part, :],
-            v[..., part, :],
-            own,
-            sink_logits,
-            chunk,
-            in_step,
-        )
+        tokens = (q[..., part, :], k[..., part, :], v[..., part, :])
+        run = segment_of(attention, count, part.stop - first, sink_logits is not None)
+        if run is not None:
+            out, state = run(attention, state, count, *tokens, min(chunk, part.stop - first))
+            out = out.to(q.dtype)
+        else:
+            own = None if valid is None else valid[:, part]
+            out, state = run_segment(attention, state, *tokens, own, sink_logits, chunk, in_step)
         outputs.append(out)
+        count = None if count is None else count + part.stop - first
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def rows_count(state: State | None, valid: Tensor | None) -> int | None:
+    """The tokens that every row has had; None: rows differ, have pads now, or are not to be waited for."""
+    if valid is not None:
+        return None
+    if state is None:
+        return 0
+    if state.count.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    counts = state.count.tolist()
+    return counts[0] if min(counts) == max(counts) else None
 
 
 def run_segment(
