@@ -6,7 +6,7 @@ product reads all the values. What is older than the columns is in S, the sum of
 backward makes the weights again, so memory is linear in T.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,23 +14,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize_kernels.combine import TINY
+from linearize_kernels.tiles import (
+    Tiling,
+    add_windows,
+    band,
+    by_chunk,
+    by_head,
+    diagonals,
+    lanes,
+    part,
+    running,
+    windows,
+)
 
 LOW = -1e30  # in the place of a maximum over nothing
-CACHED = 1 << 18  # numbers in a matrix of weights that is worked on at a time, on a CPU
 
 
-class Shape(NamedTuple):
-    """What is not a tensor.
+@dataclass(frozen=True)
+class Shape(Tiling):
+    """What is not a tensor; R is at least the window's size and the conv's reach.
 
     Attributes:
-        chunk: C; recent: R, at least the window's size and the conv's reach.
         size: of the window; scale: of its scores.
         start: the position of the first query row.
         skip: slots at the head of the timeline that are not there, or hold sinks.
     """
 
-    chunk: int
-    recent: int
     size: int
     scale: float
     start: int
@@ -73,9 +82,11 @@ class Sliding(torch.autograd.Function):
         tokens = Tokens(*tensors)
         ctx.shape = shape
         ctx.save_for_backward(*tensors)
-        out = torch.empty(*tokens.q.shape[:-1], tokens.v.shape[-1], dtype=tokens.q.dtype, device=tokens.q.device)
+        out = torch.empty(
+            *tokens.q.shape[:-1], tokens.v.shape[-1], dtype=tokens.q.dtype, device=tokens.q.device
+        )
         S, z = tokens.S.clone(), tokens.z.clone()
-        for some in lanes(shape, tokens):
+        for some in lanes(shape, tokens.q):
             forward_lanes(shape, part(tokens, some), out[some], S[some], z[some])
         return out, S, z
 
@@ -84,54 +95,11 @@ class Sliding(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
         tokens = Tokens(*ctx.saved_tensors)
         grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
-        for some in lanes(ctx.shape, tokens):
+        for some in lanes(ctx.shape, tokens.q):
             backward_lanes(
                 ctx.shape, part(tokens, some), part(grads, some), d_out[some], d_S[some], d_z[some]
             )
         return None, *grads
-
-
-def lanes(shape: Shape, tokens: Tokens) -> list[slice]:
-    """Heads that are worked on together: all on a GPU, as many on a CPU as its cache holds."""
-    count, group, rows = tokens.q.shape[:3]
-    together = count
-    if tokens.q.device.type == "cpu":
-        together = max(1, CACHED // (group * rows * (shape.recent + shape.chunk)))
-    return [slice(first, first + together) for first in range(0, count, together)]
-
-
-def part(tokens: Tokens, some: slice) -> Tokens:
-    return Tokens(*(None if x is None else x[some] for x in tokens))
-
-
-def windows(x: Tensor, shape: Shape, columns: int | None = None) -> Tensor:
-    """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, X, columns]`."""
-    chunks = (x.shape[1] - shape.recent) // shape.chunk
-    columns = shape.recent + shape.chunk if columns is None else columns
-    return x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk)
-
-
-def add_windows(total: Tensor, x: Tensor, shape: Shape) -> None:
-    """The reverse of `windows`: adds `x [N, n, columns, X]` to the slots of `total [N, slots, X]`."""
-    chunks = x.shape[1]
-    for first in range(0, x.shape[2], shape.chunk):
-        piece = x[:, :, first : first + shape.chunk]
-        if piece.shape[2] == shape.chunk:
-            slots = slice(first, first + chunks * shape.chunk)
-            total[:, slots] += piece.flatten(1, 2)
-        else:
-            spots = total[:, first : first + (chunks - 1) * shape.chunk + piece.shape[2]]
-            spots.unfold(1, piece.shape[2], shape.chunk).add_(piece.transpose(-1, -2))
-
-
-def by_chunk(x: Tensor, shape: Shape) -> Tensor:
-    """Query rows: `[N, g, n C, X] -> [N, n, g C, X]`."""
-    return x.unflatten(2, (-1, shape.chunk)).transpose(1, 2).flatten(2, 3)
-
-
-def by_head(x: Tensor, shape: Shape) -> Tensor:
-    """The reverse of `by_chunk`."""
-    return x.unflatten(2, (-1, shape.chunk)).transpose(1, 2).flatten(2, 3)
 
 
 def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,21 +108,6 @@ def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
     delay = shape.recent + row - torch.arange(shape.recent + shape.chunk, device=like.device)
     near = like.new_zeros(delay.shape).masked_fill_((delay < 0) | (delay >= shape.size), float("-inf"))
     return near, (delay[:, : shape.recent + shape.chunk - shape.size] >= shape.size).to(like.dtype)
-
-
-def band(conv: Tensor, shape: Shape) -> Tensor:
-    """The conv as weights of the columns: `[N, g, W] -> [N, 1, g C, R + C]`."""
-    width, columns = conv.shape[-1], shape.recent + shape.chunk
-    out = conv.new_zeros(*conv.shape[:2], shape.chunk, columns)
-    diagonals(out, shape, width).copy_(conv.flip(-1)[:, :, None])
-    return out.flatten(1, 2)[:, None]
-
-
-def diagonals(x: Tensor, shape: Shape, width: int) -> Tensor:
-    """The conv's columns of each row, its own last, of a contiguous `x [N, g, C, R + C]`: `[N, g, C, W]`, a view."""
-    columns = x.shape[-1]
-    first = x.storage_offset() + shape.recent - width + 1
-    return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
 
 
 class Weights(NamedTuple):
@@ -225,14 +178,6 @@ def sums(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
     running(S.unbind(1), tokens.S)
     running(z.unbind(1), tokens.z)
     return S, z[..., None]
-
-
-def running(chunks: Sequence[Tensor], total: Tensor) -> None:
-    """In place, every chunk becomes the sum of `total` and those before it; `total` becomes the sum of all."""
-    for chunk in chunks:
-        own = chunk.clone()
-        chunk.copy_(total)
-        total += own
 
 
 def forward_lanes(shape: Shape, tokens: Tokens, out: Tensor, S: Tensor, z: Tensor) -> None:

@@ -1,0 +1,93 @@
+"""What the blocked forms share: a sequence cut into chunks of rows, and the columns of slots that they read.
+
+A timeline has R slots and then n chunks of C. Chunk c reads the `R + C` columns that begin at slot c C; in the last C
+of them are its own tokens. Heads of keys are lanes `N`, each with g query heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+CACHED = 1 << 18  # numbers in a matrix of weights that is worked on at a time, on a CPU
+
+Parts = TypeVar("Parts", bound=tuple)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """
+    Attributes:
+        chunk: C; recent: R.
+    """
+
+    chunk: int
+    recent: int
+
+
+def lanes(shape: Tiling, q: Tensor) -> list[slice]:
+    """Lanes of `q [N, g, n C, D]` that are worked on together: all on a GPU, as many on a CPU as its cache holds."""
+    count, group, rows = q.shape[:3]
+    together = count
+    if q.device.type == "cpu":
+        together = max(1, CACHED // (group * rows * (shape.recent + shape.chunk)))
+    return [slice(first, first + together) for first in range(0, count, together)]
+
+
+def part(tensors: Parts, some: slice) -> Parts:
+    """Some lanes of a tuple of tensors; what is None stays so."""
+    return type(tensors)(*(None if x is None else x[some] for x in tensors))
+
+
+def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
+    """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, X, columns]`."""
+    chunks = (x.shape[1] - shape.recent) // shape.chunk
+    columns = shape.recent + shape.chunk if columns is None else columns
+    return x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk)
+
+
+def add_windows(total: Tensor, x: Tensor, shape: Tiling) -> None:
+    """The reverse of `windows`: adds `x [N, n, columns, X]` to the slots of `total [N, slots, X]`."""
+    chunks = x.shape[1]
+    for first in range(0, x.shape[2], shape.chunk):
+        piece = x[:, :, first : first + shape.chunk]
+        if piece.shape[2] == shape.chunk:
+            slots = slice(first, first + chunks * shape.chunk)
+            total[:, slots] += piece.flatten(1, 2)
+        else:
+            spots = total[:, first : first + (chunks - 1) * shape.chunk + piece.shape[2]]
+            spots.unfold(1, piece.shape[2], shape.chunk).add_(piece.transpose(-1, -2))
+
+
+def by_chunk(x: Tensor, shape: Tiling) -> Tensor:
+    """Query rows: `[N, g, n C, X] -> [N, n, g C, X]`."""
+    return x.unflatten(2, (-1, shape.chunk)).transpose(1, 2).flatten(2, 3)
+
+
+def by_head(x: Tensor, shape: Tiling) -> Tensor:
+    """The reverse of `by_chunk`."""
+    return x.unflatten(2, (-1, shape.chunk)).transpose(1, 2).flatten(2, 3)
+
+
+def band(conv: Tensor, shape: Tiling) -> Tensor:
+    """The conv as weights of the columns: `[N, g, W] -> [N, 1, g C, R + C]`."""
+    width, columns = conv.shape[-1], shape.recent + shape.chunk
+    out = conv.new_zeros(*conv.shape[:2], shape.chunk, columns)
+    diagonals(out, shape, width).copy_(conv.flip(-1)[:, :, None])
+    return out.flatten(1, 2)[:, None]
+
+
+def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
+    """The conv's columns of each row, its own last, of a contiguous `x [N, g, C, R + C]`: `[N, g, C, W]`, a view."""
+    columns = x.shape[-1]
+    first = x.storage_offset() + shape.recent - width + 1
+    return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
+
+
+def running(chunks: Sequence[Tensor], total: Tensor) -> None:
+    """In place, every chunk becomes the sum of `total` and those before it; `total` becomes the sum of all."""
+    for chunk in chunks:
+        own = chunk.clone()
+        chunk.copy_(total)
+        total += own
