@@ -28,6 +28,7 @@ REPRESENTATIVE = (
     *("llama", "mistral", "gpt2", "opt", "gemma2", "gemma3n", "gpt-oss", "deepseek-v3", "qwen3-moe"),
     *("qwen3-next", "bert"),
 )
+SENSITIVE = ("gemma4",)  # its layers make more of a rounding than 1e-5, on some machines
 LENGTH = 30  # tokens: sinks, several windows of 8, and a group boundary in the pads
 PADS = 9
 
@@ -82,7 +83,15 @@ def generate(model, ids, mask=None, **options) -> torch.Tensor:
     return out[:, ids.shape[1] :]
 
 
-def check_forms(model) -> None:
+def check_family(family: str, model) -> None:
+    if family in SENSITIVE:
+        check_forms(model, 1e-4)
+        check_forms(model.double(), 1e-10)
+    else:
+        check_forms(model)
+
+
+def check_forms(model, tolerance: float = 1e-5) -> None:
     """One forward == token by token == uneven pieces; the same with pads, which change nothing."""
     ids = tokens()
     with torch.no_grad():
@@ -91,7 +100,8 @@ def check_forms(model) -> None:
     assert full.std() > 0.02
     # The native linear layers of some families agree with themselves no better than this.
     layers = DynamicCache(config=model.config).layers
-    tolerance = 1e-4 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers) else 1e-5
+    if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers):
+        tolerance = 1e-4
     for sizes in ([1] * LENGTH, [11, 1, 5, 13]):
         close(incremental(model, ids, sizes), full, tolerance)
     ids, mask = padded_tokens()
@@ -103,7 +113,7 @@ def check_forms(model) -> None:
 
 @pytest.mark.parametrize("family", CONVERTED)
 def test_forms_agree(family):
-    check_forms(swapped(family))
+    check_family(family, swapped(family))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -116,7 +126,7 @@ def test_forms_agree_beside_kept_layers(family):
     keep = 1 if len(converted(swapped(family))) < 4 else 2
     model = swapped(family, keep=keep)
     assert len(model.config.linearize["softmax"]) >= keep
-    check_forms(model)
+    check_family(family, model)
 
 
 def check_wide_window(model) -> None:

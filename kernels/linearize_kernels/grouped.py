@@ -1,4 +1,4 @@
-"""The group form in blocks (the seed paper's, arXiv 2406.07368): squared ReLU within a group, a sum over all earlier ones.
+"""The group form in blocks (the seed's, arXiv 2406.07368): squared ReLU within a group, a sum over all groups before.
 
 Every group of G queries has its own G keys beside it, and the last values of the group before for the conv, which is a
 band added to the weights. What the groups before have written is in S. The backward makes the weights again, so memory

@@ -6,7 +6,7 @@ All that the layers keep is compared with a fresh run over the tokens that staye
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from linearize_cli.decoder import Decoder, forward, pad_left
 from linearize_cli.measure.equivalence import Comparison, run
@@ -55,7 +55,9 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
         decoder.own(cache).activate_past_recording()
         decoder(rows[:, start : start + drafted], cache)
         cache.crop(-rejected)
-        compare_states(decoder.own(cache), decoder.own(run(decoder, rows[:, :kept], [kept])[1]), worst)
+        compare_states(
+            decoder.own(cache), decoder.own(run(decoder, rows[:, :kept], [kept])[1]), len(rows), worst
+        )
 
         others = rows.flip(0)[:, kept : kept + 4]
         second = decoder(others[:, :3], cache)
@@ -64,7 +66,7 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
         stayed = [rows[:, :kept], others[:, :2], others[:, 3:]]
         expected, fresh = run(decoder, torch.cat(stayed, 1), [kept + 3])
         worst.add(torch.cat(logits, 1), expected[:, -3:])
-        compare_states(decoder.own(cache), decoder.own(fresh), worst)
+        compare_states(decoder.own(cache), decoder.own(fresh), len(rows), worst)
     return True
 
 
@@ -115,10 +117,9 @@ def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor]
     return forward(subject.model, token, cache, (slots >= len(slots) - own[:, None]).long())
 
 
-def compare_states(cache: Cache, fresh: Cache, worst: Comparison) -> None:
-    """Two caches of the same rows without pads."""
-    first = fresh.layers[0]
-    for row in range(len(first.state.count if isinstance(first, LinearCacheLayer) else first.keys)):
+def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> None:
+    """Two caches of the same `rows` texts without pads."""
+    for row in range(rows):
         compare_row(cache.layers, row, fresh.layers, row, worst)
 
 
@@ -137,3 +138,6 @@ def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, wors
             kept = fresh.keys.shape[-2]
             worst.add(layer.keys[row, :, -kept:], fresh.keys[fresh_row])
             worst.add(layer.values[row, :, -kept:], fresh.values[fresh_row])
+        elif isinstance(fresh, LinearAttentionLayer):  # crops only what keeps a conv's last inputs, or more of them
+            for name, tensor in fresh.conv_states.items():
+                worst.add(layer.conv_states[name][row][..., -tensor.shape[-1] :], tensor[fresh_row])
