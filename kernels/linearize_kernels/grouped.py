@@ -78,7 +78,7 @@ class Grouped(torch.autograd.Function):
 
 def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positive scores of a group's own keys, `[N, n, g C, C]`, and the weights of all columns, `[N, n, g C, R + C]`."""
-    scores = (q @ k.transpose(-1, -2)).relu_()
+    scores = (q @ k.mT).relu_()
     scores.unflatten(2, (-1, shape.chunk)).tril_()
     if conv is None:
         return scores, scores.square()
@@ -90,7 +90,7 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
 def sums(shape: Tiling, folds: int, tokens: Groups, S: Tensor) -> Tensor:
     """S before each group, `[N, n, F, Dv]`; `S` becomes what it is after the first `folds`."""
     phi, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    before = phi.transpose(-1, -2) @ v
+    before = phi.mT @ v
     running(before[:, :folds].unbind(1), S)
     running(before[:, folds:].unbind(1), S.clone())
     return before
@@ -104,7 +104,7 @@ def by_group(shape: Tiling, x: Tensor) -> Tensor:
 def forward_lanes(shape: Tiling, folds: int, tokens: Groups, out: Tensor, S: Tensor) -> None:
     """Fills `out`; S goes on in place."""
     _, weights = weigh(shape, by_chunk(tokens.q, shape), by_group(shape, tokens.k), tokens.conv)
-    rows = weights @ windows(tokens.v, shape).transpose(-1, -2)
+    rows = weights @ windows(tokens.v, shape)
     if tokens.phi_q is not None:
         phi_q = by_chunk(tokens.phi_q, shape)
         rows.addcmul_(by_row(shape, tokens.factor), phi_q @ sums(shape, folds, tokens, S))
@@ -122,27 +122,27 @@ def backward_lanes(
     """Fills `grads`, from the gradients of what `grouped` returns."""
     q, k, d_rows = by_chunk(tokens.q, shape), by_group(shape, tokens.k), by_chunk(d_out, shape)
     scores, weights = weigh(shape, q, k, tokens.conv)
-    d_weights = d_rows @ windows(tokens.v, shape)
+    d_weights = d_rows @ windows(tokens.v, shape).mT
     if tokens.conv is not None:
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         grads.conv.copy_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
     grads.v.zero_()
-    add_windows(grads.v, weights.transpose(-1, -2) @ d_rows, shape)
+    add_windows(grads.v, weights.mT @ d_rows, shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     grads.q.copy_(by_head(d_scores @ k, shape))
-    grads.k.copy_((d_scores.transpose(-1, -2) @ q).flatten(1, 2))
+    grads.k.copy_((d_scores.mT @ q).flatten(1, 2))
     grads.S.copy_(d_S)
     if tokens.phi_q is None:
         return
     phi_q, factor = by_chunk(tokens.phi_q, shape), by_row(shape, tokens.factor)
-    d_phi = d_rows @ sums(shape, folds, tokens, tokens.S.clone()).transpose(-1, -2)
+    d_phi = d_rows @ sums(shape, folds, tokens, tokens.S.clone()).mT
     grads.factor.copy_((phi_q * d_phi).sum((1, 3)).unflatten(1, (-1, shape.chunk)).sum(-1))
     grads.phi_q.copy_(by_head(d_phi.mul_(factor), shape))
-    d_sums = (phi_q * factor).transpose(-1, -2) @ d_rows
+    d_sums = (phi_q * factor).mT @ d_rows
     later = torch.zeros_like(d_S)
     running(d_sums[:, folds:].unbind(1)[::-1], later)
     grads.S.add_(later)
     running(d_sums[:, :folds].unbind(1)[::-1], grads.S)
     phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
     grads.v[:, shape.recent :] += (phi_k @ d_sums).flatten(1, 2)
-    grads.phi_k.copy_((v @ d_sums.transpose(-1, -2)).flatten(1, 2))
+    grads.phi_k.copy_((v @ d_sums.mT).flatten(1, 2))

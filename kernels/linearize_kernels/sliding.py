@@ -131,15 +131,15 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     slots."""
     near_mask, far_mask = masks(shape, q)
     sinks = tokens.sink_k.shape[1]
-    near = (q * shape.scale) @ windows(tokens.k, shape)
+    near = (q * shape.scale) @ windows(tokens.k, shape).mT
     tiles = near.unflatten(2, (-1, shape.chunk))
     tiles += near_mask
     if shape.skip:
         slots = near.new_zeros(1, tokens.k.shape[1], 1)
         slots[:, : shape.skip] = float("-inf")
         touched = -(-shape.skip // shape.chunk)
-        near[:, :touched] += windows(slots, shape)[:, :touched]
-    sink = (q.flatten(1, 2) * shape.scale) @ tokens.sink_k.transpose(-1, -2)
+        near[:, :touched] += windows(slots, shape)[:, :touched].mT
+    sink = (q.flatten(1, 2) * shape.scale) @ tokens.sink_k.mT
     sink = sink.unflatten(1, near.shape[1:3])
     if shape.start < sinks:
         position = shape.start + torch.arange(tokens.q.shape[2], device=q.device)
@@ -160,7 +160,7 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     sink.sub_(ceiling).exp_()
     factor = (mix - ceiling).exp_()
     columns = far_mask.shape[-1]
-    products = phi_q @ windows(tokens.phi_k, shape, columns)
+    products = phi_q @ windows(tokens.phi_k, shape, columns).mT
     tiles = products.unflatten(2, (-1, shape.chunk))
     tiles *= far_mask
     near[..., :columns].addcmul_(products, factor)
@@ -174,7 +174,7 @@ def sums(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """S and z before each chunk. tokens.S and tokens.z become what they are after the last."""
     old = slice(0, tokens.k.shape[1] - shape.recent)
     phi, v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
-    S, z = phi.transpose(-1, -2) @ v, phi.sum(-2)
+    S, z = phi.mT @ v, phi.sum(-2)
     running(S.unbind(1), tokens.S)
     running(z.unbind(1), tokens.z)
     return S, z[..., None]
@@ -187,7 +187,7 @@ def forward_lanes(shape: Shape, tokens: Tokens, out: Tensor, S: Tensor, z: Tenso
         phi_q = by_chunk(tokens.phi_q, shape)
     weights = weigh(shape, tokens._replace(S=S, z=z), q, phi_q)
     near = weights.near if tokens.conv is None else weights.near.add_(band(tokens.conv, shape))
-    rows = near @ windows(tokens.v, shape).transpose(-1, -2)
+    rows = near @ windows(tokens.v, shape)
     rows += (weights.sinks.flatten(1, 2) @ tokens.sink_v).view_as(rows)
     if phi_q is not None:
         rows.addcmul_(weights.far, phi_q @ weights.S)
@@ -205,21 +205,21 @@ def backward_lanes(
     phi_q = None if tokens.phi_q is None else by_chunk(tokens.phi_q, shape)
     weights = weigh(shape, tokens._replace(S=tokens.S.clone(), z=tokens.z.clone()), q, phi_q)
     near, sinks, factor, S, z = weights
-    d_near = d_rows @ windows(tokens.v, shape)
-    d_sinks = (d_rows.flatten(1, 2) @ tokens.sink_v.transpose(-1, -2)).view_as(sinks)
+    d_near = d_rows @ windows(tokens.v, shape).mT
+    d_sinks = (d_rows.flatten(1, 2) @ tokens.sink_v.mT).view_as(sinks)
     if tokens.conv is not None:
         taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
         grads.conv.copy_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
     for x in (grads.k, grads.v):
         x.zero_()
     weighted = near if tokens.conv is None else near + band(tokens.conv, shape)
-    add_windows(grads.v, weighted.transpose(-1, -2) @ d_rows, shape)
+    add_windows(grads.v, weighted.mT @ d_rows, shape)
     mean = (near * d_near).sum(-1, keepdim=True) + (sinks * d_sinks).sum(-1, keepdim=True)
     if phi_q is not None:
-        answers = d_rows @ S.transpose(-1, -2)
+        answers = d_rows @ S.mT
         answer = (phi_q * answers).sum(-1, keepdim=True)
         mean.addcmul_(factor, answer)
-    grads.sink_v.copy_(sinks.flatten(1, 2).transpose(-1, -2) @ d_rows.flatten(1, 2))
+    grads.sink_v.copy_(sinks.flatten(1, 2).mT @ d_rows.flatten(1, 2))
     d_near -= mean
     d_sinks = d_sinks.sub_(mean).mul_(sinks)
     d_scores = near.mul_(d_near)
@@ -237,12 +237,12 @@ def backward_lanes(
         d_products = d_near[..., :columns].mul(factor)
         tiles = d_products.unflatten(2, (-1, shape.chunk))
         tiles *= far_mask
-        d_phi = d_products @ windows(tokens.phi_k, shape, columns).transpose(-1, -2)
-        d_phi.addcmul_(factor, answers.addcmul_(mean, z.transpose(-1, -2), value=-1))
+        d_phi = d_products @ windows(tokens.phi_k, shape, columns)
+        d_phi.addcmul_(factor, answers.addcmul_(mean, z.mT, value=-1))
         grads.phi_q.copy_(by_head(d_phi, shape))
         scaled = phi_q * factor
-        d_sums = scaled.transpose(-1, -2) @ d_rows
-        d_masses = -(scaled.transpose(-1, -2) @ mean).squeeze(-1)
+        d_sums = scaled.mT @ d_rows
+        d_masses = -(scaled.mT @ mean).squeeze(-1)
         grads.S.copy_(d_S)
         grads.z.copy_(d_z)
         running(d_sums.unbind(1)[::-1], grads.S)
@@ -250,13 +250,13 @@ def backward_lanes(
         old = slice(0, tokens.k.shape[1] - shape.recent)
         phi_k, v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
         grads.v[:, old] += (phi_k @ d_sums).flatten(1, 2)
-        grads.phi_k[:, old] = (v @ d_sums.transpose(-1, -2)).add_(d_masses[:, :, None]).flatten(1, 2)
+        grads.phi_k[:, old] = (v @ d_sums.mT).add_(d_masses[:, :, None]).flatten(1, 2)
         grads.phi_k[:, old.stop :] = 0
-        add_windows(grads.phi_k, d_products.transpose(-1, -2) @ phi_q, shape)
+        add_windows(grads.phi_k, d_products.mT @ phi_q, shape)
     d_scores *= shape.scale
-    d_q = d_scores @ windows(tokens.k, shape).transpose(-1, -2)
+    d_q = d_scores @ windows(tokens.k, shape)
     d_sinks *= shape.scale
     d_q += (d_sinks.flatten(1, 2) @ tokens.sink_k).view_as(d_q)
     grads.q.copy_(by_head(d_q, shape))
-    grads.sink_k.copy_(d_sinks.flatten(1, 2).transpose(-1, -2) @ q.flatten(1, 2))
-    add_windows(grads.k, d_scores.transpose(-1, -2) @ q, shape)
+    grads.sink_k.copy_(d_sinks.flatten(1, 2).mT @ q.flatten(1, 2))
+    add_windows(grads.k, d_scores.mT @ q, shape)

@@ -41,10 +41,13 @@ def part(tensors: Parts, some: slice) -> Parts:
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
-    """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, X, columns]`."""
+    """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, columns, X]`, for one lane
+    without a copy.
+    """
     chunks = (x.shape[1] - shape.recent) // shape.chunk
     columns = shape.recent + shape.chunk if columns is None else columns
-    return x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk)
+    view = x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk).transpose(-1, -2)
+    return view if len(x) == 1 else view.contiguous()
 
 
 def add_windows(total: Tensor, x: Tensor, shape: Tiling) -> None:

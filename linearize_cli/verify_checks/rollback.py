@@ -138,6 +138,8 @@ def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, wors
             kept = fresh.keys.shape[-2]
             worst.add(layer.keys[row, :, -kept:], fresh.keys[fresh_row])
             worst.add(layer.values[row, :, -kept:], fresh.values[fresh_row])
-        elif isinstance(fresh, LinearAttentionLayer):  # crops only what keeps a conv's last inputs, or more of them
+        elif isinstance(
+            fresh, LinearAttentionLayer
+        ):  # crops only what keeps a conv's last inputs, or more of them
             for name, tensor in fresh.conv_states.items():
                 worst.add(layer.conv_states[name][row][..., -tensor.shape[-1] :], tensor[fresh_row])
