@@ -68,7 +68,8 @@ class Equation:
 
     def to_far_heads(self, x: Tensor, dim: int = -3) -> Tensor:
         """KV heads repeated as S has them: `[..., kv, T, X] -> [..., far, T, X]`."""
-        return x.repeat_interleave(self.far_heads // self.kv_heads, dim)
+        repeats = self.far_heads // self.kv_heads
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim)
 
     def fold_queries(self, x: Tensor, heads: int) -> Tensor:
         """Query heads grouped by the heads they read: `[..., heads, T, X] -> [..., h, group * T, X]`."""

@@ -1,6 +1,10 @@
-"""Segments of `chunked` in blocks: which equations have such a form, and what it takes and leaves of a state."""
+"""Segments of `chunked` in blocks: which equations have such a form, and what it takes and leaves of a state.
 
-from collections.abc import Callable
+On a CPU, a few heads at a time go all the way from their features to their outputs, so that what is made on the way
+stays in its cache.
+"""
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +16,9 @@ from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
 from linearize_kernels.sliding import Shape, Tokens, sliding
 from linearize_kernels.state import State
-from linearize_kernels.tiles import Tiling
+from linearize_kernels.tiles import Tiling, led
+
+CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
 
 Segment = Callable[[LinearAttention, State, int, Tensor, Tensor, Tensor, int], tuple[Tensor, State]]
 
@@ -21,63 +27,131 @@ def sliding_segment(
     attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
 ) -> tuple[Tensor, State]:
     """Softmax in a sliding window, positive features, one normaliser."""
-    eq, wide, length = attention.equation, accumulator(k.dtype), k.shape[-2]
+    eq, length = attention.equation, k.shape[-2]
     fill = -length % chunk
     slots = [
         timeline(old, new, count, fill + eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))
     ]
-    start, first = count - fill, count - fill - eq.recent  # positions of the first row and the first slot
-    skip = max(fill, eq.sinks - first)
+    first = count - fill - eq.recent  # the position of the first slot
+    shape = Shape(chunk, eq.recent, eq.size, eq.scale, count - fill, max(fill, eq.sinks - first))
     sinks = (state.sink_k, state.sink_v)
     if count < eq.sinks:
         sinks = tuple(x[..., -first : eq.sinks - first, :] for x in slots)
-    heads = [eq.to_far_heads(x.to(wide)) for x in (*slots, *sinks)]
-    far_k, far_v, sink_k, sink_v = (x.flatten(0, 1) for x in heads)
+    near = min(length, max(0, eq.size + eq.sinks - count))  # so many queries have nothing far
 
-    def rows(x: Tensor) -> Tensor:  # [B, heads, T, X] -> [B * far, g, n C, X]
-        return pad(x, (0, 0, fill, 0)).unflatten(1, (eq.far_heads, -1)).flatten(0, 1)
+    def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
+        return led(x, fill).flatten(0, 1)
 
-    q = q.to(wide)
-    phi_q = phi_k = mix = None
-    if attention.far is not None and attention.dropped != "far":
-        phi_q = rows(attention.far.q_map(q))
-        phi_k = pad(attention.far.keys(slots[0][..., skip:, :].to(wide)), (0, 0, skip, 0)).flatten(0, 1)
-        mix = far_factor(attention, q)[..., None]
-        near = min(length, max(0, eq.size + eq.sinks - count))  # so many queries have nothing far
-        mix = rows(pad(mix[..., near:, :], (0, 0, near, 0), value=float("-inf"))).squeeze(-1)
-    sums = (state.S.flatten(0, 1), state.z.flatten(0, 1))
-    tokens = Tokens(rows(q), far_k, far_v, phi_q, phi_k, mix, taps(attention, q), *sums, sink_k, sink_v)
-    shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, skip)
-    out, S, z = sliding(shape, tokens)
-    out = out[:, :, fill:].unflatten(0, (-1, eq.far_heads)).flatten(1, 2)
-    return out, after(state, S, z, sinks, slots, count + length)
+    outputs = []
+    for heads, own in some_heads(attention, state, q, *slots, *sinks):
+        q, k, v, sink_k, sink_v, S, z = own
+        phi_q = phi_k = mix = None
+        if attention.far is not None and attention.dropped != "far":
+            phi_q = rows(attention.far.queries(q, heads))
+            phi_k = led(attention.far.written(k[..., shape.skip :, :], heads), shape.skip).flatten(0, 1)
+            mix = far_factor(attention, q, heads)[..., near:, None]
+            mix = rows(pad(mix, (0, 0, near, 0), value=float("-inf"))).squeeze(-1)
+        lanes = (x.flatten(0, 1) for x in (k, v))
+        ends = (x.flatten(0, 1) for x in (S, z, sink_k, sink_v))
+        tokens = Tokens(rows(q), *lanes, phi_q, phi_k, mix, taps(attention, q, heads), *ends)
+        out, *sums = sliding(shape, tokens)
+        outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
+    out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
+    return out.flatten(1, 2), after(state, S, z, sinks, slots, count + length)
 
 
-def far_factor(attention: LinearAttention, q: Tensor) -> Tensor:
-    """The logarithm of the far part's factor, `[B, heads, T]`."""
+def grouped_segment(
+    attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
+) -> tuple[Tensor, State]:
+    """Squared ReLU in groups, a sum over all before, no normaliser; the chunks are the groups."""
+    eq, length = attention.equation, k.shape[-2]
+    opened, total, reach = count % eq.size, count + length, max(eq.conv_width - 1, 0)
+    behind, first = (
+        -total % eq.size,
+        eq.recent - opened,
+    )  # empty rows after the last; the open group's first slot
+    absent = max(0, eq.recent - count)
+    slots = [timeline(old, new, count, eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))]
+
+    def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
+        return pad(x, (0, 0, opened, behind)).flatten(0, 1)
+
+    def groups(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + n C, X]
+        return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
+
+    outputs = []
+    for heads, own in some_heads(attention, state, q, *slots):
+        q, k, v, start, z = own
+        phi_q = phi_k = phi = factor = None
+        S, folds = start, 0
+        if attention.far is not None and attention.dropped != "far":
+            phi = led(attention.far.written(k[..., absent:, :], heads), absent)
+            phi_q, phi_k, z = (
+                rows(attention.far.queries(q, heads)),
+                groups(phi),
+                z + phi[..., :length, :].sum(-2),
+            )
+            factor = of_queries(attention, attention.combine.factor, heads).to(q.dtype).repeat(len(q), 1)
+            folds = max(0, (length - first) // eq.size)
+            if count:
+                S = S + phi[..., :first, :].mT @ v[..., :first, :]
+        lanes = (rows(unit_norm(q)), unit_norm(groups(k)), groups(v, reach), phi_q, phi_k, factor)
+        out, S = grouped(
+            Tiling(eq.size, reach), folds, Groups(*lanes, taps(attention, q, heads), S.flatten(0, 1))
+        )
+        out, S = (x.unflatten(0, (len(q), -1)) for x in (out[:, :, opened : opened + length], S))
+        if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
+            done = first + folds * eq.size if length >= first else 0
+            rest = phi[..., done:length, :].mT @ v[..., done:length, :]
+            S = (S if done else start) + rest
+        outputs.append((out, S, z))
+    out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
+    return out.flatten(1, 2), after(state, S, z, (state.sink_k, state.sink_v), slots, total)
+
+
+def some_heads(
+    attention: LinearAttention, state: State, q: Tensor, *tokens: Tensor
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Heads of S that are worked on together: all on a GPU, as many on a CPU as its cache holds. Of those, q
+    `[B, far, g, T, D]`, the tokens `[B, far, slots, D]` in the accumulator's dtype, S and z.
+    """
+    eq, wide = attention.equation, accumulator(q.dtype)
+    together = eq.far_heads
+    if q.device.type == "cpu" and (attention.far is None or attention.far.splits):
+        columns = max(state.S.shape[-2], 2 * eq.recent)
+        together = max(1, CACHED * eq.far_heads // (q.shape[0] * q.shape[1] * q.shape[2] * columns))
+    q = q.to(wide).unflatten(1, (eq.far_heads, -1))
+    every = [q, *(eq.to_far_heads(x.to(wide)) for x in tokens), state.S, state.z]
+    for i, own in enumerate(zip(*(x.split(together, 1) for x in every), strict=True)):
+        yield slice(i * together, (i + 1) * together), own
+
+
+def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> Tensor:
+    """A parameter `[heads, ...]` of the queries that read some heads of S: `[some, g, ...]`."""
+    return parameter.unflatten(0, (attention.equation.far_heads, -1))[heads]
+
+
+def far_factor(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor:
+    """The logarithm of the far part's factor, `[B, some, g, T]`."""
     if attention.combine.mix is None:
         return q.new_zeros(q.shape[:-1])
-    kv = attention.equation.kv_heads
-    return per_head(attention.combine.mix, q.unflatten(1, (kv, -1))).flatten(1, 2)
+    return per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
 
 
-def taps(attention: LinearAttention, q: Tensor) -> Tensor | None:
-    """The conv of every lane, `[B * far, g, W]`."""
+def taps(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor | None:
+    """The conv of every lane, `[B * some, g, W]`."""
     if attention.conv is None:
         return None
-    eq = attention.equation
-    return attention.conv.to(q.dtype).view(eq.far_heads, -1, eq.conv_width).repeat(q.shape[0], 1, 1)
+    return of_queries(attention, attention.conv, heads).to(q.dtype).repeat(len(q), 1, 1)
 
 
-def timeline(old: Tensor, new: Tensor, count: int, before: int, behind: int = 0) -> Tensor:
-    """`before` slots, the last of which hold as many recent tokens as there are, the new tokens, and `behind` empty
-    ones; what is not there is zero.
+def timeline(old: Tensor, new: Tensor, count: int, before: int) -> Tensor:
+    """`before` slots, the last of which hold as many recent tokens as there are, and the new tokens; what is not there
+    is zero.
     """
-    recent = old.shape[-2]
-    slots, there = pad(new, (0, 0, before, behind)), min(count, recent, before)
-    if there:
-        slots[..., before - there : before, :] = old[..., recent - there :, :]
-    return slots
+    there = min(count, old.shape[-2], before)
+    recent = old[..., old.shape[-2] - there :, :]
+    return led(torch.cat([recent, new], -2) if there else new, before - there)
 
 
 def after(
@@ -87,8 +161,8 @@ def after(
     recent = state.recent_k.shape[-2]
     position = torch.arange(count - recent, count, device=S.device).clamp_min(-1)
     return State(
-        S=S.view_as(state.S),
-        z=z.view_as(state.z),
+        S=S,
+        z=z,
         sink_k=sinks[0],
         sink_v=sinks[1],
         recent_k=slots[0][..., slots[0].shape[-2] - recent :, :],
@@ -96,49 +170,6 @@ def after(
         recent_position=position.expand_as(state.recent_position),
         count=torch.full_like(state.count, count),
     )
-
-
-def grouped_segment(
-    attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
-) -> tuple[Tensor, State]:
-    """Squared ReLU in groups, a sum over all before, no normaliser; the chunks are the groups."""
-    eq, wide, length = attention.equation, accumulator(k.dtype), k.shape[-2]
-    opened, total, reach = count % eq.size, count + length, max(eq.conv_width - 1, 0)
-    behind, first = (
-        -total % eq.size,
-        eq.recent - opened,
-    )  # empty rows after the last; the open group's first slot
-    slots = [timeline(old, new, count, eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))]
-    far_k, far_v = (eq.to_far_heads(x.to(wide)).flatten(0, 1) for x in slots)
-
-    def rows(x: Tensor) -> Tensor:  # [B, heads, T, X] -> [B * far, g, n C, X]
-        return pad(x, (0, 0, opened, behind)).unflatten(1, (eq.far_heads, -1)).flatten(0, 1)
-
-    def groups(x: Tensor, before: int = 0) -> Tensor:  # slots -> [N, before + n C, X]
-        return pad(x[:, max(first - before, 0) :], (0, 0, max(before - first, 0), behind))
-
-    q = q.to(wide)
-    phi_q = phi_k = phi = factor = None
-    S, z, folds = state.S.flatten(0, 1), state.z.flatten(0, 1), 0
-    if attention.far is not None and attention.dropped != "far":
-        absent = max(0, eq.recent - count)
-        phi = pad(attention.far.keys(slots[0][..., absent:, :].to(wide)), (0, 0, absent, 0)).flatten(0, 1)
-        phi_q, phi_k, z = rows(attention.far.q_map(q)), groups(phi), z + phi[:, :length].sum(1)
-        factor = attention.combine.factor.to(wide).view(eq.far_heads, -1).repeat(q.shape[0], 1)
-        if count:
-            S = S + phi[:, :first].transpose(-1, -2) @ far_v[:, :first]
-        folds = max(0, (length - first) // eq.size)
-    tokens = Groups(
-        *(rows(unit_norm(q)), unit_norm(groups(far_k)), groups(far_v, reach)),
-        *(phi_q, phi_k, factor, taps(attention, q), S),
-    )
-    out, S = grouped(Tiling(eq.size, reach), folds, tokens)
-    if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
-        done = first + folds * eq.size if length >= first else 0
-        S = S if done else state.S.flatten(0, 1)
-        S = S + phi[:, done:length].transpose(-1, -2) @ far_v[:, done:length]
-    out = out[:, :, opened : opened + length].unflatten(0, (-1, eq.far_heads)).flatten(1, 2)
-    return out, after(state, S, z, (state.sink_k, state.sink_v), slots, total)
 
 
 FORMS: dict[tuple[str, str, str], Segment] = {

@@ -167,34 +167,32 @@ def chunked(
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
     batch, length = q.shape[0], q.shape[-2]
-    count = rows_count(state, valid)
-    in_step = count == 0
+    count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
     chunk = chunk or min(max(attention.equation.recent, 32), 128)
+    pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
     outputs = []
-    for first in range(0, length, segment):
-        part = slice(first, min(first + segment, length))
-        tokens = (q[..., part, :], k[..., part, :], v[..., part, :])
-        run = segment_of(attention, count, part.stop - first, sink_logits is not None)
-        if run is not None:
-            out, state = run(attention, state, count, *tokens, min(chunk, part.stop - first))
-            out = out.to(q.dtype)
-        else:
-            own = None if valid is None else valid[:, part]
+    # Split, not sliced: their gradients are put together once.
+    for *tokens, own in zip(*(x.split(segment, -2) for x in (q, k, v)), pads, strict=True):
+        size = tokens[0].shape[-2]
+        run = segment_of(attention, count, size, sink_logits is not None)
+        if run is None:
             out, state = run_segment(attention, state, *tokens, own, sink_logits, chunk, in_step)
-        outputs.append(out)
-        count = None if count is None else count + part.stop - first
+        else:
+            out, state = run(attention, state, count, *tokens, min(chunk, size))
+        outputs.append(out.to(q.dtype))
+        count = None if count is None else count + size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
     """The tokens that every row has had; None: rows differ, have pads now, or are not to be waited for."""
-    if valid is not None:
+    if valid is not None or torch.compiler.is_compiling():
         return None
     if state is None:
         return 0
-    if state.count.device.type != "cpu" or torch.compiler.is_compiling():
+    if state.count.device.type != "cpu":
         return None
     counts = state.count.tolist()
     return counts[0] if min(counts) == max(counts) else None

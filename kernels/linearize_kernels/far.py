@@ -60,12 +60,26 @@ class FeatureMemory(nn.Module):
 
     def keys(self, k: Tensor) -> Tensor:
         """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""
+        return self.written(self.equation.to_far_heads(k), slice(None))
+
+    @property
+    def splits(self) -> bool:
+        """Whether `queries` and `written` take some heads alone."""
+        return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
+
+    def queries(self, q: Tensor, heads: slice) -> Tensor:
+        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
+        groups = self.equation.heads // self.equation.far_heads
+        own = slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
+        return self.q_map.of_heads(q.flatten(-4, -3), own).unflatten(-3, q.shape[-4:-2])
+
+    def written(self, k: Tensor, heads: slice) -> Tensor:
+        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S."""
         key_map = self.q_map if self.k_map is None else self.k_map
-        k = self.equation.to_far_heads(k)
-        phi = self.memory.key_features(key_map(k))
+        phi = self.memory.key_features(key_map.of_heads(k, heads))
         if self.key_weight is None:
             return phi
-        weight = self.key_weight.to(k.dtype)
+        weight = self.key_weight[heads].to(k.dtype)
         logarithm = k @ weight[:, :-1, None] + weight[:, -1:, None]
         return (CEILING * (logarithm / CEILING).tanh()).exp() * phi
 

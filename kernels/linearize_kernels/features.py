@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
 
@@ -40,15 +41,24 @@ class FeatureMap(nn.Module):
         name: in recipes.
         positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
         shared: whether queries and keys must go through one and the same map.
+        per_head: the names of its parameters, if each has one part a head, first; None: only all heads go through it
+            together.
     """
 
     positive = False
     shared = False
+    per_head: tuple[str, ...] | None = None
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__()
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
         self.feature_dim = head_dim
+
+    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
+        """Features of some heads: `[..., some, T, D]`."""
+        if not self.per_head or heads == slice(None):
+            return self(x)
+        return functional_call(self, {name: getattr(self, name)[heads] for name in self.per_head}, x)
 
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
@@ -62,6 +72,8 @@ class FeatureMap(nn.Module):
 class Identity(FeatureMap):
     """The vector itself at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
 
+    per_head = ()
+
     def forward(self, x: Tensor) -> Tensor:
         return unit_norm(x)
 
@@ -69,6 +81,8 @@ class Identity(FeatureMap):
 @feature_map("linear")
 class Linear(FeatureMap):
     """The vector times √scale, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
+
+    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale**0.5
@@ -79,6 +93,7 @@ class Relu(FeatureMap):
     """`max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
 
     positive = True
+    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
@@ -89,6 +104,7 @@ class Elu(FeatureMap):
     """`1 + elu(x)`, as TransNormer takes it (arXiv 2210.10340, from arXiv 2006.16236, eq. 7)."""
 
     positive = True
+    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return 1 + nn.functional.elu(x)
@@ -96,6 +112,8 @@ class Elu(FeatureMap):
 
 class Projected(FeatureMap):
     """A map that starts with a learned matrix per head."""
+
+    per_head = ("weight",)
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__(heads, head_dim, feature_dim, scale)
@@ -163,6 +181,7 @@ class Performer(FeatureMap):
     """
 
     positive = True
+    per_head = ()
     shared = True
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
@@ -200,6 +219,7 @@ class Yoso(FeatureMap):
     """
 
     positive = True
+    per_head = ()
     shared = True
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):

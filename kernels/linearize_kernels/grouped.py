@@ -18,8 +18,7 @@ from linearize_kernels.tiles import (
     by_chunk,
     by_head,
     diagonals,
-    lanes,
-    part,
+    product,
     running,
     windows,
 )
@@ -55,25 +54,14 @@ def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
 class Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape: Tiling, folds: int, *tensors: Tensor | None):
-        tokens = Groups(*tensors)
         ctx.shape, ctx.folds = shape, folds
         ctx.save_for_backward(*tensors)
-        out = tokens.q.new_empty(*tokens.q.shape[:-1], tokens.v.shape[-1])
-        S = tokens.S.clone()
-        for some in lanes(shape, tokens.q):
-            forward_lanes(shape, folds, part(tokens, some), out[some], S[some])
-        return out, S
+        return forward(shape, folds, Groups(*tensors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor, d_S: Tensor):
-        tokens = Groups(*ctx.saved_tensors)
-        grads = Groups(*(None if x is None else torch.empty_like(x) for x in tokens))
-        for some in lanes(ctx.shape, tokens.q):
-            backward_lanes(
-                ctx.shape, ctx.folds, part(tokens, some), part(grads, some), d_out[some], d_S[some]
-            )
-        return None, None, *grads
+        return None, None, *backward(ctx.shape, ctx.folds, Groups(*ctx.saved_tensors), d_out, d_S)
 
 
 def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,13 +75,10 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
     return scores, weights
 
 
-def sums(shape: Tiling, folds: int, tokens: Groups, S: Tensor) -> Tensor:
-    """S before each group, `[N, n, F, Dv]`; `S` becomes what it is after the first `folds`."""
-    phi, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    before = phi.mT @ v
-    running(before[:, :folds].unbind(1), S)
-    running(before[:, folds:].unbind(1), S.clone())
-    return before
+def sums(shape: Tiling, tokens: Groups) -> Tensor:
+    """S before each group and after the last, `[N, n + 1, F, Dv]`."""
+    phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
+    return running(product(phi_k.mT, v), tokens.S)
 
 
 def by_group(shape: Tiling, x: Tensor) -> Tensor:
@@ -101,14 +86,15 @@ def by_group(shape: Tiling, x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, shape.chunk))
 
 
-def forward_lanes(shape: Tiling, folds: int, tokens: Groups, out: Tensor, S: Tensor) -> None:
-    """Fills `out`; S goes on in place."""
+def forward(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
+    """What `grouped` returns."""
     _, weights = weigh(shape, by_chunk(tokens.q, shape), by_group(shape, tokens.k), tokens.conv)
-    rows = weights @ windows(tokens.v, shape)
-    if tokens.phi_q is not None:
-        phi_q = by_chunk(tokens.phi_q, shape)
-        rows.addcmul_(by_row(shape, tokens.factor), phi_q @ sums(shape, folds, tokens, S))
-    out.copy_(by_head(rows, shape))
+    rows = product(weights, windows(tokens.v, shape))
+    if tokens.phi_q is None:
+        return by_head(rows, shape), tokens.S.clone()
+    S = sums(shape, tokens)
+    rows.addcmul_(by_row(shape, tokens.factor), product(by_chunk(tokens.phi_q, shape), S[:, :-1]))
+    return by_head(rows, shape), S[:, folds].clone()
 
 
 def by_row(shape: Tiling, factor: Tensor) -> Tensor:
@@ -116,33 +102,30 @@ def by_row(shape: Tiling, factor: Tensor) -> Tensor:
     return factor.repeat_interleave(shape.chunk, 1)[:, None, :, None]
 
 
-def backward_lanes(
-    shape: Tiling, folds: int, tokens: Groups, grads: Groups, d_out: Tensor, d_S: Tensor
-) -> None:
-    """Fills `grads`, from the gradients of what `grouped` returns."""
+def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor) -> Groups:
+    """The gradients of `tokens`, from those of what `grouped` returns."""
+    d_phi_q = d_phi_k = d_factor = d_conv = None
     q, k, d_rows = by_chunk(tokens.q, shape), by_group(shape, tokens.k), by_chunk(d_out, shape)
     scores, weights = weigh(shape, q, k, tokens.conv)
     d_weights = d_rows @ windows(tokens.v, shape).mT
     if tokens.conv is not None:
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
-        grads.conv.copy_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
-    grads.v.zero_()
-    add_windows(grads.v, weights.mT @ d_rows, shape)
+        d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
+    d_v = torch.zeros_like(tokens.v)
+    add_windows(d_v, product(weights.mT, d_rows), shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
-    grads.q.copy_(by_head(d_scores @ k, shape))
-    grads.k.copy_((d_scores.mT @ q).flatten(1, 2))
-    grads.S.copy_(d_S)
-    if tokens.phi_q is None:
-        return
-    phi_q, factor = by_chunk(tokens.phi_q, shape), by_row(shape, tokens.factor)
-    d_phi = d_rows @ sums(shape, folds, tokens, tokens.S.clone()).mT
-    grads.factor.copy_((phi_q * d_phi).sum((1, 3)).unflatten(1, (-1, shape.chunk)).sum(-1))
-    grads.phi_q.copy_(by_head(d_phi.mul_(factor), shape))
-    d_sums = (phi_q * factor).mT @ d_rows
-    later = torch.zeros_like(d_S)
-    running(d_sums[:, folds:].unbind(1)[::-1], later)
-    grads.S.add_(later)
-    running(d_sums[:, :folds].unbind(1)[::-1], grads.S)
-    phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    grads.v[:, shape.recent :] += (phi_k @ d_sums).flatten(1, 2)
-    grads.phi_k.copy_((v @ d_sums.mT).flatten(1, 2))
+    d_q = by_head(product(d_scores, k), shape)
+    d_k = product(d_scores.mT, q).flatten(1, 2)
+    if tokens.phi_q is not None:
+        phi_q, factor = by_chunk(tokens.phi_q, shape), by_row(shape, tokens.factor)
+        d_phi = d_rows @ sums(shape, tokens)[:, :-1].mT
+        d_factor = (phi_q * d_phi).sum((1, 3)).unflatten(1, (-1, shape.chunk)).sum(-1)
+        d_phi_q = by_head(d_phi.mul_(factor), shape)
+        d_groups = product((phi_q * factor).mT, d_rows)
+        later = running(d_groups[:, folds:], torch.zeros_like(d_S), backwards=True)
+        earlier = running(d_groups[:, :folds], later[:, 0] + d_S, backwards=True)
+        d_S, d_sums = earlier[:, 0], torch.cat([earlier[:, 1:], later[:, 1:]], 1)
+        phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
+        d_v[:, shape.recent :] += product(phi_k, d_sums).flatten(1, 2)
+        d_phi_k = (v @ d_sums.mT).flatten(1, 2)
+    return Groups(d_q, d_k, d_v, d_phi_q, d_phi_k, d_factor, d_conv, d_S)

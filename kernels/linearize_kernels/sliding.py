@@ -21,8 +21,7 @@ from linearize_kernels.tiles import (
     by_chunk,
     by_head,
     diagonals,
-    lanes,
-    part,
+    product,
     running,
     windows,
 )
@@ -79,149 +78,161 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 class Sliding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape: Shape, *tensors: Tensor | None):
-        tokens = Tokens(*tensors)
         ctx.shape = shape
         ctx.save_for_backward(*tensors)
-        out = torch.empty(
-            *tokens.q.shape[:-1], tokens.v.shape[-1], dtype=tokens.q.dtype, device=tokens.q.device
-        )
-        S, z = tokens.S.clone(), tokens.z.clone()
-        for some in lanes(shape, tokens.q):
-            forward_lanes(shape, part(tokens, some), out[some], S[some], z[some])
-        return out, S, z
+        return forward(shape, Tokens(*tensors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
-        tokens = Tokens(*ctx.saved_tensors)
-        grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
-        for some in lanes(ctx.shape, tokens.q):
-            backward_lanes(
-                ctx.shape, part(tokens, some), part(grads, some), d_out[some], d_S[some], d_z[some]
-            )
-        return None, *grads
+        return None, *backward(ctx.shape, Tokens(*ctx.saved_tensors), d_out, d_S, d_z)
 
 
 def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The band of near columns, `[C, R + C]`, 0 within and -inf outside; and the far columns, `[C, R + C - size]`."""
+    """The band of near columns, `[C, R + C]`, 0 within and LOW outside; and the far columns, `[C, R + C - size]`."""
     row = torch.arange(shape.chunk, device=like.device)[:, None]
     delay = shape.recent + row - torch.arange(shape.recent + shape.chunk, device=like.device)
-    near = like.new_zeros(delay.shape).masked_fill_((delay < 0) | (delay >= shape.size), float("-inf"))
+    near = like.new_zeros(delay.shape).masked_fill_((delay < 0) | (delay >= shape.size), LOW)
     return near, (delay[:, : shape.recent + shape.chunk - shape.size] >= shape.size).to(like.dtype)
 
 
 class Weights(NamedTuple):
-    """Normalised weights of one step.
+    """Weights of one step.
 
     Attributes:
-        near: `[N, n, g C, R + C]`, of all columns, the far ones among them; sinks: `[N, n, g C, sinks]`.
-        far: `[N, n, g C, 1]`, the factor of what S answers.
-        S, z: before each chunk, `[N, n, F, Dv]` and `[N, n, F, 1]`.
+        near: `[N, n, g C, R + C]`, a softmax over the near columns alone; products: `[N, n, g C, R + C - size]`, φφ of
+            the far ones; sinks: `[N, sinks, n g C]`, normalised.
+        share, factor: `[N, n, g C, 1]`, what near and products (and what is read of S) are to be multiplied by.
+        S, z: before each chunk and after the last, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
     """
 
     near: Tensor
     sinks: Tensor
-    far: Tensor | None
-    S: Tensor | None
-    z: Tensor | None
+    share: Tensor
+    products: Tensor | None = None
+    factor: Tensor | None = None
+    S: Tensor | None = None
+    z: Tensor | None = None
+
+    def columns(self, band: Tensor | None) -> Tensor:
+        """The normalised weights of all columns, with the conv's."""
+        near = self.near * self.share if band is None else torch.addcmul(band, self.near, self.share)
+        if self.products is not None:
+            near[..., : self.products.shape[-1]].addcmul_(self.products, self.factor)
+        return near
 
 
 def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weights:
-    """q and phi_q `by_chunk`. Overwrites tokens.S and tokens.z with what they are after the timeline's first n C
-    slots."""
+    """q and phi_q are `by_chunk`. The near part goes through `softmax`, which is one pass where its steps are five; its
+    normaliser is then the inverse of its largest weight.
+    """
     near_mask, far_mask = masks(shape, q)
-    sinks = tokens.sink_k.shape[1]
-    near = (q * shape.scale) @ windows(tokens.k, shape).mT
-    tiles = near.unflatten(2, (-1, shape.chunk))
-    tiles += near_mask
+    scaled = q * shape.scale
+    scores = scaled @ windows(tokens.k, shape).mT
+    scores.unflatten(2, (-1, shape.chunk)).add_(near_mask)
     if shape.skip:
-        slots = near.new_zeros(1, tokens.k.shape[1], 1)
-        slots[:, : shape.skip] = float("-inf")
+        slots = scores.new_zeros(1, tokens.k.shape[1], 1)
+        slots[:, : shape.skip] = LOW
         touched = -(-shape.skip // shape.chunk)
-        near[:, :touched] += windows(slots, shape)[:, :touched].mT
-    sink = (q.flatten(1, 2) * shape.scale) @ tokens.sink_k.mT
-    sink = sink.unflatten(1, near.shape[1:3])
-    if shape.start < sinks:
-        position = shape.start + torch.arange(tokens.q.shape[2], device=q.device)
-        hidden = (position[:, None] < torch.arange(sinks, device=q.device)).unflatten(0, (-1, 1, shape.chunk))
-        sink.unflatten(2, (-1, shape.chunk)).masked_fill_(hidden, float("-inf"))
-    ceiling = near.amax(-1, keepdim=True)
-    if sinks:
-        ceiling = torch.maximum(ceiling, sink.amax(-1, keepdim=True))
-    if phi_q is None:
-        ceiling.clamp_(min=LOW)
-        near.sub_(ceiling).exp_()
-        sink.sub_(ceiling).exp_()
-        share = (near.sum(-1, keepdim=True) + sink.sum(-1, keepdim=True)).clamp_(min=TINY).reciprocal_()
-        return Weights(near.mul_(share), sink.mul_(share), None, None, None)
-    mix = by_chunk(tokens.mix[..., None], shape)
-    ceiling = torch.maximum(ceiling, mix).clamp_(min=LOW)
-    near.sub_(ceiling).exp_()
-    sink.sub_(ceiling).exp_()
-    factor = (mix - ceiling).exp_()
-    columns = far_mask.shape[-1]
-    products = phi_q @ windows(tokens.phi_k, shape, columns).mT
-    tiles = products.unflatten(2, (-1, shape.chunk))
-    tiles *= far_mask
-    near[..., :columns].addcmul_(products, factor)
-    S, z = sums(shape, tokens)
-    total = torch.addcmul(near.sum(-1, keepdim=True), factor, phi_q @ z)
-    share = total.add_(sink.sum(-1, keepdim=True)).clamp_(min=TINY).reciprocal_()
-    return Weights(near.mul_(share), sink.mul_(share), factor.mul_(share), S, z)
+        scores[:, :touched] += windows(slots, shape)[:, :touched].mT
+    peak, near = scores.amax(-1, keepdim=True), scores.softmax(-1)
+    sinks = sink_scores(shape, tokens, scaled)
+    ceiling = peak
+    if sinks.shape[1]:
+        ceiling = torch.maximum(ceiling, sinks.amax(1).view_as(peak))
+    mix = None if phi_q is None else by_chunk(tokens.mix[..., None], shape)
+    if mix is not None:
+        ceiling = torch.maximum(ceiling, mix)
+    sinks.sub_(ceiling.flatten(1)[:, None]).exp_()
+    share = (peak - ceiling).exp_().div_(near.amax(-1, keepdim=True))
+    total = share + sinks.sum(1).view_as(peak)
+    products = factor = S = z = None
+    if phi_q is not None:
+        products = phi_q @ windows(tokens.phi_k, shape, far_mask.shape[-1]).mT
+        products.unflatten(2, (-1, shape.chunk)).mul_(far_mask)
+        factor = (mix - ceiling).exp_()
+        S, z = sums(shape, tokens)
+        total.addcmul_(factor, mass(phi_q, z).add_(products.sum(-1, keepdim=True)))
+    total.clamp_(min=TINY)
+    sinks.div_(total.flatten(1)[:, None])
+    return Weights(
+        near, sinks, share.div_(total), products, None if factor is None else factor.div_(total), S, z
+    )
+
+
+def sink_scores(shape: Shape, tokens: Tokens, scaled: Tensor) -> Tensor:
+    """`[N, sinks, n g C]`; a query that comes before a sink does not see it."""
+    scores = tokens.sink_k @ scaled.flatten(1, 2).mT
+    count = scores.shape[1]
+    if shape.start < count:
+        position = by_chunk(
+            (shape.start + torch.arange(tokens.q.shape[2], device=scores.device))[None, None, :, None].expand(
+                1, tokens.q.shape[1], -1, 1
+            ),
+            shape,
+        )
+        scores.masked_fill_(position.flatten() < torch.arange(count, device=scores.device)[:, None], LOW)
+    return scores
 
 
 def sums(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """S and z before each chunk. tokens.S and tokens.z become what they are after the last."""
+    """S and z before each chunk and after the last."""
+    phi_k, v = old_slots(shape, tokens)
+    return running(product(phi_k.mT, v), tokens.S), running(phi_k.sum(-2), tokens.z)
+
+
+def old_slots(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """phi_k and v of the slots that S and z take in, `[N, n, C, X]`."""
     old = slice(0, tokens.k.shape[1] - shape.recent)
-    phi, v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
-    S, z = phi.mT @ v, phi.sum(-2)
-    running(S.unbind(1), tokens.S)
-    running(z.unbind(1), tokens.z)
-    return S, z[..., None]
+    return tuple(x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
 
 
-def forward_lanes(shape: Shape, tokens: Tokens, out: Tensor, S: Tensor, z: Tensor) -> None:
-    """Fills `out`; S and z go on in place."""
-    q, phi_q = by_chunk(tokens.q, shape), None
-    if tokens.phi_q is not None:
-        phi_q = by_chunk(tokens.phi_q, shape)
-    weights = weigh(shape, tokens._replace(S=S, z=z), q, phi_q)
-    near = weights.near if tokens.conv is None else weights.near.add_(band(tokens.conv, shape))
-    rows = near @ windows(tokens.v, shape)
-    rows += (weights.sinks.flatten(1, 2) @ tokens.sink_v).view_as(rows)
-    if phi_q is not None:
-        rows.addcmul_(weights.far, phi_q @ weights.S)
-    out.copy_(by_head(rows, shape))
+def mass(phi_q: Tensor, z: Tensor) -> Tensor:
+    """What is read of z before each chunk, `[N, n, g C, 1]`."""
+    return (phi_q * z[:, :-1, None]).sum(-1, keepdim=True)
 
 
-def backward_lanes(
-    shape: Shape, tokens: Tokens, grads: Tokens, d_out: Tensor, d_S: Tensor, d_z: Tensor
-) -> None:
-    """Fills `grads`, from the gradients of what `sliding` returns.
+def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sliding` returns."""
+    q = by_chunk(tokens.q, shape)
+    phi_q = None if tokens.phi_q is None else by_chunk(tokens.phi_q, shape)
+    weights = weigh(shape, tokens, q, phi_q)
+    near = weights.columns(None if tokens.conv is None else band(tokens.conv, shape))
+    rows = product(near, windows(tokens.v, shape))
+    rows += product(weights.sinks.mT, tokens.sink_v).reshape(rows.shape)
+    if phi_q is None:
+        return by_head(rows, shape), tokens.S.clone(), tokens.z.clone()
+    rows.addcmul_(weights.factor, product(phi_q, weights.S[:, :-1]))
+    return by_head(rows, shape), weights.S[:, -1].clone(), weights.z[:, -1].clone()
+
+
+def backward(shape: Shape, tokens: Tokens, d_out: Tensor, d_S: Tensor, d_z: Tensor) -> Tokens:
+    """The gradients of `tokens`, from those of what `sliding` returns.
 
     With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - Σ_i w_i d_out · v_i)`, for far ones too.
     """
+    d_phi_q = d_phi_k = d_mix = d_conv = None
     q, d_rows = by_chunk(tokens.q, shape), by_chunk(d_out, shape)
     phi_q = None if tokens.phi_q is None else by_chunk(tokens.phi_q, shape)
-    weights = weigh(shape, tokens._replace(S=tokens.S.clone(), z=tokens.z.clone()), q, phi_q)
-    near, sinks, factor, S, z = weights
+    weights = weigh(shape, tokens, q, phi_q)
+    near, sinks, factor, S, z = weights.columns(None), weights.sinks, weights.factor, weights.S, weights.z
     d_near = d_rows @ windows(tokens.v, shape).mT
-    d_sinks = (d_rows.flatten(1, 2) @ tokens.sink_v.mT).view_as(sinks)
+    d_sinks = tokens.sink_v @ d_rows.flatten(1, 2).mT
     if tokens.conv is not None:
         taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
-        grads.conv.copy_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
-    for x in (grads.k, grads.v):
-        x.zero_()
+        d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
+    d_k, d_v = torch.zeros_like(tokens.k), torch.zeros_like(tokens.v)
     weighted = near if tokens.conv is None else near + band(tokens.conv, shape)
-    add_windows(grads.v, weighted.mT @ d_rows, shape)
-    mean = (near * d_near).sum(-1, keepdim=True) + (sinks * d_sinks).sum(-1, keepdim=True)
+    add_windows(d_v, product(weighted.mT, d_rows), shape)
+    mean = (near * d_near).sum(-1, keepdim=True)
+    mean += (sinks * d_sinks).sum(1).view_as(mean)
     if phi_q is not None:
-        answers = d_rows @ S.mT
+        answers = d_rows @ S[:, :-1].mT
         answer = (phi_q * answers).sum(-1, keepdim=True)
         mean.addcmul_(factor, answer)
-    grads.sink_v.copy_(sinks.flatten(1, 2).mT @ d_rows.flatten(1, 2))
+    d_sink_v = sinks @ d_rows.flatten(1, 2)
     d_near -= mean
-    d_sinks = d_sinks.sub_(mean).mul_(sinks)
+    d_sinks.sub_(mean.flatten(1)[:, None]).mul_(sinks)
     d_scores = near.mul_(d_near)
     if phi_q is not None:
         _, far_mask = masks(shape, q)
@@ -229,34 +240,29 @@ def backward_lanes(
         d_far = d_scores[..., :columns].unflatten(2, (-1, shape.chunk))
         own = d_far * far_mask
         d_far -= own
-        grads.mix.copy_(
-            by_head(
-                own.sum(-1).flatten(2, 3)[..., None] + factor * (answer - mean * (phi_q @ z)), shape
-            ).squeeze(-1)
-        )
+        d_mix = own.sum(-1).flatten(2, 3)[..., None] + factor * (answer - mean * mass(phi_q, z))
+        d_mix = by_head(d_mix, shape).squeeze(-1)
         d_products = d_near[..., :columns].mul(factor)
         tiles = d_products.unflatten(2, (-1, shape.chunk))
         tiles *= far_mask
         d_phi = d_products @ windows(tokens.phi_k, shape, columns)
-        d_phi.addcmul_(factor, answers.addcmul_(mean, z.mT, value=-1))
-        grads.phi_q.copy_(by_head(d_phi, shape))
+        d_phi.addcmul_(factor, answers.addcmul_(mean, z[:, :-1, None], value=-1))
+        d_phi_q = by_head(d_phi, shape)
         scaled = phi_q * factor
-        d_sums = scaled.mT @ d_rows
-        d_masses = -(scaled.mT @ mean).squeeze(-1)
-        grads.S.copy_(d_S)
-        grads.z.copy_(d_z)
-        running(d_sums.unbind(1)[::-1], grads.S)
-        running(d_masses.unbind(1)[::-1], grads.z)
-        old = slice(0, tokens.k.shape[1] - shape.recent)
-        phi_k, v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
-        grads.v[:, old] += (phi_k @ d_sums).flatten(1, 2)
-        grads.phi_k[:, old] = (v @ d_sums.mT).add_(d_masses[:, :, None]).flatten(1, 2)
-        grads.phi_k[:, old.stop :] = 0
-        add_windows(grads.phi_k, d_products.mT @ phi_q, shape)
+        d_sums = running(product(scaled.mT, d_rows), d_S, backwards=True)
+        d_masses = running((scaled * mean).sum(-2).neg_(), d_z, backwards=True)
+        d_S, d_z = d_sums[:, 0], d_masses[:, 0]
+        phi_k, v = old_slots(shape, tokens)
+        old = slice(0, phi_k.shape[1] * shape.chunk)
+        d_v[:, old] += product(phi_k, d_sums[:, 1:]).flatten(1, 2)
+        d_phi_k = torch.zeros_like(tokens.phi_k)
+        d_phi_k[:, old] = (v @ d_sums[:, 1:].mT).add_(d_masses[:, 1:, None]).flatten(1, 2)
+        add_windows(d_phi_k, d_products.mT @ phi_q, shape)
     d_scores *= shape.scale
-    d_q = d_scores @ windows(tokens.k, shape)
+    d_q = product(d_scores, windows(tokens.k, shape))
     d_sinks *= shape.scale
-    d_q += (d_sinks.flatten(1, 2) @ tokens.sink_k).view_as(d_q)
-    grads.q.copy_(by_head(d_q, shape))
-    grads.sink_k.copy_(d_sinks.flatten(1, 2).mT @ q.flatten(1, 2))
-    add_windows(grads.k, d_scores.mT @ q, shape)
+    d_q += product(d_sinks.mT, tokens.sink_k).reshape(d_q.shape)
+    d_sink_k = d_sinks @ q.flatten(1, 2)
+    add_windows(d_k, product(d_scores.mT, q), shape)
+    d_q = by_head(d_q, shape)
+    return Tokens(d_q, d_k, d_v, d_phi_q, d_phi_k, d_mix, d_conv, d_S, d_z, d_sink_k, d_sink_v)

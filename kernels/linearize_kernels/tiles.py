@@ -4,15 +4,12 @@ A timeline has R slots and then n chunks of C. Chunk c reads the `R + C` columns
 of them are its own tokens. Heads of keys are lanes `N`, each with g query heads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-CACHED = 1 << 18  # numbers in a matrix of weights that is worked on at a time, on a CPU
-
-Parts = TypeVar("Parts", bound=tuple)
+NARROW = 48  # columns of a result
 
 
 @dataclass(frozen=True)
@@ -24,20 +21,6 @@ class Tiling:
 
     chunk: int
     recent: int
-
-
-def lanes(shape: Tiling, q: Tensor) -> list[slice]:
-    """Lanes of `q [N, g, n C, D]` that are worked on together: all on a GPU, as many on a CPU as its cache holds."""
-    count, group, rows = q.shape[:3]
-    together = count
-    if q.device.type == "cpu":
-        together = max(1, CACHED // (group * rows * (shape.recent + shape.chunk)))
-    return [slice(first, first + together) for first in range(0, count, together)]
-
-
-def part(tensors: Parts, some: slice) -> Parts:
-    """Some lanes of a tuple of tensors; what is None stays so."""
-    return type(tensors)(*(None if x is None else x[some] for x in tensors))
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
@@ -88,9 +71,23 @@ def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
     return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
 
 
-def running(chunks: Sequence[Tensor], total: Tensor) -> None:
-    """In place, every chunk becomes the sum of `total` and those before it; `total` becomes the sum of all."""
-    for chunk in chunks:
-        own = chunk.clone()
-        chunk.copy_(total)
-        total += own
+def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
+    """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
+    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. Chunks are few: one product with a
+    triangle costs less than their sum one by one.
+    """
+    count = chunks.shape[1]
+    triangle = chunks.new_ones(count + 1, count)
+    triangle = triangle.triu() if backwards else triangle.tril(-1)
+    sums = (triangle @ chunks.flatten(2)).unflatten(2, chunks.shape[2:])
+    return sums.add_(first[:, None])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, made as its own transpose where that has the longer rows: libraries are slow at narrow results."""
+    return (b.mT @ a.mT).mT if b.shape[-1] < NARROW else a @ b
+
+
+def led(x: Tensor, zeros: int) -> Tensor:
+    """`x [..., T, X]` behind so many empty slots."""
+    return x if zeros == 0 else torch.cat([x.new_zeros(*x.shape[:-2], zeros, x.shape[-1]), x], -2)
