@@ -267,6 +267,8 @@ def backward_lanes(
         grads.conv.copy_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
     for x in (grads.k, grads.v):
         x.zero_()
+    grads.S.copy_(d_S)
+    grads.z.copy_(d_z)
     weighted = near if tokens.conv is None else near + band(tokens.conv, shape)
     add_windows(grads.v, weighted.transpose(-1, -2) @ d_rows, shape)
     mean = (near * d_near).sum(-1, keepdim=True) + (sinks * d_sinks).sum(-1, keepdim=True)
@@ -298,8 +300,6 @@ def backward_lanes(
         scaled = phi_q * factor
         d_sums = scaled.transpose(-1, -2) @ d_rows
         d_masses = -(scaled.transpose(-1, -2) @ mean).squeeze(-1)
-        grads.S.copy_(d_S)
-        grads.z.copy_(d_z)
         running(d_sums.unbind(1)[::-1], grads.S)
         running(d_masses.unbind(1)[::-1], grads.z)
         old = slice(0, tokens.k.shape[1] - shape.recent)
