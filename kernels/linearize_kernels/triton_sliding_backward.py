@@ -13,11 +13,13 @@ from linearize_kernels.triton_sliding_forward import (
     dot,
     first_column,
     folded,
+    near_scores,
     older,
     padded,
     products,
     put,
     scores,
+    sink_scores,
     sizes,
     tile,
 )
@@ -31,7 +33,7 @@ except ImportError:
 
 @triton.jit
 def query_gradients(
-    q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, d_q, mean, factor, taps, sink_weight, d_sink,
+    q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, d_q, mean, factor, taps, sink_weights, d_sinks,
     scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
@@ -40,7 +42,7 @@ def query_gradients(
     """Of BM rows of one query head d_q, and what the other kernels need of them.
 
     `mean` and `factor`, the far part's, are `[N, g, n C]`; `taps [N, g, n C, W]` is `d_out · v` by delay;
-    `sink_weight` and `d_sink`, the gradient of its score, are `[N, g, n C, sinks]`.
+    `sink_weights` and `d_sinks`, their scores' gradients, are `[N, g, n C, sinks]`.
     """
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
@@ -65,14 +67,12 @@ def query_gradients(
         tl.store(factor + head * rows + row, own_factor)
     for s in range(first_column(first, C, R, max(SIZE, W), F), last, BS):
         slot = s + tl.arange(0, BS)
+        keys = tile(k, slot, last, d, D, UP)
+        weight = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
         delay = R + row[:, None] - slot[None, :]
-        seen = (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :]
-        score = scores(own_q, tile(k, slot, last, d, D, UP), seen, scale)
-        weight = tl.exp(score - log[:, None])
         if F > 0:
-            if last - s > SIZE:
-                far = products(phi_q, row, rows, phi_k, slot, last, delay >= SIZE, F, BF, UP)
-                weight += own_factor[:, None] * far
+            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, delay >= SIZE, F, BF, UP)
+            weight += own_factor[:, None] * far
         d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
         average += tl.sum(weight * d_weight, 1)
         if W > 0:
@@ -81,22 +81,19 @@ def query_gradients(
     acc = tl.zeros((BM, BD), tl.float32)
     if SINKS > 0:
         sink = tl.arange(0, BK)
-        seen = (sink < SINKS)[None, :] & (start + row[:, None] >= sink[None, :])
-        keys = tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP)
-        weight = tl.exp(scores(own_q, keys, seen, scale) - log[:, None])
-        d_weight = dot(own_d, tl.trans(tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP)))
-        average += tl.sum(weight * d_weight, 1)
-        d_score = weight * (d_weight - average[:, None]) * scale
-        put(sink_weight + head * rows * SINKS, weight, row, rows, sink, SINKS)
-        put(d_sink + head * rows * SINKS, d_score, row, rows, sink, SINKS)
-        acc += dot(d_score, keys)
+        sink_keys = tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP)
+        sink_weight = tl.exp(sink_scores(own_q, sink_keys, start + row, sink, scale, SINKS) - log[:, None])
+        d_sink = dot(own_d, tl.trans(tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP)))
+        average += tl.sum(sink_weight * d_sink, 1)
+        d_sink = sink_weight * (d_sink - average[:, None]) * scale
+        put(sink_weights + head * rows * SINKS, sink_weight, row, rows, sink, SINKS)
+        put(d_sinks + head * rows * SINKS, d_sink, row, rows, sink, SINKS)
+        acc += dot(d_sink, sink_keys)
     tl.store(mean + head * rows + row, average)
     for s in range(first_column(first, C, R, SIZE, 0), last, BS):
         slot = s + tl.arange(0, BS)
-        delay = R + row[:, None] - slot[None, :]
-        seen = (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :]
         keys = tile(k, slot, last, d, D, UP)
-        weight = tl.exp(scores(own_q, keys, seen, scale) - log[:, None])
+        weight = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
         d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
         acc += dot(weight * (d_weight - average[:, None]) * scale, keys)
     put(d_q + head * rows * D, acc, row, rows, d, D)
@@ -168,20 +165,18 @@ def slot_gradients(
             if W > 0:
                 weight += band(conv + head * W, delay, W)
             if F > 0:
-                if R + t + BM - first > SIZE:
-                    far = products(
-                        phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                        delay >= SIZE, F, BF, UP,
-                    )  # fmt: skip
-                    weight += tl.load(factor + head * rows + row)[None, :] * far
+                far = products(
+                    phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
+                    R + t + BM - first > SIZE, delay >= SIZE, F, BF, UP,
+                )  # fmt: skip
+                weight += tl.load(factor + head * rows + row)[None, :] * far
             acc_v += dot(weight, own_d)
     if F > 0:
-        if first < rows:
-            chunk = lane * (rows // C) + first // C
-            for first_f in range(0, F, BF):
-                f = first_f + tl.arange(0, BF)
-                phi = tile(phi_k + lane * slots * F, slot, slots, f, F, UP)
-                acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
+        chunk = lane * (rows // C) + tl.minimum(first, rows - 1) // C
+        for first_f in range(0, F, BF):
+            f = first_f + tl.arange(0, BF)
+            phi = tile(phi_k + lane * slots * F, slot, rows, f, F, UP)  # the last R slots are in no S
+            acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
     put(d_k + lane * slots * D, acc_k, slot, slots, d, D)
     put(d_v + lane * slots * DV, acc_v, slot, slots, e, DV)
 
@@ -227,15 +222,15 @@ def backward(
     grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
     mean, factor = (torch.empty_like(log_total) for _ in range(2))
     taps = None if conv is None else log_total.new_zeros(*q.shape[:3], conv.shape[-1])
-    sink_weight, d_sink = (q.new_empty(lanes, group * rows, sinks) for _ in range(2))
+    sink_weights, d_sinks = (q.new_empty(lanes, group * rows, sinks) for _ in range(2))
 
     own = sizes("query_gradients", shape, tokens)
     query_gradients[(lanes * group, rows // own["BM"])](
         q, k, v, phi_q, phi_k, mix, states, tokens.sink_k, tokens.sink_v, log_total, d_out, grads.q, mean, factor,
-        taps, sink_weight, d_sink, shape.scale, shape.start, shape.skip, rows, SINKS=sinks, BK=padded(sinks), **own,
+        taps, sink_weights, d_sinks, shape.scale, shape.start, shape.skip, rows, SINKS=sinks, BK=padded(sinks), **own,
     )  # fmt: skip
-    torch.bmm(sink_weight.mT, d_out.flatten(1, 2).to(q.dtype), out=grads.sink_v)
-    torch.bmm(d_sink.mT, q.flatten(1, 2), out=grads.sink_k)
+    torch.bmm(sink_weights.mT, d_out.flatten(1, 2).to(q.dtype), out=grads.sink_v)
+    torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
     if conv is not None:
         grads.conv.copy_(taps.sum(2))
 

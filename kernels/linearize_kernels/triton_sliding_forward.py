@@ -71,12 +71,25 @@ def scores(a, b, seen, scale):
 
 
 @triton.jit
-def products(a, a_row, a_end, b, b_row, b_end, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr):
-    """`φ_a φ_bᵀ` of rows of `a [., F]` and `b [., F]`, 0 where not seen."""
+def near_scores(q, k, row, slot, skip, scale, R: tl.constexpr, SIZE: tl.constexpr):
+    delay = R + row[:, None] - slot[None, :]
+    return scores(q, k, (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :], scale)
+
+
+@triton.jit
+def sink_scores(q, sink_k, position, sink, scale, SINKS: tl.constexpr):
+    """The position of a sink is its number."""
+    return scores(q, sink_k, (sink < SINKS)[None, :] & (position[:, None] >= sink[None, :]), scale)
+
+
+@triton.jit
+def products(a, a_row, a_end, b, b_row, b_end, some, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr):
+    """`φ_a φ_bᵀ` of rows of `a [., F]` and `b [., F]`, 0 where not seen; unless `some`, none is."""
     out = tl.zeros(seen.shape, tl.float32)
-    for first in range(0, F, BF):
-        f = first + tl.arange(0, BF)
-        out += dot(tile(a, a_row, a_end, f, F, UP), tl.trans(tile(b, b_row, b_end, f, F, UP)))
+    if some:
+        for first in range(0, F, BF):
+            f = first + tl.arange(0, BF)
+            out += dot(tile(a, a_row, a_end, f, F, UP), tl.trans(tile(b, b_row, b_end, f, F, UP)))
     return tl.where(seen, out, 0.0)
 
 
@@ -176,27 +189,25 @@ def attend(
         total *= factor
     if SINKS > 0:
         sink = tl.arange(0, BK)
-        seen = (sink < SINKS)[None, :] & (start + row[:, None] >= sink[None, :])
-        score = scores(own_q, tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP), seen, scale)
-        higher = tl.maximum(ceiling, tl.max(score, 1))
-        weight = tl.exp(score - higher[:, None])
+        sink_keys = tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP)
+        sink_score = sink_scores(own_q, sink_keys, start + row, sink, scale, SINKS)
+        higher = tl.maximum(ceiling, tl.max(sink_score, 1))
+        sink_weight = tl.exp(sink_score - higher[:, None])
         shrink = tl.exp(ceiling - higher)
         ceiling = higher
-        total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None] + dot(weight, tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP))
+        total = total * shrink + tl.sum(sink_weight, 1)
+        acc = acc * shrink[:, None] + dot(sink_weight, tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP))
     for s in range(first_column(first, C, R, SIZE, F), last, BS):
         slot = s + tl.arange(0, BS)
-        delay = R + row[:, None] - slot[None, :]
-        seen = (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :]
-        score = scores(own_q, tile(k, slot, last, d, D, UP), seen, scale)
+        score = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, scale, R, SIZE)
         higher = tl.maximum(ceiling, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
         shrink = tl.exp(ceiling - higher)
         ceiling = higher
         if F > 0:
-            if last - s > SIZE:
-                far = products(phi_q, row, rows, phi_k, slot, last, delay >= SIZE, F, BF, UP)
-                weight += tl.exp(own_mix - ceiling)[:, None] * far
+            is_far = R + row[:, None] - slot[None, :] >= SIZE
+            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
+            weight += tl.exp(own_mix - ceiling)[:, None] * far
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None] + dot(weight, tile(v, slot, last, e, DV, UP))
     total = tl.maximum(total, LEAST)
