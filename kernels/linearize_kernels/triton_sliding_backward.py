@@ -15,13 +15,13 @@ from linearize_kernels.triton_sliding_forward import (
     folded,
     near_scores,
     older,
-    padded,
     products,
     put,
     scores,
     sink_scores,
     sizes,
     tile,
+    vector,
 )
 
 try:  # a loader of remote code demands what is imported outside
@@ -32,14 +32,14 @@ except ImportError:
 
 
 @triton.jit
-def query_gradients(
-    q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, d_q, mean, factor, taps, sink_weights, d_sinks,
+def query_means(
+    q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, mean, factor, taps, sink_weights, d_sinks,
     scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Of BM rows of one query head d_q, and what the other kernels need of them.
+    """What the other kernels need of BM rows of one query head.
 
     `mean` and `factor`, the far part's, are `[N, g, n C]`; `taps [N, g, n C, W]` is `d_out · v` by delay;
     `sink_weights` and `d_sinks`, their scores' gradients, are `[N, g, n C, sinks]`.
@@ -68,34 +68,54 @@ def query_gradients(
     for s in range(first_column(first, C, R, max(SIZE, W), F), last, BS):
         slot = s + tl.arange(0, BS)
         keys = tile(k, slot, last, d, D, UP)
-        weight = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
+        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
         delay = R + row[:, None] - slot[None, :]
         if F > 0:
             far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, delay >= SIZE, F, BF, UP)
-            weight += own_factor[:, None] * far
-        d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
-        average += tl.sum(weight * d_weight, 1)
+            weights += own_factor[:, None] * far
+        d_weights = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
+        average += tl.sum(weights * d_weights, 1)
         if W > 0:
-            own_taps = taps + (head * rows + row)[:, None] * W + delay
-            tl.store(own_taps, d_weight, mask=(delay >= 0) & (delay < W))
-    acc = tl.zeros((BM, BD), tl.float32)
-    if SINKS > 0:
-        sink = tl.arange(0, BK)
-        sink_keys = tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP)
-        sink_weight = tl.exp(sink_scores(own_q, sink_keys, start + row, sink, scale, SINKS) - log[:, None])
-        d_sink = dot(own_d, tl.trans(tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP)))
-        average += tl.sum(sink_weight * d_sink, 1)
-        d_sink = sink_weight * (d_sink - average[:, None]) * scale
-        put(sink_weights + head * rows * SINKS, sink_weight, row, rows, sink, SINKS)
-        put(d_sinks + head * rows * SINKS, d_sink, row, rows, sink, SINKS)
-        acc += dot(d_sink, sink_keys)
+            own_taps = taps + head * rows * W + (row[:, None] * W + delay)
+            tl.store(own_taps, d_weights, mask=(delay >= 0) & (delay < W))
+    sink_weights += head * rows * SINKS + row * SINKS
+    d_sinks += head * rows * SINKS + row * SINKS
+    for sink in range(SINKS):
+        score = sink_scores(own_q, vector(sink_k + (lane * SINKS + sink) * D, d, D), start + row, sink, scale)
+        weight = tl.exp(score - log)
+        d_weight = tl.sum(own_d * vector(sink_v + (lane * SINKS + sink) * DV, e, DV)[None, :], 1)
+        average += weight * d_weight
+        tl.store(sink_weights + sink, weight)
+        tl.store(d_sinks + sink, d_weight)
     tl.store(mean + head * rows + row, average)
+
+
+@triton.jit
+def query_gradients(
+    q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, rows,
+    GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """d_q of BM rows of one query head."""
+    head = tl.program_id(0).to(tl.int64)
+    lane, first = head // GROUP, tl.program_id(1) * BM
+    row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
+    last = first + BM + R
+    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
+    own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+    log = tl.load(log_total + head * rows + row)[:, None]
+    average = tl.load(mean + head * rows + row)[:, None]
+    acc = tl.zeros((BM, BD), tl.float32)
+    for sink in range(SINKS):
+        d_sink = tl.load(d_sinks + (head * rows + row) * SINKS + sink).to(tl.float32)
+        acc += d_sink[:, None] * vector(sink_k + (lane * SINKS + sink) * D, d, D)[None, :]
     for s in range(first_column(first, C, R, SIZE, 0), last, BS):
         slot = s + tl.arange(0, BS)
-        keys = tile(k, slot, last, d, D, UP)
-        weight = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
-        d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
-        acc += dot(weight * (d_weight - average[:, None]) * scale, keys)
+        keys = tile(k + lane * (rows + R) * D, slot, last, d, D, UP)
+        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log)
+        d_weights = dot(own_d, tl.trans(tile(v + lane * (rows + R) * DV, slot, last, e, DV, UP))) - average
+        acc += dot(weights * d_weights * scale, keys)
     put(d_q + head * rows * D, acc, row, rows, d, D)
 
 
@@ -222,15 +242,21 @@ def backward(
     grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
     mean, factor = (torch.empty_like(log_total) for _ in range(2))
     taps = None if conv is None else log_total.new_zeros(*q.shape[:3], conv.shape[-1])
-    sink_weights, d_sinks = (q.new_empty(lanes, group * rows, sinks) for _ in range(2))
+    sink_weights, d_sinks = (mean.new_empty(lanes, group * rows, sinks) for _ in range(2))
 
+    own = sizes("query_means", shape, tokens)
+    query_means[(lanes * group, rows // own["BM"])](
+        q, k, v, phi_q, phi_k, mix, states, tokens.sink_k, tokens.sink_v, log_total, d_out, mean, factor, taps,
+        sink_weights, d_sinks, shape.scale, shape.start, shape.skip, rows, SINKS=sinks, **own,
+    )  # fmt: skip
+    d_sinks = (sink_weights * (d_sinks - mean.view(lanes, -1, 1)) * shape.scale).to(q.dtype)
+    torch.bmm(sink_weights.mT.to(q.dtype), d_out.flatten(1, 2), out=grads.sink_v)
+    torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
     own = sizes("query_gradients", shape, tokens)
     query_gradients[(lanes * group, rows // own["BM"])](
-        q, k, v, phi_q, phi_k, mix, states, tokens.sink_k, tokens.sink_v, log_total, d_out, grads.q, mean, factor,
-        taps, sink_weights, d_sinks, shape.scale, shape.start, shape.skip, rows, SINKS=sinks, BK=padded(sinks), **own,
+        q, k, v, tokens.sink_k, log_total, d_out, mean, d_sinks, grads.q, shape.scale, shape.skip, rows, SINKS=sinks,
+        **own,
     )  # fmt: skip
-    torch.bmm(sink_weights.mT, d_out.flatten(1, 2).to(q.dtype), out=grads.sink_v)
-    torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
     if conv is not None:
         grads.conv.copy_(taps.sum(2))
 

@@ -34,6 +34,7 @@ class Tiles(NamedTuple):
 TILES = {
     "fold": {80: Tiles(0, 0, 64, 4, 2)},
     "attend": {80: Tiles(64, 64, 64, 4, 2)},
+    "query_means": {80: Tiles(64, 64, 64, 4, 2)},
     "query_gradients": {80: Tiles(64, 64, 64, 4, 2)},
     "query_feature_gradients": {80: Tiles(64, 64, 64, 4, 2)},
     "slot_gradients": {80: Tiles(64, 64, 64, 4, 2)},
@@ -77,9 +78,14 @@ def near_scores(q, k, row, slot, skip, scale, R: tl.constexpr, SIZE: tl.constexp
 
 
 @triton.jit
-def sink_scores(q, sink_k, position, sink, scale, SINKS: tl.constexpr):
-    """The position of a sink is its number."""
-    return scores(q, sink_k, (sink < SINKS)[None, :] & (position[:, None] >= sink[None, :]), scale)
+def vector(x, column, WIDTH: tl.constexpr):
+    return tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sink_scores(q, key, position, sink, scale):
+    """Of one sink, whose position is its number: `q [rows, D]`, `key [D]`."""
+    return tl.where(position >= sink, tl.sum(q.to(tl.float32) * key[None, :], 1) * scale, float("-inf"))
 
 
 @triton.jit
@@ -160,7 +166,7 @@ def attend(
     q, k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v, out, log_total, scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Outputs of BM rows of one query head, and the logarithm of their normaliser: `log_total [N, g, n C]`."""
     head = tl.program_id(0).to(tl.int64)
@@ -174,42 +180,40 @@ def attend(
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BV), tl.float32)
     if F > 0:
+        own_mix = tl.load(mix + head * rows + row).to(tl.float32)
+        ceiling = tl.maximum(own_mix, ceiling)
+    for sink in range(SINKS):
+        score = sink_scores(own_q, vector(sink_k + (lane * SINKS + sink) * D, d, D), start + row, sink, scale)
+        higher = tl.maximum(ceiling, score)
+        shrink = tl.exp(ceiling - higher)
+        weight = tl.exp(score - higher)
+        ceiling = higher
+        total = total * shrink + weight
+        value = vector(sink_v + (lane * SINKS + sink) * DV, e, DV)
+        acc = acc * shrink[:, None] + weight[:, None] * value[None, :]
+    if F > 0:
         chunk = lane * (rows // C) + first // C
         phi_q += head * rows * F
         phi_k += lane * (rows + R) * F
-        own_mix = tl.load(mix + head * rows + row).to(tl.float32)
-        ceiling = tl.maximum(own_mix, LOWEST)
+        factor = tl.exp(own_mix - ceiling)[:, None]
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_q, row, rows, f, F, UP)
+            phi = tile(phi_q, row, rows, f, F, UP) * factor
             acc += dot(phi, tile(S + chunk * F * DV, f, F, e, DV, UP))
             total += tl.sum(phi * tl.load(z + chunk * F + f, mask=f < F, other=0.0)[None, :], 1)
-        factor = tl.exp(own_mix - ceiling)
-        acc *= factor[:, None]
-        total *= factor
-    if SINKS > 0:
-        sink = tl.arange(0, BK)
-        sink_keys = tile(sink_k + lane * SINKS * D, sink, SINKS, d, D, UP)
-        sink_score = sink_scores(own_q, sink_keys, start + row, sink, scale, SINKS)
-        higher = tl.maximum(ceiling, tl.max(sink_score, 1))
-        sink_weight = tl.exp(sink_score - higher[:, None])
-        shrink = tl.exp(ceiling - higher)
-        ceiling = higher
-        total = total * shrink + tl.sum(sink_weight, 1)
-        acc = acc * shrink[:, None] + dot(sink_weight, tile(sink_v + lane * SINKS * DV, sink, SINKS, e, DV, UP))
     for s in range(first_column(first, C, R, SIZE, F), last, BS):
         slot = s + tl.arange(0, BS)
-        score = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, scale, R, SIZE)
-        higher = tl.maximum(ceiling, tl.max(score, 1))
-        weight = tl.exp(score - higher[:, None])
+        near = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, scale, R, SIZE)
+        higher = tl.maximum(ceiling, tl.max(near, 1))
         shrink = tl.exp(ceiling - higher)
+        weights = tl.exp(near - higher[:, None])
         ceiling = higher
         if F > 0:
             is_far = R + row[:, None] - slot[None, :] >= SIZE
             far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
-            weight += tl.exp(own_mix - ceiling)[:, None] * far
-        total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None] + dot(weight, tile(v, slot, last, e, DV, UP))
+            weights += tl.exp(own_mix - ceiling)[:, None] * far
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + dot(weights, tile(v, slot, last, e, DV, UP))
     total = tl.maximum(total, LEAST)
     acc /= total[:, None]
     if W > 0:
@@ -307,7 +311,7 @@ def older(shape: Shape, tokens: Tokens) -> tuple[Tensor | None, Tensor | None, T
 
 def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `sliding.sliding` returns, and the logarithms of the normalisers, `[N, g, n C]`."""
-    q, sinks = tokens.q, tokens.sink_k.shape[1]
+    q = tokens.q
     lanes, group, rows = q.shape[:3]
     states, masses, S, z = older(shape, tokens)
     out = q.new_empty(lanes, group, rows, tokens.v.shape[-1])
@@ -316,6 +320,6 @@ def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tenso
     attend[(lanes * group, rows // own["BM"])](
         q, tokens.k, tokens.v, tokens.phi_q, tokens.phi_k, tokens.mix, tokens.conv, states, masses,
         tokens.sink_k, tokens.sink_v, out, log_total, shape.scale, shape.start, shape.skip, rows,
-        SINKS=sinks, BK=padded(sinks), **own,
+        SINKS=tokens.sink_k.shape[1], **own,
     )  # fmt: skip
     return out, S, z, log_total
