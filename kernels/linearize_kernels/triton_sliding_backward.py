@@ -140,12 +140,17 @@ def query_feature_gradients(
     for first_f in range(0, F, BF):
         f = first_f + tl.arange(0, BF)
         masses = tl.load(z + chunk * F + f, mask=f < F, other=0.0)
-        acc = dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP))) - average[:, None] * masses[None, :]
+        acc = (
+            dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
+            - average[:, None] * masses[None, :]
+        )
         for s in range(first // C * C, last, BS):
             slot = s + tl.arange(0, BS)
             seen = R + row[:, None] - slot[None, :] >= SIZE
             d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP))) - average[:, None]
-            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP))
+            acc += dot(
+                tl.where(seen, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
+            )
         acc *= own_factor[:, None]
         total += tl.sum(acc * tile(phi_q + head * rows * F, row, rows, f, F, UP), 1)
         put(d_phi + head * rows * F, acc, row, rows, f, F)

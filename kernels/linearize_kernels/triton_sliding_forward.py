@@ -31,14 +31,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-TILES = {
-    "fold": {80: Tiles(0, 0, 64, 4, 2)},
-    "attend": {80: Tiles(64, 64, 64, 4, 2)},
-    "query_means": {80: Tiles(64, 64, 64, 4, 2)},
-    "query_gradients": {80: Tiles(64, 64, 64, 4, 2)},
-    "query_feature_gradients": {80: Tiles(64, 64, 64, 4, 2)},
-    "slot_gradients": {80: Tiles(64, 64, 64, 4, 2)},
-    "slot_feature_gradients": {80: Tiles(64, 64, 64, 4, 2)},
+USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
+WIDE = Tiles(rows=32, slots=32, features=64, warps=8, stages=2)  # for heads of over 128 dimensions
+SPECIAL = {  # by kernel and compute capability's major number: what compiles without spills
+    ("query_means", 8): USUAL._replace(slots=32),
+    ("query_gradients", 10): USUAL._replace(warps=4),
+    ("slot_gradients", 8): USUAL._replace(slots=32),
+    ("slot_gradients", 9): USUAL._replace(rows=32),
+    ("slot_gradients", 10): USUAL._replace(rows=32),
 }
 SEGMENT = 8  # chunks that a program of `fold` goes through
 
@@ -89,7 +89,9 @@ def sink_scores(q, key, position, sink, scale):
 
 
 @triton.jit
-def products(a, a_row, a_end, b, b_row, b_end, some, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr):
+def products(
+    a, a_row, a_end, b, b_row, b_end, some, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr
+):
     """`φ_a φ_bᵀ` of rows of `a [., F]` and `b [., F]`, 0 where not seen; unless `some`, none is."""
     out = tl.zeros(seen.shape, tl.float32)
     if some:
@@ -228,13 +230,15 @@ def attend(
 INTERPRETED = not isinstance(attend, triton.JITFunction)
 
 
-def tiles(kernel: str, device: torch.device) -> Tiles:
-    chip = 80
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        chip = major * 10 + minor
-    by_chip = TILES[kernel]
-    return by_chip.get(chip, by_chip[80])
+def capability(device: torch.device) -> int:
+    """The major number of a chip's family: 12 has the instructions and the memory of 8."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return major if major in (9, 10) else 8
+
+
+def tiles(kernel: str, width: int, device: torch.device) -> Tiles:
+    """width: of the widest head."""
+    return WIDE if width > 128 else SPECIAL.get((kernel, capability(device)), USUAL)
 
 
 def padded(width: int) -> int:
@@ -244,7 +248,7 @@ def padded(width: int) -> int:
 
 def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
     """The keyword arguments of a kernel that works on rows and slots."""
-    own = tiles(kernel, tokens.q.device)
+    own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q.device)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
     return dict(
         GROUP=tokens.q.shape[1],
@@ -277,7 +281,7 @@ def folded(
         S, z: before the first chunk.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
-    own = tiles("fold", a.device)
+    own = tiles("fold", width, a.device)
     segments = triton.cdiv(chunks, SEGMENT)
     BF, BV = (min(own.features, padded(x)) for x in (features, width))
     grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
@@ -288,9 +292,7 @@ def folded(
     sums = S.new_empty(lanes, segments, features, width, dtype=torch.float32)
     masses = sums.new_empty(lanes, segments, features)
     fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, **common)
-    sums, masses = (
-        torch.cat([x[:, None].float(), own], 1).cumsum(1) for x, own in ((S, sums), (z, masses))
-    )
+    sums, masses = (torch.cat([x[:, None].float(), own], 1).cumsum(1) for x, own in ((S, sums), (z, masses)))
     before = [x[:, :-1].contiguous() for x in (sums, masses)]
     # fp16 would overflow: sums grow with the text
     states = S.new_empty(
