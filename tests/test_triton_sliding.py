@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton_case
-from triton_case import CASES, inputs
-
 from linearize_kernels.sliding import Tokens
 from linearize_kernels.triton_sliding import sliding, why_not
+from triton_case import CASES, inputs
 
 pytest.importorskip("triton")
 

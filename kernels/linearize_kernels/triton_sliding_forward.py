@@ -32,8 +32,7 @@ class Tiles(NamedTuple):
 
 
 USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
-WIDE = Tiles(rows=32, slots=32, features=64, warps=8, stages=2)  # for heads of over 128 dimensions
-SPECIAL = {  # by kernel and compute capability's major number: what compiles without spills
+SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
     ("query_means", 8): USUAL._replace(slots=32),
     ("query_gradients", 10): USUAL._replace(warps=4),
     ("slot_gradients", 8): USUAL._replace(slots=32),
@@ -236,9 +235,12 @@ def capability(device: torch.device) -> int:
     return major if major in (9, 10) else 8
 
 
-def tiles(kernel: str, width: int, device: torch.device) -> Tiles:
-    """width: of the widest head."""
-    return WIDE if width > 128 else SPECIAL.get((kernel, capability(device)), USUAL)
+def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
+    """For heads as wide as `width`: fewer of them the more bytes they have, for shared memory."""
+    times = padded(width) * like.element_size() // 256
+    if times > 1:
+        return USUAL._replace(rows=64 // times, slots=64 // times)
+    return SPECIAL.get((kernel, capability(like.device)), USUAL)
 
 
 def padded(width: int) -> int:
@@ -248,7 +250,7 @@ def padded(width: int) -> int:
 
 def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
     """The keyword arguments of a kernel that works on rows and slots."""
-    own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q.device)
+    own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
     return dict(
         GROUP=tokens.q.shape[1],
@@ -281,7 +283,7 @@ def folded(
         S, z: before the first chunk.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
-    own = tiles("fold", width, a.device)
+    own = tiles("fold", width, a)
     segments = triton.cdiv(chunks, SEGMENT)
     BF, BV = (min(own.features, padded(x)) for x in (features, width))
     grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
