@@ -31,7 +31,7 @@ except ImportError:
     raise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("start", "skip"))
 def query_means(
     q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, mean, factor, taps, sink_weights, d_sinks,
     scale, start, skip, rows,
@@ -90,7 +90,7 @@ def query_means(
     tl.store(mean + head * rows + row, average)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("skip",))
 def query_gradients(
     q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -157,7 +157,7 @@ def query_feature_gradients(
     tl.store(d_mix + head * rows + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("skip",))
 def slot_gradients(
     q, k, v, phi_q, phi_k, conv, d_S, log_total, d_out, mean, factor, d_k, d_v, scale, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -246,7 +246,7 @@ def backward(
     states, masses, _, _ = older(shape, tokens)
     grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
     mean, factor = (torch.empty_like(log_total) for _ in range(2))
-    taps = None if conv is None else log_total.new_zeros(*q.shape[:3], conv.shape[-1])
+    taps = None if conv is None else log_total.new_empty(*q.shape[:3], conv.shape[-1])
     sink_weights, d_sinks = (mean.new_empty(lanes, group * rows, sinks) for _ in range(2))
 
     own = sizes("query_means", shape, tokens)

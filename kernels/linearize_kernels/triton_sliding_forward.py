@@ -162,7 +162,7 @@ def fold(
             tl.store(z + f, mass, mask=f < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("start", "skip"))
 def attend(
     q, k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v, out, log_total, scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
