@@ -49,7 +49,9 @@ def launches(chip, monkeypatch, **case):
     recorders = {name: Recorder(getattr(module, name)) for name, module in KERNELS.items()}
     for name, module in KERNELS.items():
         monkeypatch.setattr(module, name, recorders[name])
-    monkeypatch.setattr(forward, "capability", lambda device: 8 if chip < 90 else chip // 10)
+    monkeypatch.setattr(
+        "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
+    )
     out, S, z, log_total = forward.forward(shape, tokens)
     backward.backward(shape, tokens, log_total, out, S, z)
     return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]

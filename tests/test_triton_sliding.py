@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import triton_case
+from linearize_kernels import sliding as sliding_module
 from linearize_kernels.sliding import Tokens
 from linearize_kernels.triton_sliding import sliding, why_not
+from transformers.dynamic_module_utils import get_imports
 from triton_case import CASES, inputs
 
 pytest.importorskip("triton")
@@ -72,3 +74,9 @@ def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "linearize_kernels.triton_sliding_forward", raising=False)
     assert why_not(*inputs()) == "triton is not installed"
+
+
+def test_a_loader_of_artifacts_does_not_demand_triton():
+    paths = list(Path(sliding_module.__file__).parent.glob("triton_*.py"))
+    assert len(paths) >= 3
+    assert all("triton" not in get_imports(path) for path in paths)

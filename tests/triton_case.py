@@ -83,12 +83,12 @@ def results(function, shape, tokens, dtype=None):
 
 
 def errors(case):
-    from linearize_kernels import sliding, triton_sliding, triton_sliding_forward
+    from linearize_kernels import sliding, triton_sliding, triton_sliding_forward, triton_tiles
 
     sizes = case.get("tiles")
     usual = triton_sliding_forward.tiles
     if sizes is not None:
-        triton_sliding_forward.tiles = lambda *_: triton_sliding_forward.Tiles(*sizes, warps=4, stages=1)
+        triton_sliding_forward.tiles = lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
     shape, tokens = inputs(**{name: value for name, value in case.items() if name != "tiles"})
     expected = results(sliding.sliding, shape, tokens, torch.float64)
     found = results(triton_sliding.sliding, shape, tokens)

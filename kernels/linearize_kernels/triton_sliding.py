@@ -22,6 +22,8 @@ def why_not(shape: Shape, tokens: Tokens) -> str | None:
         return "triton is not installed"
     if not (tokens.q.is_cuda or INTERPRETED):
         return f"Triton needs a CUDA device, and the tensors are on {tokens.q.device}"
+    if tokens.q.is_cuda and torch.cuda.get_device_capability(tokens.q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
     dtype, chunk = tokens.q.dtype, shape.chunk
     if dtype not in DTYPES:
         return f"Triton's kernels take float32, bfloat16 and float16, not {dtype}"

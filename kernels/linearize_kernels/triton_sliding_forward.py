@@ -4,13 +4,12 @@ Positions are of the timeline: row t's own token is in slot R + t, so slot s is 
 chunk's columns it is near below `size` behind and far from there on.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from linearize_kernels.combine import TINY
 from linearize_kernels.sliding import LOW, Shape, Tokens
+from linearize_kernels.triton_tiles import padded, tiles
 
 try:  # a loader of remote code demands what is imported outside
     import triton
@@ -19,26 +18,6 @@ except ImportError:
     raise
 
 LOWEST, LEAST = tl.constexpr(LOW), tl.constexpr(TINY)
-
-
-class Tiles(NamedTuple):
-    """How much a program works on: query rows, slots and features at a time."""
-
-    rows: int
-    slots: int
-    features: int
-    warps: int
-    stages: int
-
-
-USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
-SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
-    ("query_means", 8): USUAL._replace(slots=32),
-    ("query_gradients", 10): USUAL._replace(warps=4),
-    ("slot_gradients", 8): USUAL._replace(slots=32),
-    ("slot_gradients", 9): USUAL._replace(rows=32),
-    ("slot_gradients", 10): USUAL._replace(rows=32),
-}
 SEGMENT = 8  # chunks that a program of `fold` goes through
 
 
@@ -152,6 +131,8 @@ def fold(
             if factor is not None:
                 scaled = own * tl.load(factor + head * length + row)[:, None]
                 mass -= tl.sum(scaled * tl.load(mean + head * length + row)[:, None], 0)
+                if right.dtype == tl.float16:
+                    right = right.to(tl.bfloat16)  # factors are often below fp16's least
                 total += dot(tl.trans(scaled), right)
             else:
                 mass += tl.sum(own.to(tl.float32), 0)
@@ -227,25 +208,6 @@ def attend(
 
 
 INTERPRETED = not isinstance(attend, triton.JITFunction)
-
-
-def capability(device: torch.device) -> int:
-    """The major number of a chip's family: 12 has the instructions and the memory of 8."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return major if major in (9, 10) else 8
-
-
-def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
-    """For heads as wide as `width`: fewer of them the more bytes they have, for shared memory."""
-    times = padded(width) * like.element_size() // 256
-    if times > 1:
-        return USUAL._replace(rows=64 // times, slots=64 // times)
-    return SPECIAL.get((kernel, capability(like.device)), USUAL)
-
-
-def padded(width: int) -> int:
-    """The side of a tile that holds `width`: a power of two, as products in Triton want it."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
