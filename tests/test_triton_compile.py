@@ -92,9 +92,9 @@ def sized(width, features, chips, marks=()):
 @pytest.mark.parametrize(
     "chip, width, features",
     [
-        *sized(64, 128, (80, 90)),
+        *sized(64, 128, (90,)),
         *sized(128, 256, SHARED),
-        *sized(64, 128, (89, 100), pytest.mark.slow),
+        *sized(64, 128, (80, 89, 100), pytest.mark.slow),
         *sized(256, 256, SHARED, pytest.mark.slow),
     ],
 )

@@ -102,18 +102,22 @@ def fold(
 ):  # fmt: skip
     """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, length, Dv]`.
 
-    Without `states`, writes every segment's sums to `S [N, segments, F, Dv]` and `z [N, segments, F]`. With them,
-    reads there what comes before each segment and writes what comes before each chunk, `[N, chunks, F, Dv]` and
-    `[N, chunks, F]`. REVERSE: before means after. `factor [N, g, length]` scales a; z sums a, or `-mean` times it.
+    Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
+    `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
+    each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`. REVERSE: before means after. `factor [N, g, length]`
+    scales a; z sums a, or `-mean` times it.
     """
     lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
     first_e = tl.program_id(2) % tl.cdiv(DV, BV) * BV
     e = first_e + tl.arange(0, BV)
-    S += (lane * tl.num_programs(1) + segment) * F * DV
-    z += (lane * tl.num_programs(1) + segment) * F
+    place = lane * (tl.num_programs(1) + 1) + segment
     total = tl.zeros((BF, BV), tl.float32)
     mass = tl.zeros((BF,), tl.float32)
+    if states is None:
+        place += 1
+    S += place * F * DV
+    z += place * F
     if states is not None:
         total += tile(S, f, F, e, DV, UP)
         mass += tl.load(z + f, mask=f < F, other=0.0)
@@ -253,17 +257,18 @@ def folded(
         GROUP=group, C=chunk, F=features, DV=width, SEGMENT=SEGMENT, REVERSE=reverse, BF=BF, BV=BV,
         UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
-    sums = S.new_empty(lanes, segments, features, width, dtype=torch.float32)
-    masses = sums.new_empty(lanes, segments, features)
+    sums = S.new_empty(lanes, segments + 1, features, width, dtype=torch.float32)
+    masses = sums.new_empty(lanes, segments + 1, features)
+    sums[:, 0], masses[:, 0] = S, z
     fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, **common)
-    sums, masses = (torch.cat([x[:, None].float(), own], 1).cumsum(1) for x, own in ((S, sums), (z, masses)))
-    before = [x[:, :-1].contiguous() for x in (sums, masses)]
+    sums.cumsum_(1)
+    masses.cumsum_(1)
     # fp16 would overflow: sums grow with the text
     states = S.new_empty(
         lanes, chunks, features, width, dtype=torch.float32 if a.dtype == torch.float32 else torch.bfloat16
     )
     starts = masses.new_empty(lanes, chunks, features)
-    fold[grid](a, b, factor, mean, *before, states, starts, length, chunks, **common)
+    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, **common)
     return states, starts, sums[:, -1].to(S.dtype), masses[:, -1].to(z.dtype)
 
 
