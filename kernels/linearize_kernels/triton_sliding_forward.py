@@ -1,0 +1,296 @@
+"""The forward kernels of `triton_sliding`, and what its backward shares with them.
+
+Positions are of the timeline: row t's own token is in slot R + t, so slot s is `R + t - s` behind it; within its
+chunk's columns it is near below `size` behind and far from there on.
+"""
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.combine import TINY
+from linearize_kernels.sliding import LOW, Shape, Tokens
+from linearize_kernels.triton_tiles import padded, tiles
+
+try:  # a loader of remote code demands what is imported outside
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+LOWEST, LEAST = tl.constexpr(LOW), tl.constexpr(TINY)
+SEGMENT = 8  # chunks that a program of `fold` goes through
+
+
+@triton.jit
+def tile(x, row, end, column, WIDTH: tl.constexpr, UP: tl.constexpr):
+    """Rows and columns of a matrix `[end, WIDTH]`, zero outside. UP: in fp32, for the interpreter."""
+    there = (row < end)[:, None] & (column < WIDTH)[None, :]
+    out = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there, other=0.0)
+    if UP:
+        out = out.to(tl.float32)
+    return out
+
+
+@triton.jit
+def put(x, value, row, end, column, WIDTH: tl.constexpr):
+    """The reverse of `tile`."""
+    there = (row < end)[:, None] & (column < WIDTH)[None, :]
+    tl.store(x + row[:, None] * WIDTH + column[None, :], value.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def dot(a, b):
+    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
+
+
+@triton.jit
+def scores(a, b, seen, scale):
+    """`a bᵀ` scaled, -inf where not seen."""
+    return tl.where(seen, dot(a, tl.trans(b)) * scale, float("-inf"))
+
+
+@triton.jit
+def near_scores(q, k, row, slot, skip, scale, R: tl.constexpr, SIZE: tl.constexpr):
+    delay = R + row[:, None] - slot[None, :]
+    return scores(q, k, (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :], scale)
+
+
+@triton.jit
+def vector(x, column, WIDTH: tl.constexpr):
+    return tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sink_scores(q, key, position, sink, scale):
+    """Of one sink, whose position is its number: `q [rows, D]`, `key [D]`."""
+    return tl.where(position >= sink, tl.sum(q.to(tl.float32) * key[None, :], 1) * scale, float("-inf"))
+
+
+@triton.jit
+def products(
+    a, a_row, a_end, b, b_row, b_end, some, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr
+):
+    """`φ_a φ_bᵀ` of rows of `a [., F]` and `b [., F]`, 0 where not seen; unless `some`, none is."""
+    out = tl.zeros(seen.shape, tl.float32)
+    if some:
+        for first in range(0, F, BF):
+            f = first + tl.arange(0, BF)
+            out += dot(tile(a, a_row, a_end, f, F, UP), tl.trans(tile(b, b_row, b_end, f, F, UP)))
+    return tl.where(seen, out, 0.0)
+
+
+@triton.jit
+def band(conv, delay, W: tl.constexpr):
+    """The conv's weights by delay."""
+    return tl.load(conv + delay, mask=(delay >= 0) & (delay < W), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def first_column(row, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr):
+    """The first slot that rows from `row` on read: their chunk's first column, or without far ones REACH back."""
+    first = row // C * C
+    if F == 0:
+        first = tl.maximum(first, row + R - REACH + 1)
+    return first
+
+
+@triton.jit
+def fold(
+    a, b, factor, mean, S, z, states, masses, length, chunks,
+    GROUP: tl.constexpr, C: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, SEGMENT: tl.constexpr,
+    REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, length, Dv]`.
+
+    Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
+    `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
+    each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`. REVERSE: before means after. `factor [N, g, length]`
+    scales a; z sums a, or `-mean` times it.
+    """
+    lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
+    first_e = tl.program_id(2) % tl.cdiv(DV, BV) * BV
+    e = first_e + tl.arange(0, BV)
+    place = lane * (tl.num_programs(1) + 1) + segment
+    total = tl.zeros((BF, BV), tl.float32)
+    mass = tl.zeros((BF,), tl.float32)
+    if states is None:
+        place += 1
+    S += place * F * DV
+    z += place * F
+    if states is not None:
+        total += tile(S, f, F, e, DV, UP)
+        mass += tl.load(z + f, mask=f < F, other=0.0)
+    for order in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, chunks)):
+        chunk = chunks - 1 - order if REVERSE else order
+        if states is not None:
+            put(states + (lane * chunks + chunk) * F * DV, total, f, F, e, DV)
+            if first_e == 0:
+                tl.store(masses + (lane * chunks + chunk) * F + f, mass, mask=f < F)
+        row = chunk * C + tl.arange(0, C)
+        for member in range(GROUP):
+            head = lane * GROUP + member
+            own = tile(a + head * length * F, row, length, f, F, UP)
+            right = tile(b + head * length * DV, row, length, e, DV, UP)
+            if factor is not None:
+                scaled = own * tl.load(factor + head * length + row)[:, None]
+                mass -= tl.sum(scaled * tl.load(mean + head * length + row)[:, None], 0)
+                if right.dtype == tl.float16:
+                    right = right.to(tl.bfloat16)  # factors are often below fp16's least
+                total += dot(tl.trans(scaled), right)
+            else:
+                mass += tl.sum(own.to(tl.float32), 0)
+                total += dot(tl.trans(own), right)
+    if states is None:
+        put(S, total, f, F, e, DV)
+        if first_e == 0:
+            tl.store(z + f, mass, mask=f < F)
+
+
+@triton.jit(do_not_specialize=("start", "skip"))
+def attend(
+    q, k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v, out, log_total, scale, start, skip, rows,
+    GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Outputs of BM rows of one query head, and the logarithm of their normaliser: `log_total [N, g, n C]`."""
+    head = tl.program_id(0).to(tl.int64)
+    lane, first = head // GROUP, tl.program_id(1) * BM
+    row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
+    last = first + BM + R
+    k += lane * (rows + R) * D
+    v += lane * (rows + R) * DV
+    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
+    ceiling = tl.full((BM,), LOWEST, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BV), tl.float32)
+    if F > 0:
+        own_mix = tl.load(mix + head * rows + row).to(tl.float32)
+        ceiling = tl.maximum(own_mix, ceiling)
+    for sink in range(SINKS):
+        score = sink_scores(own_q, vector(sink_k + (lane * SINKS + sink) * D, d, D), start + row, sink, scale)
+        higher = tl.maximum(ceiling, score)
+        shrink = tl.exp(ceiling - higher)
+        weight = tl.exp(score - higher)
+        ceiling = higher
+        total = total * shrink + weight
+        value = vector(sink_v + (lane * SINKS + sink) * DV, e, DV)
+        acc = acc * shrink[:, None] + weight[:, None] * value[None, :]
+    if F > 0:
+        chunk = lane * (rows // C) + first // C
+        phi_q += head * rows * F
+        phi_k += lane * (rows + R) * F
+        factor = tl.exp(own_mix - ceiling)[:, None]
+        for first_f in range(0, F, BF):
+            f = first_f + tl.arange(0, BF)
+            phi = tile(phi_q, row, rows, f, F, UP) * factor
+            acc += dot(phi, tile(S + chunk * F * DV, f, F, e, DV, UP))
+            total += tl.sum(phi * tl.load(z + chunk * F + f, mask=f < F, other=0.0)[None, :], 1)
+    for s in range(first_column(first, C, R, SIZE, F), last, BS):
+        slot = s + tl.arange(0, BS)
+        near = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, scale, R, SIZE)
+        higher = tl.maximum(ceiling, tl.max(near, 1))
+        shrink = tl.exp(ceiling - higher)
+        weights = tl.exp(near - higher[:, None])
+        ceiling = higher
+        if F > 0:
+            is_far = R + row[:, None] - slot[None, :] >= SIZE
+            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
+            weights += tl.exp(own_mix - ceiling)[:, None] * far
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + dot(weights, tile(v, slot, last, e, DV, UP))
+    total = tl.maximum(total, LEAST)
+    acc /= total[:, None]
+    if W > 0:
+        for s in range(first_column(first, C, R, W, 0), last, BS):
+            slot = s + tl.arange(0, BS)
+            taps = band(conv + head * W, R + row[:, None] - slot[None, :], W)
+            acc += dot(taps, tile(v, slot, last, e, DV, UP))
+    put(out + head * rows * DV, acc, row, rows, e, DV)
+    tl.store(log_total + head * rows + row, ceiling + tl.log(total))
+
+
+INTERPRETED = not isinstance(attend, triton.JITFunction)
+
+
+def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
+    """The keyword arguments of a kernel that works on rows and slots."""
+    own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
+    features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
+    return dict(
+        GROUP=tokens.q.shape[1],
+        C=shape.chunk,
+        R=shape.recent,
+        SIZE=shape.size,
+        D=tokens.q.shape[-1],
+        DV=tokens.v.shape[-1],
+        F=features,
+        W=0 if tokens.conv is None else tokens.conv.shape[-1],
+        BD=padded(tokens.q.shape[-1]),
+        BV=padded(tokens.v.shape[-1]),
+        BF=min(own.features, padded(features)),
+        BM=min(own.rows, shape.chunk),
+        BS=min(own.slots, shape.chunk),
+        UP=INTERPRETED,
+        num_warps=own.warps,
+        num_stages=own.stages,
+    )
+
+
+def folded(
+    a: Tensor, b: Tensor, S: Tensor, z: Tensor, chunks: int, chunk: int, factor: Tensor | None = None,
+    mean: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after the last, as `fold` says.
+
+    Args:
+        a: `[N, g, length, F]`; b: `[N, g, length, Dv]`.
+        S, z: before the first chunk.
+    """
+    (lanes, group, length, features), width = a.shape, b.shape[-1]
+    own = tiles("fold", width, a)
+    segments = triton.cdiv(chunks, SEGMENT)
+    BF, BV = (min(own.features, padded(x)) for x in (features, width))
+    grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
+    common = dict(
+        GROUP=group, C=chunk, F=features, DV=width, SEGMENT=SEGMENT, REVERSE=reverse, BF=BF, BV=BV,
+        UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
+    )  # fmt: skip
+    sums = S.new_empty(lanes, segments + 1, features, width, dtype=torch.float32)
+    masses = sums.new_empty(lanes, segments + 1, features)
+    sums[:, 0], masses[:, 0] = S, z
+    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, **common)
+    sums.cumsum_(1)
+    masses.cumsum_(1)
+    # fp16 would overflow: sums grow with the text
+    states = S.new_empty(
+        lanes, chunks, features, width, dtype=torch.float32 if a.dtype == torch.float32 else torch.bfloat16
+    )
+    starts = masses.new_empty(lanes, chunks, features)
+    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, **common)
+    return states, starts, sums[:, -1].to(S.dtype), masses[:, -1].to(z.dtype)
+
+
+def older(shape: Shape, tokens: Tokens) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """S and z before each chunk and after the last; without a far part nothing is added to them."""
+    if tokens.phi_k is None:
+        return None, None, tokens.S.clone(), tokens.z.clone()
+    chunks = tokens.q.shape[2] // shape.chunk
+    return folded(tokens.phi_k[:, None], tokens.v[:, None], tokens.S, tokens.z, chunks, shape.chunk)
+
+
+def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `sliding.sliding` returns, and the logarithms of the normalisers, `[N, g, n C]`."""
+    q = tokens.q
+    lanes, group, rows = q.shape[:3]
+    states, masses, S, z = older(shape, tokens)
+    out = q.new_empty(lanes, group, rows, tokens.v.shape[-1])
+    log_total = q.new_empty(lanes, group, rows, dtype=torch.float32)
+    own = sizes("attend", shape, tokens)
+    attend[(lanes * group, rows // own["BM"])](
+        q, tokens.k, tokens.v, tokens.phi_q, tokens.phi_k, tokens.mix, tokens.conv, states, masses,
+        tokens.sink_k, tokens.sink_v, out, log_total, shape.scale, shape.start, shape.skip, rows,
+        SINKS=tokens.sink_k.shape[1], **own,
+    )  # fmt: skip
+    return out, S, z, log_total

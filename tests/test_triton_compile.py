@@ -1,0 +1,132 @@
+"""Every Triton kernel, as it is launched, compiles for GPUs that are not here, within their memory and registers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from triton_case import inputs
+
+triton = pytest.importorskip("triton")
+
+from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
+from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
+
+KERNELS = {
+    "fold": forward,
+    "attend": forward,
+    "query_means": backward,
+    "query_gradients": backward,
+    "query_feature_gradients": backward,
+    "slot_gradients": backward,
+    "slot_feature_gradients": backward,
+}
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
+SPILLED = 0  # bytes of stack that a thread may spill to
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+class Recorder:
+    """In a kernel's place, keeps what it is launched with, once for every set of types."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, {}
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **options):
+        values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
+        kinds = tuple(type(x) if x is None or isinstance(x, torch.Tensor) else x for x in values.values())
+        self.launches[kinds] = values
+
+
+def launches(chip, monkeypatch, **case):
+    """Every kernel's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+    usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, recent=64, size=64, width=32, sinks=4)
+    shape, tokens = inputs(**usual | case)
+    recorders = {name: Recorder(getattr(module, name)) for name, module in KERNELS.items()}
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, recorders[name])
+    monkeypatch.setattr(
+        "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
+    )
+    out, S, z, log_total = forward.forward(shape, tokens)
+    backward.backward(shape, tokens, log_total, out, S, z)
+    return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
+
+
+def compiled(kernel, values, chip):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: values[name] for name in ("num_warps", "num_stages")}
+    signature, constants, divisible = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or parameter.name == "rows":
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+
+
+def resources(binary, path):
+    """Registers and bytes of stack of a thread."""
+    path.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()))
+
+
+def sized(width, features, chips, marks=()):
+    return [pytest.param(chip, width, features, marks=marks) for chip in chips]
+
+
+@pytest.mark.parametrize(
+    "chip, width, features",
+    [
+        *sized(64, 128, (90,)),
+        *sized(128, 256, SHARED),
+        *sized(64, 128, (80, 89, 100), pytest.mark.slow),
+        *sized(256, 256, SHARED, pytest.mark.slow),
+    ],
+)
+def test_kernels_fit(chip, width, features, monkeypatch, tmp_path):
+    some = launches(chip, monkeypatch, keys=width, values=width, features=features)
+    assert {kernel.__name__ for kernel, _ in some} == KERNELS.keys()
+    for kernel, values in some:
+        binary = compiled(kernel, values, chip)
+        registers, stack = resources(binary, tmp_path / "kernel.cubin")
+        print(f"{kernel.__name__} sm_{chip} D {width}: {registers} {stack} {binary.metadata.shared}")
+        assert binary.metadata.shared <= SHARED[chip], kernel.__name__
+        assert stack <= SPILLED, kernel.__name__
+
+
+@pytest.mark.parametrize(
+    "chip, case",
+    [
+        (90, dict(far=False, width=0, sinks=0, keys=64, values=64)),
+        pytest.param(
+            80,
+            dict(dtype=torch.float16, group=2, size=50, keys=24, values=40, features=48),
+            marks=pytest.mark.slow,
+        ),
+        *(
+            pytest.param(
+                89, dict(dtype=torch.float32, keys=x, values=x, features=128), marks=pytest.mark.slow
+            )
+            for x in (64, 128, 256)
+        ),
+    ],
+)
+def test_other_launches_compile(chip, case, monkeypatch):
+    """A window alone; odd sizes; fp32, which may spill."""
+    for kernel, values in launches(chip, monkeypatch, **case):
+        assert compiled(kernel, values, chip).metadata.shared <= SHARED[chip], kernel.__name__

@@ -1,0 +1,105 @@
+"""The sliding form by Triton's kernels in the interpreter, against `sliding.sliding` in fp64.
+
+Run as a script, it prints the relative error of every output and gradient of every case as JSON.
+"""
+
+import json
+import os
+
+import torch
+
+CASES = {
+    "plain": dict(),
+    "window below recent, group of two": dict(
+        group=2, recent=20, size=13, skip=3, start=7, width=8, values=32
+    ),
+    "start of a text": dict(start=-2, skip=19, chunks=2, sinks=3, keys=24, features=24),
+    "no far part": dict(far=False, size=9, start=30),
+    "no far part, conv beyond the window": dict(far=False, recent=12, size=5, width=12, sinks=0),
+    "no conv, no sinks": dict(width=0, sinks=0, start=40, skip=0),
+    "window shorter than chunks": dict(chunk=32, chunks=2, recent=5, size=5, width=3, group=3, lanes=1),
+    "tiles smaller than chunks": dict(
+        chunk=64, chunks=2, recent=24, size=20, skip=4, lanes=1, tiles=(16, 32, 16)
+    ),
+    "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
+    "bfloat16": dict(dtype=torch.bfloat16, group=2),
+    "float16": dict(dtype=torch.float16, recent=24, size=20),
+}
+
+
+def inputs(
+    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
+    values=16, features=32, width=4, sinks=2, far=True,
+):  # fmt: skip
+    """Keys and values have a common mean: sums of random signs would hide errors that add up."""
+    from linearize_kernels.sliding import Shape, Tokens
+
+    torch.manual_seed(0)
+    rows, slots = chunks * chunk, recent + chunks * chunk
+
+    def draw(*shape):
+        return torch.randn(shape)
+
+    k, v = draw(lanes, slots, keys) + 1, draw(lanes, slots, values) + 1
+    v[:, : max(0, skip - sinks)] = 0
+    phi_q = phi_k = mix = None
+    if far:
+        phi_q, phi_k = draw(lanes, group, rows, features).softmax(-1), draw(lanes, slots, features).exp()
+        phi_k[:, :skip] = 0
+        mix = draw(lanes, group, rows)
+        mix[:, :, :5] = float("-inf")
+    tokens = Tokens(
+        q=draw(lanes, group, rows, keys),
+        k=k,
+        v=v,
+        phi_q=phi_q,
+        phi_k=phi_k,
+        mix=mix,
+        conv=draw(lanes, group, width) / 2 if width else None,
+        S=draw(lanes, features, values) + 5,
+        z=draw(lanes, features).exp() * 5,
+        sink_k=draw(lanes, sinks, keys),
+        sink_v=draw(lanes, sinks, values),
+    )
+    wide = ("mix", "conv", "S", "z")
+    tokens = Tokens(
+        *(
+            x if x is None or name in wide else x.to(dtype)
+            for name, x in zip(Tokens._fields, tokens, strict=True)
+        )
+    )
+    return Shape(chunk, recent, size, keys**-0.5, start, skip), tokens
+
+
+def results(function, shape, tokens, dtype=None):
+    """Outputs, and gradients of a draw from them, by name."""
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tokens]
+    out = dict(zip(("out", "S after", "z after"), function(shape, type(tokens)(*leaves)), strict=True))
+    generator = torch.Generator().manual_seed(1)
+    d_out = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in out.values()]
+    names = [name for name, x in zip(tokens._fields, leaves, strict=True) if x is not None]
+    wanted = [x for x in leaves if x is not None]
+    return out | dict(zip(names, torch.autograd.grad(list(out.values()), wanted, d_out), strict=True))
+
+
+def errors(case):
+    from linearize_kernels import sliding, triton_sliding, triton_sliding_forward, triton_tiles
+
+    sizes = case.get("tiles")
+    usual = triton_sliding_forward.tiles
+    if sizes is not None:
+        triton_sliding_forward.tiles = lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
+    shape, tokens = inputs(**{name: value for name, value in case.items() if name != "tiles"})
+    expected = results(sliding.sliding, shape, tokens, torch.float64)
+    found = results(triton_sliding.sliding, shape, tokens)
+    triton_sliding_forward.tiles = usual
+    return {
+        name: ((found[name].double() - x).norm() / x.norm().clamp_min(1e-12)).item()
+        for name, x in expected.items()
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    print(json.dumps({name: errors(case) for name, case in CASES.items()}))
