@@ -26,7 +26,7 @@ from linearize_kernels.tiles import (
     windows,
 )
 
-LOW = -1e30  # in the place of a maximum over nothing
+LOW = -1e30  # the score of what is not seen
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     mix = None if phi_q is None else by_chunk(tokens.mix[..., None], shape)
     if mix is not None:
         ceiling = torch.maximum(ceiling, mix)
+    ceiling = ceiling.clamp(min=LOW / 2)  # far above the scores of a query that sees nothing
     sinks.sub_(ceiling.flatten(1)[:, None]).exp_()
     share = (peak - ceiling).exp_().div_(near.amax(-1, keepdim=True))
     total = share + sinks.sum(1).view_as(peak)
