@@ -84,7 +84,9 @@ class LinearAttention(nn.Module):
     """The learned parts of one layer: far part, combine, conv and position bias. `block`, `advance`, `chunked`,
     `bidirectional` and `step` evaluate them.
 
-    `dropped` names a part that is left out, of the normaliser too: "local", "far" or None (ablations).
+    `dropped` names a part that is left out, of the normaliser too: "local", "far" or None (ablations). `impl` chooses
+    what computes chunks: "auto" (Triton where its kernels can run, else torch), "torch" or "triton", which raises where
+    it cannot; `ran` is what did so last: "triton", "torch" (in blocks), "block" (any equation) or None.
 
     Attributes:
         conv: `[heads, W]`, or None.
@@ -94,7 +96,7 @@ class LinearAttention(nn.Module):
 
     def __init__(self, equation: Equation):
         super().__init__()
-        self.equation, self.dropped = equation, None
+        self.equation, self.dropped, self.impl, self.ran = equation, None, "auto", None
         self.score = SCORES[equation.score]
         self.far = None if equation.feature_map is None else far_part(equation)
         has_local = equation.size > 0 or equation.sinks > 0

@@ -1,7 +1,7 @@
 """Segments of `chunked` in blocks: which equations have such a form, and what it takes and leaves of a state.
 
 On a CPU, a few heads at a time go all the way from their features to their outputs, so that what is made on the way
-stays in its cache.
+stays in its cache. On a GPU all go together, through Triton's kernels where there are any.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from linearize_kernels.grouped import Groups, grouped
 from linearize_kernels.sliding import Shape, Tokens, sliding
 from linearize_kernels.state import State
 from linearize_kernels.tiles import Tiling, led
+from linearize_kernels.triton_sliding import sliding as triton_sliding
+from linearize_kernels.triton_sliding import why_not
 
 CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
 
@@ -28,6 +30,7 @@ def sliding_segment(
 ) -> tuple[Tensor, State]:
     """Softmax in a sliding window, positive features, one normaliser."""
     eq, length = attention.equation, k.shape[-2]
+    chunk = min(chunk, length) if q.device.type == "cpu" and attention.impl != "triton" else chunk
     fill = -length % chunk
     slots = [
         timeline(old, new, count, fill + eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))
@@ -42,22 +45,36 @@ def sliding_segment(
     def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
         return led(x, fill).flatten(0, 1)
 
+    wide = accumulator(q.dtype)
+    narrow = q.dtype if attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda) else wide
     outputs = []
     for heads, own in some_heads(attention, state, q, *slots, *sinks):
         q, k, v, sink_k, sink_v, S, z = own
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
-            phi_q = rows(attention.far.queries(q, heads))
-            phi_k = led(attention.far.written(k[..., shape.skip :, :], heads), shape.skip).flatten(0, 1)
-            mix = far_factor(attention, q, heads)[..., near:, None]
+            phi_q = rows(attention.far.queries(q.to(wide), heads)).to(narrow)
+            phi_k = attention.far.written(k[..., shape.skip :, :].to(wide), heads)
+            phi_k = led(phi_k, shape.skip).flatten(0, 1).to(narrow)
+            mix = far_factor(attention, q.to(wide), heads)[..., near:, None]
             mix = rows(pad(mix, (0, 0, near, 0), value=float("-inf"))).squeeze(-1)
-        lanes = (x.flatten(0, 1) for x in (k, v))
-        ends = (x.flatten(0, 1) for x in (S, z, sink_k, sink_v))
-        tokens = Tokens(rows(q), *lanes, phi_q, phi_k, mix, taps(attention, q, heads), *ends)
-        out, *sums = sliding(shape, tokens)
+        k, v, sink_k, sink_v = (x.flatten(0, 1).to(narrow) for x in (k, v, sink_k, sink_v))
+        conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
+        tokens = Tokens(rows(q).to(narrow), k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v)
+        out, *sums = evaluate(attention, shape, tokens, wide)
         outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
     out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
     return out.flatten(1, 2), after(state, S, z, sinks, slots, count + length)
+
+
+def evaluate(
+    attention: LinearAttention, shape: Shape, tokens: Tokens, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sliding` by the implementation that `attention.impl` asks for; `attention.ran` says which it was."""
+    if attention.impl == "triton" or (attention.impl == "auto" and why_not(shape, tokens) is None):
+        attention.ran = "triton"
+        return triton_sliding(shape, tokens)
+    attention.ran = "torch"
+    return sliding(shape, Tokens(*(None if x is None else x.to(wide) for x in tokens)))
 
 
 def grouped_segment(
@@ -81,7 +98,7 @@ def grouped_segment(
 
     outputs = []
     for heads, own in some_heads(attention, state, q, *slots):
-        q, k, v, start, z = own
+        q, k, v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         phi_q = phi_k = phi = factor = None
         S, folds = start, 0
         if attention.far is not None and attention.dropped != "far":
@@ -96,9 +113,9 @@ def grouped_segment(
             if count:
                 S = S + phi[..., :first, :].mT @ v[..., :first, :]
         lanes = (rows(unit_norm(q)), unit_norm(groups(k)), groups(v, reach), phi_q, phi_k, factor)
-        out, S = grouped(
-            Tiling(eq.size, reach), folds, Groups(*lanes, taps(attention, q, heads), S.flatten(0, 1))
-        )
+        tokens = Groups(*lanes, taps(attention, len(q), heads, q.dtype), S.flatten(0, 1))
+        out, S = grouped(Tiling(eq.size, reach), folds, tokens)
+        attention.ran = "torch"
         out, S = (x.unflatten(0, (len(q), -1)) for x in (out[:, :, opened : opened + length], S))
         if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
             done = first + folds * eq.size if length >= first else 0
@@ -113,15 +130,14 @@ def some_heads(
     attention: LinearAttention, state: State, q: Tensor, *tokens: Tensor
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Heads of S that are worked on together: all on a GPU, as many on a CPU as its cache holds. Of those, q
-    `[B, far, g, T, D]`, the tokens `[B, far, slots, D]` in the accumulator's dtype, S and z.
+    `[B, far, g, T, D]`, the tokens `[B, far, slots, D]`, S and z.
     """
-    eq, wide = attention.equation, accumulator(q.dtype)
+    eq = attention.equation
     together = eq.far_heads
     if q.device.type == "cpu" and (attention.far is None or attention.far.splits):
         columns = max(state.S.shape[-2], 2 * eq.recent)
         together = max(1, CACHED * eq.far_heads // (q.shape[0] * q.shape[1] * q.shape[2] * columns))
-    q = q.to(wide).unflatten(1, (eq.far_heads, -1))
-    every = [q, *(eq.to_far_heads(x.to(wide)) for x in tokens), state.S, state.z]
+    every = [q.unflatten(1, (eq.far_heads, -1)), *(eq.to_far_heads(x) for x in tokens), state.S, state.z]
     for i, own in enumerate(zip(*(x.split(together, 1) for x in every), strict=True)):
         yield slice(i * together, (i + 1) * together), own
 
@@ -138,11 +154,11 @@ def far_factor(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor:
     return per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
 
 
-def taps(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor | None:
+def taps(attention: LinearAttention, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
     """The conv of every lane, `[B * some, g, W]`."""
     if attention.conv is None:
         return None
-    return of_queries(attention, attention.conv, heads).to(q.dtype).repeat(len(q), 1, 1)
+    return of_queries(attention, attention.conv, heads).to(dtype).repeat(batch, 1, 1)
 
 
 def timeline(old: Tensor, new: Tensor, count: int, before: int) -> Tensor:
@@ -176,6 +192,7 @@ FORMS: dict[tuple[str, str, str], Segment] = {
     ("sliding", "softmax", "shared"): sliding_segment,
     ("group", "relu2", "none"): grouped_segment,
 }
+IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def segment_of(
@@ -184,8 +201,26 @@ def segment_of(
     """What evaluates a segment; None: only `block` does.
 
     Args:
-        count: tokens in every row so far, or None: the rows differ.
+        count: tokens in every row so far, or None: the rows differ, or are on a GPU and not to be waited for.
+
+    Raises:
+        ValueError: `attention.impl` asks for what there is not.
     """
+    if attention.impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is one of {', '.join(IMPLEMENTATIONS)}, not {attention.impl!r}")
+    found = fitting(attention, count, length, has_sink_logits)
+    if attention.impl == "triton" and found is not sliding_segment:
+        raise ValueError(
+            "no Triton kernel computes this: there are kernels for a sliding softmax window with weights as far "
+            "features and one normaliser, over whole sequences without pads. Use impl='auto'."
+        )
+    return found
+
+
+def fitting(
+    attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool
+) -> Segment | None:
+    """The blocked form of an equation, as `segment_of` says it."""
     eq = attention.equation
     own = eq.softcap is None and attention.distance_bias is None and eq.memory == "none"
     if count is None or has_sink_logits or not own or attention.dropped == "local":

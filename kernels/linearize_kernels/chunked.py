@@ -178,9 +178,10 @@ def chunked(
         size = tokens[0].shape[-2]
         run = segment_of(attention, count, size, sink_logits is not None)
         if run is None:
+            attention.ran = "block"
             out, state = run_segment(attention, state, *tokens, own, sink_logits, chunk, in_step)
         else:
-            out, state = run(attention, state, count, *tokens, min(chunk, size))
+            out, state = run(attention, state, count, *tokens, chunk)
         outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state

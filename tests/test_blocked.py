@@ -1,0 +1,90 @@
+"""The blocked forms against `block`, which any equation goes through: outputs, states and every gradient."""
+
+import pytest
+import torch
+from linearize_kernels import LinearAttention, chunked
+from linearize_kernels.chunked import run_segment
+
+from linearize_cli.methods import load_recipe
+from linearize_cli.runtime.layer import equation
+
+METHODS = ["augmented", "augmented:relu", "augmented:performer", "augmented:flash", "flash", "window"]
+
+
+def layer(name, heads=4, kv_heads=2, size=6, width=5, impl="auto"):
+    """A layer with random parameters and parts that do not divide one another."""
+    recipe = load_recipe(name).to_dict()["attention"]
+    recipe["local"]["size"] = size
+    if recipe.get("conv"):
+        recipe["conv"]["width"] = width
+    geometry = dict(heads=heads, kv_heads=kv_heads, key_dim=8, value_dim=7, scale=0.3, softcap=None)
+    torch.manual_seed(0)
+    attention = LinearAttention(equation(recipe, geometry)).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    attention.impl = impl
+    return attention
+
+
+def tokens(length, heads=4, kv_heads=2, batch=3):
+    """q, k, v with means: a sum over random keys alone would hide what is forgotten."""
+    widths = ((heads, 8), (kv_heads, 8), (kv_heads, 7))
+    return [(torch.randn(batch, h, length, d, dtype=torch.float64) + 0.4).requires_grad_() for h, d in widths]
+
+
+def by_block(attention, state, q, k, v):
+    state = state or attention.empty_state(q.shape[0], q.device, k.dtype)
+    return run_segment(attention, state, q, k, v, None, None, 7, in_step=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("lengths", [(1,), (3, 2, 1, 5), (30,), (13, 1, 29), (64, 3)])
+@pytest.mark.parametrize("chunk, cached", [(None, 1), (4, 1 << 18)])
+def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, cached, monkeypatch):
+    monkeypatch.setattr("linearize_kernels.blocked.CACHED", cached)
+    attention = layer(name)
+    inputs, learned, towards = tokens(sum(lengths)), None, None
+    results = []
+    for run in (by_block, lambda *tokens: chunked(*tokens, chunk=chunk)):
+        state, outputs = None, []
+        for piece in zip(*(x.split(lengths, -2) for x in inputs), strict=True):
+            out, state = run(attention, state, *piece)
+            outputs.append(out)
+        found = [torch.cat(outputs, -2), *vars(state).values()]
+        learned = learned or [i for i, x in enumerate(found) if x.requires_grad and x.numel()]
+        ends = [found[i] for i in learned]
+        towards = towards or [torch.randn_like(x) for x in ends]
+        wanted = [*inputs, *attention.parameters()]
+        grads = torch.autograd.grad(ends, wanted, towards, allow_unused=True, materialize_grads=True)
+        results.append([*found, *grads])
+    assert attention.ran == ("torch" if sum(lengths) > attention.equation.sinks else "block")
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dropped", ["far", "local"])
+def test_ablated_parts_leave_the_normaliser(dropped):
+    attention = layer("augmented")
+    attention.dropped = dropped
+    q, k, v = tokens(40)
+    torch.testing.assert_close(chunked(attention, None, q, k, v)[0], by_block(attention, None, q, k, v)[0])
+
+
+def test_bfloat16_is_summed_in_fp32():
+    attention = layer("augmented").float()
+    q, k, v = (x.detach() for x in tokens(200))
+    exact = by_block(attention.double(), None, q, k, v)[0]
+    out, state = chunked(attention.float(), None, *(x.bfloat16() for x in (q, k, v)))
+    assert (out.dtype, state.S.dtype, state.recent_k.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    assert (out - exact).norm() / exact.norm() < 1e-2
+
+
+def test_what_cannot_run_in_triton_is_refused_when_forced():
+    q, k, v = (x.detach() for x in tokens(20))
+    with pytest.raises(ValueError, match="CUDA device"):
+        chunked(layer("augmented", impl="triton"), None, q, k, v)
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        chunked(layer("augmented:flash", impl="triton"), None, q, k, v)
+    with pytest.raises(ValueError, match="auto, torch, triton"):
+        chunked(layer("augmented", impl="cuda"), None, q, k, v)
