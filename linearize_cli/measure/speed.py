@@ -1,0 +1,177 @@
+"""How fast a student is beside its teacher, and what memory both take, phase by phase.
+
+- **prefill**: one forward over the context, with a cache and the logits of the last token alone. An encoder, which
+  keeps no cache, reads the context; of an encoder-decoder, the encoder does, and the decoder begins.
+- **decode**: one token of every row, with a cache that holds all but the last tokens of the context, up to the whole.
+- **train**: forward and backward over the context, all weights learning, without an optimizer or dropout.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Cache, PreTrainedModel
+
+from linearize_cli.batch import IGNORED
+from linearize_cli.measure.memory import cache_bytes
+from linearize_cli.measure.timing import interleaved, out_of_memory, peak_bytes
+from linearize_cli.tasks import Task
+
+REPEATS = 9  # at most
+STEPS = 32  # of decoding, at most
+UNTIMED = 2  # runs before the timed ones: one that warms up, one whose memory is watched
+
+
+@dataclass
+class Phase:
+    """What a model does in one phase, again and again.
+
+    Attributes:
+        once: does it once.
+        tokens: that it reads each time.
+        repeats: at most, the untimed ones not counted.
+        cache: what it left behind last, or goes on with; None: it keeps none.
+        held: bytes of the cache that it begins with.
+    """
+
+    once: Callable[[], None]
+    tokens: int
+    repeats: int = REPEATS
+    cache: Cache | None = None
+    held: int = 0
+
+
+def prefill(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+    """ids `[B, context]`, here and below."""
+
+    @torch.no_grad()
+    def read() -> None:
+        if task.decodes:
+            phase.cache = begun(task, model, ids)[1]
+        else:
+            model(**task.batch(ids).inputs)
+
+    phase = Phase(read, ids.numel())
+    return phase
+
+
+def decode(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+    steps = min(UNTIMED + STEPS, ids.shape[1] // 2)
+    with torch.no_grad():
+        decoder, cache = begun(task, model, ids[:, :-steps])
+    following = iter(ids[:, -steps:].split(1, 1))
+
+    @torch.no_grad()
+    def step() -> None:
+        decoder(next(following), cache)
+
+    return Phase(step, len(ids), steps - UNTIMED, cache, cache_bytes(cache))
+
+
+def begun(task: Task, model: PreTrainedModel, ids: Tensor) -> tuple[Any, Cache]:
+    """A decoder that has read ids, and its cache."""
+    decoder, first, _ = task.start(model, list(ids))
+    cache = decoder.new_cache()
+    decoder.begin(first, cache)
+    return decoder, cache
+
+
+def train(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+    """A classifier, which text has no answers for, learns to say its first class."""
+    batch = task.batch(ids)
+
+    def learn() -> None:
+        logits = model(**batch.inputs).logits
+        labels = logits.new_zeros(len(ids), dtype=torch.long) if batch.labels is None else batch.labels
+        loss = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        model.zero_grad()
+
+    return Phase(learn, ids.numel())
+
+
+PHASES: dict[str, Callable[[Task, PreTrainedModel, Tensor], Phase]] = {
+    "prefill": prefill,
+    "decode": decode,
+    "train": train,
+}
+
+
+def measure(
+    phase: str, task: Task, models: Mapping[str, PreTrainedModel], ids: Tensor, budget: float
+) -> list[dict[str, Any]]:
+    """A row of `bench.json` for each model, measured in turn with the others: the repeats take `budget` seconds at
+    most, or as long as one.
+    """
+    about = {"phase": phase, "context": ids.shape[1], "batch": len(ids)}
+    ready: dict[str, Phase] = {}
+    peaks: dict[str, int | None] = {}
+    seconds: dict[str, list[float]] = {}
+    for name, model in models.items():
+        with memory_permitting(model):
+            found, more = peak_bytes(
+                partial(warm, phase, task, model, ids), methodcaller("once"), model.device
+            )
+            peaks[name] = None if more is None else model.get_memory_footprint() + found.held + more
+            ready[name] = found
+    with memory_permitting(*models.values()):
+        repeats = min((found.repeats for found in ready.values()), default=0)
+        ways = {name: found.once for name, found in ready.items()}
+        seconds = interleaved(ways, ids.device, repeats, budget)
+    return [
+        measured(name, about, ready[name], seconds[name], peaks[name])
+        if name in seconds
+        else unmeasured(name, about, "out of memory")
+        for name in models
+    ]
+
+
+def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+    found = PHASES[phase](task, model, ids)
+    found.once()
+    return found
+
+
+@contextmanager
+def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
+    """Ends early where there is no memory left, and then makes room."""
+    failed = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        failed = True
+    if failed:  # the error, and so its frames, are gone
+        for model in models:
+            model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measured(
+    name: str, about: dict[str, Any], phase: Phase, seconds: list[float], peak: int | None
+) -> dict[str, Any]:
+    middle = median(seconds)
+    return {
+        "model": name,
+        **about,
+        "seconds": middle,
+        "tokens_per_s": phase.tokens / middle,
+        "peak_bytes": peak,
+        "state_bytes": None if phase.cache is None else cache_bytes(phase.cache),
+        "repeats": len(seconds),
+        "reason": None,
+    }
+
+
+def unmeasured(name: str, about: dict[str, Any], reason: str) -> dict[str, Any]:
+    numbers = dict.fromkeys(("seconds", "tokens_per_s", "peak_bytes", "state_bytes"))
+    return {"model": name, **about, **numbers, "repeats": 0, "reason": reason}
