@@ -79,34 +79,31 @@ def bench(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
-    models = {"teacher": original, "student": student}
+    models, task = {"teacher": original, "student": student}, task_of(student, tokenizer)
     limit = min(last_position(model) or 1 << 60 for model in models.values())
     contexts, batches = list(dict.fromkeys(context)), list(dict.fromkeys(batch))
     if not contexts:
         trained = record.get("seq_len") or min(1024, context_length(student))
         contexts = [times * trained for times in LENGTHS if times * trained <= limit] or [limit]
-    task = task_of(student, tokenizer)
+    ids = random_tokens(student, tokenizer, (max(batches), min(max(contexts), limit)), seed)
+    cells = [(rows, length) for rows in batches for length in contexts]
     phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
-    share = seconds / (len(phases) * len(contexts) * len(batches))
+    share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
-    begun = time.perf_counter()
     with one_thread():
         on = machine(device)
-        for rows_at_a_time in batches:
-            ids = random_tokens(student, tokenizer, (rows_at_a_time, min(max(contexts), limit)), seed)
-            for length in contexts:
-                late = not context and time.perf_counter() - begun > seconds
-                for phase in phases:
-                    about = {"phase": phase, "context": length, "batch": rows_at_a_time}
-                    if length > limit:
-                        why = f"beyond the {limit:,} positions that the model has learned"
-                    elif late:
-                        why = f"{seconds:g} seconds were over: ask for it with --context {length}"
-                    else:
-                        terminal.note(f"{phase}, {length:,} tokens, batch {rows_at_a_time}")
-                        rows += measure(phase, task, models, ids[:, :length].contiguous(), share)
-                        continue
-                    rows += [unmeasured(name, about, why) for name in models]
+        for many, length in cells:
+            reason = None
+            if length > limit:
+                reason = f"beyond the {limit:,} positions that the model has learned"
+            elif rows and not context and time.perf_counter() > ends:
+                reason = f"{seconds:g} seconds were over: ask for it with --context {length}"
+            for phase in phases:
+                if reason:
+                    rows += [unmeasured(name, phase, length, many, reason) for name in models]
+                else:
+                    terminal.note(f"{phase}, {length:,} tokens, batch {many}")
+                    rows += measure(phase, task, models, ids[:many, :length].contiguous(), share)
     report = {
         "schema": SCHEMA,
         "machine": on,

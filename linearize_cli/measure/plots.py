@@ -145,7 +145,8 @@ def draw_panel(
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.legend(frameon=False, fontsize=6)
+    beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if several else {}
+    axes.legend(frameon=False, fontsize=6, **beside)
 
 
 def series(

@@ -38,13 +38,15 @@ class Phase:
         tokens: that it reads each time.
         repeats: at most, the untimed ones not counted.
         cache: what it left behind last, or goes on with; None: it keeps none.
-        held: bytes of the cache that it begins with.
+        goes_on: whether it begins with its cache.
+        held: bytes of the cache that it began with when its memory was watched.
     """
 
     once: Callable[[], None]
     tokens: int
     repeats: int = REPEATS
     cache: Cache | None = None
+    goes_on: bool = False
     held: int = 0
 
 
@@ -72,7 +74,7 @@ def decode(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
     def step() -> None:
         decoder(next(following), cache)
 
-    return Phase(step, len(ids), steps - UNTIMED, cache, cache_bytes(cache))
+    return Phase(step, len(ids), steps - UNTIMED, cache, goes_on=True)
 
 
 def begun(task: Task, model: PreTrainedModel, ids: Tensor) -> tuple[Any, Cache]:
@@ -110,7 +112,7 @@ def measure(
     """A row of `bench.json` for each model, measured in turn with the others: the repeats take `budget` seconds at
     most, or as long as one.
     """
-    about = {"phase": phase, "context": ids.shape[1], "batch": len(ids)}
+    about = (phase, ids.shape[1], len(ids))
     ready: dict[str, Phase] = {}
     peaks: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {}
@@ -126,9 +128,9 @@ def measure(
         ways = {name: found.once for name, found in ready.items()}
         seconds = interleaved(ways, ids.device, repeats, budget)
     return [
-        measured(name, about, ready[name], seconds[name], peaks[name])
+        measured(row(name, *about), ready[name], seconds[name], peaks[name])
         if name in seconds
-        else unmeasured(name, about, "out of memory")
+        else unmeasured(name, *about, "out of memory")
         for name in models
     ]
 
@@ -136,6 +138,7 @@ def measure(
 def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
     found = PHASES[phase](task, model, ids)
     found.once()
+    found.held = cache_bytes(found.cache) if found.goes_on else 0
     return found
 
 
@@ -156,15 +159,15 @@ def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def measured(
-    name: str, about: dict[str, Any], phase: Phase, seconds: list[float], peak: int | None
-) -> dict[str, Any]:
-    middle = median(seconds)
+def row(model: str, phase: str, context: int, batch: int) -> dict[str, Any]:
+    return {"model": model, "phase": phase, "context": context, "batch": batch}
+
+
+def measured(row: dict[str, Any], phase: Phase, seconds: list[float], peak: int | None) -> dict[str, Any]:
     return {
-        "model": name,
-        **about,
-        "seconds": middle,
-        "tokens_per_s": phase.tokens / middle,
+        **row,
+        "seconds": median(seconds),
+        "tokens_per_s": phase.tokens / median(seconds),
         "peak_bytes": peak,
         "state_bytes": None if phase.cache is None else cache_bytes(phase.cache),
         "repeats": len(seconds),
@@ -172,6 +175,6 @@ def measured(
     }
 
 
-def unmeasured(name: str, about: dict[str, Any], reason: str) -> dict[str, Any]:
+def unmeasured(model: str, phase: str, context: int, batch: int, reason: str) -> dict[str, Any]:
     numbers = dict.fromkeys(("seconds", "tokens_per_s", "peak_bytes", "state_bytes"))
-    return {"model": name, **about, **numbers, "repeats": 0, "reason": reason}
+    return {**row(model, phase, context, batch), **numbers, "repeats": 0, "reason": reason}
