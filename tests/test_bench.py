@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_case import make_teacher
-from convert_case import run as convert_tiny
+from convert_case import SIZES, make_teacher
 from encoders import tiny_model as tiny_encoder
 from encoders import tokenizer
 from families import tiny_model as tiny_family
@@ -36,7 +35,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artifact(teacher):
     folder = teacher.folder / "student"
-    convert_tiny(teacher, folder, train=False, tokens=None)
+    convert(teacher.path, folder, train=False, seq_len=16, overrides=SIZES)
     return folder
 
 
@@ -105,7 +104,7 @@ def test_peaks_hold_what_must_be_there(report, artifact, teacher):
 
 def test_kept_layers_grow_alone(teacher):
     folder = teacher.folder / "hybrid"
-    convert_tiny(teacher, folder, train=False, tokens=None, keep_softmax="at:1")
+    convert(teacher.path, folder, train=False, seq_len=16, overrides=SIZES, keep_softmax="at:1")
     report = bench(folder, context=(16, 32), seconds=0, write=False)
     short, long = (only(report, model="student", phase="prefill", context=n)["state_bytes"] for n in (16, 32))
     assert long - short == 16 * 2 * 8 * 4, "keys and values of one layer"
@@ -173,10 +172,10 @@ def run_command(*arguments):
     return ended.value.code or 0
 
 
-def test_command_line(artifact, tmp_path, capsys):
+def test_command_line(artifact, tmp_path, capfd):
     files = ("--plot", tmp_path / "p.png", "--json", tmp_path / "r.json")
     assert run_command(artifact, "--context", "16,0.04k", "--batch", "2", *files, "-q") == 0
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert said.err == ""
     report = json.loads((artifact / "bench.json").read_text())
     assert report == json.loads((tmp_path / "r.json").read_text())

@@ -8,7 +8,7 @@ from linearize_kernels import LinearAttention
 from linearize_cli.measure.timing import interleaved
 
 FORWARD, BOTH, DECODE = "forward", "forward + backward", "decode"
-GPU_COPY, CPU_COPY = 1 << 30, 1 << 28  # bytes that are copied: far more than a cache holds
+GPU_COPY, CPU_COPY = 1 << 30, 1 << 27  # bytes that are copied: far more than a cache holds
 GPU_WIDTH, CPU_WIDTH = 8192, 1024  # of the square matrices that are multiplied
 
 

@@ -6,6 +6,7 @@
 - **train**: forward and backward over the context, all weights learning, without an optimizer or dropout.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
     if failed:  # the error, and so its frames, are gone
         for model in models:
             model.zero_grad()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,6 +1,5 @@
 """Seconds and bytes of what is run, and the machine that they belong to."""
 
-import gc
 import os
 import platform
 import time
@@ -54,7 +53,6 @@ def peak_bytes(
     """What `prepare` returns, and the most bytes that tensors take while `run` works on it, beyond what they took
     before; None: the device's allocator does not tell.
     """
-    gc.collect()
     kind = torch.device(device).type
     if kind == "cpu":
         return cpu_peak_bytes(prepare, run)
