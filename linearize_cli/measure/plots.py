@@ -145,8 +145,10 @@ def draw_panel(
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if several else {}
-    axes.legend(frameon=False, fontsize=6, **beside)
+    legend = axes.legend(frameon=False, fontsize=6)
+    if several:  # it stands in the empty place beside
+        legend.set(loc="upper left", in_layout=False)
+        legend.set_bbox_to_anchor((1, 1))
 
 
 def series(

@@ -7,9 +7,8 @@
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from statistics import median
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
 from linearize_cli.batch import IGNORED
+from linearize_cli.decoder import Decoder
 from linearize_cli.measure.memory import cache_bytes
 from linearize_cli.measure.timing import interleaved, out_of_memory, peak_bytes
 from linearize_cli.tasks import Task
@@ -30,12 +30,10 @@ STEPS = 32  # of decoding, at most
 UNTIMED = 2  # runs before the timed ones: one that warms up, one whose memory is watched
 
 
-@dataclass
 class Phase:
-    """What a model does in one phase, again and again.
+    """What a model does with ids `[B, context]` in one phase; `once` does it once.
 
     Attributes:
-        once: does it once.
         tokens: that it reads each time.
         repeats: at most, the untimed ones not counted.
         cache: what it left behind last, or goes on with; None: it keeps none.
@@ -43,68 +41,64 @@ class Phase:
         held: bytes of the cache that it began with when its memory was watched.
     """
 
-    once: Callable[[], None]
-    tokens: int
-    repeats: int = REPEATS
+    repeats = REPEATS
     cache: Cache | None = None
-    goes_on: bool = False
-    held: int = 0
+    goes_on = False
+    held = 0
+
+    def __init__(self, task: Task, model: PreTrainedModel, ids: Tensor):
+        self.task, self.model, self.ids = task, model, ids
+        self.tokens = ids.numel()
+
+    def once(self) -> None:
+        raise NotImplementedError
+
+    def begun(self, ids: Tensor) -> tuple[Decoder, Cache]:
+        """A decoder that has read ids, and its cache."""
+        decoder, first, _ = self.task.start(self.model, list(ids))
+        cache = decoder.new_cache()
+        decoder.begin(first, cache)
+        return decoder, cache
 
 
-def prefill(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
-    """ids `[B, context]`, here and below."""
-
+class Prefill(Phase):
     @torch.no_grad()
-    def read() -> None:
-        if task.decodes:
-            phase.cache = begun(task, model, ids)[1]
+    def once(self) -> None:
+        if self.task.decodes:
+            self.cache = self.begun(self.ids)[1]
         else:
-            model(**task.batch(ids).inputs)
-
-    phase = Phase(read, ids.numel())
-    return phase
+            self.model(**self.task.batch(self.ids).inputs)
 
 
-def decode(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
-    steps = min(UNTIMED + STEPS, ids.shape[1] // 2)
-    with torch.no_grad():
-        decoder, cache = begun(task, model, ids[:, :-steps])
-    following = iter(ids[:, -steps:].split(1, 1))
+class Decode(Phase):
+    goes_on = True
 
     @torch.no_grad()
-    def step() -> None:
-        decoder(next(following), cache)
+    def __init__(self, task: Task, model: PreTrainedModel, ids: Tensor):
+        super().__init__(task, model, ids)
+        steps = min(UNTIMED + STEPS, ids.shape[1] // 2)
+        self.tokens, self.repeats = len(ids), steps - UNTIMED
+        self.decoder, self.cache = self.begun(ids[:, :-steps])
+        self.following = iter(ids[:, -steps:].split(1, 1))
 
-    return Phase(step, len(ids), steps - UNTIMED, cache, goes_on=True)
-
-
-def begun(task: Task, model: PreTrainedModel, ids: Tensor) -> tuple[Any, Cache]:
-    """A decoder that has read ids, and its cache."""
-    decoder, first, _ = task.start(model, list(ids))
-    cache = decoder.new_cache()
-    decoder.begin(first, cache)
-    return decoder, cache
+    @torch.no_grad()
+    def once(self) -> None:
+        self.decoder(next(self.following), self.cache)
 
 
-def train(task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+class Train(Phase):
     """A classifier, which text has no answers for, learns to say its first class."""
-    batch = task.batch(ids)
 
-    def learn() -> None:
-        logits = model(**batch.inputs).logits
-        labels = logits.new_zeros(len(ids), dtype=torch.long) if batch.labels is None else batch.labels
+    def once(self) -> None:
+        batch = self.task.batch(self.ids)
+        logits = self.model(**batch.inputs).logits
+        labels = logits.new_zeros(len(self.ids), dtype=torch.long) if batch.labels is None else batch.labels
         loss = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
-        model.zero_grad()
-
-    return Phase(learn, ids.numel())
+        self.model.zero_grad()
 
 
-PHASES: dict[str, Callable[[Task, PreTrainedModel, Tensor], Phase]] = {
-    "prefill": prefill,
-    "decode": decode,
-    "train": train,
-}
+PHASES: dict[str, type[Phase]] = {"prefill": Prefill, "decode": Decode, "train": Train}
 
 
 def measure(
