@@ -1,6 +1,7 @@
 """linearize: turn a softmax checkpoint into a linear-attention model.
 
-`convert`, `load`, `evaluate`, `verify` and `push` are imported on first use, so that the command line answers at once.
+`convert`, `load`, `evaluate`, `verify`, `bench` and `push` are imported on first use, so that the command line
+answers at once.
 """
 
 from importlib import import_module
@@ -12,6 +13,7 @@ _API = {
     "load": "linearize_cli.artifact.load",
     "evaluate": "linearize_cli.evaluation",
     "verify": "linearize_cli.verification",
+    "bench": "linearize_cli.benchmark",
     "push": "linearize_cli.artifact.push",
 }
 __all__ = list(_API)

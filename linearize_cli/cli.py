@@ -12,6 +12,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.options import (
     FLOPS,
     TOKENS,
+    Counts,
     TokenCounts,
     calm_libraries,
     command_options,
@@ -142,6 +143,35 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     report = run(context=context or (), tasks=names, terminal=terminal, **arguments)
     terminal.out.print(evaluation(report))
+    return report
+
+
+@cli.command()
+@click.argument("artifact", default=".")
+@click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
+@click.option(
+    "--context",
+    type=TokenCounts(),
+    metavar="N,N",
+    help="Tokens; up to 8 times the trained length if not given.",
+)
+@click.option("--batch", type=Counts(), metavar="N,N", default="1", show_default=True, help="Rows at a time.")
+@click.option("--plot", metavar="FILE", help="The figure, a PNG; ARTIFACT/bench.png if not given.")
+@trust_option
+@model_options
+@command_options
+def bench(terminal: Terminal, context: list[int] | None, **arguments: Any) -> dict[str, Any]:
+    """Measure the speed and memory of ARTIFACT (default: this folder) beside its softmax teacher.
+
+    Prefill, decoding and training by context, both models in turn on one thread; medians. The report goes to
+    ARTIFACT/bench.json, too, with a figure beside it.
+    """
+    from linearize_cli.benchmark import bench as run
+    from linearize_cli.benchmark import render
+
+    calm_libraries()
+    report = run(context=context or (), terminal=terminal, **arguments)
+    terminal.out.print(render(report))
     return report
 
 

@@ -12,9 +12,14 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def forward(
-    model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: Cache | None = None,
+    mask: Tensor | None = None,
+    last: bool = False,
 ) -> Tensor:
     """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left, None: no pads.
+    `last`: only the last token's are wanted, and a model that can leaves the others out.
 
     Positions are given as `generate` gives them: what some models make of none is not what they make of these.
     """
@@ -24,6 +29,8 @@ def forward(
     inputs = {"attention_mask": mask}
     if "position_ids" in signature(model.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    if last and "logits_to_keep" in signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
     return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
 
 
@@ -35,6 +42,12 @@ class Decoder:
 
     def __call__(self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         return forward(self.model, ids, cache, mask)
+
+    def begin(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits of the first tokens, `[B, T, vocab]`, or of the last of them alone where the model can say only
+        these, `[B, 1, vocab]`.
+        """
+        return forward(self.model, ids, cache, last=True)
 
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
@@ -62,6 +75,8 @@ class SourceDecoder(Decoder):
             past_key_values=cache,
             use_cache=cache is not None,
         ).logits
+
+    begin = __call__
 
     def new_cache(self) -> Cache:
         config = self.model.get_decoder().config  # the model's own counts the encoder's layers, in T5

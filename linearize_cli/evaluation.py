@@ -1,6 +1,5 @@
 """`eval`: an artifact beside its softmax teacher."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize_cli.artifact.load import check_artifact, load, refuse_linearized
-from linearize_cli.checkpoint import load_teacher
+from linearize_cli.artifact.load import check_artifact, load
+from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
 from linearize_cli.console import Terminal, write_json
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
@@ -71,11 +69,7 @@ def evaluate(
     terminal, folder = terminal or Terminal(quiet=True), Path(artifact).expanduser()
     check_artifact(folder)
     record = read_record(folder)
-    base = teacher or record.get("base_model")
-    if base is None:
-        raise UserError(
-            f"{folder} has no linearize.json that names its teacher", "Pass --teacher with its base model."
-        )
+    base = teacher_name(folder, record, teacher)
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
     demo = text.DEMO in (base, record.get("base_model"))
@@ -119,20 +113,6 @@ def evaluate(
     return report
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """`linearize.json`, or nothing where there is none."""
-    path = folder / "linearize.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Convert again, or remove the file.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is no report of a conversion", "Convert again, or remove the file.")
-    return record
-
-
 def open_text(data: str | None, demo: bool) -> text.Source:
     """The text to measure on; a local one by its name alone, for a report may be published."""
     if data is None and demo:
@@ -149,38 +129,6 @@ def open_text(data: str | None, demo: bool) -> text.Source:
     source = text.open_source(data)
     local = Path(data).expanduser()
     return replace(source, name=local.resolve().name) if local.exists() else source
-
-
-def original_model(
-    folder: Path,
-    base: str,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str | None,
-    device: str,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    """The teacher.
-
-    Raises:
-        UserError: it cannot be had, or is another kind of model than the student, or has another vocabulary.
-    """
-    try:
-        refuse_linearized(base)
-        teacher, own = load_teacher(base, dtype, device, trust_remote_code)
-    except UserError as error:
-        hint = "Pass --teacher with the softmax model that the artifact was made from: a folder or a Hub id."
-        raise UserError(f"no teacher for {folder}: {error.what}", f"{error.hint}\n{hint}") from error
-    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
-    classes = [type(task_of(model, tokenizer)) for model in (teacher, student)]
-    hint = "Pass --teacher with the model that the artifact was made from."
-    if classes[0] is not classes[1]:
-        raise UserError(f"{base} ({type(teacher).__name__}) is another kind of model than {folder}", hint)
-    if own.get_vocab() != tokenizer.get_vocab() or sizes[0] != sizes[1]:
-        raise UserError(f"{base} has another vocabulary ({sizes[0]:,}) than {folder} ({sizes[1]:,})", hint)
-    if teacher.config.num_labels != student.config.num_labels:
-        raise UserError(f"{base} has other classes than {folder}", hint)
-    return teacher
 
 
 def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:

@@ -31,6 +31,18 @@ class TokenCounts(TokenCount):
         return [super(TokenCounts, self).convert(part.strip(), param, ctx) for part in value.split(",")]
 
 
+class Counts(click.ParamType):
+    name = "N,N"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        counts = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
+        if 0 in counts:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,8", param, ctx)
+        return counts
+
+
 class Flops(click.ParamType):
     name = "N"
     scales = {"G": 1e9, "T": 1e12, "P": 1e15}

@@ -265,4 +265,11 @@ def demonstration(result: dict[str, Any]) -> RenderableType:
         size(result["kv_bytes_per_token"] * context),
         size(result["state_bytes"]),
     )
+    timed = result["bench"]["rows"]
+    longest = max(row["context"] for row in timed)
+    for phase in dict.fromkeys(row["phase"] for row in timed):
+        speeds = [x["tokens_per_s"] for x in timed if (x["phase"], x["context"]) == (phase, longest)]
+        facts.add_row(
+            f"{phase} at {longest:,} tokens, tokens/s", *(number(speed, ",.0f") for speed in speeds)
+        )
     return Group(rows, "", facts, "", f"verify: {result['verdict']}    artifact: {result['output']}")

@@ -12,7 +12,7 @@ from tiny_checkpoint import save_tokenizer, tiny_model
 from linearize_cli.cli import cli
 from linearize_cli.methods import method_names
 
-COMMANDS = {"convert", "eval", "verify", "push", "generate", "heads", "inspect", "methods", "demo"}
+COMMANDS = {"convert", "eval", "verify", "bench", "push", "generate", "heads", "inspect", "methods", "demo"}
 
 
 def linearize(*arguments, cwd=None):

@@ -16,6 +16,8 @@ def test_demo_reports_all_that_its_table_shows(tmp_path):
     assert all(value > 1 for value in report["perplexity"].values())
     assert report["state_bytes"] < report["kv_bytes_per_token"] * report["context"]
     assert json.loads((tmp_path / "out" / "verify.json").read_text())["verdict"] == report["verdict"]
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == report["bench"]
+    assert all(row["seconds"] > 0 for row in report["bench"]["rows"])
 
 
 @pytest.mark.slow

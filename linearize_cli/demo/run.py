@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from linearize_cli.benchmark import bench
 from linearize_cli.console import Terminal
 from linearize_cli.conversion import convert
 from linearize_cli.demo import heldout_path
@@ -15,6 +16,8 @@ TOKENS = 600_000
 SEQ_LEN = 256
 LONGER = 4 * SEQ_LEN  # the length of blocks that show what lies beyond
 CONTEXT = 100_000
+TIMED = (SEQ_LEN, 8 * SEQ_LEN)  # contexts of the benchmark
+SECONDS = 6.0  # for its repeats
 
 
 def demo(
@@ -27,10 +30,10 @@ def demo(
     seed: int = 0,
     terminal: Terminal | None = None,
 ) -> dict[str, Any]:
-    """Convert the embedded teacher, measure the artifact beside it, and verify it.
+    """Convert the embedded teacher, measure the artifact beside it, verify it, and time both.
 
-    Returns the report of `convert`, with that of `eval` and its `recall`, `verdict` and the `context` that
-    memory is compared at.
+    Returns the report of `convert`, with that of `eval` and its `recall`, `verdict`, that of `bench` and the
+    `context` that memory is compared at.
     """
     terminal = terminal or Terminal(quiet=True)
     report = convert(
@@ -49,10 +52,12 @@ def demo(
     common = dict(device=device, dtype=dtype, seed=seed)
     measured = evaluate(output, context=(SEQ_LEN, LONGER), **common)
     verdict = verify(output, **common)["verdict"]
+    timed = bench(output, context=TIMED, seconds=SECONDS, **common)
     return {
         **report,
         "recall": measured["recall"],
         "eval": measured,
         "verdict": verdict,
+        "bench": timed,
         "context": CONTEXT,
     }

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel
+from linearize_kernels.state import State
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from linearize_cli.plan import Layer
 from linearize_cli.runtime.dispatch import converted
@@ -27,3 +28,18 @@ def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
     geometries = (layer.geometry for layer in layers if layer.caches)
     numbers = sum(x["kv_heads"] * (x["key_dim"] + x["value_dim"]) for x in geometries)
     return numbers * torch.empty(0, dtype=dtype).element_size()
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all that a cache holds: states, keys and values, and what other layers keep."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    return sum(held_bytes(x) for layer in cache.layers for x in vars(layer).values())
+
+
+def held_bytes(x: object) -> int:
+    if isinstance(x, State):
+        return x.nbytes()
+    if isinstance(x, dict):
+        return sum(map(held_bytes, x.values()))
+    return x.nbytes if isinstance(x, torch.Tensor) else 0

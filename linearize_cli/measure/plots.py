@@ -1,4 +1,4 @@
-"""What `eval` measured, as small figures."""
+"""What `eval` and `bench` measured, as small figures."""
 
 import json
 from collections import defaultdict
@@ -13,6 +13,7 @@ from matplotlib.ticker import StrMethodFormatter
 from linearize_cli.errors import UserError
 
 TEACHER, STUDENT = {"color": "0.45", "linestyle": "--"}, {"color": "C0"}
+MARKERS = "os^vDP"
 SMOOTHED = 50  # points of a training curve
 
 
@@ -20,10 +21,14 @@ def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """A figure that belongs to no display."""
     drawing = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = drawing.subplots()
+    name_axes(axes, title, x, y)
+    return drawing, axes
+
+
+def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return drawing, axes
 
 
 def save(drawing: Figure, path: Path) -> None:
@@ -101,3 +106,57 @@ def transfer(log: Path) -> Figure | None:
     if len(curves) <= 12:
         axes.legend(frameon=False, fontsize=6)
     return drawing
+
+
+def by_context(report: dict[str, Any]) -> Figure:
+    """What `bench` measured: a panel of tokens/s for each phase, and below them two of memory."""
+    phases = list(dict.fromkeys(row["phase"] for row in report["rows"]))
+    panels = [(phase, [phase], "tokens_per_s", "tokens/s") for phase in phases]
+    panels += [
+        ("cache after the context", ["decode"], "state_bytes", "bytes"),
+        ("peak memory", phases, "peak_bytes", "bytes"),
+    ]
+    drawing = Figure(figsize=(10, 6), layout="constrained")
+    places = [*drawing.subplots(2, 3).flat]
+    for axes in (*places[len(phases) : 3], places[5]):
+        axes.set_axis_off()
+    for axes, panel in zip((*places[: len(phases)], *places[3:5]), panels, strict=True):
+        draw_panel(axes, report, *panel)
+    return drawing
+
+
+def draw_panel(
+    axes: Axes, report: dict[str, Any], title: str, phases: list[str], key: str, unit: str
+) -> None:
+    name_axes(axes, title, "context, tokens", unit)
+    batches, several = list(dict.fromkeys(row["batch"] for row in report["rows"])), len(phases) > 1
+    for (model, phase, batch), points in series(report["rows"], phases, key).items():
+        label = ", ".join([model, *[phase] * several, *[f"batch {batch}"] * (len(batches) > 1)])
+        marker = MARKERS[(phases.index(phase) if several else batches.index(batch)) % len(MARKERS)]
+        style = TEACHER if model == "teacher" else STUDENT
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, **style)
+    if not axes.lines:
+        axes.set_axis_off()
+        return
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if unit == "bytes":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    legend = axes.legend(frameon=False, fontsize=6)
+    if several:  # it stands in the empty place beside
+        legend.set(loc="upper left", in_layout=False)
+        legend.set_bbox_to_anchor((1, 1))
+
+
+def series(
+    rows: list[dict[str, Any]], phases: list[str], key: str
+) -> dict[tuple[str, str, int], list[tuple[int, float]]]:
+    """The points `(context, value)` of each model, phase and batch, by context."""
+    found = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["context"]):
+        if row["phase"] in phases and row[key] is not None:
+            found[row["model"], row["phase"], row["batch"]].append((row["context"], row[key]))
+    return found

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import artifact_name, enter_own_feature_map, load, refuse_linearized
+from linearize_cli.artifact.teacher import read_record
 from linearize_cli.checkpoint import load_teacher, resolve_model
 from linearize_cli.errors import UserError, first_five
-from linearize_cli.evaluation import read_record
 from linearize_cli.explain import explained
 from linearize_cli.runtime import linearize
 from linearize_cli.tasks import CausalLM, task_of

@@ -1,8 +1,7 @@
 """Speculative decoding against the best plain decoding: tokens a step, seconds, and whether it pays."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from linearize_cli.measure.memory import saved_bytes_per_token, state_bytes
+from linearize_cli.measure.timing import one_thread
 from linearize_cli.render import size
 from linearize_cli.speculative.decode import Step
 from linearize_cli.verify_checks.check import Finding, Line, Subject, not_checked
@@ -134,13 +134,3 @@ def accepted(steps: Sequence[Step]) -> dict[str, Any]:
         "by_depth": [sum(d >= depth for d in depths) / count for depth in range(1, deepest + 1)],
         "steps": len(depths),
     }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
