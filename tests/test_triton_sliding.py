@@ -45,6 +45,10 @@ def test_outputs_and_gradients(name, errors):
     assert all(error <= bound for error in errors[name].values()), errors[name]
 
 
+def test_a_layer_that_triton_computes(errors):
+    assert max(errors["layer"]) < 1e-4, errors["layer"]
+
+
 @pytest.mark.parametrize(
     "case, reason",
     [

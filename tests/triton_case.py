@@ -99,7 +99,39 @@ def errors(case):
     }
 
 
+def layer_errors():
+    """Of a layer whose chunks Triton computes, in two pieces that are no whole chunks, in fp32."""
+    from linearize_kernels import Equation, LinearAttention, chunked
+
+    geometry = dict(heads=2, kv_heads=1, key_dim=16, value_dim=16, scale=0.25)
+    parts = dict(size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3)
+    torch.manual_seed(0)
+    attention = LinearAttention(Equation(**geometry, **parts))
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    inputs = [torch.randn(2, heads, 75, 16) + 0.3 for heads in (2, 1, 1)]
+    found = {}
+    for impl in ("torch", "triton"):
+        attention.impl, state, outputs = impl, None, []
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
+            out, state = chunked(attention, state, *piece, chunk=32)
+            outputs.append(out)
+            assert attention.ran == impl
+        out = torch.cat(outputs, -2)
+        wanted = [*leaves, *attention.parameters()]
+        found[impl] = [
+            out,
+            state.S,
+            state.z,
+            *torch.autograd.grad(out.square().sum() + state.S.sum(), wanted),
+        ]
+    pairs = zip(found["torch"], found["triton"], strict=True)
+    return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    print(json.dumps({name: errors(case) for name, case in CASES.items()}))
+    print(json.dumps({name: errors(case) for name, case in CASES.items()} | {"layer": layer_errors()}))
