@@ -227,6 +227,8 @@ def fitting(
         return None
     if count + length < eq.sinks or eq.sinks > eq.recent or eq.size == 0 or not eq.causal:
         return None
-    if eq.feature_map == "linformer" or (eq.scope == "group" and eq.sinks):
+    if eq.feature_map == "linformer":
+        return None
+    if eq.scope == "group" and (eq.sinks or 2 * length < eq.size):  # few tokens do not pay for whole groups
         return None
     return FORMS.get((eq.scope, eq.score, eq.combine))
