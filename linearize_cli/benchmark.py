@@ -1,5 +1,6 @@
 """`bench`: the speed and memory of an artifact beside its softmax teacher."""
 
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def bench(
     phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
     share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
+    gc.collect()  # what is freed while memory is watched, and was there before, cannot be counted
     with one_thread():
         on = machine(device)
         for many, length in cells:
