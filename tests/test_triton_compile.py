@@ -99,20 +99,27 @@ def resources(binary, path):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()))
 
 
-def sized(width, features, chips, marks=()):
-    return [pytest.param(chip, width, features, marks=marks) for chip in chips]
+def sized(kernels, width, features, chips, marks=()):
+    form = "sliding" if kernels is SLIDING else "group"
+    return [
+        pytest.param(kernels, chip, width, features, marks=marks, id=f"{form}-{chip}-{width}")
+        for chip in chips
+    ]
 
 
 @pytest.mark.parametrize(
-    "chip, width, features",
+    "kernels, chip, width, features",
     [
-        *sized(64, 128, (90,)),
-        *sized(128, 256, SHARED),
-        *sized(64, 128, (80, 89, 100), pytest.mark.slow),
-        *sized(256, 256, SHARED, pytest.mark.slow),
+        *sized(SLIDING, 64, 128, (90,)),
+        *sized(SLIDING, 128, 256, SHARED),
+        *sized(SLIDING, 64, 128, (80, 89, 100), pytest.mark.slow),
+        *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow),
+        *sized(GROUP, 128, 256, (80, 90)),
+        *sized(GROUP, 128, 256, (89, 100), pytest.mark.slow),
+        *sized(GROUP, 64, 128, SHARED, pytest.mark.slow),
+        *sized(GROUP, 256, 256, SHARED, pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kernels", [SLIDING, GROUP], ids=["sliding", "group"])
 def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
     some = launches(chip, kernels, monkeypatch, keys=width, values=width, features=features)
     assert {kernel.__name__ for kernel, _ in some} == kernels.keys()

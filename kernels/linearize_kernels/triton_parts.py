@@ -94,7 +94,8 @@ def fold(
                     right = right.to(tl.bfloat16)  # factors are often below fp16's least
                 total += dot(tl.trans(scaled), right)
             else:
-                mass += tl.sum(own.to(tl.float32), 0)
+                if z is not None:
+                    mass += tl.sum(own.to(tl.float32), 0)
                 total += dot(tl.trans(own), right)
     if states is None:
         put(S, total, f, F, e, DV)
@@ -118,7 +119,7 @@ def folded(
         folds: None: all chunks.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
-    own = tiles("fold", width, a)
+    own = tiles("fold", 64, a)  # S is cut both ways, so heads' width does not count
     cut = chunks if folds is None else folds
     cut = chunks - cut if reverse else cut
     place = triton.cdiv(cut, SEGMENT)  # of the sums at the cut
