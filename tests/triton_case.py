@@ -34,7 +34,7 @@ GROUP_CASES = {
     "no far part, no conv": dict(far=False, width=0, recent=0, lanes=1),
     "conv beyond a group": dict(width=24, recent=23, lanes=1),
     "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, lanes=1, tiles=(32, 16, 16)),
-    "segments of groups": dict(chunks=19, folds=9, lanes=1, features=16),
+    "segments of groups": dict(chunks=12, folds=9, lanes=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, folds=1),
 }
