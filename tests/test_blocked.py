@@ -14,7 +14,8 @@ METHODS = ["augmented", "augmented:relu", "augmented:performer", "augmented:flas
 def layer(name, heads=4, kv_heads=2, size=6, width=5, impl="auto"):
     """A layer with random parameters and parts that do not divide one another."""
     recipe = load_recipe(name).to_dict()["attention"]
-    recipe["local"]["size"] = size
+    if recipe["local"]:
+        recipe["local"]["size"] = size
     if recipe.get("conv"):
         recipe["conv"]["width"] = width
     geometry = dict(heads=heads, kv_heads=kv_heads, key_dim=8, value_dim=7, scale=0.3, softcap=None)
@@ -84,8 +85,10 @@ def test_what_cannot_run_in_triton_is_refused_when_forced():
     q, k, v = (x.detach() for x in tokens(20))
     with pytest.raises(ValueError, match="CUDA device"):
         chunked(layer("augmented", impl="triton"), None, q, k, v)
-    with pytest.raises(ValueError, match="no Triton kernel"):
+    with pytest.raises(ValueError, match="CUDA device"):
         chunked(layer("augmented:flash", impl="triton"), None, q, k, v)
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        chunked(layer("retention", impl="triton"), None, q, k, v)
     with pytest.raises(ValueError, match="auto, torch, triton"):
         chunked(layer("augmented", impl="cuda"), None, q, k, v)
 

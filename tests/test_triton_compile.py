@@ -6,21 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_case import inputs
+from triton_case import group_inputs, inputs
 
 triton = pytest.importorskip("triton")
 
+from linearize_kernels import triton_grouped_kernels as grouped  # noqa: E402
+from linearize_kernels import triton_parts as parts  # noqa: E402
 from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
 from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
 
-KERNELS = {
-    "fold": forward,
+SLIDING = {
+    "fold": parts,
     "attend": forward,
     "query_means": backward,
     "query_gradients": backward,
     "query_feature_gradients": backward,
     "slot_gradients": backward,
     "slot_feature_gradients": backward,
+}
+GROUP = {
+    "fold": parts,
+    "group_attend": grouped,
+    "group_query_gradients": grouped,
+    "answers": grouped,
+    "group_slot_gradients": grouped,
 }
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
 SPILLED = 0  # bytes of stack that a thread may spill to
@@ -42,18 +51,23 @@ class Recorder:
         self.launches[kinds] = values
 
 
-def launches(chip, monkeypatch, **case):
-    """Every kernel's launches in a forward and a backward, for a chip: `(kernel, values)`."""
-    usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, recent=64, size=64, width=32, sinks=4)
-    shape, tokens = inputs(**usual | case)
-    recorders = {name: Recorder(getattr(module, name)) for name, module in KERNELS.items()}
-    for name, module in KERNELS.items():
+def launches(chip, kernels, monkeypatch, **case):
+    """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+    recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
+    for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(
         "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
     )
-    out, S, z, log_total = forward.forward(shape, tokens)
-    backward.backward(shape, tokens, log_total, out, S, z)
+    usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
+    if kernels is GROUP:
+        shape, folds, tokens = group_inputs(**usual | case)
+        out, S = grouped.forward(shape, folds, tokens)
+        grouped.backward(shape, folds, tokens, out, S)
+    else:
+        shape, tokens = inputs(**usual | dict(recent=64, size=64, sinks=4) | case)
+        out, S, z, log_total = forward.forward(shape, tokens)
+        backward.backward(shape, tokens, log_total, out, S, z)
     return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
 
 
@@ -85,22 +99,30 @@ def resources(binary, path):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()))
 
 
-def sized(width, features, chips, marks=()):
-    return [pytest.param(chip, width, features, marks=marks) for chip in chips]
+def sized(kernels, width, features, chips, marks=()):
+    form = "sliding" if kernels is SLIDING else "group"
+    return [
+        pytest.param(kernels, chip, width, features, marks=marks, id=f"{form}-{chip}-{width}")
+        for chip in chips
+    ]
 
 
 @pytest.mark.parametrize(
-    "chip, width, features",
+    "kernels, chip, width, features",
     [
-        *sized(64, 128, (90,)),
-        *sized(128, 256, SHARED),
-        *sized(64, 128, (80, 89, 100), pytest.mark.slow),
-        *sized(256, 256, SHARED, pytest.mark.slow),
+        *sized(SLIDING, 64, 128, (90,)),
+        *sized(SLIDING, 128, 256, SHARED),
+        *sized(SLIDING, 64, 128, (80, 89, 100), pytest.mark.slow),
+        *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow),
+        *sized(GROUP, 128, 256, (80, 90)),
+        *sized(GROUP, 128, 256, (89, 100), pytest.mark.slow),
+        *sized(GROUP, 64, 128, SHARED, pytest.mark.slow),
+        *sized(GROUP, 256, 256, SHARED, pytest.mark.slow),
     ],
 )
-def test_kernels_fit(chip, width, features, monkeypatch, tmp_path):
-    some = launches(chip, monkeypatch, keys=width, values=width, features=features)
-    assert {kernel.__name__ for kernel, _ in some} == KERNELS.keys()
+def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
+    some = launches(chip, kernels, monkeypatch, keys=width, values=width, features=features)
+    assert {kernel.__name__ for kernel, _ in some} == kernels.keys()
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
@@ -110,23 +132,32 @@ def test_kernels_fit(chip, width, features, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "chip, case",
+    "chip, kernels, case",
     [
-        (90, dict(far=False, width=0, sinks=0, keys=64, values=64)),
+        (90, SLIDING, dict(far=False, width=0, sinks=0, keys=64, values=64)),
+        (90, GROUP, dict(far=False, width=0, keys=64, values=64)),
         pytest.param(
             80,
+            GROUP,
+            dict(dtype=torch.float16, group=2, recent=70, width=71, keys=24, values=40, features=48),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            80,
+            SLIDING,
             dict(dtype=torch.float16, group=2, size=50, keys=24, values=40, features=48),
             marks=pytest.mark.slow,
         ),
         *(
             pytest.param(
-                89, dict(dtype=torch.float32, keys=x, values=x, features=128), marks=pytest.mark.slow
+                89, kernels, dict(dtype=torch.float32, keys=x, values=x, features=128), marks=pytest.mark.slow
             )
+            for kernels in (SLIDING, GROUP)
             for x in (64, 128, 256)
         ),
     ],
 )
-def test_other_launches_compile(chip, case, monkeypatch):
-    """A window alone; odd sizes; fp32, which may spill."""
-    for kernel, values in launches(chip, monkeypatch, **case):
+def test_other_launches_compile(chip, kernels, case, monkeypatch):
+    """No far part, no conv; odd sizes; fp32, which may spill."""
+    for kernel, values in launches(chip, kernels, monkeypatch, **case):
         assert compiled(kernel, values, chip).metadata.shared <= SHARED[chip], kernel.__name__

@@ -1,4 +1,4 @@
-"""The sliding form by Triton's kernels in the interpreter, against `sliding.sliding` in fp64.
+"""The blocked forms by Triton's kernels in the interpreter, against `sliding.sliding` and `grouped.grouped` in fp64.
 
 Run as a script, it prints the relative error of every output and gradient of every case as JSON.
 """
@@ -24,6 +24,25 @@ CASES = {
     "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, recent=24, size=20),
+}
+GROUP_CASES = {
+    "plain": dict(),
+    "none folded": dict(folds=0, group=2),
+    "all folded, odd widths": dict(folds=3, keys=24, values=40, features=24, recent=7),
+    "no far part": dict(far=False, group=2),
+    "no conv": dict(width=0, recent=0),
+    "no far part, no conv": dict(far=False, width=0, recent=0, lanes=1),
+    "conv beyond a group": dict(width=24, recent=23, lanes=1),
+    "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, lanes=1, tiles=(32, 16, 16)),
+    "segments of groups": dict(chunks=12, folds=9, lanes=1, features=16),
+    "bfloat16": dict(dtype=torch.bfloat16, group=2),
+    "float16": dict(dtype=torch.float16, folds=1),
+}
+LAYERS = {
+    "sliding": dict(size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3),
+    "group": dict(
+        scope="group", size=16, score="relu2", feature_map="identity", combine="none", conv_width=5
+    ),
 }
 
 
@@ -61,20 +80,56 @@ def inputs(
         sink_k=draw(lanes, sinks, keys),
         sink_v=draw(lanes, sinks, values),
     )
-    wide = ("mix", "conv", "S", "z")
-    tokens = Tokens(
-        *(
-            x if x is None or name in wide else x.to(dtype)
-            for name, x in zip(Tokens._fields, tokens, strict=True)
-        )
-    )
+    tokens = narrowed(tokens, dtype, ("mix", "conv", "S", "z"))
     return Shape(chunk, recent, size, keys**-0.5, start, skip), tokens
 
 
+def group_inputs(
+    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, folds=2, recent=4, keys=16, values=16, features=32,
+    width=5, far=True,
+):  # fmt: skip
+    """As `inputs`; keys and queries have unit norms, the first and the last tokens are not there."""
+    from linearize_kernels.features import unit_norm
+    from linearize_kernels.grouped import Groups
+    from linearize_kernels.tiles import Tiling
+
+    torch.manual_seed(0)
+    rows = chunks * chunk
+    there = (torch.arange(rows) >= 3) & (torch.arange(rows) < rows - 2)
+
+    def draw(*shape):
+        return torch.randn(shape)
+
+    def tokenwise(x):
+        return x * there[:, None]
+
+    phi_q = phi_k = factor = None
+    if far:
+        phi_q = tokenwise(draw(lanes, group, rows, features).softmax(-1))
+        phi_k, factor = tokenwise(draw(lanes, rows, features).exp()), draw(lanes, group)
+    tokens = Groups(
+        q=tokenwise(unit_norm(draw(lanes, group, rows, keys) + 0.5)),
+        k=tokenwise(unit_norm(draw(lanes, rows, keys) + 1)),
+        v=draw(lanes, recent + rows, values) + 1,
+        phi_q=phi_q,
+        phi_k=phi_k,
+        factor=factor,
+        conv=draw(lanes, group, width) / 2 if width else None,
+        S=draw(lanes, features, values) + 5,
+    )
+    return Tiling(chunk, recent), folds, narrowed(tokens, dtype, ("factor", "conv", "S"))
+
+
+def narrowed(tokens, dtype, wide):
+    """`tokens` in a dtype, but for some of their names."""
+    named = zip(tokens._fields, tokens, strict=True)
+    return type(tokens)(*(x if x is None or name in wide else x.to(dtype) for name, x in named))
+
+
 def results(function, shape, tokens, dtype=None):
-    """Outputs, and gradients of a draw from them, by name."""
+    """Outputs, and gradients of a draw from them, by name; shape: what `function` takes before the tokens."""
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tokens]
-    out = dict(zip(("out", "S after", "z after"), function(shape, type(tokens)(*leaves)), strict=True))
+    out = dict(zip(("out", "S after", "z after"), function(*shape, type(tokens)(*leaves)), strict=False))
     generator = torch.Generator().manual_seed(1)
     d_out = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in out.values()]
     names = [name for name, x in zip(tokens._fields, leaves, strict=True) if x is not None]
@@ -82,29 +137,28 @@ def results(function, shape, tokens, dtype=None):
     return out | dict(zip(names, torch.autograd.grad(list(out.values()), wanted, d_out), strict=True))
 
 
-def errors(case):
-    from linearize_kernels import sliding, triton_sliding, triton_sliding_forward, triton_tiles
+def errors(reference, function, make, case):
+    """Relative ones of a form, by name, for what `make` makes of a case."""
+    from linearize_kernels import triton_grouped_kernels, triton_parts, triton_sliding_forward, triton_tiles
 
-    sizes = case.get("tiles")
-    usual = triton_sliding_forward.tiles
-    if sizes is not None:
-        triton_sliding_forward.tiles = lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
-    shape, tokens = inputs(**{name: value for name, value in case.items() if name != "tiles"})
-    expected = results(sliding.sliding, shape, tokens, torch.float64)
-    found = results(triton_sliding.sliding, shape, tokens)
-    triton_sliding_forward.tiles = usual
+    sizes, usual = case.get("tiles"), triton_tiles.tiles
+    own = usual if sizes is None else lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
+    for module in (triton_grouped_kernels, triton_parts, triton_sliding_forward):
+        module.tiles = own
+    *shape, tokens = make(**{name: value for name, value in case.items() if name != "tiles"})
+    expected = results(reference, shape, tokens, torch.float64)
+    found = results(function, shape, tokens)
     return {
         name: ((found[name].double() - x).norm() / x.norm().clamp_min(1e-12)).item()
         for name, x in expected.items()
     }
 
 
-def layer_errors():
+def layer_errors(**parts):
     """Of a layer whose chunks Triton computes, in two pieces that are no whole chunks, in fp32."""
     from linearize_kernels import Equation, LinearAttention, chunked
 
     geometry = dict(heads=2, kv_heads=1, key_dim=16, value_dim=16, scale=0.25)
-    parts = dict(size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3)
     torch.manual_seed(0)
     attention = LinearAttention(Equation(**geometry, **parts))
     with torch.no_grad():
@@ -134,4 +188,17 @@ def layer_errors():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    print(json.dumps({name: errors(case) for name, case in CASES.items()} | {"layer": layer_errors()}))
+    from linearize_kernels import grouped, sliding, triton_grouped, triton_sliding
+
+    found = {
+        "sliding": {
+            name: errors(sliding.sliding, triton_sliding.sliding, inputs, case)
+            for name, case in CASES.items()
+        },
+        "group": {
+            name: errors(grouped.grouped, triton_grouped.grouped, group_inputs, case)
+            for name, case in GROUP_CASES.items()
+        },
+        "layers": {name: layer_errors(**parts) for name, parts in LAYERS.items()},
+    }
+    print(json.dumps(found))

@@ -5,6 +5,7 @@ stays in its cache. On a GPU all go together, through Triton's kernels where the
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,26 @@ from linearize_kernels.grouped import Groups, grouped
 from linearize_kernels.sliding import Shape, Tokens, sliding
 from linearize_kernels.state import State
 from linearize_kernels.tiles import Tiling, led
+from linearize_kernels.triton_grouped import grouped as triton_grouped
+from linearize_kernels.triton_grouped import why_not as why_not_grouped
 from linearize_kernels.triton_sliding import sliding as triton_sliding
-from linearize_kernels.triton_sliding import why_not
+from linearize_kernels.triton_sliding import why_not as why_not_sliding
 
 CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
 
 Segment = Callable[[LinearAttention, State, int, Tensor, Tensor, Tensor, int], tuple[Tensor, State]]
+
+
+class Form(NamedTuple):
+    """A blocked form's implementations, which take the same and return the same, and why Triton's cannot run."""
+
+    torch: Callable
+    triton: Callable
+    why_not: Callable
+
+
+SLIDING = Form(sliding, triton_sliding, why_not_sliding)
+GROUP = Form(grouped, triton_grouped, why_not_grouped)
 
 
 def sliding_segment(
@@ -46,7 +61,7 @@ def sliding_segment(
         return led(x, fill).flatten(0, 1)
 
     wide = accumulator(q.dtype)
-    narrow = q.dtype if attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda) else wide
+    narrow = narrowed(attention, q)
     outputs = []
     for heads, own in some_heads(attention, state, q, *slots, *sinks):
         q, k, v, sink_k, sink_v, S, z = own
@@ -60,21 +75,32 @@ def sliding_segment(
         k, v, sink_k, sink_v = (x.flatten(0, 1).to(narrow) for x in (k, v, sink_k, sink_v))
         conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
         tokens = Tokens(rows(q).to(narrow), k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v)
-        out, *sums = evaluate(attention, shape, tokens, wide)
+        out, *sums = evaluate(attention, SLIDING, tokens, wide, shape)
         outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
     out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
     return out.flatten(1, 2), after(state, S, z, sinks, slots, count + length)
 
 
+def narrowed(attention: LinearAttention, q: Tensor) -> torch.dtype:
+    """Of what a form reads by token: Triton sums products of narrow numbers in fp32, torch does not."""
+    by_triton = attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
+    return q.dtype if by_triton else accumulator(q.dtype)
+
+
 def evaluate(
-    attention: LinearAttention, shape: Shape, tokens: Tokens, wide: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sliding` by the implementation that `attention.impl` asks for; `attention.ran` says which it was."""
-    if attention.impl == "triton" or (attention.impl == "auto" and why_not(shape, tokens) is None):
+    attention: LinearAttention,
+    form: Form,
+    tokens: Tokens | Groups,
+    wide: torch.dtype,
+    shape: Tiling,
+    *folds: int,
+) -> tuple[Tensor, ...]:
+    """A form by the implementation that `attention.impl` asks for; `attention.ran` says which it was."""
+    if attention.impl == "triton" or (attention.impl == "auto" and form.why_not(shape, tokens) is None):
         attention.ran = "triton"
-        return triton_sliding(shape, tokens)
+        return form.triton(shape, *folds, tokens)
     attention.ran = "torch"
-    return sliding(shape, Tokens(*(None if x is None else x.to(wide) for x in tokens)))
+    return form.torch(shape, *folds, type(tokens)(*(None if x is None else x.to(wide) for x in tokens)))
 
 
 def grouped_segment(
@@ -96,7 +122,7 @@ def grouped_segment(
     def groups(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + n C, X]
         return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
 
-    outputs = []
+    wide, narrow, outputs = accumulator(q.dtype), narrowed(attention, q), []
     for heads, own in some_heads(attention, state, q, *slots):
         q, k, v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         phi_q = phi_k = phi = factor = None
@@ -112,10 +138,10 @@ def grouped_segment(
             folds = max(0, (length - first) // eq.size)
             if count:
                 S = S + phi[..., :first, :].mT @ v[..., :first, :]
-        lanes = (rows(unit_norm(q)), unit_norm(groups(k)), groups(v, reach), phi_q, phi_k, factor)
-        tokens = Groups(*lanes, taps(attention, len(q), heads, q.dtype), S.flatten(0, 1))
-        out, S = grouped(Tiling(eq.size, reach), folds, tokens)
-        attention.ran = "torch"
+        lanes = (rows(unit_norm(q)), unit_norm(groups(k)), groups(v, reach), phi_q, phi_k)
+        lanes = (None if x is None else x.to(narrow) for x in lanes)
+        tokens = Groups(*lanes, factor, taps(attention, len(q), heads, wide), S.flatten(0, 1))
+        out, S = evaluate(attention, GROUP, tokens, wide, Tiling(eq.size, reach), folds)
         out, S = (x.unflatten(0, (len(q), -1)) for x in (out[:, :, opened : opened + length], S))
         if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
             done = first + folds * eq.size if length >= first else 0
@@ -209,10 +235,11 @@ def segment_of(
     if attention.impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is one of {', '.join(IMPLEMENTATIONS)}, not {attention.impl!r}")
     found = fitting(attention, count, length, has_sink_logits)
-    if attention.impl == "triton" and found is not sliding_segment:
+    if attention.impl == "triton" and found is None:
         raise ValueError(
             "no Triton kernel computes this: there are kernels for a sliding softmax window with weights as far "
-            "features and one normaliser, over whole sequences without pads. Use impl='auto'."
+            "features and one normaliser, and for squared ReLU in groups with a sum over all before, over at least "
+            "half a group, both without pads. Use impl='auto'."
         )
     return found
 

@@ -8,19 +8,15 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.sliding import Shape, Tokens
+from linearize_kernels.triton_parts import band, dot, folded, put, tile
 from linearize_kernels.triton_sliding_forward import (
-    band,
-    dot,
     first_column,
-    folded,
     near_scores,
     older,
     products,
-    put,
     scores,
     sink_scores,
     sizes,
-    tile,
     vector,
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize_kernels.combine import TINY
 from linearize_kernels.sliding import LOW, Shape, Tokens
+from linearize_kernels.triton_parts import INTERPRETED, band, dot, folded, put, tile
 from linearize_kernels.triton_tiles import padded, tiles
 
 try:  # a loader of remote code demands what is imported outside
@@ -18,29 +19,6 @@ except ImportError:
     raise
 
 LOWEST, LEAST = tl.constexpr(LOW), tl.constexpr(TINY)
-SEGMENT = 8  # chunks that a program of `fold` goes through
-
-
-@triton.jit
-def tile(x, row, end, column, WIDTH: tl.constexpr, UP: tl.constexpr):
-    """Rows and columns of a matrix `[end, WIDTH]`, zero outside. UP: in fp32, for the interpreter."""
-    there = (row < end)[:, None] & (column < WIDTH)[None, :]
-    out = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there, other=0.0)
-    if UP:
-        out = out.to(tl.float32)
-    return out
-
-
-@triton.jit
-def put(x, value, row, end, column, WIDTH: tl.constexpr):
-    """The reverse of `tile`."""
-    there = (row < end)[:, None] & (column < WIDTH)[None, :]
-    tl.store(x + row[:, None] * WIDTH + column[None, :], value.to(x.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def dot(a, b):
-    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
 
 @triton.jit
@@ -80,71 +58,12 @@ def products(
 
 
 @triton.jit
-def band(conv, delay, W: tl.constexpr):
-    """The conv's weights by delay."""
-    return tl.load(conv + delay, mask=(delay >= 0) & (delay < W), other=0.0).to(tl.float32)
-
-
-@triton.jit
 def first_column(row, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr):
     """The first slot that rows from `row` on read: their chunk's first column, or without far ones REACH back."""
     first = row // C * C
     if F == 0:
         first = tl.maximum(first, row + R - REACH + 1)
     return first
-
-
-@triton.jit
-def fold(
-    a, b, factor, mean, S, z, states, masses, length, chunks,
-    GROUP: tl.constexpr, C: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, SEGMENT: tl.constexpr,
-    REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, length, Dv]`.
-
-    Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
-    `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
-    each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`. REVERSE: before means after. `factor [N, g, length]`
-    scales a; z sums a, or `-mean` times it.
-    """
-    lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
-    first_e = tl.program_id(2) % tl.cdiv(DV, BV) * BV
-    e = first_e + tl.arange(0, BV)
-    place = lane * (tl.num_programs(1) + 1) + segment
-    total = tl.zeros((BF, BV), tl.float32)
-    mass = tl.zeros((BF,), tl.float32)
-    if states is None:
-        place += 1
-    S += place * F * DV
-    z += place * F
-    if states is not None:
-        total += tile(S, f, F, e, DV, UP)
-        mass += tl.load(z + f, mask=f < F, other=0.0)
-    for order in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, chunks)):
-        chunk = chunks - 1 - order if REVERSE else order
-        if states is not None:
-            put(states + (lane * chunks + chunk) * F * DV, total, f, F, e, DV)
-            if first_e == 0:
-                tl.store(masses + (lane * chunks + chunk) * F + f, mass, mask=f < F)
-        row = chunk * C + tl.arange(0, C)
-        for member in range(GROUP):
-            head = lane * GROUP + member
-            own = tile(a + head * length * F, row, length, f, F, UP)
-            right = tile(b + head * length * DV, row, length, e, DV, UP)
-            if factor is not None:
-                scaled = own * tl.load(factor + head * length + row)[:, None]
-                mass -= tl.sum(scaled * tl.load(mean + head * length + row)[:, None], 0)
-                if right.dtype == tl.float16:
-                    right = right.to(tl.bfloat16)  # factors are often below fp16's least
-                total += dot(tl.trans(scaled), right)
-            else:
-                mass += tl.sum(own.to(tl.float32), 0)
-                total += dot(tl.trans(own), right)
-    if states is None:
-        put(S, total, f, F, e, DV)
-        if first_e == 0:
-            tl.store(z + f, mass, mask=f < F)
 
 
 @triton.jit(do_not_specialize=("start", "skip"))
@@ -211,9 +130,6 @@ def attend(
     tl.store(log_total + head * rows + row, ceiling + tl.log(total))
 
 
-INTERPRETED = not isinstance(attend, triton.JITFunction)
-
-
 def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
     """The keyword arguments of a kernel that works on rows and slots."""
     own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
@@ -236,40 +152,6 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
         num_warps=own.warps,
         num_stages=own.stages,
     )
-
-
-def folded(
-    a: Tensor, b: Tensor, S: Tensor, z: Tensor, chunks: int, chunk: int, factor: Tensor | None = None,
-    mean: Tensor | None = None, reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after the last, as `fold` says.
-
-    Args:
-        a: `[N, g, length, F]`; b: `[N, g, length, Dv]`.
-        S, z: before the first chunk.
-    """
-    (lanes, group, length, features), width = a.shape, b.shape[-1]
-    own = tiles("fold", width, a)
-    segments = triton.cdiv(chunks, SEGMENT)
-    BF, BV = (min(own.features, padded(x)) for x in (features, width))
-    grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
-    common = dict(
-        GROUP=group, C=chunk, F=features, DV=width, SEGMENT=SEGMENT, REVERSE=reverse, BF=BF, BV=BV,
-        UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
-    sums = S.new_empty(lanes, segments + 1, features, width, dtype=torch.float32)
-    masses = sums.new_empty(lanes, segments + 1, features)
-    sums[:, 0], masses[:, 0] = S, z
-    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, **common)
-    sums.cumsum_(1)
-    masses.cumsum_(1)
-    # fp16 would overflow: sums grow with the text
-    states = S.new_empty(
-        lanes, chunks, features, width, dtype=torch.float32 if a.dtype == torch.float32 else torch.bfloat16
-    )
-    starts = masses.new_empty(lanes, chunks, features)
-    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, **common)
-    return states, starts, sums[:, -1].to(S.dtype), masses[:, -1].to(z.dtype)
 
 
 def older(shape: Shape, tokens: Tokens) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:

@@ -23,6 +23,13 @@ SPECIAL = {  # by kernel and compute capability's major number; these too spill 
     ("slot_gradients", 8): USUAL._replace(slots=32),
     ("slot_gradients", 9): USUAL._replace(rows=32),
     ("slot_gradients", 10): USUAL._replace(rows=32),
+    ("fold", 8): USUAL._replace(stages=3),
+    ("group_attend", 8): USUAL._replace(slots=32),
+    ("group_slot_gradients", 8): USUAL._replace(slots=32),
+    ("group_slot_gradients", 9): USUAL._replace(rows=32),
+}
+SPECIAL_WIDE = {  # the same where a head has twice the bytes
+    ("group_slot_gradients", 8): USUAL._replace(rows=32, slots=16),
 }
 
 
@@ -34,10 +41,12 @@ def capability(device: torch.device) -> int:
 
 def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
     """For heads as wide as `width`: fewer of them the more bytes they have, for shared memory."""
-    times = padded(width) * like.element_size() // 256
+    times, own = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
+    if times == 2 and own in SPECIAL_WIDE:
+        return SPECIAL_WIDE[own]
     if times > 1:
         return USUAL._replace(rows=64 // times, slots=64 // times)
-    return SPECIAL.get((kernel, capability(like.device)), USUAL)
+    return SPECIAL.get(own, USUAL)
 
 
 def padded(width: int) -> int:

@@ -1,4 +1,4 @@
-"""Triton's sliding form against the reference in fp64: outputs, states and every gradient."""
+"""Triton's blocked forms against the references in fp64: outputs, states and every gradient."""
 
 import json
 import os
@@ -10,10 +10,13 @@ import pytest
 import torch
 import triton_case
 from linearize_kernels import sliding as sliding_module
+from linearize_kernels.grouped import Groups
 from linearize_kernels.sliding import Tokens
+from linearize_kernels.triton_grouped import grouped
+from linearize_kernels.triton_grouped import why_not as why_not_grouped
 from linearize_kernels.triton_sliding import sliding, why_not
 from transformers.dynamic_module_utils import get_imports
-from triton_case import CASES, inputs
+from triton_case import CASES, GROUP_CASES, LAYERS, group_inputs, inputs
 
 pytest.importorskip("triton")
 
@@ -33,20 +36,26 @@ def errors():
     return json.loads(made.stdout)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients(name, errors):
-    bound = BOUNDS[CASES[name].get("dtype", torch.float32)]
-    names = {"out", "S after", "z after", *Tokens._fields}
-    if not CASES[name].get("far", True):
-        names -= {"phi_q", "phi_k", "mix"}
-    if CASES[name].get("width") == 0:
+@pytest.mark.parametrize(
+    "form, name", [*(("sliding", name) for name in CASES), *(("group", name) for name in GROUP_CASES)]
+)
+def test_outputs_and_gradients(form, name, errors):
+    case, found = (CASES if form == "sliding" else GROUP_CASES)[name], errors[form][name]
+    names = {"out", "S after", *Groups._fields}
+    if form == "sliding":
+        names = {"out", "S after", "z after", *Tokens._fields}
+    if not case.get("far", True):
+        names -= {"phi_q", "phi_k", "mix", "factor"}
+    if case.get("width") == 0:
         names -= {"conv"}
-    assert errors[name].keys() == names
-    assert all(error <= bound for error in errors[name].values()), errors[name]
+    assert found.keys() == names
+    bound = BOUNDS[case.get("dtype", torch.float32)]
+    assert all(error <= bound for error in found.values()), found
 
 
-def test_a_layer_that_triton_computes(errors):
-    assert max(errors["layer"]) < 1e-4, errors["layer"]
+@pytest.mark.parametrize("form", LAYERS)
+def test_a_layer_that_triton_computes(form, errors):
+    assert max(errors["layers"][form]) < 1e-4, errors["layers"][form]
 
 
 @pytest.mark.parametrize(
@@ -60,15 +69,24 @@ def test_a_layer_that_triton_computes(errors):
     ],
 )
 def test_a_refusal_says_why(case, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_sliding_forward.INTERPRETED", bool(case))
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", bool(case))
     shape, tokens = inputs(**case)
     assert reason in why_not(shape, tokens)
     with pytest.raises(ValueError, match=reason):
         sliding(shape, tokens)
 
 
+@pytest.mark.parametrize("case, reason", [(dict(), "CUDA"), (dict(chunk=48), "groups must have .* not 48")])
+def test_the_group_form_s_refusals(case, reason, monkeypatch):
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", bool(case))
+    shape, folds, tokens = group_inputs(**case)
+    assert why_not_grouped(shape, tokens)
+    with pytest.raises(ValueError, match=reason):
+        grouped(shape, folds, tokens)
+
+
 def test_mixed_dtypes_are_refused(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_sliding_forward.INTERPRETED", True)
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)
     shape, tokens = inputs()
     assert "bfloat16" in why_not(shape, tokens._replace(q=tokens.q.bfloat16()))
     assert why_not(shape, tokens) is None
@@ -76,7 +94,7 @@ def test_mixed_dtypes_are_refused(monkeypatch):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "linearize_kernels.triton_sliding_forward", raising=False)
+    monkeypatch.delitem(sys.modules, "linearize_kernels.triton_parts", raising=False)
     assert why_not(*inputs()) == "triton is not installed"
 
 
