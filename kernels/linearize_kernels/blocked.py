@@ -256,6 +256,7 @@ def fitting(
         return None
     if eq.feature_map == "linformer":
         return None
-    if eq.scope == "group" and (eq.sinks or 2 * length < eq.size):  # few tokens do not pay for whole groups
+    few = 2 * length < eq.size and attention.impl != "triton"  # they do not pay for whole groups
+    if eq.scope == "group" and (eq.sinks or few):
         return None
     return FORMS.get((eq.scope, eq.score, eq.combine))
