@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import AUGMENTED, swapped, tiny_model
+from linearize_kernels import sliding
 from linearize_kernels.attention import Equation
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -135,13 +136,17 @@ def test_conv_that_forgets_its_past(llama, tokenizer, monkeypatch):
 
 
 def test_window_off_by_one_in_decoding(llama, tokenizer, monkeypatch):
-    near = Equation.near
+    near, masks = Equation.near, sliding.masks
 
     def one_less(self, query_position, key_position):
         own = replace(self, size=self.size - 1) if query_position.shape[-1] == 1 else self
         return near(own, query_position, key_position)
 
+    def one_less_in_blocks(shape, like):
+        return masks(replace(shape, size=shape.size - (shape.chunk == 1)), like)
+
     monkeypatch.setattr(Equation, "near", one_less)
+    monkeypatch.setattr(sliding, "masks", one_less_in_blocks)
     report = check(llama, tokenizer)
     assert report["verdict"] == "FAIL"
     assert {"prefill_vs_decode", "chunked_vs_decode", "padding"} <= set(report["failed"])
