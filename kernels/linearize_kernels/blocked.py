@@ -109,10 +109,8 @@ def grouped_segment(
     """Squared ReLU in groups, a sum over all before, no normaliser; the chunks are the groups."""
     eq, length = attention.equation, k.shape[-2]
     opened, total, reach = count % eq.size, count + length, max(eq.conv_width - 1, 0)
-    behind, first = (
-        -total % eq.size,
-        eq.recent - opened,
-    )  # empty rows after the last; the open group's first slot
+    behind = -total % eq.size  # empty rows after the last
+    first = eq.recent - opened  # the open group's first slot
     absent = max(0, eq.recent - count)
     slots = [timeline(old, new, count, eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))]
 
@@ -238,8 +236,8 @@ def segment_of(
     if attention.impl == "triton" and found is None:
         raise ValueError(
             "no Triton kernel computes this: there are kernels for a sliding softmax window with weights as far "
-            "features and one normaliser, and for squared ReLU in groups with a sum over all before, over at least "
-            "half a group, both without pads. Use impl='auto'."
+            "features and one normaliser, and for squared ReLU in groups with a sum over all before, both without "
+            "pads. Use impl='auto'."
         )
     return found
 
