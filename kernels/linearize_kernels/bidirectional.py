@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.block import evaluate
 from linearize_kernels.chunked import next_positions, take
+from linearize_kernels.layout import lay_out
 from linearize_kernels.state import State
 
 
@@ -61,6 +62,10 @@ def bidirectional(
     sink_position = torch.where(sinks < total[:, None], sinks, -1).expand(chunks, -1, -1).clone()
     sink_position[0] = -1  # the first chunk has them among its own
     inside = ((recent_position >= eq.sinks).sum(-1)) + (new_position >= eq.sinks).sum(-1)
+    recent_position = recent_position.masked_fill(recent_position < eq.sinks, -1)
+    every = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device)
+    folded = (total - eq.sinks).clamp_min(0) > inside
+    layout = lay_out(eq, recent_position, new_position, every, sink_position, folded)
     state = State(
         S=S,
         z=z,
@@ -68,7 +73,7 @@ def bidirectional(
         sink_v=v[..., side : side + eq.sinks, :].expand(chunks, -1, -1, -1, -1),
         recent_k=torch.cat([windows(k, *left), windows(k, *right)], -2),
         recent_v=torch.cat([windows(v, *left), windows(v, *right)], -2),
-        recent_position=recent_position.masked_fill(recent_position < eq.sinks, -1),
+        recent_position=recent_position,
         count=total,
     )
     out = evaluate(
@@ -77,11 +82,7 @@ def bidirectional(
         q.unflatten(-2, (chunks, chunk)).movedim(-3, 0),
         windows(k, *own),
         windows(v, *own),
-        new_position,
-        torch.ones(chunk, chunk, dtype=torch.bool, device=q.device),
-        sink_position,
-        (total - eq.sinks).clamp_min(0) > inside,
-        True,
+        layout,
         sink_logits,
     )
     out = out.movedim(0, -3).flatten(-3, -2)[..., :length, :].to(dtype)

@@ -254,7 +254,7 @@ def fitting(
         return None
     if eq.feature_map == "linformer":
         return None
-    few = 2 * length < eq.size and attention.impl != "triton"  # they do not pay for whole groups
-    if eq.scope == "group" and (eq.sinks or few):
+    few = 2 * length < eq.size and attention.impl != "triton"  # they do not pay for whole chunks
+    if few or (eq.scope == "group" and eq.sinks):
         return None
     return FORMS.get((eq.scope, eq.score, eq.combine))

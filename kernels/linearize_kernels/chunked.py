@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention
-from linearize_kernels.block import block
+from linearize_kernels.block import block, evaluate
 from linearize_kernels.blocked import segment_of
+from linearize_kernels.layout import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
 
 
@@ -136,7 +137,64 @@ def commit(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> State:
     """The state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
-    return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
+    count = rows_count(state, valid)
+    if count is None:
+        return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
+    return append(attention, state, count, k, v)
+
+
+def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: Tensor) -> State:
+    """As `commit`, of rows that have had `count` tokens each; no more work than the tokens that drop out of the recent
+    ones make.
+    """
+    eq, length = attention.equation, k.shape[-2]
+    k_slots, v_slots = (torch.cat(pair, -2) for pair in ((state.recent_k, k), (state.recent_v, v)))
+    S, z = state.S, state.z
+    first = count - eq.recent  # the position of the first slot
+    folds = slice(max(0, eq.sinks - first), length)
+    if attention.far is not None and folds.start < length:
+        old = (x[..., folds, :].to(S.dtype) for x in (k_slots, v_slots))
+        position = torch.arange(first + folds.start, first + length, device=k.device)[None]
+        S, z = attention.far.append(S, z, *old, position)
+    sinks = state.sink_k, state.sink_v
+    if count < eq.sinks:
+        sinks = (
+            torch.cat([old[..., :count, :], new[..., : eq.sinks - count, :], old[..., count + length :, :]], -2)
+            for old, new in zip(sinks, (k, v), strict=True)
+        )
+    position = torch.arange(first + length, count + length, device=k.device).clamp_min(-1)
+    return State(
+        S,
+        z,
+        *sinks,
+        recent_k=k_slots[..., length:, :],
+        recent_v=v_slots[..., length:, :],
+        recent_position=position.expand_as(state.recent_position),
+        count=state.count + length,
+    )
+
+
+def nodes(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parents: tuple[int, ...],
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Outputs of a tree after a state, as `block` gives them, `[B, heads, T, Dv]`.
+
+    Args:
+        parents: each node's parent, -1 for none; a parent comes before its children.
+    """
+    count = rows_count(state, None)
+    if count is None:
+        visible, depth = (x.to(q.device) for x in ancestors(parents))
+        layout = behind(attention.equation, state, state.count[:, None] + depth, visible)
+    else:
+        layout = shared_layout(attention.equation, count, parents)
+    return evaluate(attention, state, q, k, v, layout, sink_logits)
 
 
 def chunked(
@@ -179,7 +237,7 @@ def chunked(
         run = segment_of(attention, count, size, sink_logits is not None)
         if run is None:
             attention.ran = "block"
-            out, state = run_segment(attention, state, *tokens, own, sink_logits, chunk, in_step)
+            out, state = run_segment(attention, state, count, *tokens, own, sink_logits, chunk, in_step)
         else:
             out, state = run(attention, state, count, *tokens, chunk)
         outputs.append(out.to(q.dtype))
@@ -202,6 +260,7 @@ def rows_count(state: State | None, valid: Tensor | None) -> int | None:
 def run_segment(
     attention: LinearAttention,
     state: State,
+    count: int | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -210,8 +269,16 @@ def run_segment(
     chunk: int,
     in_step: bool,
 ) -> tuple[Tensor, State]:
-    """One segment of `chunked`; `in_step` as in `advance`."""
+    """One segment of `chunked`; `count` as of `rows_count`, `in_step` as in `advance`."""
     length = q.shape[-2]
+    if count is not None and length <= chunk:
+        after = append(attention, state, count, k, v)
+        eq = attention.equation
+        if length > 1 or eq.recent < max(eq.conv_width, 1):
+            return nodes(attention, state, q, k, v, chain(length), sink_logits), after
+        # All that the token sees is in the state behind it.
+        layout, none = shared_layout(eq, count + 1, ()), slice(0)
+        return evaluate(attention, after, q, k[..., none, :], v[..., none, :], layout, sink_logits), after
     chunk = min(chunk, length)
     if valid is not None:
         order = valid.long().argsort(dim=-1, stable=True)  # pads first, as in the timeline

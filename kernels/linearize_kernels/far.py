@@ -119,10 +119,13 @@ class FeatureMemory(nn.Module):
             numerator `[..., far, heads / far, T, Dv]` and mass `[..., far, heads / far, T]`.
         """
         eq, memory, length = self.equation, self.memory, q.shape[-2]
-        phi_q, phi_k, values = eq.fold_queries(self.q_map(q), eq.far_heads), self.keys(k), eq.to_far_heads(v)
-        products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
+        phi_q = eq.fold_queries(self.q_map(q), eq.far_heads)
         read = eq.split_queries(phi_q @ S, length)
         mass = eq.split_queries(phi_q @ z[..., None], length).squeeze(-1)
+        if k.shape[-2] == 0:
+            return read, mass
+        phi_k, values = self.keys(k), eq.to_far_heads(v)
+        products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
         far = far[..., None, :, :]
         log_decay = memory.log_decay(values)
         if log_decay is not None:
@@ -141,6 +144,14 @@ class FeatureMemory(nn.Module):
         products = products.masked_fill(~far[..., None, :, :], 0.0)
         own = eq.split_queries(products.flatten(-3, -2) @ values, length)
         return own + read, products.sum(-1) + mass
+
+    def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """S and z after a chain of tokens k, v `[B, kv, N, D]`, none of them a sink; position `[B or 1, N]`."""
+        if self.memory.forward_in_time:
+            chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
+            return tuple(x[-1] for x in self.fold(S, z, *chunk))
+        phi = self.keys(k)
+        return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """S and z before each of n consecutive chunks of a chain and after the last: `[n + 1, B, far, F, Dv]`.
@@ -249,6 +260,10 @@ class Projection(nn.Module):
         own = far * (weights @ shared.transpose(-1, -2))
         out = eq.split_queries(own.flatten(-3, -2) @ v + weights.flatten(-3, -2) @ old_v, length)
         return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
+
+    def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.weights(position, k.dtype)
+        return S + share.mT @ self.equation.to_far_heads(torch.cat([k, v], -1)), z + share.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
