@@ -54,7 +54,8 @@ def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, c
             outputs.append(out)
         found = [torch.cat(outputs, -2), *vars(state).values()]
         learned = learned or [i for i, x in enumerate(found) if x.requires_grad and x.numel()]
-        ends = [found[i] + 0 * inputs[0].sum() for i in learned]  # what nothing was folded into has no gradient
+        # What nothing was folded into yet depends on no input.
+        ends = [found[i] + 0 * inputs[0].sum() for i in learned]
         towards = towards or [torch.randn_like(x) for x in ends]
         wanted = [*inputs, *attention.parameters()]
         grads = torch.autograd.grad(ends, wanted, towards, allow_unused=True, materialize_grads=True)

@@ -83,7 +83,7 @@ def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Gener
     attention.to(device)
 
     def decoder(q: Tensor, k: Tensor, v: Tensor) -> Run:
-        state = chunked(attention, None, q, k, v)[1].fork()
+        state = chunked(attention, None, q, k, v)[1].compact()
         return partial(chunked, attention, state, *(x[..., -1:, :] for x in (q, k, v)))
 
     return Form(

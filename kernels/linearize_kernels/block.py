@@ -71,7 +71,8 @@ def evaluate(
     if attention.dropped == "local":
         local = torch.zeros_like(local)
 
-    scores = attention.score(grouped_q.flatten(-3, -2), keys, eq.scale, eq.softcap).unflatten(-2, (-1, length))
+    scores = attention.score(grouped_q.flatten(-3, -2), keys, eq.scale, eq.softcap)
+    scores = scores.unflatten(-2, (-1, length))
     if attention.distance_bias is not None:
         scores = scores + by_head(eq, distance_bias(attention, layout.delay))
     local_values = values

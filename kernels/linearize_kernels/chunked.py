@@ -159,8 +159,8 @@ def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: T
     sinks = state.sink_k, state.sink_v
     if count < eq.sinks:
         sinks = (
-            torch.cat([old[..., :count, :], new[..., : eq.sinks - count, :], old[..., count + length :, :]], -2)
-            for old, new in zip(sinks, (k, v), strict=True)
+            torch.cat([x[..., :count, :], new[..., : eq.sinks - count, :], x[..., count + length :, :]], -2)
+            for x, new in zip(sinks, (k, v), strict=True)
         )
     position = torch.arange(first + length, count + length, device=k.device).clamp_min(-1)
     return State(

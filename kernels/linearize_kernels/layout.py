@@ -13,6 +13,9 @@ from linearize_kernels.attention import Equation
 from linearize_kernels.far import FAR_PARTS
 from linearize_kernels.state import State
 
+# `ancestors` of a query whose own token is in the state already.
+LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -104,7 +107,7 @@ def shared_layout(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
 @lru_cache(512)
 def laid_out(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
     with torch.inference_mode(False):
-        visible, depth = ancestors(parents) if parents else (torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1]))
+        visible, depth = ancestors(parents) if parents else LAST
         place, end = count + depth, count + int(depth.max())  # of the queries, and the deepest
         recent = torch.arange(count - eq.recent, count).clamp_min(-1)
         recent = recent.masked_fill(recent < eq.sinks, -1)
@@ -127,7 +130,7 @@ def laid_out(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
 
 @lru_cache(512)
 def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`visible [N, N]` bool, `visible[i, j]`: j is i or an ancestor of i; and every node's depth `[N]`, 0 for a root."""
+    """`visible [N, N]` bool, `visible[i, j]`: j is i or an ancestor of i; and nodes' depths `[N]`, 0 for a root."""
     with torch.inference_mode(False):
         visible = torch.eye(len(parents), dtype=torch.bool)
         for i, parent in enumerate(parents):

@@ -41,6 +41,10 @@ class State:
         """A copy that shares no memory."""
         return self.map(Tensor.clone)
 
+    def compact(self) -> "State":
+        """The same numbers, where no tensor keeps the memory of a larger one."""
+        return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))

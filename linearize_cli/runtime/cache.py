@@ -89,7 +89,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
         if self.record_past:
             self.record(attention, k, v, valid)
-        self.state = state.fork()
+        self.state = state.compact()
         self.seen += k.shape[-2]
         self.begin()
 

@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from inspect import signature
 
 import torch
 from linearize_kernels.attention import LinearAttention
-from linearize_kernels.block import block
-from linearize_kernels.chunked import commit, take
+from linearize_kernels.chunked import commit, nodes, take
+from linearize_kernels.layout import ancestors
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -23,10 +23,11 @@ from linearize_cli.runtime.cache import LinearCacheLayer
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a tree: `depth` `[N]` int64, 0 for a root; `visible` `[N, N]` bool, `visible[i, j]`: j is i or an
-    ancestor of i; `position` `[B, N]` int64, every node's place in its row.
+    """Of a tree: `parents` of its N nodes, -1 for none; `depth` `[N]` int64, 0 for a root; `visible` `[N, N]` bool,
+    `visible[i, j]`: j is i or an ancestor of i; `position` `[B, N]` int64, every node's place in its row.
     """
 
+    parents: tuple[int, ...]
     depth: Tensor
     visible: Tensor
     position: Tensor
@@ -43,11 +44,10 @@ class LinearBranch(LinearCacheLayer):
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *sink_logits
     ) -> Tensor:
         self.attention, self.new = attention, (k, v)
-        position, visible = self.shape.position.to(q.device), self.shape.visible.to(q.device)
-        return block(attention, self.state, q, k, v, position, visible, *sink_logits).to(q.dtype)
+        return nodes(attention, self.state, q, k, v, self.shape.parents, *sink_logits).to(q.dtype)
 
-    def commit(self, nodes: Tensor, valid: Tensor | None) -> None:
-        k, v = (take(x, nodes) for x in self.new)
+    def commit(self, path: Tensor, valid: Tensor | None) -> None:
+        k, v = (take(x, path) for x in self.new)
         state = commit(self.attention, self.prefix.state, k, v, valid)
         self.prefix.append(self.attention, state, k, v, valid)
 
@@ -69,8 +69,8 @@ class SoftmaxBranch(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.prefix.get_mask_sizes(query_length)
 
-    def commit(self, nodes: Tensor, valid: Tensor | None) -> None:
-        new = [take(x, nodes) for x in self.new]
+    def commit(self, path: Tensor, valid: Tensor | None) -> None:
+        new = [take(x, path) for x in self.new]
         if valid is not None:  # a shorter path's pads go left of all that its row has
             stored = self.prefix.keys.shape[-2]
             order = pad(valid.to(new[0].device), (stored, 0), value=True).long().argsort(dim=-1, stable=True)
@@ -87,7 +87,7 @@ class DummyBranch(DummyLayer):
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()
 
-    def commit(self, nodes: Tensor, valid: Tensor | None) -> None: ...
+    def commit(self, path: Tensor, valid: Tensor | None) -> None: ...
 
 
 BRANCHES = {
@@ -183,8 +183,9 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
     if first is None:
         raise ValueError("the cache holds no prefix: run the model on it first")
     count = first.state.count
-    visible, depth = (x.to(ids.device) for x in ancestors(tuple(parents)))
-    shape = Shape(depth, visible, count[:, None] + depth)
+    parents = tuple(parents)
+    visible, depth = (x.to(ids.device) for x in ancestors(parents))
+    shape = Shape(parents, depth, visible, count[:, None] + depth)
     branched = copy.copy(cache)
     branched.layers = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
     slots = torch.arange(first.seen + len(parents), device=ids.device)
@@ -213,16 +214,6 @@ def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
-
-
-@lru_cache(64)
-def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`visible` and `depth` of a `Shape`; a drafter's trees are few."""
-    visible = torch.eye(len(parents), dtype=torch.bool)
-    for i, parent in enumerate(parents):
-        if parent >= 0:
-            visible[i] |= visible[parent]
-    return visible, visible.sum(-1) - 1
 
 
 def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -> tuple[tuple, dict] | None:

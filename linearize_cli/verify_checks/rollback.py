@@ -4,6 +4,7 @@ All that the layers keep is compared with a fresh run over the tokens that staye
 """
 
 import torch
+from linearize_kernels.layout import ancestors
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
@@ -11,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from linearize_cli.decoder import Decoder, forward, pad_left
 from linearize_cli.measure.equivalence import Comparison, run
 from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
-from linearize_cli.runtime.tree import ancestors, read_tree
+from linearize_cli.runtime.tree import read_tree
 from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
 
 STEPS = 3  # single tokens after an accepted path

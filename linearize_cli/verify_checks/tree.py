@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from linearize_kernels.layout import ancestors
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 from transformers import Cache, DynamicCache
@@ -14,7 +15,7 @@ from linearize_cli.measure.equivalence import difference
 from linearize_cli.measure.memory import state_bytes
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.runtime.dispatch import converted
-from linearize_cli.runtime.tree import Shape, ancestors, read_tree
+from linearize_cli.runtime.tree import Shape, read_tree
 from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
 
 BYTES, ROWS = 1 << 29, 16  # of states, and rows of a tree, that lie in memory at once
