@@ -47,14 +47,9 @@ def sliding_segment(
     eq, length = attention.equation, k.shape[-2]
     chunk = min(chunk, length) if q.device.type == "cpu" and attention.impl != "triton" else chunk
     fill = -length % chunk
-    slots = [
-        timeline(old, new, count, fill + eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))
-    ]
     first = count - fill - eq.recent  # the position of the first slot
     shape = Shape(chunk, eq.recent, eq.size, eq.scale, count - fill, max(fill, eq.sinks - first))
-    sinks = (state.sink_k, state.sink_v)
-    if count < eq.sinks:
-        sinks = tuple(x[..., -first : eq.sinks - first, :] for x in slots)
+    sinks = sinks_with(state, count, k, v)
     near = min(length, max(0, eq.size + eq.sinks - count))  # so many queries have nothing far
 
     def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
@@ -63,22 +58,26 @@ def sliding_segment(
     wide = accumulator(q.dtype)
     narrow = narrowed(attention, q)
     outputs = []
-    for heads, own in some_heads(attention, state, q, *slots, *sinks):
-        q, k, v, sink_k, sink_v, S, z = own
+    for heads, own in some_heads(attention, state, q, k, v, state.recent_k, state.recent_v, *sinks):
+        own_q, new_k, new_v, old_k, old_v, sink_k, sink_v, S, z = own
+        own_k, own_v = (
+            timeline(old, new, count, fill + eq.recent) for old, new in ((old_k, new_k), (old_v, new_v))
+        )
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
-            phi_q = rows(attention.far.queries(q.to(wide), heads)).to(narrow)
-            phi_k = attention.far.written(k[..., shape.skip :, :].to(wide), heads)
+            phi_q = rows(attention.far.queries(own_q.to(wide), heads)).to(narrow)
+            phi_k = attention.far.written(own_k[..., shape.skip :, :].to(wide), heads)
             phi_k = led(phi_k, shape.skip).flatten(0, 1).to(narrow)
-            mix = far_factor(attention, q.to(wide), heads)[..., near:, None]
+            mix = far_factor(attention, own_q.to(wide), heads)[..., near:, None]
             mix = rows(pad(mix, (0, 0, near, 0), value=float("-inf"))).squeeze(-1)
-        k, v, sink_k, sink_v = (x.flatten(0, 1).to(narrow) for x in (k, v, sink_k, sink_v))
+        slots = (x.flatten(0, 1).to(narrow) for x in (own_k, own_v))
+        own_sinks = (x.flatten(0, 1).to(narrow) for x in (sink_k, sink_v))
         conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
-        tokens = Tokens(rows(q).to(narrow), k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v)
+        tokens = Tokens(rows(own_q).to(narrow), *slots, phi_q, phi_k, mix, conv, S, z, *own_sinks)
         out, *sums = evaluate(attention, SLIDING, tokens, wide, shape)
         outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
     out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
-    return out.flatten(1, 2), after(state, S, z, sinks, slots, count + length)
+    return out.flatten(1, 2), after(state, S, z, count, k, v)
 
 
 def narrowed(attention: LinearAttention, q: Tensor) -> torch.dtype:
@@ -112,7 +111,6 @@ def grouped_segment(
     behind = -total % eq.size  # empty rows after the last
     first = eq.recent - opened  # the open group's first slot
     absent = max(0, eq.recent - count)
-    slots = [timeline(old, new, count, eq.recent) for old, new in ((state.recent_k, k), (state.recent_v, v))]
 
     def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
         return pad(x, (0, 0, opened, behind)).flatten(0, 1)
@@ -121,33 +119,34 @@ def grouped_segment(
         return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
 
     wide, narrow, outputs = accumulator(q.dtype), narrowed(attention, q), []
-    for heads, own in some_heads(attention, state, q, *slots):
-        q, k, v, start, z = (x.to(accumulator(x.dtype)) for x in own)
+    for heads, own in some_heads(attention, state, q, k, v, state.recent_k, state.recent_v):
+        own_q, new_k, new_v, old_k, old_v, start, z = (x.to(accumulator(x.dtype)) for x in own)
+        own_k, own_v = (timeline(old, new, count, eq.recent) for old, new in ((old_k, new_k), (old_v, new_v)))
         phi_q = phi_k = phi = factor = None
         S, folds = start, 0
         if attention.far is not None and attention.dropped != "far":
-            phi = led(attention.far.written(k[..., absent:, :], heads), absent)
+            phi = led(attention.far.written(own_k[..., absent:, :], heads), absent)
             phi_q, phi_k, z = (
-                rows(attention.far.queries(q, heads)),
+                rows(attention.far.queries(own_q, heads)),
                 groups(phi),
                 z + phi[..., :length, :].sum(-2),
             )
             factor = of_queries(attention, attention.combine.factor, heads).to(q.dtype).repeat(len(q), 1)
             folds = max(0, (length - first) // eq.size)
             if count:
-                S = S + phi[..., :first, :].mT @ v[..., :first, :]
-        lanes = (rows(unit_norm(q)), unit_norm(groups(k)), groups(v, reach), phi_q, phi_k)
+                S = S + phi[..., :first, :].mT @ own_v[..., :first, :]
+        lanes = (rows(unit_norm(own_q)), unit_norm(groups(own_k)), groups(own_v, reach), phi_q, phi_k)
         lanes = (None if x is None else x.to(narrow) for x in lanes)
         tokens = Groups(*lanes, factor, taps(attention, len(q), heads, wide), S.flatten(0, 1))
         out, S = evaluate(attention, GROUP, tokens, wide, Tiling(eq.size, reach), folds)
         out, S = (x.unflatten(0, (len(q), -1)) for x in (out[:, :, opened : opened + length], S))
         if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
             done = first + folds * eq.size if length >= first else 0
-            rest = phi[..., done:length, :].mT @ v[..., done:length, :]
+            rest = phi[..., done:length, :].mT @ own_v[..., done:length, :]
             S = (S if done else start) + rest
         outputs.append((out, S, z))
     out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
-    return out.flatten(1, 2), after(state, S, z, (state.sink_k, state.sink_v), slots, total)
+    return out.flatten(1, 2), after(state, S, z, count, k, v)
 
 
 def some_heads(
@@ -194,21 +193,39 @@ def timeline(old: Tensor, new: Tensor, count: int, before: int) -> Tensor:
     return led(torch.cat([recent, new], -2) if there else new, before - there)
 
 
-def after(
-    state: State, S: Tensor, z: Tensor, sinks: tuple[Tensor, Tensor], slots: list[Tensor], count: int
-) -> State:
-    """The state after `count` tokens, the last of which are the last of `slots` (keys and values, R or more)."""
-    recent = state.recent_k.shape[-2]
-    position = torch.arange(count - recent, count, device=S.device).clamp_min(-1)
+def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Keys and values of the sinks once the tokens k, v have followed `count` others."""
+    sinks, (first, second) = (
+        state.sink_k.shape[-2],
+        (min(count + x, state.sink_k.shape[-2]) for x in (0, k.shape[-2])),
+    )
+    if first == sinks:
+        return [state.sink_k, state.sink_v]
+    pairs = (state.sink_k, k), (state.sink_v, v)
+    return [
+        torch.cat([x[..., :first, :], new[..., : second - first, :], x[..., second:, :]], -2)
+        for x, new in pairs
+    ]
+
+
+def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:
+    """The state, whose rows have had `count` tokens each, with S and z and after the tokens k, v."""
+    recent, length = state.recent_k.shape[-2], k.shape[-2]
+
+    def last(old: Tensor, new: Tensor) -> Tensor:
+        kept = old[..., min(length, recent) :, :]
+        return torch.cat([kept, new[..., max(length - recent, 0) :, :]], -2)
+
+    end = count + length
+    position = torch.arange(end - recent, end, device=S.device).clamp_min(-1)
     return State(
-        S=S,
-        z=z,
-        sink_k=sinks[0],
-        sink_v=sinks[1],
-        recent_k=slots[0][..., slots[0].shape[-2] - recent :, :],
-        recent_v=slots[1][..., slots[1].shape[-2] - recent :, :],
+        S,
+        z,
+        *sinks_with(state, count, k, v),
+        recent_k=last(state.recent_k, k),
+        recent_v=last(state.recent_v, v),
         recent_position=position.expand_as(state.recent_position),
-        count=torch.full_like(state.count, count),
+        count=state.count + length,
     )
 
 

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.block import block, evaluate
-from linearize_kernels.blocked import segment_of
+from linearize_kernels.blocked import after, segment_of
 from linearize_kernels.layout import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
 
@@ -148,30 +148,16 @@ def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: T
     ones make.
     """
     eq, length = attention.equation, k.shape[-2]
-    k_slots, v_slots = (torch.cat(pair, -2) for pair in ((state.recent_k, k), (state.recent_v, v)))
     S, z = state.S, state.z
-    first = count - eq.recent  # the position of the first slot
-    folds = slice(max(0, eq.sinks - first), length)
+    folds = slice(
+        max(0, eq.sinks - count + eq.recent), length
+    )  # the slots of what drops out of the recent ones
     if attention.far is not None and folds.start < length:
-        old = (x[..., folds, :].to(S.dtype) for x in (k_slots, v_slots))
-        position = torch.arange(first + folds.start, first + length, device=k.device)[None]
-        S, z = attention.far.append(S, z, *old, position)
-    sinks = state.sink_k, state.sink_v
-    if count < eq.sinks:
-        sinks = (
-            torch.cat([x[..., :count, :], new[..., : eq.sinks - count, :], x[..., count + length :, :]], -2)
-            for x, new in zip(sinks, (k, v), strict=True)
-        )
-    position = torch.arange(first + length, count + length, device=k.device).clamp_min(-1)
-    return State(
-        S,
-        z,
-        *sinks,
-        recent_k=k_slots[..., length:, :],
-        recent_v=v_slots[..., length:, :],
-        recent_position=position.expand_as(state.recent_position),
-        count=state.count + length,
-    )
+        pairs = (state.recent_k, k), (state.recent_v, v)
+        dropped = (torch.cat([x, new[..., :length, :]], -2)[..., folds, :].to(S.dtype) for x, new in pairs)
+        position = torch.arange(folds.start, length, device=k.device)[None] + (count - eq.recent)
+        S, z = attention.far.append(S, z, *dropped, position)
+    return after(state, S, z, count, k, v)
 
 
 def nodes(

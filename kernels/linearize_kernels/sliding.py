@@ -7,6 +7,7 @@ backward makes the weights again, so memory is linear in T.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -90,10 +91,19 @@ class Sliding(torch.autograd.Function):
 
 def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
     """The band of near columns, `[C, R + C]`, 0 within and LOW outside; and the far columns, `[C, R + C - size]`."""
-    row = torch.arange(shape.chunk, device=like.device)[:, None]
-    delay = shape.recent + row - torch.arange(shape.recent + shape.chunk, device=like.device)
-    near = like.new_zeros(delay.shape).masked_fill_((delay < 0) | (delay >= shape.size), LOW)
-    return near, (delay[:, : shape.recent + shape.chunk - shape.size] >= shape.size).to(like.dtype)
+    return masks_of(shape.chunk, shape.recent, shape.size, like.dtype, like.device)
+
+
+@lru_cache(64)
+def masks_of(
+    chunk: int, recent: int, size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        row = torch.arange(chunk, device=device)[:, None]
+        delay = recent + row - torch.arange(recent + chunk, device=device)
+        near = torch.zeros(delay.shape, dtype=dtype, device=device)
+        near.masked_fill_((delay < 0) | (delay >= size), LOW)
+        return near, (delay[:, : recent + chunk - size] >= size).to(dtype)
 
 
 class Weights(NamedTuple):
@@ -190,7 +200,7 @@ def old_slots(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def mass(phi_q: Tensor, z: Tensor) -> Tensor:
     """What is read of z before each chunk, `[N, n, g C, 1]`."""
-    return (phi_q * z[:, :-1, None]).sum(-1, keepdim=True)
+    return product(phi_q, z[:, :-1, :, None])
 
 
 def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

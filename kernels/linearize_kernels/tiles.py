@@ -73,13 +73,17 @@ def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
 
 def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
-    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. Chunks are few: one product with a
-    triangle costs less than their sum one by one.
+    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. The chunks are summed before `first`
+    joins them: a long text's sum would round every one of them away. torch's own `cumsum` takes 20 times as long along
+    rows that lie apart.
     """
-    count = chunks.shape[1]
-    triangle = chunks.new_ones(count + 1, count)
-    triangle = triangle.triu() if backwards else triangle.tril(-1)
-    sums = (triangle @ chunks.flatten(2)).unflatten(2, chunks.shape[2:])
+    sums = chunks.new_empty(len(chunks), chunks.shape[1] + 1, *chunks.shape[2:])
+    total, steps = sums.unbind(1), chunks.unbind(1)
+    if backwards:
+        total, steps = total[::-1], steps[::-1]
+    total[0].zero_()
+    for i, step in enumerate(steps):
+        torch.add(total[i], step, out=total[i + 1])
     return sums.add_(first[:, None])
 
 
