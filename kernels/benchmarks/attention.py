@@ -2,13 +2,14 @@
 
     python kernels/benchmarks/attention.py --context 1k,4k,16k --heads 16 --head-dim 128
 
-Every repeat runs all forms once, so that they meet the same machine; a number is the median of the repeats. Beside it
-stands the least time that the form's own arithmetic and bytes allow on this device (`floors`), at the bandwidth and
-the peak that a large copy and a large product of matrices reach in the same run. Writes a JSON, a Markdown table and a
-plot, named after the machine.
+Every repeat runs all forms once, so that they meet the same machine, and decoding at all contexts, some steps of each.
+A number is the median of the repeats. Beside it stands the least time that the form's own arithmetic and bytes allow on
+this device (`floors`), at the bandwidth and the peak that a large copy and a large product of matrices reach in the
+same run. Writes a JSON, a Markdown table and a plot, named after the machine.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from floors import BOTH, DECODE, FORWARD, Rates, Sizes, measure_rates
-from forms import METHODS, SDPA, Form, forms
+from forms import METHODS, SDPA, STEPS, Form, forms
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -44,6 +45,7 @@ class Ready(NamedTuple):
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--context", type=TokenCounts(), default="1k,4k,16k", show_default=True, metavar="N,N")
+@click.option("--phase", type=click.Choice(PHASES), multiple=True, default=PHASES, help="All, if not given.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
@@ -65,10 +67,14 @@ def main(
     torch.set_num_threads(threads)
     on, number_type = torch.device(device), getattr(torch, dtype)
     rates = measure_rates(on, number_type)
+    sizes = [
+        Sizes(asked["batch"], asked["heads"], tokens, asked["head_dim"], number_type)
+        for tokens in asked["context"]
+    ]
     rows = []
-    for tokens in asked["context"]:
-        sizes = Sizes(asked["batch"], asked["heads"], tokens, asked["head_dim"], number_type)
-        rows += measure(sizes, rates, on, seconds, asked["seed"])
+    for phase in asked["phase"]:
+        for together in [sizes] if phase == DECODE else [[x] for x in sizes]:
+            rows += measure(together, phase, rates, on, seconds, asked["seed"])
     report = {
         "schema": SCHEMA,
         "machine": machine(on) | {"bytes_per_s": rates.bandwidth, "flops_per_s": rates.peak},
@@ -95,54 +101,59 @@ def command(options: dict[str, Any]) -> str:
     said = {
         name: ",".join(map(str, value)) if isinstance(value, list) else value
         for name, value in options.items()
+        if name != "phase"
     }
     arguments = (f"--{name.replace('_', '-')} {value}" for name, value in said.items())
-    return " ".join(["python kernels/benchmarks/attention.py", *arguments])
+    phases = () if options["phase"] == PHASES else (f"--phase '{phase}'" for phase in options["phase"])
+    return " ".join(["python kernels/benchmarks/attention.py", *arguments, *phases])
 
 
 def measure(
-    sizes: Sizes, rates: Rates, device: torch.device, budget: float, seed: int
+    several: Sequence[Sizes], phase: str, rates: Rates, device: torch.device, budget: float, seed: int
 ) -> list[dict[str, Any]]:
-    """The rows of one context: all phases of all forms. What a form cannot do is said in its row."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (sizes.batch, sizes.tokens, sizes.heads, sizes.dim)
-    # As a model's projections lie in memory: tokens before heads.
-    drawn = (torch.randn(shape, generator=generator).to(device, sizes.dtype) for _ in range(4))
-    tensors = [x.transpose(1, 2) for x in drawn]
-    found, rows = forms(sizes, device, generator), []
-    for phase in PHASES:
+    """The rows of one phase: all forms at all sizes. What a form cannot do is said in its row."""
+    found, failed, ready = {}, {}, {}
+    for sizes in several:
         click.echo(f"{phase}, {sizes.tokens:,} tokens", err=True)
-        ready: dict[str, Ready] = {}
-        failed: dict[str, str] = {}
-        for name, form in found.items():
+        generator = torch.Generator().manual_seed(seed)
+        shape = (sizes.batch, sizes.tokens, sizes.heads, sizes.dim)
+        # As a model's projections lie in memory: tokens before heads.
+        drawn = (torch.randn(shape, generator=generator).to(device, sizes.dtype) for _ in range(4))
+        tensors = [x.transpose(1, 2) for x in drawn]
+        for name, form in forms(sizes, device, generator).items():
+            found[sizes, name] = form
             try:
-                ready[name] = warm(form, phase, tensors, device)
+                ready[sizes, name] = warm(form, phase, tensors, device)
             except Exception as error:  # other libraries raise what they like where a device is not theirs
-                failed[name] = brief(error)
-        seconds = interleaved({name: x.run for name, x in ready.items()}, device, REPEATS, budget)
-        middle = {name: median(found) for name, found in seconds.items()}
-        softmax = min((middle[name] for name in middle if name.startswith(SDPA)), default=None)
-        for name, form in found.items():
-            work = form.work(sizes, phase)
-            took, floor = middle.get(name), rates.floor(work)
-            tokens = sizes.batch * (1 if phase == DECODE else sizes.tokens)
-            rows.append(
-                {
-                    "form": name,
-                    "phase": phase,
-                    "context": sizes.tokens,
-                    "seconds": took,
-                    "tokens_per_s": took and tokens / took,
-                    "x_sdpa": softmax / took if softmax and took else None,
-                    "floor_seconds": floor,
-                    "percent_of_floor": took and 100 * floor / took,
-                    "flops": work.flops,
-                    "bytes": work.bytes,
-                    "peak_bytes": ready[name].peak if name in ready else None,
-                    "repeats": len(seconds.get(name, ())),
-                    "reason": failed.get(name),
-                }
-            )
+                failed[sizes, name] = brief(error)
+    order = sorted(
+        ready, key=lambda place: place[1]
+    )  # a form after itself, not after what empties the caches
+    seconds = interleaved({place: ready[place].run for place in order}, device, REPEATS, budget)
+    runs = STEPS if phase == DECODE else 1
+    middle = {place: median(times) / runs for place, times in seconds.items()}
+    rows = []
+    for (sizes, name), form in found.items():
+        place, work = (sizes, name), form.work(sizes, phase)
+        softmax = [took for (at, other), took in middle.items() if at == sizes and other.startswith(SDPA)]
+        took, floor = middle.get(place), rates.floor(work)
+        rows.append(
+            {
+                "form": name,
+                "phase": phase,
+                "context": sizes.tokens,
+                "seconds": took,
+                "tokens_per_s": took and sizes.batch * (1 if phase == DECODE else sizes.tokens) / took,
+                "x_sdpa": min(softmax) / took if softmax and took else None,
+                "floor_seconds": floor,
+                "percent_of_floor": took and 100 * floor / took,
+                "flops": work.flops,
+                "bytes": work.bytes,
+                "peak_bytes": ready[place].peak if place in ready else None,
+                "repeats": len(seconds.get(place, ())),
+                "reason": failed.get(place),
+            }
+        )
     return rows
 
 
@@ -187,7 +198,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     """A panel for each phase: ms by context of each form, and its floor as a dotted line."""
     drawing = Figure(figsize=(11, 3.6), layout="constrained")
     names, colours = list(dict.fromkeys(row["form"] for row in rows)), colormaps["tab10"]
-    for axes, phase in zip(drawing.subplots(1, len(PHASES)), PHASES, strict=True):
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    for axes, phase in zip(drawing.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
         plots.name_axes(axes, phase, "context, tokens", "ms")
         for index, name in enumerate(names):
             own = [row for row in rows if row["form"] == name and row["phase"] == phase and row["seconds"]]

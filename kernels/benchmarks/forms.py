@@ -19,6 +19,7 @@ from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
 
 METHODS = ("augmented", "augmented:flash")
+STEPS = 64  # of decoding, in a run
 SDPA = "sdpa"  # what the names of softmax attention begin with
 
 
@@ -39,11 +40,19 @@ class Form(NamedTuple):
     learned: Sequence[Tensor] = ()
 
     def ready(self, phase: str, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Run:
-        """A phase, to be run again and again."""
+        """A phase, to be run again and again; decoding is STEPS steps, one after the other as in a text, so that each
+        finds what the one before has left in the caches.
+        """
         if phase == DECODE:
             with torch.no_grad():
                 step = self.decoder(q, k, v)
-            return torch.no_grad()(step)
+
+            @torch.no_grad()
+            def steps() -> None:
+                for _ in range(STEPS):
+                    step()
+
+            return steps
         if phase != BOTH:
             return torch.no_grad()(partial(self.attend, q, k, v))
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
