@@ -60,7 +60,9 @@ NODE_CASES = {
     "sinks still recent": dict(parts=SLIDING | dict(sinks=5), counts=(1, 4, 9), steps=3),
     "another map, no weights": dict(parts=SLIDING | dict(feature_map="elu", key_weight=False), counts=(4, 20)),
     "no far part, no conv": dict(parts=dict(size=6, combine="shared", sinks=1), counts=(0, 8)),
-    "odd widths, slices": dict(parts=SLIDING | dict(feature_dim=20), key_dim=24, value_dim=40, counts=(9, 2)),
+    "odd widths, slices": dict(parts=SLIDING | dict(feature_dim=20), key_dim=24, value_dim=40, counts=(9, 2), steps=4),
+    "wide heads": dict(parts=SLIDING | dict(feature_dim=40), key_dim=72, counts=(13,), steps=2),
+    "paths at the start": dict(parts=SLIDING, counts=(6, 0, 0), steps=0),
     "tiles of slots": dict(parts=SLIDING | dict(size=70), counts=(68, 90), nodes=40, steps=3),
     "more rows than a tile": dict(parts=SLIDING | dict(size=20), heads=4, counts=(21,), nodes=19, steps=1),
     "bfloat16": dict(parts=SLIDING, heads=2, counts=(3, 30), dtype=torch.bfloat16),
@@ -255,8 +257,8 @@ def state_errors(state, expected):
 
 
 def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
-    """Of a row's every step: tokens decoded, a tree, a path of its own for each text, and a tree again. The outputs'
-    and the states' largest.
+    """Of a tree, tokens decoded one by one, paths, one of them of its own length for each row, a tree again and one
+    more token: those of all outputs, and the largest of the states.
     """
     import copy
 
@@ -278,13 +280,13 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     state = expected.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
     state = replace(state, S=expected.S.float(), z=expected.z.float()).map(torch.Tensor.contiguous).fork()
     expected = replace(expected, S=state.S.double(), z=state.z.double())
-    outs, states = [], []
+    decoded, trees, states = [], [], []
 
     def decode():
         nonlocal expected
         tokens = draw_tokens(reference, batch, 1, dtype)
         out, expected = chunked(reference, expected, *tokens)
-        outs.append(relative(decode_one_token(attention, state, *narrow(*tokens)), out))
+        decoded.append((decode_one_token(attention, state, *narrow(*tokens)), out))
         states.extend(state_errors(state, expected))
 
     def read():
@@ -294,7 +296,7 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
         out = block(reference, expected, *tokens, position, visible)
         found = tree(attention, state, *narrow(*tokens), position, visible)
         there = position >= 0
-        outs.append(relative(found.movedim(1, 2)[there], out.movedim(1, 2)[there]))
+        trees.append((found.movedim(1, 2)[there], out.movedim(1, 2)[there]))
 
     def accept():
         nonlocal expected
@@ -316,7 +318,11 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     accept()
     read()
     decode()
-    return dict(out=max(outs), state=max(states))
+    outs = {
+        name: relative(*(torch.cat([x.flatten() for x in part]) for part in zip(*pairs, strict=True)))
+        for name, pairs in (("decoded", decoded), ("tree", trees))
+    }
+    return dict(outs, state=max(states))
 
 
 if __name__ == "__main__":

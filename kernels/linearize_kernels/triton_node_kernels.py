@@ -73,15 +73,14 @@ def take_columns(
         higher = tl.maximum(ceiling, tl.max(score, 1))
         shrink = tl.exp(ceiling - higher)
         weights = tl.exp(score - higher[:, None])
-        factor = tl.exp(mix - higher)
         ceiling = higher
         total = total * shrink
         acc = acc * shrink[:, None]
     else:
         score = tl.maximum(score * inverse_norm(own_q)[:, None] * inverse_norm(keys)[None, :], 0.0)
         weights = tl.where(seen & near, score * score, 0.0)
-        factor = mix
     if phi_k is not None:
+        factor = tl.exp(mix - ceiling) if SOFTMAX else mix
         far = tl.zeros(weights.shape, tl.float32)
         for first in range(0, F, BF):
             f = first + tl.arange(0, BF)
@@ -95,7 +94,7 @@ def take_columns(
 
 
 @triton.jit
-def arrivals(valid, text, T: tl.constexpr, BT: tl.constexpr):
+def arrivals(valid, text, T, BT: tl.constexpr):
     """How many of the T new tokens a text takes in."""
     if valid is None:
         return T
@@ -104,8 +103,9 @@ def arrivals(valid, text, T: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def folded(old, phi, v, oldest, arrived, f, e, T: tl.constexpr, SINKS: tl.constexpr, F: tl.constexpr,
-           DV: tl.constexpr):  # fmt: skip
+def folded(
+    old, phi, v, oldest, arrived, f, e, T, SINKS: tl.constexpr, F: tl.constexpr, DV: tl.constexpr
+):
     """A slice of S after the tokens that left: the oldest ones, as many as arrived, but for sinks and empty slots.
 
     Args:
@@ -121,9 +121,8 @@ def folded(old, phi, v, oldest, arrived, f, e, T: tl.constexpr, SINKS: tl.conste
 @triton.jit
 def attend_nodes(
     q, phi_q, far_weight, conv, sink_k, sink_v, recent_k, recent_v, phi_recent, k, v, phi_k, position, visible,
-    S, z, phi_left, left_v, count, out, scale,
-    T: tl.constexpr, FAR: tl.constexpr, REPEATS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
-    RECENT_FAR: tl.constexpr, SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr,
+    S, z, phi_left, left_v, count, out, scale, T, recent_far,
+    FAR: tl.constexpr, REPEATS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +205,7 @@ def attend_nodes(
         ceiling, total, acc, tapped = take_columns(
             ceiling, total, acc, tapped, own_q, own, mix, recent_k + key_lane * R * D,
             recent_v + key_lane * R * DV, slot, R, key_position, there[None, :], phi_q, row, rows,
-            None if phi_recent is None else phi_recent + lane * RECENT_FAR * F, RECENT_FAR,
+            None if phi_recent is None else phi_recent + lane * recent_far * F, recent_far,
             taps, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BF, UP,
         )  # fmt: skip
     if k is not None:
@@ -221,16 +220,19 @@ def attend_nodes(
         )  # fmt: skip
     if SOFTMAX:
         acc /= tl.maximum(total, LEAST)[:, None]
-    put(out + lane * rows * DV, acc + tapped, row, rows, e, DV)
     if k is None:
+        if W > R:  # the conv's last tap is on the token that left
+            value = vector(left_v + key_lane * DV, e, e < tl.where(tokens - 1 - R >= SINKS, DV, 0))
+            tapped += tl.load(taps + R).to(tl.float32)[:, None] * value[None, :]
         if (lane % FAR == 0) & (first_e == 0):
             tl.store(count + text, tokens.to(tl.int64))
+    put(out + lane * rows * DV, acc + tapped, row, rows, e, DV)
 
 
 @triton.jit
 def fold_path(
-    S, phi_left, left_v, valid, recent_position, count,
-    T: tl.constexpr, FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
+    S, phi_left, left_v, valid, recent_position, count, T,
+    FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A slice of a lane's S after the tokens that a path pushed out, and the texts' counts after it."""
@@ -249,8 +251,8 @@ def fold_path(
 
 @triton.jit
 def shift(
-    recent, new, sink, tokens, arrived, column,
-    T: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
+    recent, new, sink, tokens, arrived, column, T,
+    R: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Columns of a key lane's recent tokens and of its sinks after the last `arrived` of T new ones.
 
@@ -307,8 +309,8 @@ def hedgehog(
 @triton.jit
 def take_in(
     k, v, valid, recent_k, recent_v, recent_position, sink_k, sink_v, z, phi_left, left_v, count,
-    q, phi_q, query_weight, map_weight, key_weight,
-    T: tl.constexpr, KV: tl.constexpr, REPEATS: tl.constexpr, QUERIES: tl.constexpr, R: tl.constexpr,
+    q, phi_q, query_weight, map_weight, key_weight, T,
+    KV: tl.constexpr, REPEATS: tl.constexpr, QUERIES: tl.constexpr, R: tl.constexpr,
     SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BF: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     UP: tl.constexpr,
@@ -396,7 +398,7 @@ def attend(
     attend_nodes[(lanes, triton.cdiv(rows, BM) * triton.cdiv(eq.value_dim, BV))](
         q, phi_q, far_weight, attention.conv, state.sink_k, state.sink_v, state.recent_k, state.recent_v, phi_recent,
         k, v, phi_k, position, visible, state.S, state.z, phi_left, left_v, state.count, out, eq.scale,
-        T=nodes, FAR=eq.far_heads, GROUP=group, RECENT_FAR=0 if phi_recent is None else phi_recent.shape[-2],
+        nodes, 0 if phi_recent is None else phi_recent.shape[-2], FAR=eq.far_heads, GROUP=group,
         SIZE=eq.size, SOFTMAX=softmax, D=eq.key_dim, W=eq.conv_width, BD=padded(eq.key_dim), BV=BV,
         BF=BF if tree is None else min(FEATURES, BF), BM=BM, BS=min(SLOTS, padded(eq.recent)), BT=padded(nodes),
         BSINK=padded(eq.sinks), UP=INTERPRETED, num_warps=4, num_stages=2, **sizes,
@@ -422,8 +424,8 @@ def join(
         key_weight = attention.far.key_weight
     take_in[(k.shape[0] * eq.kv_heads, 2 if queries is None else 2 + heads)](
         k, v, valid, state.recent_k, state.recent_v, state.recent_position, state.sink_k, state.sink_v, state.z,
-        phi_left, left_v, state.count, q, phi_q, query_weight, map_weight, key_weight,
-        T=new, KV=eq.kv_heads, QUERIES=heads, D=eq.key_dim, BD=padded(eq.key_dim), BV=padded(eq.value_dim),
+        phi_left, left_v, state.count, q, phi_q, query_weight, map_weight, key_weight, new,
+        KV=eq.kv_heads, QUERIES=heads, D=eq.key_dim, BD=padded(eq.key_dim), BV=padded(eq.value_dim),
         BF=padded(sizes["F"]), BS=min(SLOTS, padded(eq.recent)), BT=padded(new), BP=min(1024, padded(eq.recent)),
         BC=min(DIMENSIONS, padded(eq.key_dim)), BH=padded(sizes["F"] // 2), UP=INTERPRETED,
         num_warps=8, num_stages=2, **sizes,
@@ -437,7 +439,7 @@ def fold(
     eq, sizes = attention.equation, geometry(attention, state)
     BV = min(SLICE, padded(eq.value_dim))
     fold_path[(state.S.shape[0] * eq.far_heads, triton.cdiv(eq.value_dim, BV))](
-        state.S, phi_left, left_v, valid, state.recent_position, state.count,
-        T=left_v.shape[-2], FAR=eq.far_heads, BV=BV, BF=padded(sizes["F"]), BT=padded(left_v.shape[-2]),
+        state.S, phi_left, left_v, valid, state.recent_position, state.count, left_v.shape[-2],
+        FAR=eq.far_heads, BV=BV, BF=padded(sizes["F"]), BT=padded(left_v.shape[-2]),
         num_warps=4, num_stages=2, **sizes,
     )  # fmt: skip
