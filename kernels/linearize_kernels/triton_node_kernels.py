@@ -14,7 +14,7 @@ from linearize_kernels.attention import LinearAttention
 from linearize_kernels.combine import TINY
 from linearize_kernels.far import CEILING, LOW
 from linearize_kernels.state import State
-from linearize_kernels.triton_parts import INTERPRETED, band, put, tile
+from linearize_kernels.triton_parts import INTERPRETED, put, tile
 from linearize_kernels.triton_tiles import padded
 
 try:  # a loader of remote code demands what is imported outside
@@ -25,7 +25,8 @@ except ImportError:
 
 LOWEST, LEAST, HEAVIEST = tl.constexpr(LOW), tl.constexpr(TINY), tl.constexpr(CEILING)
 SLICE = 32  # of the values' dimensions: whole lines of memory in S, and programs enough at a batch of one
-MOST_ROWS, SLOTS, FEATURES, DIMENSIONS = 64, 64, 64, 64  # at a time
+ROWS, FEATURES, DIMENSIONS = 16, 32, 64  # of a program, and at a time
+SLOT_BYTES = 64 * 256  # of the keys that are worked on at a time
 
 
 @triton.jit
@@ -49,9 +50,9 @@ def inverse_norm(x):
 @triton.jit
 def take_columns(
     ceiling, total, acc, tapped, own_q, own, mix, k, v, slot, end, key_position, seen, phi_q, row, rows,
-    phi_k, far_end, taps, scale, e,
+    phi_k, far_end, conv, head, scale, e,
     SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """The tokens in some slots of k and v: sums under one running maximum, and what the conv takes of them.
 
@@ -82,24 +83,27 @@ def take_columns(
     if phi_k is not None:
         factor = tl.exp(mix - ceiling) if SOFTMAX else mix
         far = tl.zeros(weights.shape, tl.float32)
-        for first in range(0, F, BF):
-            f = first + tl.arange(0, BF)
+        for first in range(0, F, BC):
+            f = first + tl.arange(0, BC)
             far += product(tile(phi_q, row, rows, f, F, UP), tl.trans(tile(phi_k, slot, far_end, f, F, UP)))
         weights += factor[:, None] * tl.where(seen & ~near, far, 0.0)
     total += tl.sum(weights, 1)
     acc += product(weights, values)
     if W > 0:
-        tapped += product(tl.where(seen, band(taps[:, None], delay, W), 0.0), values)
+        reached = seen & (delay >= 0) & (delay < W)
+        taps = tl.load(conv + (head[:, None] * W + delay), mask=reached, other=0.0).to(tl.float32)
+        tapped += product(taps, values)
     return ceiling, total, acc, tapped
 
 
 @triton.jit
 def arrivals(valid, text, T, BT: tl.constexpr):
     """How many of the T new tokens a text takes in."""
-    if valid is None:
-        return T
-    t = tl.arange(0, BT)
-    return tl.sum(tl.load(valid + text * T + t, mask=t < T, other=0).to(tl.int32), 0)
+    arrived = T
+    if valid is not None:
+        t = tl.arange(0, BT)
+        arrived = tl.sum(tl.load(valid + text * T + t, mask=t < T, other=0).to(tl.int32), 0)
+    return arrived
 
 
 @triton.jit
@@ -124,7 +128,7 @@ def attend_nodes(
     S, z, phi_left, left_v, count, out, scale, T, recent_far,
     FAR: tl.constexpr, REPEATS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UP: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """BM rows of a lane and a slice of the values.
 
@@ -140,12 +144,12 @@ def attend_nodes(
     rows = GROUP * T
     node = row % T
     head = (lane % FAR).to(tl.int32) * GROUP + tl.minimum(row // T, GROUP - 1)
-    taps = conv
-    if W > 0:
-        taps = conv + head * W
     own_q = tile(q + lane * rows * D, row, rows, d, D, UP)
     if F > 0:
         phi_q += lane * rows * F
+        if k is None:  # asked for first, used last
+            f = tl.arange(0, BF)
+            older = tile(S + lane * F * DV, f, F, e, DV, UP)
     if k is None:
         tokens = tl.load(position + text * R + R - 1).to(tl.int32) + 1
         own = tl.zeros((BM,), tl.int32) + tokens - 1
@@ -165,38 +169,15 @@ def attend_nodes(
             mix = tl.sum(own_q.to(tl.float32) * weight, 1) + bias
             mix = tl.where(own >= SIZE + SINKS, mix, float("-inf"))
             ceiling = tl.maximum(mix, ceiling)
-            factor = tl.exp(mix - ceiling)
         else:  # far_weight [heads]
             mix = tl.load(far_weight + head).to(tl.float32)
-            factor = mix
-        if k is None:
-            f = tl.arange(0, BF)
-            older = tile(S + lane * F * DV, f, F, e, DV, UP)
-            left = (phi_left + lane * F, left_v + key_lane * DV)
-            older = folded(older, left[0], left[1], tokens - 1 - R, 1, f, e, 1, SINKS, F, DV)
-            put(S + lane * F * DV, older, f, F, e, DV)
-            mass = vector(z + lane * F, f, f < F)
-            for member in range(GROUP):
-                phi = vector(phi_q + member * F, f, f < F)
-                here = row == member
-                total += tl.where(here, tl.sum(phi * mass, 0), 0.0)
-                acc += tl.where(here[:, None], tl.sum(phi[:, None] * older, 0)[None, :], 0.0)
-        else:
-            for first_f in range(0, F, BF):
-                f = first_f + tl.arange(0, BF)
-                phi = tile(phi_q, row, rows, f, F, UP)
-                acc += product(phi, tile(S + lane * F * DV, f, F, e, DV, UP))
-                total += tl.sum(phi * vector(z + lane * F, f, f < F)[None, :], 1)
-        total *= factor
-        acc *= factor[:, None]
-
     if SINKS > 0:
-        slot = tl.arange(0, BSINK)
-        there = (slot < SINKS) & (slot < tokens)
+        sink = tl.arange(0, BSINK)
+        stored = (sink < SINKS) & (sink < tokens)
         ceiling, total, acc, tapped = take_columns(
             ceiling, total, acc, tapped, own_q, own, mix, sink_k + key_lane * SINKS * D,
-            sink_v + key_lane * SINKS * DV, slot, SINKS, slot, there[None, :], phi_q, row, rows, None, 0,
-            taps, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BF, UP,
+            sink_v + key_lane * SINKS * DV, sink, SINKS, sink, stored[None, :], phi_q, row, rows, None, 0,
+            conv, head, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BC, UP,
         )  # fmt: skip
     for s in range(0, R, BS):
         slot = s + tl.arange(0, BS)
@@ -206,24 +187,42 @@ def attend_nodes(
             ceiling, total, acc, tapped, own_q, own, mix, recent_k + key_lane * R * D,
             recent_v + key_lane * R * DV, slot, R, key_position, there[None, :], phi_q, row, rows,
             None if phi_recent is None else phi_recent + lane * recent_far * F, recent_far,
-            taps, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BF, UP,
+            conv, head, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BC, UP,
         )  # fmt: skip
     if k is not None:
-        slot = tl.arange(0, BT)
-        key_position = tl.load(position + text * T + slot, mask=slot < T, other=-1).to(tl.int32)
-        seen = tl.load(visible + node[:, None] * T + slot[None, :], mask=(slot < T)[None, :], other=0) != 0
+        other = tl.arange(0, BT)
+        place = tl.load(position + text * T + other, mask=other < T, other=-1).to(tl.int32)
+        seen = tl.load(visible + node[:, None] * T + other[None, :], mask=(other < T)[None, :], other=0) != 0
         ceiling, total, acc, tapped = take_columns(
-            ceiling, total, acc, tapped, own_q, own, mix, k + key_lane * T * D, v + key_lane * T * DV, slot, T,
-            key_position, seen & (key_position >= 0)[None, :], phi_q, row, rows,
+            ceiling, total, acc, tapped, own_q, own, mix, k + key_lane * T * D, v + key_lane * T * DV, other, T,
+            place, seen & (place >= 0)[None, :], phi_q, row, rows,
             None if phi_k is None else phi_k + lane * T * F, T,
-            taps, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BF, UP,
+            conv, head, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BC, UP,
         )  # fmt: skip
+    if F > 0:
+        factor = tl.exp(mix - ceiling) if SOFTMAX else mix
+        if k is None:
+            left = (phi_left + lane * F, left_v + key_lane * DV)
+            older = folded(older, left[0], left[1], tokens - 1 - R, 1, f, e, 1, SINKS, F, DV)
+            mass = vector(z + lane * F, f, f < F)
+            for member in range(GROUP):
+                phi = vector(phi_q + member * F, f, f < F)
+                here = tl.where(row == member, factor, 0.0)
+                total += here * tl.sum(phi * mass, 0)
+                acc += here[:, None] * tl.sum(phi[:, None] * older, 0)[None, :]
+            put(S + lane * F * DV, older, f, F, e, DV)
+        else:
+            for first_f in range(0, F, BC):
+                some = first_f + tl.arange(0, BC)
+                phi = tile(phi_q, row, rows, some, F, UP) * factor[:, None]
+                acc += product(phi, tile(S + lane * F * DV, some, F, e, DV, UP))
+                total += tl.sum(phi * vector(z + lane * F, some, some < F)[None, :], 1)
     if SOFTMAX:
         acc /= tl.maximum(total, LEAST)[:, None]
     if k is None:
         if W > R:  # the conv's last tap is on the token that left
             value = vector(left_v + key_lane * DV, e, e < tl.where(tokens - 1 - R >= SINKS, DV, 0))
-            tapped += tl.load(taps + R).to(tl.float32)[:, None] * value[None, :]
+            tapped += tl.load(conv + head * W + R).to(tl.float32)[:, None] * value[None, :]
         if (lane % FAR == 0) & (first_e == 0):
             tl.store(count + text, tokens.to(tl.int64))
     put(out + lane * rows * DV, acc + tapped, row, rows, e, DV)
@@ -261,10 +260,9 @@ def shift(
     if SINKS > 0:
         t = tl.arange(0, BT)
         place = tokens + t - (T - arrived)
-        is_sink = (t < T) & (place >= tokens) & (place < SINKS)
-        there = is_sink[:, None] & (column < WIDTH)[None, :]
-        value = tl.load(new + t[:, None] * WIDTH + column[None, :], mask=there, other=0.0)
-        tl.store(sink + place[:, None] * WIDTH + column[None, :], value, mask=there)
+        is_sink = ((t < T) & (place >= tokens) & (place < SINKS))[:, None] & (column < WIDTH)[None, :]
+        sinks = tl.load(new + t[:, None] * WIDTH + column[None, :], mask=is_sink, other=0.0)
+        tl.store(sink + place[:, None] * WIDTH + column[None, :], sinks, mask=is_sink)
     for s in range(0, R, BS):
         slot = s + tl.arange(0, BS)
         comes = slot + arrived >= R
@@ -394,14 +392,15 @@ def attend(
     if attention.far is not None:
         far_weight = attention.combine.mix if softmax else attention.combine.factor
     lanes, rows = q.shape[0] * eq.far_heads, group * nodes
-    BM, BV, BF = min(MOST_ROWS, padded(rows)), min(SLICE, padded(eq.value_dim)), padded(sizes["F"])
+    BD, BV, BF = padded(eq.key_dim), min(SLICE, padded(eq.value_dim)), padded(sizes["F"])
+    BM, BS = padded(group) if tree is None else ROWS, min(64, SLOT_BYTES // (BD * q.element_size()))
     attend_nodes[(lanes, triton.cdiv(rows, BM) * triton.cdiv(eq.value_dim, BV))](
         q, phi_q, far_weight, attention.conv, state.sink_k, state.sink_v, state.recent_k, state.recent_v, phi_recent,
         k, v, phi_k, position, visible, state.S, state.z, phi_left, left_v, state.count, out, eq.scale,
         nodes, 0 if phi_recent is None else phi_recent.shape[-2], FAR=eq.far_heads, GROUP=group,
-        SIZE=eq.size, SOFTMAX=softmax, D=eq.key_dim, W=eq.conv_width, BD=padded(eq.key_dim), BV=BV,
-        BF=BF if tree is None else min(FEATURES, BF), BM=BM, BS=min(SLOTS, padded(eq.recent)), BT=padded(nodes),
-        BSINK=padded(eq.sinks), UP=INTERPRETED, num_warps=4, num_stages=2, **sizes,
+        SIZE=eq.size, SOFTMAX=softmax, D=eq.key_dim, W=eq.conv_width, BD=BD, BV=BV,
+        BF=BF, BC=min(FEATURES, BF), BM=BM, BS=min(BS, padded(eq.recent)), BT=padded(nodes),
+        BSINK=padded(eq.sinks), UP=INTERPRETED, num_warps=4, num_stages=1, **sizes,
     )  # fmt: skip
 
 
@@ -426,7 +425,7 @@ def join(
         k, v, valid, state.recent_k, state.recent_v, state.recent_position, state.sink_k, state.sink_v, state.z,
         phi_left, left_v, state.count, q, phi_q, query_weight, map_weight, key_weight, new,
         KV=eq.kv_heads, QUERIES=heads, D=eq.key_dim, BD=padded(eq.key_dim), BV=padded(eq.value_dim),
-        BF=padded(sizes["F"]), BS=min(SLOTS, padded(eq.recent)), BT=padded(new), BP=min(1024, padded(eq.recent)),
+        BF=padded(sizes["F"]), BS=min(64, padded(eq.recent)), BT=padded(new), BP=min(1024, padded(eq.recent)),
         BC=min(DIMENSIONS, padded(eq.key_dim)), BH=padded(sizes["F"] // 2), UP=INTERPRETED,
         num_warps=8, num_stages=2, **sizes,
     )  # fmt: skip
