@@ -46,27 +46,39 @@ LAYERS = {
     ),
 }
 
-SLIDING = dict(size=6, feature_map="hedgehog", feature_dim=8, key_weight=True, combine="shared", conv_width=4, sinks=2)
-GROUP = dict(scope="group", size=6, score="relu2", feature_map="identity", combine="none", conv_width=4)
+NODE_SLIDING = dict(
+    size=6, feature_map="hedgehog", feature_dim=8, key_weight=True, combine="shared", conv_width=4, sinks=2
+)
+NODE_GROUP = dict(scope="group", size=6, score="relu2", feature_map="identity", combine="none", conv_width=4)
 # `counts` are those of the rows before, `steps` the tokens decoded, `nodes` those of the tree that follows.
 NODE_CASES = {
-    "sliding": dict(parts=SLIDING, counts=(0, 5), steps=40),
-    "group": dict(parts=GROUP, counts=(0, 9), steps=40),
-    "queries in groups": dict(parts=SLIDING, heads=4, kv_heads=2, counts=(3, 8)),
-    "groups of queries, in groups": dict(parts=GROUP | dict(feature_map="relu"), heads=4, kv_heads=2, counts=(5, 1)),
-    "features of each query head": dict(parts=SLIDING | dict(per_query_head=True), heads=4, kv_heads=2, counts=(7,)),
-    "conv beyond the window": dict(parts=SLIDING | dict(conv_width=11), counts=(1, 12), steps=9),
-    "conv beyond the group": dict(parts=GROUP | dict(conv_width=11), counts=(2, 12), steps=9),
-    "sinks still recent": dict(parts=SLIDING | dict(sinks=5), counts=(1, 4, 9), steps=3),
-    "another map, no weights": dict(parts=SLIDING | dict(feature_map="elu", key_weight=False), counts=(4, 20)),
+    "sliding": dict(parts=NODE_SLIDING, counts=(0, 5), steps=40),
+    "group": dict(parts=NODE_GROUP, counts=(0, 9), steps=40),
+    "queries in groups": dict(parts=NODE_SLIDING, heads=4, kv_heads=2, counts=(3, 8)),
+    "groups of queries, in groups": dict(
+        parts=NODE_GROUP | dict(feature_map="relu"), heads=4, kv_heads=2, counts=(5, 1)
+    ),
+    "features of each query head": dict(
+        parts=NODE_SLIDING | dict(per_query_head=True), heads=4, kv_heads=2, counts=(7,)
+    ),
+    "conv beyond the window": dict(parts=NODE_SLIDING | dict(conv_width=11), counts=(1, 12), steps=9),
+    "conv beyond the group": dict(parts=NODE_GROUP | dict(conv_width=11), counts=(2, 12), steps=9),
+    "sinks still recent": dict(parts=NODE_SLIDING | dict(sinks=5), counts=(1, 4, 9), steps=3),
+    "another map, no weights": dict(
+        parts=NODE_SLIDING | dict(feature_map="elu", key_weight=False), counts=(4, 20)
+    ),
     "no far part, no conv": dict(parts=dict(size=6, combine="shared", sinks=1), counts=(0, 8)),
-    "odd widths, slices": dict(parts=SLIDING | dict(feature_dim=20), key_dim=24, value_dim=40, counts=(9, 2), steps=4),
-    "wide heads": dict(parts=SLIDING | dict(feature_dim=40), key_dim=72, counts=(13,), steps=2),
-    "paths at the start": dict(parts=SLIDING, counts=(6, 0, 0), steps=0),
-    "tiles of slots": dict(parts=SLIDING | dict(size=70), counts=(68, 90), nodes=40, steps=3),
-    "more rows than a tile": dict(parts=SLIDING | dict(size=20), heads=4, counts=(21,), nodes=19, steps=1),
-    "bfloat16": dict(parts=SLIDING, heads=2, counts=(3, 30), dtype=torch.bfloat16),
-    "bfloat16 in groups": dict(parts=GROUP, heads=2, counts=(3, 30), dtype=torch.bfloat16),
+    "odd widths, slices": dict(
+        parts=NODE_SLIDING | dict(feature_dim=20), key_dim=24, value_dim=40, counts=(9, 2), steps=4
+    ),
+    "wide heads": dict(parts=NODE_SLIDING | dict(feature_dim=40), key_dim=72, counts=(13,), steps=2),
+    "paths at the start": dict(parts=NODE_SLIDING, counts=(6, 0, 0), steps=0),
+    "tiles of slots": dict(parts=NODE_SLIDING | dict(size=70), counts=(68, 90), nodes=40, steps=3),
+    "more rows than a tile": dict(
+        parts=NODE_SLIDING | dict(size=20), heads=4, counts=(21,), nodes=19, steps=1
+    ),
+    "bfloat16": dict(parts=NODE_SLIDING, heads=2, counts=(3, 30), dtype=torch.bfloat16),
+    "bfloat16 in groups": dict(parts=NODE_GROUP, heads=2, counts=(3, 30), dtype=torch.bfloat16),
 }
 
 

@@ -85,7 +85,7 @@ def commit_(
         ValueError: `why_not` has a reason.
     """
     refuse(attention, state, k)
-    from linearize_kernels.triton_node_kernels import fold, join
+    from linearize_kernels.triton_node_state import fold, join
 
     left_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     phi_left = keys(attention, state.recent_k[..., : k.shape[-2], :])
@@ -106,7 +106,8 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
         ValueError: `why_not` has a reason.
     """
     refuse(attention, state, q)
-    from linearize_kernels.triton_node_kernels import attend, join
+    from linearize_kernels.triton_node_kernels import attend
+    from linearize_kernels.triton_node_state import join
 
     eq, far = attention.equation, attention.far
     q, left_v, own = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
@@ -135,7 +136,8 @@ def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
     """`[B, heads, T, D] -> [B, far, g, T, F]`."""
     if attention.far is None:
         return None
-    return attention.far.queries(q.float().unflatten(1, (attention.equation.far_heads, -1)), slice(None)).contiguous()
+    q = q.float().unflatten(1, (attention.equation.far_heads, -1))
+    return attention.far.queries(q, slice(None)).contiguous()
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
