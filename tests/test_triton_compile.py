@@ -203,11 +203,11 @@ def test_node_kernels_fit(form, chip, width, monkeypatch, tmp_path):
         NODE_GROUP | dict(size=70, conv_width=0),
     ],
 )
-def test_other_nodes_compile(parts, dtype, monkeypatch):
+@pytest.mark.parametrize("width", [40, 256])
+def test_other_nodes_compile(parts, dtype, width, monkeypatch):
     """No far part, no conv, features by query head; fp32, which may spill."""
-    for width in (40, 256):
-        for kernel, values in node_launches(89, monkeypatch, parts, width, dtype):
-            assert compiled(kernel, values, 89).metadata.shared <= SHARED[89], kernel.__name__
+    for kernel, values in node_launches(89, monkeypatch, parts, width, dtype):
+        assert compiled(kernel, values, 89).metadata.shared <= SHARED[89], kernel.__name__
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,8 @@ def join(
         state.z, phi_left, left_v, state.count, q, phi_q, query_weight, map_weight, key_weight, new,
         KV=eq.kv_heads, QUERIES=heads, D=eq.key_dim, BD=padded(eq.key_dim), BV=padded(eq.value_dim),
         BF=padded(sizes["F"]), BS=min(SLOTS, padded(eq.recent)), BT=padded(new),
-        BP=min(POSITIONS, padded(eq.recent)), BC=min(DIMENSIONS, padded(eq.key_dim)), BH=padded(sizes["F"] // 2), UP=INTERPRETED,
-        num_warps=8, num_stages=2, **sizes,
+        BP=min(POSITIONS, padded(eq.recent)), BC=min(DIMENSIONS, padded(eq.key_dim)), BH=padded(sizes["F"] // 2),
+        UP=INTERPRETED, num_warps=8, num_stages=2, **sizes,
     )  # fmt: skip
 
 
