@@ -1,4 +1,4 @@
-"""Triton's blocked forms against the references in fp64: outputs, states and every gradient."""
+"""Triton's forms against the references in fp64: outputs, states and, of the blocked forms, every gradient."""
 
 import json
 import os
@@ -14,9 +14,22 @@ from linearize_kernels.grouped import Groups
 from linearize_kernels.sliding import Tokens
 from linearize_kernels.triton_grouped import grouped
 from linearize_kernels.triton_grouped import why_not as why_not_grouped
+from linearize_kernels.triton_nodes import commit_, decode_one_token, tree
+from linearize_kernels.triton_nodes import why_not as why_not_nodes
 from linearize_kernels.triton_sliding import sliding, why_not
 from transformers.dynamic_module_utils import get_imports
-from triton_case import CASES, GROUP_CASES, LAYERS, group_inputs, inputs
+from triton_case import (
+    CASES,
+    GROUP_CASES,
+    LAYERS,
+    NODE_CASES,
+    NODE_GROUP,
+    NODE_SLIDING,
+    draw_tokens,
+    group_inputs,
+    inputs,
+    node_layer,
+)
 
 pytest.importorskip("triton")
 
@@ -83,6 +96,55 @@ def test_the_group_form_s_refusals(case, reason, monkeypatch):
     assert why_not_grouped(shape, tokens)
     with pytest.raises(ValueError, match=reason):
         grouped(shape, folds, tokens)
+
+
+@pytest.mark.parametrize("name", NODE_CASES)
+def test_nodes(name, errors):
+    """In the interpreter a tree is in fp32 throughout; what it stores in bfloat16 it cuts off."""
+    found, narrow = errors["nodes"][name], "dtype" in NODE_CASES[name]
+    assert found["decoded"] <= (4e-3 if narrow else 1e-6), found
+    assert max(found["tree"], found["state"]) <= 1e-6, found
+
+
+@pytest.mark.parametrize(
+    "parts, nodes, reason",
+    [
+        (NODE_SLIDING, 3, "CUDA"),
+        (NODE_SLIDING | dict(combine="lolcats"), 3, "one normaliser"),
+        (NODE_GROUP | dict(sinks=1), 3, "without a normaliser and sinks"),
+        (NODE_SLIDING | dict(memory="decay"), 3, "forgets nothing"),
+        (NODE_SLIDING | dict(bias=True), 3, "bias by distance"),
+        (NODE_SLIDING | dict(softcap=30.0), 3, "softcap"),
+        (NODE_SLIDING | dict(feature_map="linformer", key_weight=False), 3, "Linformer"),
+        (NODE_SLIDING, 7, "7 nodes are more than 64 or the 6 tokens"),
+        (NODE_SLIDING | dict(size=90), 65, "65 nodes"),
+        (NODE_SLIDING | dict(sinks=65), 3, "65 sinks"),
+        (NODE_SLIDING | dict(feature_dim=150), 3, "300 dimensions"),
+    ],
+)
+def test_the_nodes_refusals(parts, nodes, reason, monkeypatch):
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", reason != "CUDA")
+    attention = node_layer(parts).float()
+    state = attention.empty_state(2, "cpu", torch.float32)
+    q, k, v = (x.float() for x in draw_tokens(attention, 2, nodes, torch.float32))
+    assert reason in why_not_nodes(attention, state, q)
+    visible, position = torch.ones(nodes, nodes, dtype=torch.bool).tril(), torch.arange(nodes).expand(2, -1)
+    for call in (
+        lambda: tree(attention, state, q, k, v, position, visible),
+        lambda: commit_(attention, state, k, v),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call()
+
+
+def test_a_state_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)
+    attention = node_layer(NODE_SLIDING).float()
+    state = attention.empty_state(1, "cpu", torch.float32)
+    token = [x.float() for x in draw_tokens(attention, 1, 1, torch.float32)]
+    assert why_not_nodes(attention, state, token[0]) is None
+    with pytest.raises(ValueError, match="not contiguous"):
+        decode_one_token(attention, state.map(lambda x: x.expand(2, *x.shape[1:])), *token)
 
 
 def test_mixed_dtypes_are_refused(monkeypatch):

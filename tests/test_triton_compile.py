@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_case import group_inputs, inputs
+from triton_case import NODE_GROUP, NODE_SLIDING, draw_tokens, group_inputs, inputs, node_layer
 
 triton = pytest.importorskip("triton")
 
 from linearize_kernels import triton_grouped_kernels as grouped  # noqa: E402
+from linearize_kernels import triton_node_kernels as node_kernels  # noqa: E402
+from linearize_kernels import triton_node_state as node_state  # noqa: E402
 from linearize_kernels import triton_parts as parts  # noqa: E402
 from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
 from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
+from linearize_kernels.triton_nodes import commit_, decode_one_token, tree  # noqa: E402
 
 SLIDING = {
     "fold": parts,
@@ -31,9 +34,16 @@ GROUP = {
     "answers": grouped,
     "group_slot_gradients": grouped,
 }
+NODES = {"take_in": node_state, "attend_nodes": node_kernels, "fold_path": node_state}
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
 SPILLED = 0  # bytes of stack that a thread may spill to
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 class Recorder:
@@ -51,14 +61,24 @@ class Recorder:
         self.launches[kinds] = values
 
 
-def launches(chip, kernels, monkeypatch, **case):
-    """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+def recorded(chip, kernels, monkeypatch):
+    """Recorders by name, in the place of kernels as for a chip."""
     recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(
         "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
     )
+    return recorders
+
+
+def launched(recorders):
+    return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
+
+
+def launches(chip, kernels, monkeypatch, **case):
+    """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+    recorders = recorded(chip, kernels, monkeypatch)
     usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
     if kernels is GROUP:
         shape, folds, tokens = group_inputs(**usual | case)
@@ -68,7 +88,21 @@ def launches(chip, kernels, monkeypatch, **case):
         shape, tokens = inputs(**usual | dict(recent=64, size=64, sinks=4) | case)
         out, S, z, log_total = forward.forward(shape, tokens)
         backward.backward(shape, tokens, log_total, out, S, z)
-    return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
+    return launched(recorders)
+
+
+def node_launches(chip, monkeypatch, parts, width, dtype):
+    """Those of a decoding step, a tree of 64 nodes and paths of unequal lengths."""
+    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)  # no CUDA device is asked for
+    recorders = recorded(chip, NODES, monkeypatch)
+    attention = node_layer(parts, heads=4, key_dim=width, value_dim=width).to(dtype)
+    state = attention.empty_state(1, "cpu", dtype)
+    chain = torch.ones(64, 64, dtype=torch.bool).tril()
+    token, nodes, path = ([x.to(dtype) for x in draw_tokens(attention, 1, n, dtype)] for n in (1, 64, 7))
+    decode_one_token(attention, state, *token)
+    tree(attention, state, *nodes, torch.arange(64)[None], chain)
+    commit_(attention, state, *path[1:], chain[:1, :7])
+    return launched(recorders)
 
 
 def compiled(kernel, values, chip):
@@ -123,12 +157,57 @@ def sized(kernels, width, features, chips, marks=()):
 def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
     some = launches(chip, kernels, monkeypatch, keys=width, values=width, features=features)
     assert {kernel.__name__ for kernel, _ in some} == kernels.keys()
+    check_fit(some, chip, width, tmp_path)
+
+
+def check_fit(some, chip, width, tmp_path):
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
         print(f"{kernel.__name__} sm_{chip} D {width}: {registers} {stack} {binary.metadata.shared}")
         assert binary.metadata.shared <= SHARED[chip], kernel.__name__
         assert stack <= SPILLED, kernel.__name__
+
+
+NODE_FORMS = {
+    "sliding": NODE_SLIDING | dict(size=64, conv_width=32, sinks=4),
+    "group": NODE_GROUP | dict(size=64, conv_width=32),
+}
+
+
+@pytest.mark.parametrize(
+    "form, chip, width",
+    [
+        pytest.param(form, chip, width, marks=() if (chip, width) == (90, 128) else pytest.mark.slow)
+        for form in NODE_FORMS
+        for chip in SHARED
+        for width in (64, 128, 256)
+    ],
+)
+def test_node_kernels_fit(form, chip, width, monkeypatch, tmp_path):
+    parts = NODE_FORMS[form]
+    if form == "sliding":
+        parts = parts | dict(feature_dim=min(width, 128))
+    some = node_launches(chip, monkeypatch, parts, width, torch.bfloat16)
+    assert [kernel.__name__ for kernel, _ in some] == ["take_in"] * 2 + ["attend_nodes"] * 2 + ["fold_path"]
+    check_fit(some, chip, width, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        dict(size=70, combine="shared"),
+        NODE_SLIDING | dict(size=70, conv_width=71, feature_dim=24, per_query_head=True),
+        NODE_GROUP | dict(size=70, conv_width=0),
+    ],
+)
+@pytest.mark.parametrize("width", [40, 256])
+def test_other_nodes_compile(parts, dtype, width, monkeypatch):
+    """No far part, no conv, features by query head; fp32, which may spill."""
+    for kernel, values in node_launches(89, monkeypatch, parts, width, dtype):
+        assert compiled(kernel, values, 89).metadata.shared <= SHARED[89], kernel.__name__
 
 
 @pytest.mark.parametrize(
