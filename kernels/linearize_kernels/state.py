@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 
@@ -38,8 +39,8 @@ class State:
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
     def fork(self) -> "State":
-        """A copy that shares no memory."""
-        return self.map(Tensor.clone)
+        """A copy that shares no memory, every tensor contiguous."""
+        return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def compact(self) -> "State":
         """The same numbers, where no tensor keeps the memory of a larger one."""

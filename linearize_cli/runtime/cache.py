@@ -6,6 +6,7 @@ import torch
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.chunked import chunked, commit
 from linearize_kernels.state import State
+from linearize_kernels.triton_nodes import decode_one_token, why_not
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -62,6 +63,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.is_initialized = False
         self.keys = self.values = torch.empty(0)  # some models ask any layer for the size of its keys
         self.attention: LinearAttention | None = None
+        self.owned = False  # whether nothing else holds the state's tensors, so that they may be written to
         self.forget()
 
     def forget(self) -> None:
@@ -79,9 +81,29 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Outputs `[B, heads, T, Dv]` of new tokens, which the state takes in; arguments as of `chunked`."""
+        if q.shape[-2] == 1 and valid is None and self.writes(attention, q, sink_logits):
+            out = decode_one_token(attention, self.state, q, k, v)
+            self.seen += 1
+            return out
         out, state = chunked(attention, self.state, q, k, v, valid, sink_logits)
         self.append(attention, state, k, v, valid)
         return out
+
+    def writes(self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None) -> bool:
+        """Whether Triton's kernels read this state for the few tokens of q, and write what follows where it lies; then
+        it is copied first, once, to where nothing else holds it.
+        """
+        wanted = attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
+        if not wanted or self.state is None or self.record_past or sink_logits is not None:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if not self.owned:
+            self.state, self.owned = self.state.fork(), True
+        if why_not(attention, self.state, q) is not None:
+            return False
+        attention.ran = "triton"
+        return True
 
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
@@ -89,7 +111,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
         if self.record_past:
             self.record(attention, k, v, valid)
-        self.state = state.compact()
+        self.state, self.owned = state.compact(), False
         self.seen += k.shape[-2]
         self.begin()
 
@@ -151,7 +173,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
                     "cache after its first tokens and before these, and take back none from before the last "
                     f"crop and at most {ROLLBACK}"
                 )
-            self.state = self.replay(self.attention, kept)
+            self.state, self.owned = self.replay(self.attention, kept), False
             self.seen += tokens_to_remove
         self.forget()
 
@@ -173,7 +195,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = self.state.map(function)
+            self.state, self.owned = self.state.map(function), False
         if self.snapshot is not None:
             self.snapshot = self.snapshot.map(function)
             self.trail = tuple(function(x) for x in self.trail)

@@ -13,6 +13,8 @@ import torch
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.chunked import commit, nodes, take
 from linearize_kernels.layout import ancestors
+from linearize_kernels.triton_nodes import commit_
+from linearize_kernels.triton_nodes import tree as attend_tree
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -41,13 +43,27 @@ class LinearBranch(LinearCacheLayer):
         self.prefix, self.shape, self.state, self.seen = prefix, shape, prefix.state, prefix.seen
 
     def attend(
-        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *sink_logits
+        self,
+        attention: LinearAttention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        sink_logits: Tensor | None,
     ) -> Tensor:
         self.attention, self.new = attention, (k, v)
-        return nodes(attention, self.state, q, k, v, self.shape.parents, *sink_logits).to(q.dtype)
+        if self.prefix.writes(attention, q, sink_logits):
+            self.state = self.prefix.state
+            position, visible = self.shape.position.to(q.device), self.shape.visible.to(q.device)
+            return attend_tree(attention, self.state, q, k, v, position, visible).to(q.dtype)
+        return nodes(attention, self.state, q, k, v, self.shape.parents, sink_logits).to(q.dtype)
 
     def commit(self, path: Tensor, valid: Tensor | None) -> None:
         k, v = (take(x, path) for x in self.new)
+        if self.prefix.writes(self.attention, k, None):
+            commit_(self.attention, self.prefix.state, k, v, valid)
+            self.prefix.seen += k.shape[-2]
+            return
         state = commit(self.attention, self.prefix.state, k, v, valid)
         self.prefix.append(self.attention, state, k, v, valid)
 
@@ -139,7 +155,7 @@ class Tree:
                     f"{path} is no path of the tree: it must go from a root from parent to child"
                 )
         linear = (branch for branch in self.branches if isinstance(branch, LinearBranch))
-        if any(branch.state is not branch.prefix.state for branch in linear):
+        if any(x.state is not x.prefix.state or x.seen != x.prefix.seen for x in linear):
             raise RuntimeError("the cache has moved on since the tree was read")
         longest = max(map(len, paths))
         if longest == 0:
