@@ -74,6 +74,7 @@ NODE_CASES = {
     ),
     "wide heads": dict(parts=NODE_SLIDING | dict(feature_dim=40), key_dim=72, counts=(13,), steps=2),
     "paths at the start": dict(parts=NODE_SLIDING, counts=(6, 0, 0), steps=0),
+    "nothing far yet": dict(parts=NODE_SLIDING, mix=200, counts=(0,), steps=9),
     "tiles of slots": dict(parts=NODE_SLIDING | dict(size=70), counts=(68, 90), nodes=40, steps=3),
     "more rows than a tile": dict(
         parts=NODE_SLIDING | dict(size=20), heads=4, counts=(21,), nodes=19, steps=1
@@ -222,8 +223,8 @@ def layer_errors(**parts):
     return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
 
 
-def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16):
-    """A layer in fp64 whose parts all count."""
+def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16, mix=0):
+    """A layer in fp64 whose parts all count; `mix` is added to the logarithm of the far part's factor."""
     from linearize_kernels import Equation, LinearAttention
 
     torch.manual_seed(0)
@@ -232,6 +233,8 @@ def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16):
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        if mix:
+            attention.combine.mix[:, -1] += mix
     return attention
 
 
