@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {
     "plain": dict(),
@@ -73,6 +74,7 @@ NODE_CASES = {
     ),
     "wide heads": dict(parts=NODE_SLIDING | dict(feature_dim=40), key_dim=72, counts=(13,), steps=2),
     "paths at the start": dict(parts=NODE_SLIDING, counts=(6, 0, 0), steps=0),
+    "nothing far yet": dict(parts=NODE_SLIDING, mix=200, counts=(0,), steps=9),
     "tiles of slots": dict(parts=NODE_SLIDING | dict(size=70), counts=(68, 90), nodes=40, steps=3),
     "more rows than a tile": dict(
         parts=NODE_SLIDING | dict(size=20), heads=4, counts=(21,), nodes=19, steps=1
@@ -221,8 +223,8 @@ def layer_errors(**parts):
     return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
 
 
-def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16):
-    """A layer in fp64 whose parts all count."""
+def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16, mix=0):
+    """A layer in fp64 whose parts all count; `mix` is added to the logarithm of the far part's factor."""
     from linearize_kernels import Equation, LinearAttention
 
     torch.manual_seed(0)
@@ -231,6 +233,8 @@ def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16):
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        if mix:
+            attention.combine.mix[:, -1] += mix
     return attention
 
 
@@ -268,6 +272,15 @@ def state_errors(state, expected):
     return [relative(state.S, expected.S), relative(state.z, expected.z)]
 
 
+class NoWaiting(TorchDispatchMode):
+    """Nothing reads what a tensor holds: a CUDA graph could not be captured."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert operation not in (aten._local_scalar_dense.default, aten.nonzero.default), operation
+        return operation(*args, **(kwargs or {}))
+
+
 def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     """Of a tree, tokens decoded one by one, paths, one of them of its own length for each row, a tree again and one
     more token: those of all outputs, and the largest of the states.
@@ -298,7 +311,9 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
         nonlocal expected
         tokens = draw_tokens(reference, batch, 1, dtype)
         out, expected = chunked(reference, expected, *tokens)
-        decoded.append((decode_one_token(attention, state, *narrow(*tokens)), out))
+        with NoWaiting():
+            found = decode_one_token(attention, state, *narrow(*tokens))
+        decoded.append((found, out))
         states.extend(state_errors(state, expected))
 
     def read():
@@ -306,7 +321,8 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
         position = expected.count[:, None] + visible.sum(-1) - 1
         position[0, 1:][~visible[1:, 1:].tril(-1).any(0)] = -1  # a leaf that is a pad of one text
         out = block(reference, expected, *tokens, position, visible)
-        found = tree(attention, state, *narrow(*tokens), position, visible)
+        with NoWaiting():
+            found = tree(attention, state, *narrow(*tokens), position, visible)
         there = position >= 0
         trees.append((found.movedim(1, 2)[there], out.movedim(1, 2)[there]))
 
@@ -315,12 +331,11 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
         _, k, v = draw_tokens(reference, batch, nodes, dtype)
         accepted = torch.arange(batch) * 2 + nodes - 1 - 2 * (batch - 1)
         valid = torch.arange(nodes) >= nodes - accepted[:, None]
-        expected = commit(reference, expected, k, v, valid)
-        commit_(attention, state, *narrow(k, v), valid)
-        states.extend(state_errors(state, expected))
-        expected = commit(reference, expected, k[..., :2, :], v[..., :2, :])
-        commit_(attention, state, *narrow(k[..., :2, :], v[..., :2, :]))
-        states.extend(state_errors(state, expected))
+        for path, own in (((k, v), valid), ((k[..., :2, :], v[..., :2, :]), None)):
+            expected = commit(reference, expected, *path, own)
+            with NoWaiting():
+                commit_(attention, state, *narrow(*path), own)
+            states.extend(state_errors(state, expected))
 
     before = state.fork()
     read()
