@@ -24,6 +24,30 @@ CASES = {
     "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, recent=24, size=20),
+    "ahead": dict(ahead=16, start=2),
+    "ahead, group of two, odd widths": dict(
+        ahead=28,
+        recent=20,
+        size=13,
+        skip=23,
+        start=2,
+        chunks=4,
+        group=2,
+        width=8,
+        values=24,
+        features=24,
+        lanes=1,
+    ),
+    "ahead, no far part": dict(ahead=20, far=False, recent=12, size=9, skip=14, start=2),
+    "ahead, no far part, conv beyond the window": dict(
+        ahead=20, far=False, recent=12, size=5, width=21, sinks=0, skip=12
+    ),
+    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, lanes=1),
+    "ahead, tiles smaller than chunks": dict(
+        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, lanes=1, tiles=(16, 16, 16)
+    ),
+    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, lanes=1, features=16),
+    "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2),
 }
 GROUP_CASES = {
     "plain": dict(),
@@ -48,23 +72,25 @@ LAYERS = {
 
 def inputs(
     dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
-    values=16, features=32, width=4, sinks=2, far=True,
+    values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
     from linearize_kernels.sliding import Shape, Tokens
 
     torch.manual_seed(0)
-    rows, slots = chunks * chunk, recent + chunks * chunk
+    rows = chunks * chunk
+    end = recent + rows
+    slots = end + ahead
 
     def draw(*shape):
         return torch.randn(shape)
 
     k, v = draw(lanes, slots, keys) + 1, draw(lanes, slots, values) + 1
-    v[:, : max(0, skip - sinks)] = 0
+    v[:, : max(0, skip - sinks)] = v[:, end:] = 0
     phi_q = phi_k = mix = None
     if far:
         phi_q, phi_k = draw(lanes, group, rows, features).softmax(-1), draw(lanes, slots, features).exp()
-        phi_k[:, :skip] = 0
+        phi_k[:, :skip] = phi_k[:, end:] = 0
         mix = draw(lanes, group, rows)
         mix[:, :, :5] = float("-inf")
     tokens = Tokens(
@@ -81,7 +107,7 @@ def inputs(
         sink_v=draw(lanes, sinks, values),
     )
     tokens = narrowed(tokens, dtype, ("mix", "conv", "S", "z"))
-    return Shape(chunk, recent, size, keys**-0.5, start, skip), tokens
+    return Shape(chunk, recent, size, keys**-0.5, start, skip, ahead=ahead), tokens
 
 
 def group_inputs(

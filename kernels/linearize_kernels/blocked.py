@@ -1,4 +1,5 @@
-"""Segments of `chunked`, and of `bidirectional`, in blocks: which equations have such a form, and what it takes and leaves of a state.
+"""Segments of `chunked`, and rows of `bidirectional`, in blocks: which equations have such a form, and what it takes
+and leaves of a state.
 
 On a CPU, a few heads at a time go all the way from their features to their outputs, so that what is made on the way
 stays in its cache. On a GPU all go together, through Triton's kernels where there are any.

@@ -91,8 +91,8 @@ class Sliding(torch.autograd.Function):
 
 
 def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The band of near columns, `[C, R + C + A]`, 0 within and LOW outside; and the far ones, of all columns or of as many
-    of the first as there are any in.
+    """The band of near columns, `[C, R + C + A]`, 0 within and LOW outside; and the far ones, of all columns or,
+    without slots ahead, of the first `R + C - size`.
     """
     row = torch.arange(shape.chunk, device=like.device)[:, None]
     delay = shape.recent + row - torch.arange(shape.columns, device=like.device)

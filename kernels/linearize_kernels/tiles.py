@@ -75,8 +75,8 @@ def band(conv: Tensor, shape: Tiling) -> Tensor:
 
 
 def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
-    """The conv's columns of each row, of a contiguous `x [N, g, C, R + C + A]`: `[N, g, C, W]`, a view. The row's own is
-    the last, or where rows see ahead that `W div 2` before the last.
+    """The conv's columns of each row, of a contiguous `x [N, g, C, R + C + A]`: `[N, g, C, W]`, a view. The row's own
+    is the last, or where rows see ahead that `W div 2` before the last.
     """
     columns = x.shape[-1]
     last = shape.recent + (width // 2 if shape.ahead else 0)

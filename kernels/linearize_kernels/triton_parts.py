@@ -44,17 +44,18 @@ def band(conv, delay, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=("cut",))
 def fold(
-    a, b, factor, mean, S, z, states, masses, length, chunks, cut,
+    a, b, factor, mean, S, z, states, masses, length, chunks, places, cut,
     GROUP: tl.constexpr, C: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, LEAD: tl.constexpr,
-    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr,
+    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, MOVE: tl.constexpr,
+    UP: tl.constexpr,
 ):  # fmt: skip
     """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, LEAD + length, Dv]`.
 
     Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
     `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
-    each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`. REVERSE: before means after. A segment has SEGMENT chunks,
-    or fewer before the `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it, or is
-    None.
+    each chunk, `[N, places, F, Dv]` and `[N, places, F]`. REVERSE: before means after. MOVE: added to the place so many
+    after the chunk's own, if there is one; 0: written to its own. A segment has SEGMENT chunks, or fewer before the
+    `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it, or is None.
     """
     lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
@@ -78,9 +79,17 @@ def fold(
     for order in range(begin, end):
         chunk = chunks - 1 - order if REVERSE else order
         if states is not None:
-            put(states + (lane * chunks + chunk) * F * DV, total, f, F, e, DV)
-            if z is not None and first_e == 0:
-                tl.store(masses + (lane * chunks + chunk) * F + f, mass, mask=f < F)
+            to = chunk + MOVE
+            if MOVE == 0:
+                put(states + (lane * places + to) * F * DV, total, f, F, e, DV)
+                if z is not None and first_e == 0:
+                    tl.store(masses + (lane * places + to) * F + f, mass, mask=f < F)
+            elif (to >= 0) & (to < places):
+                there = states + (lane * places + to) * F * DV
+                put(there, total + tile(there, f, F, e, DV, UP), f, F, e, DV)
+                if z is not None and first_e == 0:
+                    own_masses = masses + (lane * places + to) * F + f
+                    tl.store(own_masses, mass + tl.load(own_masses, mask=f < F, other=0.0), mask=f < F)
         row = chunk * C + tl.arange(0, C)
         for member in range(GROUP):
             head = lane * GROUP + member
@@ -108,7 +117,8 @@ INTERPRETED = not isinstance(fold, triton.JITFunction)
 
 def folded(
     a: Tensor, b: Tensor, S: Tensor, z: Tensor | None, chunks: int, chunk: int, factor: Tensor | None = None,
-    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None,
+    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None, places: int | None = None,
+    onto: tuple[Tensor, Tensor | None] | None = None, move: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after `folds` of them, as `fold` says.
 
@@ -117,6 +127,8 @@ def folded(
         S, z: before the first chunk; z None: there is none. In reverse, what joins the sums at `folds` chunks from
             the first; what is returned is before the first.
         folds: None: all chunks.
+        places: of chunks in what is returned, those after the last empty; None: as many as there are chunks.
+        onto: what `folded` returned for other chunks, to whose places `move` after their own these are added.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
     own = tiles("fold", 64, a)  # S is cut both ways, so heads' width does not count
@@ -128,20 +140,28 @@ def folded(
     grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
     common = dict(
         GROUP=group, C=chunk, F=features, DV=width, LEAD=b.shape[2] - length, SEGMENT=SEGMENT, REVERSE=reverse,
-        BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
+        MOVE=move, BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
     sums = S.new_zeros(lanes, segments + 1, features, width, dtype=torch.float32)
     masses = None if z is None else sums.new_zeros(lanes, segments + 1, features)
-    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, cut, **common)
+    places = chunks if places is None else places
+    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, places, cut, **common)
     for total, joins in ((sums, S), (masses, z)):
         if total is not None:
             total[:, place if reverse else 0] += joins
             total.cumsum_(1)
-    # fp16 would overflow: sums grow with the text
-    states = S.new_empty(
-        lanes, chunks, features, width, dtype=torch.float32 if a.dtype == torch.float32 else torch.bfloat16
+    if onto is None:
+        # fp16 would overflow: sums grow with the text
+        narrow = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
+        states = S.new_empty(lanes, places, features, width, dtype=narrow)
+        starts = None if z is None else masses.new_empty(lanes, places, features)
+        for x in (states, starts):
+            if x is not None:
+                x[:, chunks:] = 0.0
+    else:
+        states, starts = onto
+    fold[grid](
+        a, b, factor, mean, sums, masses, states, starts, length, chunks, states.shape[1], cut, **common
     )
-    starts = None if z is None else masses.new_empty(lanes, chunks, features)
-    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, cut, **common)
     after = -1 if reverse else place
     return states, starts, sums[:, after].to(S.dtype), None if z is None else masses[:, after].to(z.dtype)
