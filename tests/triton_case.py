@@ -64,6 +64,9 @@ GROUP_CASES = {
 }
 LAYERS = {
     "sliding": dict(size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3),
+    "encoder": dict(
+        causal=False, size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3
+    ),
     "group": dict(
         scope="group", size=16, score="relu2", feature_map="identity", combine="none", conv_width=5
     ),
@@ -181,8 +184,8 @@ def errors(reference, function, make, case):
 
 
 def layer_errors(**parts):
-    """Of a layer whose chunks Triton computes, in two pieces that are no whole chunks, in fp32."""
-    from linearize_kernels import Equation, LinearAttention, chunked
+    """Of a layer whose chunks Triton computes, in fp32; where causal, in two pieces that are no whole chunks."""
+    from linearize_kernels import Equation, LinearAttention, bidirectional, chunked
 
     geometry = dict(heads=2, kv_heads=1, key_dim=16, value_dim=16, scale=0.25)
     torch.manual_seed(0)
@@ -195,18 +198,17 @@ def layer_errors(**parts):
     for impl in ("torch", "triton"):
         attention.impl, state, outputs = impl, None, []
         leaves = [x.clone().requires_grad_() for x in inputs]
-        for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
-            out, state = chunked(attention, state, *piece, chunk=32)
-            outputs.append(out)
-            assert attention.ran == impl
-        out = torch.cat(outputs, -2)
+        if attention.equation.causal:
+            for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
+                out, state = chunked(attention, state, *piece, chunk=32)
+                outputs.append(out)
+            ends = [torch.cat(outputs, -2), state.S, state.z]
+        else:
+            ends = [bidirectional(attention, *leaves, chunk=32)]
+        assert attention.ran == impl
         wanted = [*leaves, *attention.parameters()]
-        found[impl] = [
-            out,
-            state.S,
-            state.z,
-            *torch.autograd.grad(out.square().sum() + state.S.sum(), wanted),
-        ]
+        loss = ends[0].square().sum() + sum(x.sum() for x in ends[1:2])
+        found[impl] = [*ends, *torch.autograd.grad(loss, wanted)]
     pairs = zip(found["torch"], found["triton"], strict=True)
     return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
 

@@ -51,9 +51,9 @@ def by_block(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
-    sink_logits: Tensor | None,
-    chunk: int | None,
+    valid: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """`bidirectional` by `block`, which computes any equation: every chunk is one row of a batch."""
     eq, length, dtype = attention.equation, q.shape[-2], q.dtype

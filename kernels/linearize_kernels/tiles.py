@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NARROW = 48  # columns of a result
+FEW = 64  # chunks that are summed by one product
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,17 @@ def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
 
 def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
-    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. Chunks are few: one product with a
-    triangle costs less than their sum one by one.
+    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. Of few chunks, one product with a
+    triangle costs less than their sum one by one; many are halved.
     """
     count = chunks.shape[1]
+    if count > FEW:
+        early, late = chunks.tensor_split(2, 1)
+        if backwards:
+            behind = running(late, first, backwards)
+            return torch.cat([running(early, behind[:, 0], backwards)[:, :-1], behind], 1)
+        before = running(early, first)
+        return torch.cat([before[:, :-1], running(late, before[:, -1])], 1)
     triangle = chunks.new_ones(count + 1, count)
     triangle = triangle.triu() if backwards else triangle.tril(-1)
     sums = (triangle @ chunks.flatten(2)).unflatten(2, chunks.shape[2:])
