@@ -46,16 +46,17 @@ def band(conv, delay, W: tl.constexpr):
 def fold(
     a, b, factor, mean, S, z, states, masses, length, chunks, places, cut,
     GROUP: tl.constexpr, C: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, LEAD: tl.constexpr,
-    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, MOVE: tl.constexpr,
-    UP: tl.constexpr,
+    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, FROM: tl.constexpr,
+    TO: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, LEAD + length, Dv]`.
 
     Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
     `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
-    each chunk, `[N, places, F, Dv]` and `[N, places, F]`. REVERSE: before means after. MOVE: added to the place so many
-    after the chunk's own, if there is one; 0: written to its own. A segment has SEGMENT chunks, or fewer before the
-    `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it, or is None.
+    each chunk, `[N, places, F, Dv]` and `[N, places, F]`. REVERSE: before means after. The first chunk is at FROM in a
+    and b and at TO in `states`; if one of these is above 0, sums are added to what is there. A segment has SEGMENT
+    chunks, or fewer before the `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it,
+    or is None.
     """
     lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
@@ -79,18 +80,16 @@ def fold(
     for order in range(begin, end):
         chunk = chunks - 1 - order if REVERSE else order
         if states is not None:
-            to = chunk + MOVE
-            if MOVE == 0:
-                put(states + (lane * places + to) * F * DV, total, f, F, e, DV)
-                if z is not None and first_e == 0:
-                    tl.store(masses + (lane * places + to) * F + f, mass, mask=f < F)
-            elif (to >= 0) & (to < places):
-                there = states + (lane * places + to) * F * DV
-                put(there, total + tile(there, f, F, e, DV, UP), f, F, e, DV)
-                if z is not None and first_e == 0:
-                    own_masses = masses + (lane * places + to) * F + f
-                    tl.store(own_masses, mass + tl.load(own_masses, mask=f < F, other=0.0), mask=f < F)
-        row = chunk * C + tl.arange(0, C)
+            own_place = lane * places + TO + chunk
+            own_total, own_mass = total, mass
+            if FROM + TO > 0:
+                own_total += tile(states + own_place * F * DV, f, F, e, DV, UP)
+            put(states + own_place * F * DV, own_total, f, F, e, DV)
+            if z is not None and first_e == 0:
+                if FROM + TO > 0:
+                    own_mass += tl.load(masses + own_place * F + f, mask=f < F, other=0.0)
+                tl.store(masses + own_place * F + f, own_mass, mask=f < F)
+        row = (FROM + chunk) * C + tl.arange(0, C)
         for member in range(GROUP):
             head = lane * GROUP + member
             own = tile(a + head * length * F, row, length, f, F, UP)
@@ -117,8 +116,8 @@ INTERPRETED = not isinstance(fold, triton.JITFunction)
 
 def folded(
     a: Tensor, b: Tensor, S: Tensor, z: Tensor | None, chunks: int, chunk: int, factor: Tensor | None = None,
-    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None, places: int | None = None,
-    onto: tuple[Tensor, Tensor | None] | None = None, move: int = 0,
+    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None, empty: int = 0,
+    onto: tuple[Tensor, Tensor | None] | None = None, start: int = 0, to: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after `folds` of them, as `fold` says.
 
@@ -127,8 +126,9 @@ def folded(
         S, z: before the first chunk; z None: there is none. In reverse, what joins the sums at `folds` chunks from
             the first; what is returned is before the first.
         folds: None: all chunks.
-        places: of chunks in what is returned, those after the last empty; None: as many as there are chunks.
-        onto: what `folded` returned for other chunks, to whose places `move` after their own these are added.
+        empty: places in what is returned after those of the chunks, zero.
+        onto: what `folded` returned, from whose place `to` on the sums before the chunks are added that begin at chunk
+            `start` of a and b; one of the two is above 0.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
     own = tiles("fold", 64, a)  # S is cut both ways, so heads' width does not count
@@ -140,11 +140,11 @@ def folded(
     grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
     common = dict(
         GROUP=group, C=chunk, F=features, DV=width, LEAD=b.shape[2] - length, SEGMENT=SEGMENT, REVERSE=reverse,
-        MOVE=move, BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
+        FROM=start, TO=to, BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
     sums = S.new_zeros(lanes, segments + 1, features, width, dtype=torch.float32)
     masses = None if z is None else sums.new_zeros(lanes, segments + 1, features)
-    places = chunks if places is None else places
+    places = chunks + empty if onto is None else onto[0].shape[1]
     fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, places, cut, **common)
     for total, joins in ((sums, S), (masses, z)):
         if total is not None:
@@ -160,8 +160,6 @@ def folded(
                 x[:, chunks:] = 0.0
     else:
         states, starts = onto
-    fold[grid](
-        a, b, factor, mean, sums, masses, states, starts, length, chunks, states.shape[1], cut, **common
-    )
+    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, places, cut, **common)
     after = -1 if reverse else place
     return states, starts, sums[:, after].to(S.dtype), None if z is None else masses[:, after].to(z.dtype)

@@ -288,11 +288,11 @@ def backward(
         chunks = rows // shape.chunk
         own = dict(chunks=chunks, chunk=shape.chunk, factor=factor, mean=mean)
         d_states, d_masses, first_S, first_z = folded(
-            phi_q, d_out, d_S, d_z, **own, reverse=True, places=chunks + shape.around
+            phi_q, d_out, d_S, d_z, **own, reverse=True, empty=shape.around
         )
         if shape.ahead:
             before = phi_q, d_out, torch.zeros_like(first_S), torch.zeros_like(first_z)
-            folded(*before, **own, onto=(d_states, d_masses), move=shape.around)
+            folded(*before, **own, onto=(d_states, d_masses), to=shape.around)
         grads.S.copy_(first_S)
         grads.z.copy_(first_z)
         own = sizes("slot_feature_gradients", shape, tokens)

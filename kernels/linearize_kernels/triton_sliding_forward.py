@@ -228,8 +228,8 @@ def older(shape: Shape, tokens: Tokens) -> tuple[Tensor | None, Tensor | None, T
     own = tokens.phi_k[:, None], tokens.v[:, None]
     states, masses, S, z = folded(*own, tokens.S, tokens.z, chunks, shape.chunk)
     if shape.ahead:
-        behind = *own, torch.zeros_like(S), torch.zeros_like(z), chunks + shape.around, shape.chunk
-        folded(*behind, reverse=True, onto=(states, masses), move=-shape.around)
+        behind = *own, torch.zeros_like(S), torch.zeros_like(z), chunks, shape.chunk
+        folded(*behind, reverse=True, onto=(states, masses), start=shape.around)
     return states, masses, S, z
 
 

@@ -29,6 +29,7 @@ SPECIAL = {  # by kernel and compute capability's major number; these too spill 
     ("group_slot_gradients", 9): USUAL._replace(rows=32),
 }
 SPECIAL_WIDE = {  # the same where a head has twice the bytes
+    ("query_feature_gradients", 8): USUAL._replace(rows=32, slots=32, warps=4),
     ("group_slot_gradients", 8): USUAL._replace(rows=32, slots=16),
 }
 
