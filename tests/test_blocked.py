@@ -1,5 +1,7 @@
 """The blocked forms against `block`, which any equation goes through: outputs, states and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
@@ -146,15 +148,24 @@ def test_what_cannot_run_in_triton_is_refused_when_forced():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["augmented", "augmented:flash"])
+@pytest.mark.parametrize(
+    "name, causal", [("augmented", True), ("augmented", False), ("augmented:flash", True)]
+)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_errors_do_not_grow_with_the_context(name, dtype, bound):
+def test_errors_do_not_grow_with_the_context(name, causal, dtype, bound):
     """Against fp64, over keys with a mean, whose sum grows with the context."""
-    attention = layer(name, heads=1, kv_heads=1, size=64, width=32)
+    attention = layer(name, heads=1, kv_heads=1, size=64, width=32, causal=causal)
+    run = (
+        (lambda *inputs: chunked(attention, None, *inputs)[0])
+        if causal
+        else partial(bidirectional, attention)
+    )
     found = []
     for length in (2048, 65536):
         q, k, v = (x.detach().to(dtype) for x in tokens(length, heads=1, kv_heads=1, batch=1))
-        exact = chunked(attention.double(), None, q.double(), k.double(), v.double())[0]
-        error = chunked(attention.float(), None, q, k, v)[0] - exact
+        attention.double()
+        exact = run(q.double(), k.double(), v.double())
+        attention.float()
+        error = run(q, k, v) - exact
         found.append((error.norm() / exact.norm()).item())
     assert max(found) < bound and found[1] < 1.2 * found[0]
