@@ -1,8 +1,11 @@
 """The blocked forms against `block`, which any equation goes through: outputs, states and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
-from linearize_kernels import LinearAttention, chunked
+from linearize_kernels import LinearAttention, bidirectional, chunked
+from linearize_kernels.bidirectional import by_block as encode_by_block
 from linearize_kernels.chunked import run_segment
 
 from linearize_cli.methods import load_recipe
@@ -11,14 +14,15 @@ from linearize_cli.runtime.layer import equation
 METHODS = ["augmented", "augmented:relu", "augmented:performer", "augmented:flash", "flash", "window"]
 
 
-def layer(name, heads=4, kv_heads=2, size=6, width=5, impl="auto"):
-    """A layer with random parameters and parts that do not divide one another."""
-    recipe = load_recipe(name).to_dict()["attention"]
+def layer(name, heads=4, kv_heads=2, size=6, width=5, impl="auto", causal=True, **changes):
+    """A layer with random parameters and parts that do not divide one another; changes go to its recipe."""
+    recipe = load_recipe(name).to_dict()["attention"] | changes
     if recipe["local"]:
         recipe["local"]["size"] = size
     if recipe.get("conv"):
         recipe["conv"]["width"] = width
     geometry = dict(heads=heads, kv_heads=kv_heads, key_dim=8, value_dim=7, scale=0.3, softcap=None)
+    geometry |= {} if causal else dict(causal=False)
     torch.manual_seed(0)
     attention = LinearAttention(equation(recipe, geometry)).double()
     with torch.no_grad():
@@ -65,12 +69,62 @@ def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, c
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        *((name, {}) for name in ("augmented", "augmented:relu", "augmented:performer", "window")),
+        ("augmented", dict(size=1, sinks=1, width=1)),
+        ("augmented", dict(sinks=0, width=4, kv_heads=4)),
+        ("augmented", dict(width=22, kv_heads=1)),
+        ("augmented", dict(width=0)),
+        ("augmented", dict(size=40)),
+        ("window", dict(sinks=0, width=22)),
+    ],
+)
+@pytest.mark.parametrize("length", [4, 5, 13, 37, 101])
+@pytest.mark.parametrize("chunk, cached", [(None, 1), (7, 1 << 18)])
+def test_encoders_are_those_of_block(name, changes, length, chunk, cached, monkeypatch):
+    monkeypatch.setattr("linearize_kernels.blocked.CACHED", cached)
+    monkeypatch.setattr("linearize_kernels.tiles.FEW", 5)
+    attention = layer(name, causal=False, **changes)
+    inputs, results = tokens(length, kv_heads=attention.equation.kv_heads), []
+    wanted = [*inputs, *attention.parameters()]
+    for out in (encode_by_block(attention, *inputs), bidirectional(attention, *inputs, chunk=chunk)):
+        towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+        grads = torch.autograd.grad(out, wanted, towards, allow_unused=True, materialize_grads=True)
+        results.append([out, *grads])
+    assert attention.ran == "torch"
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_encoders_with_pads_go_through_block():
+    attention = layer("augmented", causal=False)
+    q, k, v = tokens(20)
+    valid = torch.arange(20) < torch.tensor([20, 15, 3])[:, None]
+    out = bidirectional(attention, q, k, v, valid)
+    assert attention.ran == "block"
+    alone = bidirectional(attention, *(x[1:2, :, :15] for x in (q, k, v)))
+    assert attention.ran == "torch"
+    torch.testing.assert_close(out[1:2, :, :15], alone)
+    attention.impl = "triton"
+    with pytest.raises(ValueError, match="without pads"):
+        bidirectional(attention, q, k, v, valid)
+    with pytest.raises(ValueError, match="CUDA device"):
+        bidirectional(attention, q, k, v)
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        bidirectional(layer("augmented:flash", impl="triton", causal=False), q, k, v)
+
+
 @pytest.mark.parametrize("dropped", ["far", "local"])
 def test_ablated_parts_leave_the_normaliser(dropped):
     attention = layer("augmented")
     attention.dropped = dropped
     q, k, v = tokens(40)
     torch.testing.assert_close(chunked(attention, None, q, k, v)[0], by_block(attention, None, q, k, v)[0])
+    attention = layer("augmented", causal=False)
+    attention.dropped = dropped
+    torch.testing.assert_close(bidirectional(attention, q, k, v), encode_by_block(attention, q, k, v))
 
 
 def test_bfloat16_is_summed_in_fp32():
@@ -95,15 +149,24 @@ def test_what_cannot_run_in_triton_is_refused_when_forced():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["augmented", "augmented:flash"])
+@pytest.mark.parametrize(
+    "name, causal", [("augmented", True), ("augmented", False), ("augmented:flash", True)]
+)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_errors_do_not_grow_with_the_context(name, dtype, bound):
+def test_errors_do_not_grow_with_the_context(name, causal, dtype, bound):
     """Against fp64, over keys with a mean, whose sum grows with the context."""
-    attention = layer(name, heads=1, kv_heads=1, size=64, width=32)
+    attention = layer(name, heads=1, kv_heads=1, size=64, width=32, causal=causal)
+    run = (
+        (lambda *inputs: chunked(attention, None, *inputs)[0])
+        if causal
+        else partial(bidirectional, attention)
+    )
     found = []
     for length in (2048, 65536):
         q, k, v = (x.detach().to(dtype) for x in tokens(length, heads=1, kv_heads=1, batch=1))
-        exact = chunked(attention.double(), None, q.double(), k.double(), v.double())[0]
-        error = chunked(attention.float(), None, q, k, v)[0] - exact
+        attention.double()
+        exact = run(q.double(), k.double(), v.double())
+        attention.float()
+        error = run(q, k, v) - exact
         found.append((error.norm() / exact.norm()).item())
     assert max(found) < bound and found[1] < 1.2 * found[0]

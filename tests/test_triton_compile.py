@@ -133,29 +133,31 @@ def resources(binary, path):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()))
 
 
-def sized(kernels, width, features, chips, marks=()):
-    form = "sliding" if kernels is SLIDING else "group"
-    return [
-        pytest.param(kernels, chip, width, features, marks=marks, id=f"{form}-{chip}-{width}")
-        for chip in chips
-    ]
+def sized(kernels, width, features, chips, marks=(), ahead=0):
+    form = "group" if kernels is GROUP else "ahead" if ahead else "sliding"
+    case = dict(keys=width, values=width, features=features) | (dict(ahead=ahead) if ahead else {})
+    return [pytest.param(kernels, chip, case, marks=marks, id=f"{form}-{chip}-{width}") for chip in chips]
 
 
 @pytest.mark.parametrize(
-    "kernels, chip, width, features",
+    "kernels, chip, case",
     [
         *sized(SLIDING, 64, 128, (90,)),
         *sized(SLIDING, 128, 256, SHARED),
         *sized(SLIDING, 64, 128, (80, 89, 100), pytest.mark.slow),
         *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow),
+        *sized(SLIDING, 128, 256, (80, 90), ahead=64),
+        *sized(SLIDING, 128, 256, (89, 100), pytest.mark.slow, ahead=64),
+        *sized(SLIDING, 64, 128, SHARED, pytest.mark.slow, ahead=64),
+        *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow, ahead=64),
         *sized(GROUP, 128, 256, (80, 90)),
         *sized(GROUP, 128, 256, (89, 100), pytest.mark.slow),
         *sized(GROUP, 64, 128, SHARED, pytest.mark.slow),
         *sized(GROUP, 256, 256, SHARED, pytest.mark.slow),
     ],
 )
-def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
-    some = launches(chip, kernels, monkeypatch, keys=width, values=width, features=features)
+def test_kernels_fit(kernels, chip, case, monkeypatch, tmp_path):
+    some = launches(chip, kernels, monkeypatch, **case)
     assert {kernel.__name__ for kernel, _ in some} == kernels.keys()
     check_fit(some, chip, width, tmp_path)
 
@@ -164,7 +166,7 @@ def check_fit(some, chip, width, tmp_path):
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
-        print(f"{kernel.__name__} sm_{chip} D {width}: {registers} {stack} {binary.metadata.shared}")
+        print(f"{kernel.__name__} sm_{chip} {case}: {registers} {stack} {binary.metadata.shared}")
         assert binary.metadata.shared <= SHARED[chip], kernel.__name__
         assert stack <= SPILLED, kernel.__name__
 
@@ -214,6 +216,7 @@ def test_other_nodes_compile(parts, dtype, width, monkeypatch):
     "chip, kernels, case",
     [
         (90, SLIDING, dict(far=False, width=0, sinks=0, keys=64, values=64)),
+        (90, SLIDING, dict(ahead=64, far=False, sinks=0, keys=64, values=64)),
         (90, GROUP, dict(far=False, width=0, keys=64, values=64)),
         pytest.param(
             80,
@@ -225,6 +228,12 @@ def test_other_nodes_compile(parts, dtype, width, monkeypatch):
             80,
             SLIDING,
             dict(dtype=torch.float16, group=2, size=50, keys=24, values=40, features=48),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            80,
+            SLIDING,
+            dict(ahead=74, recent=54, dtype=torch.float16, group=2, size=50, keys=24, values=40, features=48),
             marks=pytest.mark.slow,
         ),
         *(

@@ -26,6 +26,30 @@ CASES = {
     "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, recent=24, size=20),
+    "ahead": dict(ahead=16, start=2),
+    "ahead, group of two, odd widths": dict(
+        ahead=28,
+        recent=20,
+        size=13,
+        skip=23,
+        start=2,
+        chunks=4,
+        group=2,
+        width=8,
+        values=24,
+        features=24,
+        lanes=1,
+    ),
+    "ahead, no far part": dict(ahead=20, far=False, recent=12, size=9, skip=14, start=2),
+    "ahead, no far part, conv beyond the window": dict(
+        ahead=20, far=False, recent=12, size=5, width=21, sinks=0, skip=12
+    ),
+    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, lanes=1),
+    "ahead, tiles smaller than chunks": dict(
+        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, lanes=1, tiles=(16, 16, 16)
+    ),
+    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, lanes=1, features=16),
+    "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2),
 }
 GROUP_CASES = {
     "plain": dict(),
@@ -42,6 +66,9 @@ GROUP_CASES = {
 }
 LAYERS = {
     "sliding": dict(size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3),
+    "encoder": dict(
+        causal=False, size=20, feature_map="hedgehog", feature_dim=16, key_weight=True, conv_width=5, sinks=3
+    ),
     "group": dict(
         scope="group", size=16, score="relu2", feature_map="identity", combine="none", conv_width=5
     ),
@@ -86,23 +113,25 @@ NODE_CASES = {
 
 def inputs(
     dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
-    values=16, features=32, width=4, sinks=2, far=True,
+    values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
     from linearize_kernels.sliding import Shape, Tokens
 
     torch.manual_seed(0)
-    rows, slots = chunks * chunk, recent + chunks * chunk
+    rows = chunks * chunk
+    end = recent + rows
+    slots = end + ahead
 
     def draw(*shape):
         return torch.randn(shape)
 
     k, v = draw(lanes, slots, keys) + 1, draw(lanes, slots, values) + 1
-    v[:, : max(0, skip - sinks)] = 0
+    v[:, : max(0, skip - sinks)] = v[:, end:] = 0
     phi_q = phi_k = mix = None
     if far:
         phi_q, phi_k = draw(lanes, group, rows, features).softmax(-1), draw(lanes, slots, features).exp()
-        phi_k[:, :skip] = 0
+        phi_k[:, :skip] = phi_k[:, end:] = 0
         mix = draw(lanes, group, rows)
         mix[:, :, :5] = float("-inf")
     tokens = Tokens(
@@ -119,7 +148,7 @@ def inputs(
         sink_v=draw(lanes, sinks, values),
     )
     tokens = narrowed(tokens, dtype, ("mix", "conv", "S", "z"))
-    return Shape(chunk, recent, size, keys**-0.5, start, skip), tokens
+    return Shape(chunk, recent, size, keys**-0.5, start, skip, ahead=ahead), tokens
 
 
 def group_inputs(
@@ -193,8 +222,8 @@ def errors(reference, function, make, case):
 
 
 def layer_errors(**parts):
-    """Of a layer whose chunks Triton computes, in two pieces that are no whole chunks, in fp32."""
-    from linearize_kernels import Equation, LinearAttention, chunked
+    """Of a layer whose chunks Triton computes, in fp32; where causal, in two pieces that are no whole chunks."""
+    from linearize_kernels import Equation, LinearAttention, bidirectional, chunked
 
     geometry = dict(heads=2, kv_heads=1, key_dim=16, value_dim=16, scale=0.25)
     torch.manual_seed(0)
@@ -207,18 +236,17 @@ def layer_errors(**parts):
     for impl in ("torch", "triton"):
         attention.impl, state, outputs = impl, None, []
         leaves = [x.clone().requires_grad_() for x in inputs]
-        for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
-            out, state = chunked(attention, state, *piece, chunk=32)
-            outputs.append(out)
-            assert attention.ran == impl
-        out = torch.cat(outputs, -2)
+        if attention.equation.causal:
+            for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
+                out, state = chunked(attention, state, *piece, chunk=32)
+                outputs.append(out)
+            ends = [torch.cat(outputs, -2), state.S, state.z]
+        else:
+            ends = [bidirectional(attention, *leaves, chunk=32)]
+        assert attention.ran == impl
         wanted = [*leaves, *attention.parameters()]
-        found[impl] = [
-            out,
-            state.S,
-            state.z,
-            *torch.autograd.grad(out.square().sum() + state.S.sum(), wanted),
-        ]
+        loss = ends[0].square().sum() + sum(x.sum() for x in ends[1:2])
+        found[impl] = [*ends, *torch.autograd.grad(loss, wanted)]
     pairs = zip(found["torch"], found["triton"], strict=True)
     return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
 

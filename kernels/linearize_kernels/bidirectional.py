@@ -6,7 +6,8 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.block import evaluate
-from linearize_kernels.chunked import next_positions, take
+from linearize_kernels.blocked import segment_of
+from linearize_kernels.chunked import next_positions, rows_count, take
 from linearize_kernels.layout import lay_out
 from linearize_kernels.state import State
 
@@ -22,8 +23,9 @@ def bidirectional(
 ) -> Tensor:
     """The equation with `causal` false: near and far on both sides, the conv centred.
 
-    Every chunk is one row of a batch. It finds R tokens on either side of it as they are; all that is further away
-    is in S, as the sum of what lies before and what lies behind: nothing is subtracted, so nothing cancels.
+    Every chunk finds R tokens on either side of it as they are; all that is further away is in S, as the sum of what
+    lies before and what lies behind: nothing is subtracted, so nothing cancels. `attention.impl` chooses what computes
+    rows without pads, and `attention.ran` says what did.
 
     Args:
         q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads (anywhere), or None.
@@ -31,7 +33,30 @@ def bidirectional(
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype; a pad's output means nothing.
+
+    Raises:
+        ValueError: `attention.impl` asks for what cannot run.
     """
+    eq, length = attention.equation, q.shape[-2]
+    run = segment_of(attention, rows_count(None, valid), length, sink_logits is not None)
+    if run is None:
+        attention.ran = "block"
+        return by_block(attention, q, k, v, valid, sink_logits, chunk)
+    state = attention.empty_state(q.shape[0], q.device, k.dtype)
+    chunk = chunk or min(max(32, 1 << (eq.recent - 1).bit_length()), 128)
+    return run(attention, state, 0, q, k, v, chunk)[0].to(q.dtype)
+
+
+def by_block(
+    attention: LinearAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """`bidirectional` by `block`, which computes any equation: every chunk is one row of a batch."""
     eq, length, dtype = attention.equation, q.shape[-2], q.dtype
     chunk = max(chunk or 32, eq.recent, eq.sinks)
     chunks, side = -(-length // chunk), eq.recent

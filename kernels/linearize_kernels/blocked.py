@@ -1,4 +1,5 @@
-"""Segments of `chunked` in blocks: which equations have such a form, and what it takes and leaves of a state.
+"""Segments of `chunked`, and rows of `bidirectional`, in blocks: which equations have such a form, and what it takes
+and leaves of a state.
 
 On a CPU, a few heads at a time go all the way from their features to their outputs, so that what is made on the way
 stays in its cache. On a GPU all go together, through Triton's kernels where there are any.
@@ -43,17 +44,27 @@ GROUP = Form(grouped, triton_grouped, why_not_grouped)
 def sliding_segment(
     attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
 ) -> tuple[Tensor, State]:
-    """Softmax in a sliding window, positive features, one normaliser."""
+    """Softmax in a sliding window, positive features, one normaliser; not causal: over whole rows, whose state after
+    them means nothing.
+    """
     eq, length = attention.equation, k.shape[-2]
     chunk = min(chunk, length) if q.device.type == "cpu" and attention.impl != "triton" else chunk
     fill = -length % chunk
+    ahead = 0 if eq.causal else eq.recent + -2 * eq.recent % chunk
     first = count - fill - eq.recent  # the position of the first slot
-    shape = Shape(chunk, eq.recent, eq.size, eq.scale, count - fill, max(fill, eq.sinks - first))
+    start = count - fill if eq.causal else eq.sinks
+    shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, max(fill, eq.sinks - first), ahead=ahead)
     sinks = sinks_with(state, count, k, v)
-    near = min(length, max(0, eq.size + eq.sinks - count))  # so many queries have nothing far
+    position = torch.arange(count, count + length, device=q.device)
+    near = position < eq.sinks + eq.size  # nothing behind these queries is far
+    if not eq.causal:
+        near = near & (position > length - 1 - eq.size)
 
     def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
         return led(x, fill).flatten(0, 1)
+
+    def lanes(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + slots + A, X]
+        return led(x, before, ahead).flatten(0, 1).to(narrow)
 
     wide = accumulator(q.dtype)
     narrow = narrowed(attention, q)
@@ -66,13 +77,12 @@ def sliding_segment(
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
             phi_q = rows(attention.far.queries(own_q.to(wide), heads)).to(narrow)
-            phi_k = attention.far.written(own_k[..., shape.skip :, :].to(wide), heads)
-            phi_k = led(phi_k, shape.skip).flatten(0, 1).to(narrow)
-            mix = far_factor(attention, own_q.to(wide), heads)[..., near:, None]
-            mix = rows(pad(mix, (0, 0, near, 0), value=float("-inf"))).squeeze(-1)
-        slots = (x.flatten(0, 1).to(narrow) for x in (own_k, own_v))
+            phi_k = lanes(attention.far.written(own_k[..., shape.skip :, :].to(wide), heads), shape.skip)
+            mix = far_factor(attention, own_q.to(wide), heads).masked_fill(near, float("-inf"))
+            mix = rows(mix[..., None]).squeeze(-1)
         own_sinks = (x.flatten(0, 1).to(narrow) for x in (sink_k, sink_v))
         conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
+        slots = lanes(own_k), lanes(own_v)
         tokens = Tokens(rows(own_q).to(narrow), *slots, phi_q, phi_k, mix, conv, S, z, *own_sinks)
         out, *sums = evaluate(attention, SLIDING, tokens, wide, shape)
         outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
@@ -267,11 +277,11 @@ def fitting(
     own = eq.softcap is None and attention.distance_bias is None and eq.memory == "none"
     if count is None or has_sink_logits or not own or attention.dropped == "local":
         return None
-    if count + length < eq.sinks or eq.sinks > eq.recent or eq.size == 0 or not eq.causal:
+    if count + length < eq.sinks or eq.sinks > eq.recent or eq.size == 0:
         return None
     if eq.feature_map == "linformer":
         return None
     few = 2 * length < eq.size and attention.impl != "triton"  # they do not pay for whole chunks
-    if few or (eq.scope == "group" and eq.sinks):
+    if few or (eq.scope == "group" and (eq.sinks or not eq.causal)):
         return None
     return FORMS.get((eq.scope, eq.score, eq.combine))

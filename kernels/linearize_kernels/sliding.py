@@ -1,9 +1,10 @@
 """The sliding form in blocks: a softmax window, far features that are positive weights, one normaliser, the conv.
 
-For every chunk of C queries the R slots before it and its own lie side by side, `R + C` columns. In each column a
-token is near, far or not there, so one matrix of weights holds both parts, and with the conv as a band added to it one
-product reads all the values. What is older than the columns is in S, the sum of `φ(k) vᵀ` of the chunks before. The
-backward makes the weights again, so memory is linear in T.
+For every chunk of C queries the R slots before it, its own and the A ahead of it lie side by side, `R + C + A` columns.
+In each column a token is near, far or not there, so one matrix of weights holds both parts, and with the conv as a band
+added to it one product reads all the values. What is older than the columns is in S, the sum of `φ(k) vᵀ` of the chunks
+before, and where rows see ahead of those behind the columns too. The backward makes the weights again, so memory is
+linear in T.
 """
 
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class Shape(Tiling):
 
     Attributes:
         size: of the window; scale: of its scores.
-        start: the position of the first query row.
-        skip: slots at the head of the timeline that are not there, or hold sinks.
+        start: the position of the first query row; no row sees a sink that comes after it. At least the number of
+            sinks: every row sees all.
+        skip: slots at the head of the timeline that are not there, or hold sinks. Those A at its end are not there.
     """
 
     size: int
@@ -47,13 +49,13 @@ class Shape(Tiling):
 
 
 class Tokens(NamedTuple):
-    """A timeline of R + n C slots and n C query rows, for N heads of keys with g query heads each.
+    """A timeline of `s = R + n C + A` slots and n C query rows, for N heads of keys with g query heads each.
 
     Attributes:
-        q: `[N, g, n C, D]`; k: `[N, R + n C, D]`; v: `[N, R + n C, Dv]`, zero where no token is.
-        phi_q: `[N, g, n C, F]`; phi_k: `[N, R + n C, F]`, zero where no token or a sink is; mix: `[N, g, n C]`, the
-            logarithm of the far part's factor, -inf where nothing is far; all None: no far part.
-        conv: `[N, g, W]` or None.
+        q: `[N, g, n C, D]`; k: `[N, s, D]`; v: `[N, s, Dv]`, zero where no token is.
+        phi_q: `[N, g, n C, F]`; phi_k: `[N, s, F]`, zero where no token or a sink is; mix: `[N, g, n C]`, the logarithm
+            of the far part's factor, -inf where nothing is far; all None: no far part.
+        conv: `[N, g, W]`, by how far behind the row a slot is, or where rows see ahead by that plus `W div 2`; or None.
         S, z: `[N, F, Dv]`, `[N, F]`: what is older than the timeline.
         sink_k, sink_v: `[N, sinks, D]`.
     """
@@ -90,30 +92,37 @@ class Sliding(torch.autograd.Function):
 
 
 def masks(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The band of near columns, `[C, R + C]`, 0 within and LOW outside; and the far columns, `[C, R + C - size]`."""
-    return masks_of(shape.chunk, shape.recent, shape.size, like.dtype, like.device)
+    """The band of near columns, `[C, R + C + A]`, 0 within and LOW outside; and the far ones, of all columns or,
+    without slots ahead, of the first `R + C - size`.
+    """
+    return masks_of(shape.chunk, shape.recent, shape.ahead, shape.size, like.dtype, like.device)
 
 
 @lru_cache(64)
 def masks_of(
-    chunk: int, recent: int, size: int, dtype: torch.dtype, device: torch.device
+    chunk: int, recent: int, ahead: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    columns = recent + chunk + ahead
     with torch.inference_mode(False):
-        row = torch.arange(chunk, device=device)[:, None]
-        delay = recent + row - torch.arange(recent + chunk, device=device)
-        near = torch.zeros(delay.shape, dtype=dtype, device=device)
-        near.masked_fill_((delay < 0) | (delay >= size), LOW)
-        return near, (delay[:, : recent + chunk - size] >= size).to(dtype)
+        delay = recent + torch.arange(chunk, device=device)[:, None] - torch.arange(columns, device=device)
+        if ahead:
+            far = delay.abs() >= size
+            not_near = far
+        else:
+            far = delay[:, : columns - size] >= size
+            not_near = (delay < 0) | (delay >= size)
+        near = torch.zeros(delay.shape, dtype=dtype, device=device).masked_fill_(not_near, LOW)
+        return near, far.to(dtype)
 
 
 class Weights(NamedTuple):
     """Weights of one step.
 
     Attributes:
-        near: `[N, n, g C, R + C]`, a softmax over the near columns alone; products: `[N, n, g C, R + C - size]`, φφ of
-            the far ones; sinks: `[N, sinks, n g C]`, normalised.
+        near: `[N, n, g C, R + C + A]`, a softmax over the near columns alone; products: φφ of the far ones, of as many
+            columns as `masks` says; sinks: `[N, sinks, n g C]`, normalised.
         share, factor: `[N, n, g C, 1]`, what near and products (and what is read of S) are to be multiplied by.
-        S, z: before each chunk and after the last, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
+        S, z: outside each chunk's columns, and after the last chunk, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
     """
 
     near: Tensor
@@ -140,11 +149,14 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     scaled = q * shape.scale
     scores = scaled @ windows(tokens.k, shape).mT
     scores.unflatten(2, (-1, shape.chunk)).add_(near_mask)
-    if shape.skip:
-        slots = scores.new_zeros(1, tokens.k.shape[1], 1)
-        slots[:, : shape.skip] = LOW
-        touched = -(-shape.skip // shape.chunk)
-        scores[:, :touched] += windows(slots, shape)[:, :touched].mT
+    slots, chunks = tokens.k.shape[1], scores.shape[1]
+    for absent, touched in (
+        (slice(0, shape.skip), slice(0, -(-shape.skip // shape.chunk))),
+        (slice(slots - shape.ahead, slots), slice(max(0, chunks - -(-shape.ahead // shape.chunk)), chunks)),
+    ):
+        mark = scores.new_zeros(1, slots, 1)
+        mark[:, absent] = LOW
+        scores[:, touched] += windows(mark, shape)[:, touched].mT
     peak, near = scores.amax(-1, keepdim=True), scores.softmax(-1)
     sinks = sink_scores(shape, tokens, scaled)
     ceiling = peak
@@ -187,15 +199,38 @@ def sink_scores(shape: Shape, tokens: Tokens, scaled: Tensor) -> Tensor:
 
 
 def sums(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """S and z before each chunk and after the last."""
+    """S and z outside each chunk's columns, and after the last chunk."""
     phi_k, v = old_slots(shape, tokens)
-    return running(product(phi_k.mT, v), tokens.S), running(phi_k.sum(-2), tokens.z)
+    return outside(shape, product(phi_k.mT, v), tokens.S), outside(shape, phi_k.sum(-2), tokens.z)
 
 
 def old_slots(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """phi_k and v of the slots that S and z take in, `[N, n, C, X]`."""
-    old = slice(0, tokens.k.shape[1] - shape.recent)
+    """phi_k and v of the slots that S and z take in, `[N, n or more, C, X]`."""
+    old = slice(0, tokens.q.shape[2] + shape.around * shape.chunk)
     return tuple(x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
+
+
+def outside(shape: Shape, slots: Tensor, first: Tensor) -> Tensor:
+    """Sums of `first [N, ...]` and of the chunks of slots `[N, n + around, ...]` that are not in each chunk's columns;
+    the last is of all before those behind the last chunk's first: `[N, n + 1, ...]`.
+    """
+    chunks = slots.shape[1] - shape.around
+    total = running(slots[:, :chunks], first)
+    if shape.ahead:
+        behind = slots[:, shape.around :]
+        total[:, :-1] += running(behind, torch.zeros_like(first), backwards=True)[:, 1:]
+    return total
+
+
+def outside_gradients(shape: Shape, rows: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `first` and `slots`, from those of what `outside` returns: of its first n, and of its last."""
+    total = running(rows, last, backwards=True)
+    d_first, d_slots = total[:, 0], total[:, 1:]
+    if shape.ahead:
+        unread = rows.new_zeros(len(rows), shape.around, *rows.shape[2:])
+        before = running(rows, torch.zeros_like(last))[:, :-1]
+        d_slots = torch.cat([d_slots, unread], 1) + torch.cat([unread, before], 1)
+    return d_first, d_slots
 
 
 def mass(phi_q: Tensor, z: Tensor) -> Tensor:
@@ -260,14 +295,13 @@ def backward(shape: Shape, tokens: Tokens, d_out: Tensor, d_S: Tensor, d_z: Tens
         d_phi.addcmul_(factor, answers.addcmul_(mean, z[:, :-1, None], value=-1))
         d_phi_q = by_head(d_phi, shape)
         scaled = phi_q * factor
-        d_sums = running(product(scaled.mT, d_rows), d_S, backwards=True)
-        d_masses = running((scaled * mean).sum(-2).neg_(), d_z, backwards=True)
-        d_S, d_z = d_sums[:, 0], d_masses[:, 0]
+        d_S, d_sums = outside_gradients(shape, product(scaled.mT, d_rows), d_S)
+        d_z, d_masses = outside_gradients(shape, (scaled * mean).sum(-2).neg_(), d_z)
         phi_k, v = old_slots(shape, tokens)
         old = slice(0, phi_k.shape[1] * shape.chunk)
-        d_v[:, old] += product(phi_k, d_sums[:, 1:]).flatten(1, 2)
+        d_v[:, old] += product(phi_k, d_sums).flatten(1, 2)
         d_phi_k = torch.zeros_like(tokens.phi_k)
-        d_phi_k[:, old] = (v @ d_sums[:, 1:].mT).add_(d_masses[:, 1:, None]).flatten(1, 2)
+        d_phi_k[:, old] = (v @ d_sums.mT).add_(d_masses[:, :, None]).flatten(1, 2)
         add_windows(d_phi_k, d_products.mT @ phi_q, shape)
     d_scores *= shape.scale
     d_q = product(d_scores, windows(tokens.k, shape))

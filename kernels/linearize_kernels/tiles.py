@@ -1,15 +1,16 @@
 """What the blocked forms share: a sequence cut into chunks of rows, and the columns of slots that they read.
 
-A timeline has R slots and then n chunks of C. Chunk c reads the `R + C` columns that begin at slot c C; in the last C
-of them are its own tokens. Heads of keys are lanes `N`, each with g query heads.
+A timeline has R slots, then n chunks of C, and A slots ahead of the last. Chunk c reads the `R + C + A` columns that
+begin at slot c C; its own tokens are behind the first R of them. Heads of keys are lanes `N`, each with g query heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 NARROW = 48  # columns of a result
+FEW = 64  # chunks that are summed one after the other
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,29 @@ class Tiling:
     """
     Attributes:
         chunk: C; recent: R.
+        ahead: A, at least R, so that `R + A` is whole chunks; 0: no row sees what comes after it.
     """
 
     chunk: int
     recent: int
+    ahead: int = field(default=0, kw_only=True)
+
+    @property
+    def columns(self) -> int:
+        return self.recent + self.chunk + self.ahead
+
+    @property
+    def around(self) -> int:
+        """Chunks of slots that a chunk's columns hold but for C, where rows see ahead."""
+        return (self.recent + self.ahead) // self.chunk if self.ahead else 0
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, columns, X]`, for one lane
     without a copy.
     """
-    chunks = (x.shape[1] - shape.recent) // shape.chunk
-    columns = shape.recent + shape.chunk if columns is None else columns
+    chunks = (x.shape[1] - shape.recent - shape.ahead) // shape.chunk
+    columns = shape.columns if columns is None else columns
     view = x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk).transpose(-1, -2)
     return view if len(x) == 1 else view.contiguous()
 
@@ -57,26 +69,35 @@ def by_head(x: Tensor, shape: Tiling) -> Tensor:
 
 
 def band(conv: Tensor, shape: Tiling) -> Tensor:
-    """The conv as weights of the columns: `[N, g, W] -> [N, 1, g C, R + C]`."""
-    width, columns = conv.shape[-1], shape.recent + shape.chunk
-    out = conv.new_zeros(*conv.shape[:2], shape.chunk, columns)
-    diagonals(out, shape, width).copy_(conv.flip(-1)[:, :, None])
+    """The conv as weights of the columns: `[N, g, W] -> [N, 1, g C, R + C + A]`."""
+    out = conv.new_zeros(*conv.shape[:2], shape.chunk, shape.columns)
+    diagonals(out, shape, conv.shape[-1]).copy_(conv.flip(-1)[:, :, None])
     return out.flatten(1, 2)[:, None]
 
 
 def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
-    """The conv's columns of each row, its own last, of a contiguous `x [N, g, C, R + C]`: `[N, g, C, W]`, a view."""
+    """The conv's columns of each row, of a contiguous `x [N, g, C, R + C + A]`: `[N, g, C, W]`, a view. The row's own
+    is the last, or where rows see ahead that `W div 2` before the last.
+    """
     columns = x.shape[-1]
-    first = x.storage_offset() + shape.recent - width + 1
+    last = shape.recent + (width // 2 if shape.ahead else 0)
+    first = x.storage_offset() + last - width + 1
     return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
 
 
 def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
     `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. The chunks are summed before `first`
-    joins them: a long text's sum would round every one of them away. torch's own `cumsum` takes 20 times as long along
-    rows that lie apart.
+    joins them, and many of them in halves: a long text's sum would round them away. torch's own `cumsum` takes 20 times
+    as long along rows that lie apart.
     """
+    if chunks.shape[1] > FEW:
+        early, late = chunks.tensor_split(2, 1)
+        if backwards:
+            behind = running(late, first, backwards)
+            return torch.cat([running(early, behind[:, 0], backwards)[:, :-1], behind], 1)
+        before = running(early, first)
+        return torch.cat([before[:, :-1], running(late, before[:, -1])], 1)
     sums = chunks.new_empty(len(chunks), chunks.shape[1] + 1, *chunks.shape[2:])
     total, steps = sums.unbind(1), chunks.unbind(1)
     if backwards:
@@ -92,6 +113,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (b.mT @ a.mT).mT if b.shape[-1] < NARROW else a @ b
 
 
-def led(x: Tensor, zeros: int) -> Tensor:
-    """`x [..., T, X]` behind so many empty slots."""
-    return x if zeros == 0 else torch.cat([x.new_zeros(*x.shape[:-2], zeros, x.shape[-1]), x], -2)
+def led(x: Tensor, zeros: int, ahead: int = 0) -> Tensor:
+    """`x [..., T, X]` between so many empty slots."""
+    empty = [x.new_zeros(*x.shape[:-2], count, x.shape[-1]) for count in (zeros, ahead)]
+    return torch.cat([empty[0], x, empty[1]], -2) if zeros or ahead else x

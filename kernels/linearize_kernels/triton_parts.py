@@ -44,17 +44,19 @@ def band(conv, delay, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=("cut",))
 def fold(
-    a, b, factor, mean, S, z, states, masses, length, chunks, cut,
+    a, b, factor, mean, S, z, states, masses, length, chunks, places, cut,
     GROUP: tl.constexpr, C: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, LEAD: tl.constexpr,
-    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr,
+    SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, FROM: tl.constexpr,
+    TO: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Sums of `a bᵀ` over the chunks of a segment: `a [N, g, length, F]`, `b [N, g, LEAD + length, Dv]`.
 
     Without `states`, writes segment i's sums to place i + 1 of `S [N, segments + 1, F, Dv]` and
     `z [N, segments + 1, F]`. With them, reads at place i what comes before segment i, and writes what comes before
-    each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`. REVERSE: before means after. A segment has SEGMENT chunks,
-    or fewer before the `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it, or is
-    None.
+    each chunk, `[N, places, F, Dv]` and `[N, places, F]`. REVERSE: before means after. The first chunk is at FROM in a
+    and b and at TO in `states`; if one of these is above 0, sums are added to what is there. A segment has SEGMENT
+    chunks, or fewer before the `cut`th and the end. `factor [N, g, length]` scales a; z sums a, or `-mean` times it,
+    or is None.
     """
     lane, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
@@ -78,10 +80,16 @@ def fold(
     for order in range(begin, end):
         chunk = chunks - 1 - order if REVERSE else order
         if states is not None:
-            put(states + (lane * chunks + chunk) * F * DV, total, f, F, e, DV)
+            own_place = lane * places + TO + chunk
+            own_total, own_mass = total, mass
+            if FROM + TO > 0:
+                own_total += tile(states + own_place * F * DV, f, F, e, DV, UP)
+            put(states + own_place * F * DV, own_total, f, F, e, DV)
             if z is not None and first_e == 0:
-                tl.store(masses + (lane * chunks + chunk) * F + f, mass, mask=f < F)
-        row = chunk * C + tl.arange(0, C)
+                if FROM + TO > 0:
+                    own_mass += tl.load(masses + own_place * F + f, mask=f < F, other=0.0)
+                tl.store(masses + own_place * F + f, own_mass, mask=f < F)
+        row = (FROM + chunk) * C + tl.arange(0, C)
         for member in range(GROUP):
             head = lane * GROUP + member
             own = tile(a + head * length * F, row, length, f, F, UP)
@@ -108,7 +116,8 @@ INTERPRETED = not isinstance(fold, triton.JITFunction)
 
 def folded(
     a: Tensor, b: Tensor, S: Tensor, z: Tensor | None, chunks: int, chunk: int, factor: Tensor | None = None,
-    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None,
+    mean: Tensor | None = None, reverse: bool = False, folds: int | None = None, empty: int = 0,
+    onto: tuple[Tensor, Tensor | None] | None = None, start: int = 0, to: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after `folds` of them, as `fold` says.
 
@@ -117,6 +126,9 @@ def folded(
         S, z: before the first chunk; z None: there is none. In reverse, what joins the sums at `folds` chunks from
             the first; what is returned is before the first.
         folds: None: all chunks.
+        empty: places in what is returned after those of the chunks, zero.
+        onto: what `folded` returned, from whose place `to` on the sums before the chunks are added that begin at chunk
+            `start` of a and b; one of the two is above 0.
     """
     (lanes, group, length, features), width = a.shape, b.shape[-1]
     own = tiles("fold", 64, a)  # S is cut both ways, so heads' width does not count
@@ -128,20 +140,26 @@ def folded(
     grid = (lanes, segments, triton.cdiv(features, BF) * triton.cdiv(width, BV))
     common = dict(
         GROUP=group, C=chunk, F=features, DV=width, LEAD=b.shape[2] - length, SEGMENT=SEGMENT, REVERSE=reverse,
-        BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
+        FROM=start, TO=to, BF=BF, BV=BV, UP=INTERPRETED, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
     sums = S.new_zeros(lanes, segments + 1, features, width, dtype=torch.float32)
     masses = None if z is None else sums.new_zeros(lanes, segments + 1, features)
-    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, cut, **common)
+    places = chunks + empty if onto is None else onto[0].shape[1]
+    fold[grid](a, b, factor, mean, sums, masses, None, None, length, chunks, places, cut, **common)
     for total, joins in ((sums, S), (masses, z)):
         if total is not None:
             total[:, place if reverse else 0] += joins
             total.cumsum_(1)
-    # fp16 would overflow: sums grow with the text
-    states = S.new_empty(
-        lanes, chunks, features, width, dtype=torch.float32 if a.dtype == torch.float32 else torch.bfloat16
-    )
-    starts = None if z is None else masses.new_empty(lanes, chunks, features)
-    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, cut, **common)
+    if onto is None:
+        # fp16 would overflow: sums grow with the text
+        narrow = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
+        states = S.new_empty(lanes, places, features, width, dtype=narrow)
+        starts = None if z is None else masses.new_empty(lanes, places, features)
+        for x in (states, starts):
+            if x is not None:
+                x[:, chunks:] = 0.0
+    else:
+        states, starts = onto
+    fold[grid](a, b, factor, mean, sums, masses, states, starts, length, chunks, places, cut, **common)
     after = -1 if reverse else place
     return states, starts, sums[:, after].to(S.dtype), None if z is None else masses[:, after].to(z.dtype)

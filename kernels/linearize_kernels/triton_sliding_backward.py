@@ -11,12 +11,18 @@ from linearize_kernels.sliding import Shape, Tokens
 from linearize_kernels.triton_parts import band, dot, folded, put, tile
 from linearize_kernels.triton_sliding_forward import (
     first_column,
+    first_row,
+    is_far,
+    is_near,
+    is_there,
+    last_column,
     near_scores,
     older,
     products,
     scores,
     sink_scores,
     sizes,
+    some_far,
     vector,
 )
 
@@ -33,7 +39,7 @@ def query_means(
     scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels need of BM rows of one query head.
 
@@ -43,9 +49,10 @@ def query_means(
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    last = first + BM + R
-    k += lane * (rows + R) * D
-    v += lane * (rows + R) * DV
+    AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
+    slots, last = rows + R + AHEAD, last_column(first, BM, C, R, max(SIZE, AT + 1), F, AHEAD)
+    k += lane * slots * D
+    v += lane * slots * DV
     own_q = tile(q + head * rows * D, row, rows, d, D, UP)
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
     log = tl.load(log_total + head * rows + row)
@@ -53,7 +60,7 @@ def query_means(
     if F > 0:
         chunk = lane * (rows // C) + first // C
         phi_q += head * rows * F
-        phi_k += lane * (rows + R) * F
+        phi_k += lane * slots * F
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
             answers = dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
@@ -61,19 +68,23 @@ def query_means(
         own_factor = tl.exp(tl.load(mix + head * rows + row).to(tl.float32) - log)
         average *= own_factor
         tl.store(factor + head * rows + row, own_factor)
-    for s in range(first_column(first, C, R, max(SIZE, W), F), last, BS):
+    for s in range(first_column(first, C, R, max(SIZE, W - AT), F), last, BS):
         slot = s + tl.arange(0, BS)
         keys = tile(k, slot, last, d, D, UP)
-        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
+        weights = tl.exp(
+            near_scores(own_q, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log[:, None]
+        )
         delay = R + row[:, None] - slot[None, :]
         if F > 0:
-            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, delay >= SIZE, F, BF, UP)
+            some, seen = some_far(first, s, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD)
+            far = products(phi_q, row, rows, phi_k, slot, last, some, seen, F, BF, UP)
             weights += own_factor[:, None] * far
         d_weights = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
         average += tl.sum(weights * d_weights, 1)
         if W > 0:
-            own_taps = taps + head * rows * W + (row[:, None] * W + delay)
-            tl.store(own_taps, d_weights, mask=(delay >= 0) & (delay < W))
+            tap = delay + AT
+            own_taps = taps + head * rows * W + (row[:, None] * W + tap)
+            tl.store(own_taps, d_weights, mask=(tap >= 0) & (tap < W))
     sink_weights += head * rows * SINKS + row * SINKS
     d_sinks += head * rows * SINKS + row * SINKS
     for sink in range(SINKS):
@@ -91,13 +102,13 @@ def query_gradients(
     q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """d_q of BM rows of one query head."""
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    last = first + BM + R
+    slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, 0, AHEAD)
     own_q = tile(q + head * rows * D, row, rows, d, D, UP)
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
     log = tl.load(log_total + head * rows + row)[:, None]
@@ -108,9 +119,9 @@ def query_gradients(
         acc += d_sink[:, None] * vector(sink_k + (lane * SINKS + sink) * D, d, D)[None, :]
     for s in range(first_column(first, C, R, SIZE, 0), last, BS):
         slot = s + tl.arange(0, BS)
-        keys = tile(k + lane * (rows + R) * D, slot, last, d, D, UP)
-        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log)
-        d_weights = dot(own_d, tl.trans(tile(v + lane * (rows + R) * DV, slot, last, e, DV, UP))) - average
+        keys = tile(k + lane * slots * D, slot, last, d, D, UP)
+        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log)
+        d_weights = dot(own_d, tl.trans(tile(v + lane * slots * DV, slot, last, e, DV, UP))) - average
         acc += dot(weights * d_weights * scale, keys)
     put(d_q + head * rows * D, acc, row, rows, d, D)
 
@@ -120,15 +131,17 @@ def query_feature_gradients(
     v, phi_q, phi_k, S, z, d_out, mean, factor, d_phi, d_mix, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
-    last = first + BM + R - SIZE
+    slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, F, AHEAD)
+    if AHEAD == 0:
+        last -= SIZE
     chunk = lane * (rows // C) + first // C
-    v += lane * (rows + R) * DV
+    v += lane * slots * DV
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
     average = tl.load(mean + head * rows + row)
     own_factor = tl.load(factor + head * rows + row)
@@ -142,11 +155,9 @@ def query_feature_gradients(
         )
         for s in range(first // C * C, last, BS):
             slot = s + tl.arange(0, BS)
-            seen = R + row[:, None] - slot[None, :] >= SIZE
+            seen = is_far(R + row[:, None] - slot[None, :], SIZE, AHEAD)
             d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP))) - average[:, None]
-            acc += dot(
-                tl.where(seen, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
-            )
+            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_k + lane * slots * F, slot, last, f, F, UP))
         acc *= own_factor[:, None]
         total += tl.sum(acc * tile(phi_q + head * rows * F, row, rows, f, F, UP), 1)
         put(d_phi + head * rows * F, acc, row, rows, f, F)
@@ -158,45 +169,48 @@ def slot_gradients(
     q, k, v, phi_q, phi_k, conv, d_S, log_total, d_out, mean, factor, d_k, d_v, scale, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of BS slots of one chunk, from the rows whose columns hold them and from what S brought later."""
     lane, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, d, e = first + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
-    slots = rows + R
+    AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
+    slots = rows + R + AHEAD
     own_k = tile(k + lane * slots * D, slot, slots, d, D, UP)
     own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
     acc_k = tl.zeros((BS, BD), tl.float32)
     acc_v = tl.zeros((BS, BV), tl.float32)
     last = (first // C + 1) * C
     if F == 0:
-        last = first + BS - 1 + max(SIZE, W) - R
+        last = first + BS - 1 + max(SIZE, W - AT) - R
+    begin = first_row(first, C, R, max(SIZE, AT + 1), F, AHEAD) // BM * BM
     for member in range(GROUP):
         head = lane * GROUP + member
-        for t in range(tl.maximum(first - R, 0) // BM * BM, tl.minimum(last, rows), BM):
+        for t in range(begin, tl.minimum(last, rows), BM):
             row = t + tl.arange(0, BM)
             delay = R + row[None, :] - slot[:, None]
             own_q = tile(q + head * rows * D, row, rows, d, D, UP)
             own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
-            seen = (delay >= 0) & (delay < SIZE) & (slot >= skip)[:, None]
+            seen = is_near(delay, SIZE, AHEAD) & is_there(slot, skip, R + rows, AHEAD)[:, None]
             log = tl.load(log_total + head * rows + row)
             weight = tl.exp(scores(own_k, own_q, seen, scale) - log[None, :])
             d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
             acc_k += dot(weight * d_weight * scale, own_q)
             if W > 0:
-                weight += band(conv + head * W, delay, W)
+                weight += band(conv + head * W, delay + AT, W)
             if F > 0:
                 far = products(
                     phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                    R + t + BM - first > SIZE, delay >= SIZE, F, BF, UP,
+                    some_far(t, first, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD), F, BF, UP,
                 )  # fmt: skip
                 weight += tl.load(factor + head * rows + row)[None, :] * far
             acc_v += dot(weight, own_d)
     if F > 0:
-        chunk = lane * (rows // C) + tl.minimum(first, rows - 1) // C
+        old = rows if AHEAD == 0 else slots  # the last R slots are in no S, unless rows see ahead
+        chunk = lane * (old // C) + tl.minimum(first, old - 1) // C
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_k + lane * slots * F, slot, rows, f, F, UP)  # the last R slots are in no S
+            phi = tile(phi_k + lane * slots * F, slot, old, f, F, UP)
             acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
     put(d_k + lane * slots * D, acc_k, slot, slots, d, D)
     put(d_v + lane * slots * DV, acc_v, slot, slots, e, DV)
@@ -207,26 +221,27 @@ def slot_feature_gradients(
     v, phi_q, d_S, d_z, d_out, mean, factor, d_phi, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """BF features' d_phi_k of BS slots of one chunk."""
     lane, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, f, e = first + tl.arange(0, BS), tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BV)
-    slots = rows + R
+    slots = rows + R + AHEAD
     own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
     acc = tl.zeros((BS, BF), tl.float32)
-    begin = tl.maximum(first - R + SIZE, 0) // BM * BM
+    begin = first_row(first if AHEAD > 0 else first + SIZE, C, R, SIZE, F, AHEAD) // BM * BM
     for member in range(GROUP):
         head = lane * GROUP + member
         for t in range(begin, tl.minimum((first // C + 1) * C, rows), BM):
             row = t + tl.arange(0, BM)
-            seen = R + row[None, :] - slot[:, None] >= SIZE
+            seen = is_far(R + row[None, :] - slot[:, None], SIZE, AHEAD)
             d_weight = dot(own_v, tl.trans(tile(d_out + head * rows * DV, row, rows, e, DV, UP)))
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
             acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
-    if first < rows:
-        chunk = lane * (rows // C) + first // C
+    old = rows if AHEAD == 0 else slots
+    if first < old:
+        chunk = lane * (old // C) + first // C
         acc += dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
         acc += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
     put(d_phi + lane * slots * F, acc, slot, slots, f, F)
@@ -271,9 +286,13 @@ def backward(
             v, phi_q, phi_k, states, masses, d_out, mean, factor, grads.phi_q, grads.mix, rows, **own
         )
         chunks = rows // shape.chunk
+        own = dict(chunks=chunks, chunk=shape.chunk, factor=factor, mean=mean)
         d_states, d_masses, first_S, first_z = folded(
-            phi_q, d_out, d_S, d_z, chunks, shape.chunk, factor, mean, reverse=True
+            phi_q, d_out, d_S, d_z, **own, reverse=True, empty=shape.around
         )
+        if shape.ahead:
+            before = phi_q, d_out, torch.zeros_like(first_S), torch.zeros_like(first_z)
+            folded(*before, **own, onto=(d_states, d_masses), to=shape.around)
         grads.S.copy_(first_S)
         grads.z.copy_(first_z)
         own = sizes("slot_feature_gradients", shape, tokens)

@@ -1,7 +1,7 @@
 """The forward kernels of `triton_sliding`, and what its backward shares with them.
 
 Positions are of the timeline: row t's own token is in slot R + t, so slot s is `R + t - s` behind it; within its
-chunk's columns it is near below `size` behind and far from there on.
+chunk's columns it is near below `size` behind and far from there on, and the same ahead where AHEAD slots end columns.
 """
 
 import torch
@@ -28,9 +28,43 @@ def scores(a, b, seen, scale):
 
 
 @triton.jit
-def near_scores(q, k, row, slot, skip, scale, R: tl.constexpr, SIZE: tl.constexpr):
-    delay = R + row[:, None] - slot[None, :]
-    return scores(q, k, (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :], scale)
+def is_near(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    least = 0 if AHEAD == 0 else 1 - SIZE
+    return (delay >= least) & (delay < SIZE)
+
+
+@triton.jit
+def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    far = delay >= SIZE
+    if AHEAD > 0:
+        far = far | (delay <= -SIZE)
+    return far
+
+
+@triton.jit
+def some_far(
+    row, slot, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr
+):
+    """Whether one of BM rows and one of BS slots are far from one another."""
+    some = R + row + BM - slot > SIZE
+    if AHEAD > 0:
+        some = some | (slot + BS - R - row > SIZE)
+    return some
+
+
+@triton.jit
+def is_there(slot, skip, end, AHEAD: tl.constexpr):
+    """Whether a slot holds a token and no sink; without slots ahead no row reads behind the end."""
+    there = slot >= skip
+    if AHEAD > 0:
+        there = there & (slot < end)
+    return there
+
+
+@triton.jit
+def near_scores(q, k, row, slot, skip, rows, scale, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    near = is_near(R + row[:, None] - slot[None, :], SIZE, AHEAD)
+    return scores(q, k, near & is_there(slot, skip, R + rows, AHEAD)[None, :], scale)
 
 
 @triton.jit
@@ -66,20 +100,48 @@ def first_column(row, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: 
     return first
 
 
+@triton.jit
+def last_column(
+    row, BM: tl.constexpr, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """The end of the slots that BM rows from `row` on read: their own; ahead, their chunk's last column, or without
+    far ones REACH on.
+    """
+    last = row + BM + R
+    if AHEAD > 0:
+        end = row // C * C + R + C + AHEAD
+        last = tl.minimum(end, last + REACH - 1) if F == 0 else end
+    return last
+
+
+@triton.jit
+def first_row(
+    slot, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
+):
+    """The first row that reads one of the slots from `slot` on, which are of one chunk: its own; where rows see ahead,
+    the first whose chunk's columns hold it, or without far ones REACH back.
+    """
+    first = slot - R
+    if AHEAD > 0:
+        begin = slot // C * C - R - AHEAD
+        first = tl.maximum(begin, first - REACH + 1) if F == 0 else begin
+    return tl.maximum(first, 0)
+
+
 @triton.jit(do_not_specialize=("start", "skip"))
 def attend(
     q, k, v, phi_q, phi_k, mix, conv, S, z, sink_k, sink_v, out, log_total, scale, start, skip, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Outputs of BM rows of one query head, and the logarithm of their normaliser: `log_total [N, g, n C]`."""
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    last = first + BM + R
-    k += lane * (rows + R) * D
-    v += lane * (rows + R) * DV
+    slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, F, AHEAD)
+    k += lane * slots * D
+    v += lane * slots * DV
     own_q = tile(q + head * rows * D, row, rows, d, D, UP)
     ceiling = tl.full((BM,), LOWEST, tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -99,7 +161,7 @@ def attend(
     if F > 0:
         chunk = lane * (rows // C) + first // C
         phi_q += head * rows * F
-        phi_k += lane * (rows + R) * F
+        phi_k += lane * slots * F
         factor = tl.exp(own_mix - ceiling)[:, None]
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
@@ -108,23 +170,26 @@ def attend(
             total += tl.sum(phi * tl.load(z + chunk * F + f, mask=f < F, other=0.0)[None, :], 1)
     for s in range(first_column(first, C, R, SIZE, F), last, BS):
         slot = s + tl.arange(0, BS)
-        near = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, scale, R, SIZE)
+        near = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, rows, scale, R, SIZE, AHEAD)
         higher = tl.maximum(ceiling, tl.max(near, 1))
         shrink = tl.exp(ceiling - higher)
         weights = tl.exp(near - higher[:, None])
         ceiling = higher
         if F > 0:
-            is_far = R + row[:, None] - slot[None, :] >= SIZE
-            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
+            seen = is_far(R + row[:, None] - slot[None, :], SIZE, AHEAD)
+            some = some_far(first, s, R, SIZE, AHEAD, BM, BS)
+            far = products(phi_q, row, rows, phi_k, slot, last, some, seen, F, BF, UP)
             weights += tl.exp(own_mix - ceiling)[:, None] * far
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + dot(weights, tile(v, slot, last, e, DV, UP))
     total = tl.maximum(total, LEAST)
     acc /= total[:, None]
     if W > 0:
-        for s in range(first_column(first, C, R, W, 0), last, BS):
+        AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
+        last = last_column(first, BM, C, R, AT + 1, 0, AHEAD)
+        for s in range(first_column(first, C, R, W - AT, 0), last, BS):
             slot = s + tl.arange(0, BS)
-            taps = band(conv + head * W, R + row[:, None] - slot[None, :], W)
+            taps = band(conv + head * W, R + row[:, None] - slot[None, :] + AT, W)
             acc += dot(taps, tile(v, slot, last, e, DV, UP))
     put(out + head * rows * DV, acc, row, rows, e, DV)
     tl.store(log_total + head * rows + row, ceiling + tl.log(total))
@@ -138,6 +203,7 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
         GROUP=tokens.q.shape[1],
         C=shape.chunk,
         R=shape.recent,
+        AHEAD=shape.ahead,
         SIZE=shape.size,
         D=tokens.q.shape[-1],
         DV=tokens.v.shape[-1],
@@ -155,11 +221,16 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens) -> dict:
 
 
 def older(shape: Shape, tokens: Tokens) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """S and z before each chunk and after the last; without a far part nothing is added to them."""
+    """S and z outside each chunk's columns, and after the last chunk; without a far part nothing is added to them."""
     if tokens.phi_k is None:
         return None, None, tokens.S.clone(), tokens.z.clone()
     chunks = tokens.q.shape[2] // shape.chunk
-    return folded(tokens.phi_k[:, None], tokens.v[:, None], tokens.S, tokens.z, chunks, shape.chunk)
+    own = tokens.phi_k[:, None], tokens.v[:, None]
+    states, masses, S, z = folded(*own, tokens.S, tokens.z, chunks, shape.chunk)
+    if shape.ahead:
+        behind = *own, torch.zeros_like(S), torch.zeros_like(z), chunks, shape.chunk
+        folded(*behind, reverse=True, onto=(states, masses), start=shape.around)
+    return states, masses, S, z
 
 
 def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:

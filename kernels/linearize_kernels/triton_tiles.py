@@ -19,16 +19,18 @@ class Tiles(NamedTuple):
 USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
 SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
     ("query_means", 8): USUAL._replace(slots=32),
-    ("query_gradients", 10): USUAL._replace(warps=4),
+    ("query_gradients", 10): USUAL._replace(slots=32, warps=4),
+    ("query_feature_gradients", 10): USUAL._replace(warps=4),
     ("slot_gradients", 8): USUAL._replace(slots=32),
     ("slot_gradients", 9): USUAL._replace(rows=32),
-    ("slot_gradients", 10): USUAL._replace(rows=32),
+    ("slot_gradients", 10): USUAL._replace(rows=32, stages=1),
     ("fold", 8): USUAL._replace(stages=3),
     ("group_attend", 8): USUAL._replace(slots=32),
     ("group_slot_gradients", 8): USUAL._replace(slots=32),
     ("group_slot_gradients", 9): USUAL._replace(rows=32),
 }
 SPECIAL_WIDE = {  # the same where a head has twice the bytes
+    ("query_feature_gradients", 8): USUAL._replace(rows=32, slots=32, warps=4),
     ("group_slot_gradients", 8): USUAL._replace(rows=32, slots=16),
 }
 
