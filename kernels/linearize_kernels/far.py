@@ -122,7 +122,9 @@ class FeatureMemory(nn.Module):
         phi_q = eq.fold_queries(self.q_map(q), eq.far_heads)
         read = eq.split_queries(phi_q @ S, length)
         mass = eq.split_queries(phi_q @ z[..., None], length).squeeze(-1)
-        if k.shape[-2] == 0:
+        if (
+            k.shape[-2] == 0 and not torch.is_grad_enabled()
+        ):  # else every parameter has a gradient, as DDP wants it
             return read, mass
         phi_k, values = self.keys(k), eq.to_far_heads(v)
         products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
