@@ -276,3 +276,28 @@ def test_the_benchmark_of_the_kernels_runs(tmp_path):
         assert row["percent_of_floor"] == pytest.approx(100 * row["floor_seconds"] / row["seconds"])
         softmax = only(report, form="sdpa", phase=row["phase"], context=row["context"])
         assert row["x_sdpa"] == pytest.approx(softmax["seconds"] / row["seconds"])
+
+
+def test_the_benchmark_of_a_whole_model_runs(tmp_path):
+    script = ROOT / "kernels" / "benchmarks" / "model.py"
+    shape = (
+        "--layers 2 --hidden 32 --intermediate 48 --heads 2 --vocab 50 --dtype float32 --device cpu".split()
+    )
+    options = ["--context", "90", "--nodes", "1,5", "--sequences", "3", "--seconds", "0", *shape]
+    result = subprocess.run(
+        [sys.executable, str(script), *options, "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert file.with_suffix(".md").read_text() in result.stdout + "\n"
+    assert [(row["phase"], row["form"]) for row in rows] == [
+        *(("prefill", form) for form in ("linear", "softmax")),
+        *(("decode", form) for form in ("linear", "linear, CUDA graph", "softmax", "softmax, static cache")),
+        *(("tree", form) for form in ("tree of 1", "tree of 5")),
+        ("decode", "linear"),
+    ]
+    for row in rows:
+        assert (
+            (row["seconds"] is None) == (row["form"] == "linear, CUDA graph") == (row["reason"] is not None)
+        )
