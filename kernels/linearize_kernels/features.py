@@ -149,7 +149,10 @@ class Hedgehog(Projected):
         return 4 / self.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x @ self.weight.to(x.dtype)
+        return self.of_heads(x, slice(None))
+
+    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
+        x = x @ self.weight[heads].to(x.dtype)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 

@@ -157,7 +157,7 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
         mark = scores.new_zeros(1, slots, 1)
         mark[:, absent] = LOW
         scores[:, touched] += windows(mark, shape)[:, touched].mT
-    peak, near = scores.amax(-1, keepdim=True), scores.softmax(-1)
+    peak, near = scores.amax(-1, keepdim=True), torch.softmax(scores, -1, out=scores)
     sinks = sink_scores(shape, tokens, scaled)
     ceiling = peak
     if sinks.shape[1]:
