@@ -281,7 +281,8 @@ def fitting(
         return None
     if eq.feature_map == "linformer":
         return None
-    few = 2 * length < eq.size and attention.impl != "triton"  # they do not pay for whole chunks
+    # A few tokens do not pay for a whole chunk.
+    few = eq.causal and 2 * length < eq.size and attention.impl != "triton"
     if few or (eq.scope == "group" and (eq.sinks or not eq.causal)):
         return None
     return FORMS.get((eq.scope, eq.score, eq.combine))
