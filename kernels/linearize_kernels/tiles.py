@@ -5,6 +5,7 @@ of them are its own tokens. Heads of keys are lanes `N`, each with g query heads
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ class Tiling:
 
     chunk: int
     recent: int
+
+
+class Packed(NamedTuple):
+    """Sequences packed into one timeline: each begins with a chunk, from nothing, and is filled up to whole chunks.
+
+    Attributes:
+        begins: `[n]` int32, by chunk, the first slot of its sequence behind the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n; no segment is of two sequences.
+        firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
+        sinks: so many first tokens of each sequence, no more than a chunk has.
+    """
+
+    begins: Tensor
+    segments: Tensor
+    firsts: Tensor
+    sinks: int
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.sliding import Shape, Tokens
-from linearize_kernels.triton_parts import band, dot, folded, put, tile
+from linearize_kernels.tiles import Packed
+from linearize_kernels.triton_parts import band, dot, folded, folded_apart, put, summed_apart, tile
 from linearize_kernels.triton_sliding_forward import (
+    far_columns,
     first_column,
     near_scores,
     older,
+    own_sinks,
     products,
     scores,
+    seen,
+    seen_from,
     sink_scores,
     sizes,
     vector,
@@ -30,7 +35,7 @@ except ImportError:
 @triton.jit(do_not_specialize=("start", "skip"))
 def query_means(
     q, k, v, phi_q, phi_k, mix, S, sink_k, sink_v, log_total, d_out, mean, factor, taps, sink_weights, d_sinks,
-    scale, start, skip, rows,
+    scale, start, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
@@ -38,12 +43,15 @@ def query_means(
     """What the other kernels need of BM rows of one query head.
 
     `mean` and `factor`, the far part's, are `[N, g, n C]`; `taps [N, g, n C, W]` is `d_out · v` by delay;
-    `sink_weights` and `d_sinks`, their scores' gradients, are `[N, g, n C, sinks]`.
+    `sink_weights` and `d_sinks`, their scores' gradients, are `[N, g, n C, sinks]`. Of packed sequences, `taps` beyond
+    their begins are not written.
     """
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     last = first + BM + R
+    skip = seen_from(begins, skip, first, C)
+    first_sink, start = own_sinks(begins, skip, start, lane, rows + R, R, SINKS)
     k += lane * (rows + R) * D
     v += lane * (rows + R) * DV
     own_q = tile(q + head * rows * D, row, rows, d, D, UP)
@@ -61,13 +69,14 @@ def query_means(
         own_factor = tl.exp(tl.load(mix + head * rows + row).to(tl.float32) - log)
         average *= own_factor
         tl.store(factor + head * rows + row, own_factor)
-    for s in range(first_column(first, C, R, max(SIZE, W), F), last, BS):
+    for s in range(first_column(first, begins, skip, C, R, max(SIZE, W), F, SINKS), last, BS):
         slot = s + tl.arange(0, BS)
         keys = tile(k, slot, last, d, D, UP)
         weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
         delay = R + row[:, None] - slot[None, :]
         if F > 0:
-            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, delay >= SIZE, F, BF, UP)
+            is_far = far_columns(delay, slot[None, :], begins, skip, SIZE)
+            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
             weights += own_factor[:, None] * far
         d_weights = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
         average += tl.sum(weights * d_weights, 1)
@@ -77,9 +86,9 @@ def query_means(
     sink_weights += head * rows * SINKS + row * SINKS
     d_sinks += head * rows * SINKS + row * SINKS
     for sink in range(SINKS):
-        score = sink_scores(own_q, vector(sink_k + (lane * SINKS + sink) * D, d, D), start + row, sink, scale)
+        score = sink_scores(own_q, vector(sink_k + (first_sink + sink) * D, d, D), start + row, sink, scale)
         weight = tl.exp(score - log)
-        d_weight = tl.sum(own_d * vector(sink_v + (lane * SINKS + sink) * DV, e, DV)[None, :], 1)
+        d_weight = tl.sum(own_d * vector(sink_v + (first_sink + sink) * DV, e, DV)[None, :], 1)
         average += weight * d_weight
         tl.store(sink_weights + sink, weight)
         tl.store(d_sinks + sink, d_weight)
@@ -88,7 +97,7 @@ def query_means(
 
 @triton.jit(do_not_specialize=("skip",))
 def query_gradients(
-    q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, rows,
+    q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
@@ -98,6 +107,8 @@ def query_gradients(
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     last = first + BM + R
+    skip = seen_from(begins, skip, first, C)
+    first_sink, _ = own_sinks(begins, skip, 0, lane, rows + R, R, SINKS)
     own_q = tile(q + head * rows * D, row, rows, d, D, UP)
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
     log = tl.load(log_total + head * rows + row)[:, None]
@@ -105,8 +116,8 @@ def query_gradients(
     acc = tl.zeros((BM, BD), tl.float32)
     for sink in range(SINKS):
         d_sink = tl.load(d_sinks + (head * rows + row) * SINKS + sink).to(tl.float32)
-        acc += d_sink[:, None] * vector(sink_k + (lane * SINKS + sink) * D, d, D)[None, :]
-    for s in range(first_column(first, C, R, SIZE, 0), last, BS):
+        acc += d_sink[:, None] * vector(sink_k + (first_sink + sink) * D, d, D)[None, :]
+    for s in range(first_column(first, begins, skip, C, R, SIZE, 0, SINKS), last, BS):
         slot = s + tl.arange(0, BS)
         keys = tile(k + lane * (rows + R) * D, slot, last, d, D, UP)
         weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log)
@@ -117,9 +128,9 @@ def query_gradients(
 
 @triton.jit
 def query_feature_gradients(
-    v, phi_q, phi_k, S, z, d_out, mean, factor, d_phi, d_mix, rows,
+    v, phi_q, phi_k, S, z, d_out, mean, factor, d_phi, d_mix, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
@@ -127,6 +138,7 @@ def query_feature_gradients(
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
     last = first + BM + R - SIZE
+    skip = seen_from(begins, 0, first, C)
     chunk = lane * (rows // C) + first // C
     v += lane * (rows + R) * DV
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
@@ -140,12 +152,12 @@ def query_feature_gradients(
             dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
             - average[:, None] * masses[None, :]
         )
-        for s in range(first // C * C, last, BS):
+        for s in range(first_column(first, begins, skip, C, R, SIZE, F, SINKS), last, BS):
             slot = s + tl.arange(0, BS)
-            seen = R + row[:, None] - slot[None, :] >= SIZE
+            is_far = far_columns(R + row[:, None] - slot[None, :], slot[None, :], begins, skip, SIZE)
             d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP))) - average[:, None]
             acc += dot(
-                tl.where(seen, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
+                tl.where(is_far, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
             )
         acc *= own_factor[:, None]
         total += tl.sum(acc * tile(phi_q + head * rows * F, row, rows, f, F, UP), 1)
@@ -155,9 +167,9 @@ def query_feature_gradients(
 
 @triton.jit(do_not_specialize=("skip",))
 def slot_gradients(
-    q, k, v, phi_q, phi_k, conv, d_S, log_total, d_out, mean, factor, d_k, d_v, scale, skip, rows,
+    q, k, v, phi_q, phi_k, conv, d_S, log_total, d_out, mean, factor, d_k, d_v, scale, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of BS slots of one chunk, from the rows whose columns hold them and from what S brought later."""
@@ -176,27 +188,35 @@ def slot_gradients(
         for t in range(tl.maximum(first - R, 0) // BM * BM, tl.minimum(last, rows), BM):
             row = t + tl.arange(0, BM)
             delay = R + row[None, :] - slot[:, None]
+            own_skip = seen_from(begins, skip, t, C)
             own_q = tile(q + head * rows * D, row, rows, d, D, UP)
             own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
-            seen = (delay >= 0) & (delay < SIZE) & (slot >= skip)[:, None]
+            is_near = (delay >= 0) & (delay < SIZE) & (slot >= own_skip)[:, None]
             log = tl.load(log_total + head * rows + row)
-            weight = tl.exp(scores(own_k, own_q, seen, scale) - log[None, :])
+            weight = tl.exp(scores(own_k, own_q, is_near, scale) - log[None, :])
             d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
             acc_k += dot(weight * d_weight * scale, own_q)
             if W > 0:
+                if begins is not None:
+                    delay = tl.where((slot >= own_skip - SINKS)[:, None], delay, -1)
                 weight += band(conv + head * W, delay, W)
             if F > 0:
+                is_far = far_columns(delay, slot[:, None], begins, own_skip, SIZE)
                 far = products(
                     phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                    R + t + BM - first > SIZE, delay >= SIZE, F, BF, UP,
+                    R + t + BM - first > SIZE, is_far, F, BF, UP,
                 )  # fmt: skip
                 weight += tl.load(factor + head * rows + row)[None, :] * far
             acc_v += dot(weight, own_d)
     if F > 0:
-        chunk = lane * (rows // C) + tl.minimum(first, rows - 1) // C
+        chunk = tl.minimum(first, rows - 1) // C
+        old = slot
+        if begins is not None:
+            old = tl.where(slot >= tl.load(begins + chunk), slot, rows)
+        chunk += lane * (rows // C)
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_k + lane * slots * F, slot, rows, f, F, UP)  # the last R slots are in no S
+            phi = tile(phi_k + lane * slots * F, old, rows, f, F, UP)  # the last R slots are in no S
             acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
     put(d_k + lane * slots * D, acc_k, slot, slots, d, D)
     put(d_v + lane * slots * DV, acc_v, slot, slots, e, DV)
@@ -204,9 +224,9 @@ def slot_gradients(
 
 @triton.jit
 def slot_feature_gradients(
-    v, phi_q, d_S, d_z, d_out, mean, factor, d_phi, rows,
+    v, phi_q, d_S, d_z, d_out, mean, factor, d_phi, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """BF features' d_phi_k of BS slots of one chunk."""
@@ -215,75 +235,88 @@ def slot_feature_gradients(
     slots = rows + R
     own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
     acc = tl.zeros((BS, BF), tl.float32)
+    if first < rows:
+        chunk = lane * (rows // C) + first // C
+        acc += dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
+        acc += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
+        if begins is not None:
+            acc = tl.where((slot >= tl.load(begins + first // C))[:, None], acc, 0.0)
     begin = tl.maximum(first - R + SIZE, 0) // BM * BM
     for member in range(GROUP):
         head = lane * GROUP + member
         for t in range(begin, tl.minimum((first // C + 1) * C, rows), BM):
             row = t + tl.arange(0, BM)
-            seen = R + row[None, :] - slot[:, None] >= SIZE
+            delay, own_skip = R + row[None, :] - slot[:, None], seen_from(begins, 0, t, C)
+            is_far = far_columns(delay, slot[:, None], begins, own_skip, SIZE)
             d_weight = dot(own_v, tl.trans(tile(d_out + head * rows * DV, row, rows, e, DV, UP)))
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
-            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
-    if first < rows:
-        chunk = lane * (rows // C) + first // C
-        acc += dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
-        acc += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
+            acc += dot(tl.where(is_far, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
     put(d_phi + lane * slots * F, acc, slot, slots, f, F)
 
 
 def backward(
-    shape: Shape, tokens: Tokens, log_total: Tensor, d_out: Tensor, d_S: Tensor, d_z: Tensor
-) -> Tokens:
+    shape: Shape, tokens: Tokens, log_total: Tensor, d_out: Tensor, d_S: Tensor | None, d_z: Tensor | None,
+    packed: Packed | None = None,
+) -> Tokens:  # fmt: skip
     """The gradients of `tokens`, from those of what `sliding` returns; log_total: as `forward` left it."""
     q, k, v, phi_q, phi_k, mix, conv, *_ = tokens
     lanes, group, rows = q.shape[:3]
-    slots, sinks = k.shape[1], tokens.sink_k.shape[1]
-    states, masses, _, _ = older(shape, tokens)
+    slots, chunks = k.shape[1], rows // shape.chunk
+    sink_k, sink_v, begins = seen(tokens, packed)
+    states, masses, _, _ = older(shape, tokens, packed)
     grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
     mean, factor = (torch.empty_like(log_total) for _ in range(2))
-    taps = None if conv is None else log_total.new_empty(*q.shape[:3], conv.shape[-1])
-    sink_weights, d_sinks = (mean.new_empty(lanes, group * rows, sinks) for _ in range(2))
+    room = log_total.new_empty if packed is None else log_total.new_zeros
+    taps = None if conv is None else room(*q.shape[:3], conv.shape[-1])
 
-    own = sizes("query_means", shape, tokens)
+    own = sizes("query_means", shape, tokens, packed)
+    sink_weights, d_sinks = (mean.new_empty(lanes, group * rows, own["SINKS"]) for _ in range(2))
     query_means[(lanes * group, rows // own["BM"])](
-        q, k, v, phi_q, phi_k, mix, states, tokens.sink_k, tokens.sink_v, log_total, d_out, mean, factor, taps,
-        sink_weights, d_sinks, shape.scale, shape.start, shape.skip, rows, SINKS=sinks, **own,
+        q, k, v, phi_q, phi_k, mix, states, sink_k, sink_v, log_total, d_out, mean, factor, taps, sink_weights,
+        d_sinks, shape.scale, shape.start, shape.skip, begins, rows, **own,
     )  # fmt: skip
     d_sinks = (sink_weights * (d_sinks - mean.view(lanes, -1, 1)) * shape.scale).to(q.dtype)
-    torch.bmm(sink_weights.mT.to(q.dtype), d_out.flatten(1, 2), out=grads.sink_v)
-    torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
-    own = sizes("query_gradients", shape, tokens)
+    sink_weights = sink_weights.to(q.dtype)
+    own = sizes("query_gradients", shape, tokens, packed)
     query_gradients[(lanes * group, rows // own["BM"])](
-        q, k, v, tokens.sink_k, log_total, d_out, mean, d_sinks, grads.q, shape.scale, shape.skip, rows, SINKS=sinks,
-        **own,
+        q, k, v, sink_k, log_total, d_out, mean, d_sinks, grads.q, shape.scale, shape.skip, begins, rows, **own,
     )  # fmt: skip
     if conv is not None:
         grads.conv.copy_(taps.sum(2))
 
     d_states = d_masses = None
-    if phi_q is None:
-        grads.S.copy_(d_S)
-        grads.z.copy_(d_z)
-    else:
-        own = sizes("query_feature_gradients", shape, tokens)
+    if phi_q is not None:
+        own = sizes("query_feature_gradients", shape, tokens, packed)
         query_feature_gradients[(lanes * group, rows // own["BM"])](
-            v, phi_q, phi_k, states, masses, d_out, mean, factor, grads.phi_q, grads.mix, rows, **own
+            v, phi_q, phi_k, states, masses, d_out, mean, factor, grads.phi_q, grads.mix, begins, rows, **own
         )
-        chunks = rows // shape.chunk
-        d_states, d_masses, first_S, first_z = folded(
-            phi_q, d_out, d_S, d_z, chunks, shape.chunk, factor, mean, reverse=True
-        )
-        grads.S.copy_(first_S)
-        grads.z.copy_(first_z)
-        own = sizes("slot_feature_gradients", shape, tokens)
+        if packed is None:
+            d_states, d_masses, d_S, d_z = folded(
+                phi_q, d_out, d_S, d_z, chunks, shape.chunk, factor, mean, reverse=True
+            )
+        else:
+            own = (phi_q, d_out, shape.chunk, packed, None, True, factor, mean)
+            d_states, d_masses = folded_apart(*own, reverse=True)
+        own = sizes("slot_feature_gradients", shape, tokens, packed)
         grid = (lanes, triton.cdiv(slots, own["BS"]), triton.cdiv(own["F"], own["BF"]))
         slot_feature_gradients[grid](
-            v, phi_q, d_states, d_masses, d_out, mean, factor, grads.phi_k, rows, **own
+            v, phi_q, d_states, d_masses, d_out, mean, factor, grads.phi_k, begins, rows, **own
         )
-    own = sizes("slot_gradients", shape, tokens)
+    own = sizes("slot_gradients", shape, tokens, packed)
     slot_gradients[(lanes, triton.cdiv(slots, own["BS"]))](
         q, k, v, phi_q, phi_k, conv, d_states, log_total, d_out, mean, factor, grads.k, grads.v, shape.scale,
-        shape.skip, rows, **own,
+        shape.skip, begins, rows, **own,
     )  # fmt: skip
+    if packed is None:
+        grads.S.copy_(d_S)
+        grads.z.copy_(d_z)
+        torch.bmm(sink_weights.mT, d_out.flatten(1, 2), out=grads.sink_v)
+        torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
+    elif packed.sinks:
+        first = packed.begins[packed.segments[packed.firsts[:-1]]] - packed.sinks
+        places = (first[:, None] + torch.arange(packed.sinks, device=first.device)).flatten()
+        for grad, weights, x in ((grads.v, sink_weights, d_out), (grads.k, d_sinks, q)):
+            own = summed_apart(weights.unflatten(1, (group, rows)), x, shape.chunk, packed)
+            grad.index_add_(1, places, own.flatten(1, 2).to(grad.dtype))
     return grads
