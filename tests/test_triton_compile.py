@@ -14,6 +14,7 @@ from linearize_kernels import triton_grouped_kernels as grouped  # noqa: E402
 from linearize_kernels import triton_parts as parts  # noqa: E402
 from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
 from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
+from linearize_kernels.varlen import laid_out  # noqa: E402
 
 SLIDING = {
     "fold": parts,
@@ -33,7 +34,7 @@ GROUP = {
 }
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
 SPILLED = 0  # bytes of stack that a thread may spill to
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
 class Recorder:
@@ -51,8 +52,10 @@ class Recorder:
         self.launches[kinds] = values
 
 
-def launches(chip, kernels, monkeypatch, **case):
+def launches(chip, kernels, monkeypatch, packed=False, **case):
     """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+    if packed:
+        kernels = kernels | {"carry": parts}
     recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
@@ -60,15 +63,25 @@ def launches(chip, kernels, monkeypatch, **case):
         "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
     )
     usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
-    if kernels is GROUP:
-        shape, folds, tokens = group_inputs(**usual | case)
-        out, S = grouped.forward(shape, folds, tokens)
-        grouped.backward(shape, folds, tokens, out, S)
+    if "group_attend" in kernels:
+        shape, folds, tokens = group_inputs(**usual | (dict(recent=0) if packed else {}) | case)
+        apart = layout(shape, 0) if packed else None
+        tokens = tokens._replace(S=None) if packed else tokens
+        out, S = grouped.forward(shape, folds, tokens, apart)
+        grouped.backward(shape, folds, tokens, out, S, apart)
     else:
         shape, tokens = inputs(**usual | dict(recent=64, size=64, sinks=4) | case)
-        out, S, z, log_total = forward.forward(shape, tokens)
-        backward.backward(shape, tokens, log_total, out, S, z)
+        apart = layout(shape, tokens.sink_k.shape[1]) if packed else None
+        tokens = tokens._replace(S=None, z=None, sink_k=None, sink_v=None) if packed else tokens
+        out, S, z, log_total = forward.forward(shape, tokens, apart)
+        backward.backward(shape, tokens, log_total, out, S, z, apart)
     return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
+
+
+def layout(shape, sinks):
+    """Of two packed sequences, a chunk each."""
+    bounds = (0, shape.chunk, 2 * shape.chunk - 1)
+    return laid_out(bounds, shape.chunk, shape.recent, sinks, torch.device("cpu")).packed
 
 
 def compiled(kernel, values, chip):
