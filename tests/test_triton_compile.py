@@ -134,8 +134,29 @@ def sized(kernels, width, features, chips, marks=()):
     ],
 )
 def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
-    some = launches(chip, kernels, monkeypatch, keys=width, values=width, features=features)
-    assert {kernel.__name__ for kernel, _ in some} == kernels.keys()
+    fit(kernels, False, chip, width, features, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kernels, chip, width, features",
+    [
+        *sized(SLIDING, 128, 256, (90,)),
+        *sized(GROUP, 128, 256, (90,)),
+        *(
+            sample
+            for kernels in (SLIDING, GROUP)
+            for width, features, chips in ((128, 256, (80, 89, 100)), (64, 128, SHARED), (256, 256, SHARED))
+            for sample in sized(kernels, width, features, chips, pytest.mark.slow)
+        ),
+    ],
+)
+def test_kernels_for_packed_sequences_fit(kernels, chip, width, features, monkeypatch, tmp_path):
+    fit(kernels, True, chip, width, features, monkeypatch, tmp_path)
+
+
+def fit(kernels, packed, chip, width, features, monkeypatch, tmp_path):
+    some = launches(chip, kernels, monkeypatch, packed, keys=width, values=width, features=features)
+    assert {kernel.__name__ for kernel, _ in some} == kernels.keys() | ({"carry"} if packed else set())
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
@@ -149,6 +170,8 @@ def test_kernels_fit(kernels, chip, width, features, monkeypatch, tmp_path):
     [
         (90, SLIDING, dict(far=False, width=0, sinks=0, keys=64, values=64)),
         (90, GROUP, dict(far=False, width=0, keys=64, values=64)),
+        (90, SLIDING, dict(packed=True, far=False, sinks=0, keys=64, values=64)),
+        (90, GROUP, dict(packed=True, far=False, keys=64, values=64)),
         pytest.param(
             80,
             GROUP,

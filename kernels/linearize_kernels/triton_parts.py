@@ -85,12 +85,12 @@ def fold(
         uncut = segment * SEGMENT
         begin = tl.where(uncut < cut, uncut, cut + (segment - tl.cdiv(cut, SEGMENT)) * SEGMENT)
         end = tl.minimum(begin + SEGMENT, tl.where(uncut < cut, cut, chunks))
-        turn = chunks - 1
+        last = chunks - 1 - begin
     else:
         begin, end = tl.load(segments + segment), tl.load(segments + segment + 1)
-        turn = begin + end - 1
-    for order in range(begin, end):
-        chunk = turn - order if REVERSE else order
+        last = end - 1
+    for order in range(0, end - begin):
+        chunk = last - order if REVERSE else begin + order
         if states is not None:
             put(states + (lane * chunks + chunk) * F * DV, total, f, F, e, DV)
             if z is not None and first_e == 0:

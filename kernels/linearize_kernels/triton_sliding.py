@@ -31,7 +31,7 @@ def sliding(
     wider. Sums are in fp32.
 
     Packed sequences have no S, z and sinks but their own: these are None, here and there, and start and skip mean
-    nothing. Every slot may have features, none is read of another sequence's.
+    nothing.
 
     Raises:
         ValueError: `why_not` has a reason.

@@ -11,7 +11,6 @@ from linearize_kernels.sliding import Shape, Tokens
 from linearize_kernels.tiles import Packed
 from linearize_kernels.triton_parts import band, dot, folded, folded_apart, put, summed_apart, tile
 from linearize_kernels.triton_sliding_forward import (
-    far_columns,
     first_column,
     near_scores,
     older,
@@ -30,6 +29,15 @@ try:  # a loader of remote code demands what is imported outside
     import triton.language as tl
 except ImportError:
     raise
+
+
+@triton.jit
+def far_slots(delay, slot, begins, row, SIZE: tl.constexpr, C: tl.constexpr):
+    """Which slots are far from which rows of one chunk; in packed sequences, none of another."""
+    far = delay >= SIZE
+    if begins is not None:
+        far &= (slot >= tl.load(begins + row // C))[:, None]
+    return far
 
 
 @triton.jit(do_not_specialize=("start", "skip"))
@@ -75,8 +83,7 @@ def query_means(
         weights = tl.exp(near_scores(own_q, keys, row, slot, skip, scale, R, SIZE) - log[:, None])
         delay = R + row[:, None] - slot[None, :]
         if F > 0:
-            is_far = far_columns(delay, slot[None, :], begins, skip, SIZE)
-            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
+            far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, delay >= SIZE, F, BF, UP)
             weights += own_factor[:, None] * far
         d_weights = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
         average += tl.sum(weights * d_weights, 1)
@@ -138,7 +145,6 @@ def query_feature_gradients(
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
     last = first + BM + R - SIZE
-    skip = seen_from(begins, 0, first, C)
     chunk = lane * (rows // C) + first // C
     v += lane * (rows + R) * DV
     own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
@@ -152,12 +158,13 @@ def query_feature_gradients(
             dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
             - average[:, None] * masses[None, :]
         )
-        for s in range(first_column(first, begins, skip, C, R, SIZE, F, SINKS), last, BS):
+        begin = first_column(first, begins, seen_from(begins, 0, first, C), C, R, SIZE, F, 0)
+        for s in range(begin, last, BS):
             slot = s + tl.arange(0, BS)
-            is_far = far_columns(R + row[:, None] - slot[None, :], slot[None, :], begins, skip, SIZE)
+            seen = R + row[:, None] - slot[None, :] >= SIZE
             d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP))) - average[:, None]
             acc += dot(
-                tl.where(is_far, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
+                tl.where(seen, d_weight, 0.0), tile(phi_k + lane * (rows + R) * F, slot, last, f, F, UP)
             )
         acc *= own_factor[:, None]
         total += tl.sum(acc * tile(phi_q + head * rows * F, row, rows, f, F, UP), 1)
@@ -197,11 +204,12 @@ def slot_gradients(
             d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
             acc_k += dot(weight * d_weight * scale, own_q)
             if W > 0:
+                own_taps = band(conv + head * W, delay, W)
                 if begins is not None:
-                    delay = tl.where((slot >= own_skip - SINKS)[:, None], delay, -1)
-                weight += band(conv + head * W, delay, W)
+                    own_taps = tl.where((slot >= own_skip - SINKS)[:, None], own_taps, 0.0)
+                weight += own_taps
             if F > 0:
-                is_far = far_columns(delay, slot[:, None], begins, own_skip, SIZE)
+                is_far = far_slots(delay, slot, begins, t, SIZE, C)
                 far = products(
                     phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
                     R + t + BM - first > SIZE, is_far, F, BF, UP,
@@ -246,12 +254,11 @@ def slot_feature_gradients(
         head = lane * GROUP + member
         for t in range(begin, tl.minimum((first // C + 1) * C, rows), BM):
             row = t + tl.arange(0, BM)
-            delay, own_skip = R + row[None, :] - slot[:, None], seen_from(begins, 0, t, C)
-            is_far = far_columns(delay, slot[:, None], begins, own_skip, SIZE)
+            seen = far_slots(R + row[None, :] - slot[:, None], slot, begins, t, SIZE, C)
             d_weight = dot(own_v, tl.trans(tile(d_out + head * rows * DV, row, rows, e, DV, UP)))
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
-            acc += dot(tl.where(is_far, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
+            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
     put(d_phi + lane * slots * F, acc, slot, slots, f, F)
 
 

@@ -44,15 +44,6 @@ def seen_from(begins, skip, row, C: tl.constexpr):
 
 
 @triton.jit
-def far_columns(delay, slot, begins, skip, SIZE: tl.constexpr):
-    """Only packed sequences have features at slots below `skip`."""
-    far = delay >= SIZE
-    if begins is not None:
-        far &= slot >= skip
-    return far
-
-
-@triton.jit
 def own_sinks(begins, skip, start, lane, slots, R: tl.constexpr, SINKS: tl.constexpr):
     """The first sink's place among all of them, and row 0's position; a packed sequence's sinks are its first slots."""
     place = lane * SINKS
@@ -152,7 +143,7 @@ def attend(
         weights = tl.exp(near - higher[:, None])
         ceiling = higher
         if F > 0:
-            is_far = far_columns(R + row[:, None] - slot[None, :], slot[None, :], begins, skip, SIZE)
+            is_far = R + row[:, None] - slot[None, :] >= SIZE
             far = products(phi_q, row, rows, phi_k, slot, last, last - s > SIZE, is_far, F, BF, UP)
             weights += tl.exp(own_mix - ceiling)[:, None] * far
         total = total * shrink + tl.sum(weights, 1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.blocked import far_factor, fitting, grouped_segment, of_queries, sliding_segment, taps
@@ -132,6 +133,9 @@ def sliding_rows(
         wide_q = q.to(wide)
         phi_q = attention.far.queries(wide_q, EVERY).to(narrow)
         phi_k = attention.far.written(k.to(wide), EVERY).to(narrow)
+        if eq.sinks:
+            is_sink = pad(position < eq.sinks, (eq.recent, 0), value=True)
+            phi_k = phi_k.masked_fill(is_sink[:, None], 0.0)
         nothing = position < eq.size + eq.sinks
         mix = far_factor(attention, wide_q, EVERY).masked_fill(nothing, float("-inf"))
     tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1, EVERY, wide), None, None, None, None)
