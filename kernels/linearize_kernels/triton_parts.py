@@ -70,6 +70,13 @@ def fold(
     place = lane * tl.num_programs(1) + segment
     if segments is None:
         place += lane
+        uncut = segment * SEGMENT
+        begin = tl.where(uncut < cut, uncut, cut + (segment - tl.cdiv(cut, SEGMENT)) * SEGMENT)
+        end = tl.minimum(begin + SEGMENT, tl.where(uncut < cut, cut, chunks))
+        last = chunks - 1 - begin
+    else:
+        begin, end = tl.load(segments + segment), tl.load(segments + segment + 1)
+        last = end - 1
     total = tl.zeros((BF, BV), tl.float32)
     mass = tl.zeros((BF,), tl.float32)
     if states is None and segments is None:
@@ -81,14 +88,6 @@ def fold(
         total += tile(S, f, F, e, DV, UP)
         if z is not None:
             mass += tl.load(z + f, mask=f < F, other=0.0)
-    if segments is None:
-        uncut = segment * SEGMENT
-        begin = tl.where(uncut < cut, uncut, cut + (segment - tl.cdiv(cut, SEGMENT)) * SEGMENT)
-        end = tl.minimum(begin + SEGMENT, tl.where(uncut < cut, cut, chunks))
-        last = chunks - 1 - begin
-    else:
-        begin, end = tl.load(segments + segment), tl.load(segments + segment + 1)
-        last = end - 1
     for order in range(0, end - begin):
         chunk = last - order if REVERSE else begin + order
         if states is not None:
@@ -153,7 +152,7 @@ def folding(a: Tensor, b: Tensor, segments: int, chunk: int, reverse: bool = Fal
     )  # fmt: skip
 
 
-def by_chunk(a: Tensor, b: Tensor, chunks: int, with_z: bool) -> tuple[Tensor, Tensor | None]:
+def empty_states(a: Tensor, b: Tensor, chunks: int, with_z: bool) -> tuple[Tensor, Tensor | None]:
     """Room for S and z before each chunk; S is no fp16, which would overflow: sums grow with the text."""
     shape = (len(a), chunks, a.shape[-1])
     narrow = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
@@ -186,7 +185,7 @@ def folded(
         if total is not None:
             total[:, place if reverse else 0] += joins
             total.cumsum_(1)
-    states, starts = by_chunk(a, b, chunks, z is not None)
+    states, starts = empty_states(a, b, chunks, z is not None)
     launch(a, b, factor, mean, sums, masses, states, starts, length, chunks, cut, None, None)
     after = -1 if reverse else place
     return states, starts, sums[:, after].to(S.dtype), None if z is None else masses[:, after].to(z.dtype)
@@ -208,7 +207,7 @@ def folded_apart(
     for x in (sums, masses):
         if x is not None:
             carried(x, None, packed, reverse)
-    states, starts = by_chunk(a, b, chunks, with_z)
+    states, starts = empty_states(a, b, chunks, with_z)
     launch(a, b, factor, mean, sums, masses, states, starts, *tables)
     return states, starts
 

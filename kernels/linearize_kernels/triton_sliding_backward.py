@@ -17,11 +17,11 @@ from linearize_kernels.triton_sliding_forward import (
     own_sinks,
     products,
     scores,
-    seen,
     seen_from,
     sink_scores,
     sizes,
     vector,
+    where_sinks_are,
 )
 
 try:  # a loader of remote code demands what is imported outside
@@ -32,12 +32,12 @@ except ImportError:
 
 
 @triton.jit
-def far_slots(delay, slot, begins, row, SIZE: tl.constexpr, C: tl.constexpr):
-    """Which slots are far from which rows of one chunk; in packed sequences, none of another."""
-    far = delay >= SIZE
+def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
+    """How far slots are behind rows of one chunk, `[slots, rows]`; in packed sequences, -1 behind those of another."""
+    delay = R + row[None, :] - slot[:, None]
     if begins is not None:
-        far &= (slot >= tl.load(begins + row // C))[:, None]
-    return far
+        delay = tl.where((slot >= skip - SINKS)[:, None], delay, -1)
+    return delay
 
 
 @triton.jit(do_not_specialize=("start", "skip"))
@@ -194,8 +194,8 @@ def slot_gradients(
         head = lane * GROUP + member
         for t in range(tl.maximum(first - R, 0) // BM * BM, tl.minimum(last, rows), BM):
             row = t + tl.arange(0, BM)
-            delay = R + row[None, :] - slot[:, None]
             own_skip = seen_from(begins, skip, t, C)
+            delay = delays(slot, row, begins, own_skip, R, SINKS)
             own_q = tile(q + head * rows * D, row, rows, d, D, UP)
             own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
             is_near = (delay >= 0) & (delay < SIZE) & (slot >= own_skip)[:, None]
@@ -204,15 +204,11 @@ def slot_gradients(
             d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
             acc_k += dot(weight * d_weight * scale, own_q)
             if W > 0:
-                own_taps = band(conv + head * W, delay, W)
-                if begins is not None:
-                    own_taps = tl.where((slot >= own_skip - SINKS)[:, None], own_taps, 0.0)
-                weight += own_taps
+                weight += band(conv + head * W, delay, W)
             if F > 0:
-                is_far = far_slots(delay, slot, begins, t, SIZE, C)
                 far = products(
                     phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                    R + t + BM - first > SIZE, is_far, F, BF, UP,
+                    R + t + BM - first > SIZE, delay >= SIZE, F, BF, UP,
                 )  # fmt: skip
                 weight += tl.load(factor + head * rows + row)[None, :] * far
             acc_v += dot(weight, own_d)
@@ -254,7 +250,7 @@ def slot_feature_gradients(
         head = lane * GROUP + member
         for t in range(begin, tl.minimum((first // C + 1) * C, rows), BM):
             row = t + tl.arange(0, BM)
-            seen = far_slots(R + row[None, :] - slot[:, None], slot, begins, t, SIZE, C)
+            seen = delays(slot, row, begins, seen_from(begins, 0, t, C), R, SINKS) >= SIZE
             d_weight = dot(own_v, tl.trans(tile(d_out + head * rows * DV, row, rows, e, DV, UP)))
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
@@ -270,7 +266,7 @@ def backward(
     q, k, v, phi_q, phi_k, mix, conv, *_ = tokens
     lanes, group, rows = q.shape[:3]
     slots, chunks = k.shape[1], rows // shape.chunk
-    sink_k, sink_v, begins = seen(tokens, packed)
+    sink_k, sink_v, begins = where_sinks_are(tokens, packed)
     states, masses, _, _ = older(shape, tokens, packed)
     grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
     mean, factor = (torch.empty_like(log_total) for _ in range(2))

@@ -198,7 +198,7 @@ def older(
     return folded(phi_k, v, tokens.S, tokens.z, tokens.q.shape[2] // shape.chunk, shape.chunk)
 
 
-def seen(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def where_sinks_are(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Where the sinks are, and `begins`."""
     return (tokens.sink_k, tokens.sink_v, None) if packed is None else (tokens.k, tokens.v, packed.begins)
 
@@ -210,7 +210,7 @@ def forward(
     q = tokens.q
     lanes, group, rows = q.shape[:3]
     states, masses, S, z = older(shape, tokens, packed)
-    sink_k, sink_v, begins = seen(tokens, packed)
+    sink_k, sink_v, begins = where_sinks_are(tokens, packed)
     out = q.new_empty(lanes, group, rows, tokens.v.shape[-1])
     log_total = q.new_empty(lanes, group, rows, dtype=torch.float32)
     own = sizes("attend", shape, tokens, packed)
