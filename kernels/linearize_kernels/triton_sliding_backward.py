@@ -299,8 +299,8 @@ def backward(
                 phi_q, d_out, d_S, d_z, chunks, shape.chunk, factor, mean, reverse=True
             )
         else:
-            own = (phi_q, d_out, shape.chunk, packed, None, True, factor, mean)
-            d_states, d_masses = folded_apart(*own, reverse=True)
+            own = dict(with_z=True, factor=factor, mean=mean, reverse=True)
+            d_states, d_masses = folded_apart(phi_q, d_out, shape.chunk, packed, **own)
         own = sizes("slot_feature_gradients", shape, tokens, packed)
         grid = (lanes, triton.cdiv(slots, own["BS"]), triton.cdiv(own["F"], own["BF"]))
         slot_feature_gradients[grid](
