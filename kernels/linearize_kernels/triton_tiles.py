@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SEGMENT = 8  # chunks that a program of `fold` goes through
+
 
 class Tiles(NamedTuple):
     """How much a program works on: query rows, slots and features at a time."""
