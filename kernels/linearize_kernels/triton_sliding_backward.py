@@ -244,13 +244,6 @@ def slot_feature_gradients(
     slots = rows + R + AHEAD
     own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
     acc = tl.zeros((BS, BF), tl.float32)
-    old = rows if AHEAD == 0 else slots
-    if first < old:
-        chunk = lane * (old // C) + first // C
-        acc += dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
-        acc += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
-        if begins is not None:
-            acc = tl.where((slot >= tl.load(begins + first // C))[:, None], acc, 0.0)
     begin = first_row(first if AHEAD > 0 else first + SIZE, C, R, SIZE, F, AHEAD) // BM * BM
     for member in range(GROUP):
         head = lane * GROUP + member
@@ -261,6 +254,14 @@ def slot_feature_gradients(
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
             acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
+    old = rows if AHEAD == 0 else slots
+    if first < old:
+        chunk = lane * (old // C) + first // C
+        later = dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
+        later += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
+        if begins is not None:
+            later = tl.where((slot >= tl.load(begins + first // C))[:, None], later, 0.0)
+        acc += later
     put(d_phi + lane * slots * F, acc, slot, slots, f, F)
 
 
