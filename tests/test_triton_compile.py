@@ -147,9 +147,8 @@ def resources(binary, path):
 
 
 def sized(kernels, width, features, chips, marks=(), **case):
+    name = " ".join(["group" if kernels is GROUP else "sliding", *(f"{x} {case[x]}" for x in case)])
     case |= dict(keys=width, values=width, features=features)
-    forms = "group" if kernels is GROUP else "sliding", *(x for x in ("ahead", "packed") if x in case)
-    name = " ".join(forms)
     return [pytest.param(kernels, chip, case, marks=marks, id=f"{name}-{chip}-{width}") for chip in chips]
 
 
@@ -164,6 +163,10 @@ def sized(kernels, width, features, chips, marks=(), **case):
         *sized(SLIDING, 128, 256, (89, 100), pytest.mark.slow, ahead=64),
         *sized(SLIDING, 64, 128, SHARED, pytest.mark.slow, ahead=64),
         *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow, ahead=64),
+        *sized(SLIDING, 128, 256, (90,), group=4),
+        *sized(SLIDING, 128, 256, (80, 89, 100), pytest.mark.slow, group=4),
+        *sized(SLIDING, 128, 256, SHARED, pytest.mark.slow, group=4, ahead=64),
+        *sized(SLIDING, 128, 256, SHARED, pytest.mark.slow, group=4, packed=True),
         *sized(GROUP, 128, 256, (80, 90)),
         *sized(GROUP, 128, 256, (89, 100), pytest.mark.slow),
         *sized(GROUP, 64, 128, SHARED, pytest.mark.slow),

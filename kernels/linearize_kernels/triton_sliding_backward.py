@@ -195,28 +195,29 @@ def slot_gradients(
     if F == 0:
         last = first + BS - 1 + max(SIZE, W - AT) - R
     begin = first_row(first, C, R, max(SIZE, AT + 1), F, AHEAD) // BM * BM
-    for member in range(GROUP):
-        head = lane * GROUP + member
-        for t in range(begin, tl.minimum(last, rows), BM):
-            row = t + tl.arange(0, BM)
-            own_skip = seen_from(begins, skip, t, C)
-            delay = delays(slot, row, begins, own_skip, R, SINKS)
-            own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-            own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
-            seen = is_near(delay, SIZE, AHEAD) & is_there(slot, own_skip, R + rows, AHEAD)[:, None]
-            log = tl.load(log_total + head * rows + row)
-            weight = tl.exp(scores(own_k, own_q, seen, scale) - log[None, :])
-            d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
-            acc_k += dot(weight * d_weight * scale, own_q)
-            if W > 0:
-                weight += band(conv + head * W, delay + AT, W)
-            if F > 0:
-                far = products(
-                    phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                    some_far(t, first, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD), F, BF, UP,
-                )  # fmt: skip
-                weight += tl.load(factor + head * rows + row)[None, :] * far
-            acc_v += dot(weight, own_d)
+    steps = tl.cdiv(tl.maximum(tl.minimum(last, rows) - begin, 0), BM)
+    for step in range(0, GROUP * steps):
+        head = lane * GROUP + step // steps
+        t = begin + step % steps * BM
+        row = t + tl.arange(0, BM)
+        own_skip = seen_from(begins, skip, t, C)
+        delay = delays(slot, row, begins, own_skip, R, SINKS)
+        own_q = tile(q + head * rows * D, row, rows, d, D, UP)
+        own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+        seen = is_near(delay, SIZE, AHEAD) & is_there(slot, own_skip, R + rows, AHEAD)[:, None]
+        log = tl.load(log_total + head * rows + row)
+        weight = tl.exp(scores(own_k, own_q, seen, scale) - log[None, :])
+        d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
+        acc_k += dot(weight * d_weight * scale, own_q)
+        if W > 0:
+            weight += band(conv + head * W, delay + AT, W)
+        if F > 0:
+            far = products(
+                phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
+                some_far(t, first, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD), F, BF, UP,
+            )  # fmt: skip
+            weight += tl.load(factor + head * rows + row)[None, :] * far
+        acc_v += dot(weight, own_d)
     if F > 0:
         old = rows if AHEAD == 0 else slots  # the last R slots are in no S, unless rows see ahead
         chunk, own_slot = tl.minimum(first, old - 1) // C, slot
