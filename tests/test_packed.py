@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import AUGMENTED, SMALL, swap, swapped, tiny_model
+from linearize_kernels import chunked
 
 from linearize_cli.batch import IGNORED, Blocks, causal_batch, document_positions
 from linearize_cli.errors import UserError
@@ -12,8 +13,9 @@ from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.student import add_lora
 from linearize_cli.recover.transfer import transferring
+from linearize_cli.runtime import layer as layer_module
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.runtime.packed import attend_apart, document_starts
+from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
 
 # Two rows of as many tokens: shorter and longer than the window of 8, alone in their size and not.
 ROWS = ([1, 37, 5, 70, 3, 29], [145])
@@ -131,6 +133,35 @@ def test_documents_are_batched_by_length():
     assert sizes == [3 * 17, 2 * 127, 128, 2 * 300]
 
 
+def test_packed_documents_lie_as_they_did():
+    """Rows behind one another, and back."""
+    starts = torch.zeros(2, 9, dtype=torch.bool)
+    starts[:, 0] = starts[0, 4] = starts[1, 7] = True
+    model = double("llama", attention("augmented"))
+    layer = model.model.layers[0].self_attn.linear_attention
+    eq = layer.equation
+    q, k, v = (torch.randn(2, n, 9, eq.key_dim).double() for n in (eq.heads, eq.kv_heads, eq.kv_heads))
+    expected = attend_apart(lambda *heads: chunked(layer, None, *heads)[0], starts, q, k, v)
+    torch.testing.assert_close(attend_packed(layer, starts, q, k, v), expected)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_documents_go_where_they_can(can, monkeypatch):
+    """To `varlen` as they are, if kernels run; the answer is the same."""
+    blocks, documents = packed()
+    model, went = double("llama", attention("augmented")), []
+
+    def spy(name):
+        own = getattr(layer_module, name)
+        monkeypatch.setattr(layer_module, name, lambda *given: went.append(name) or own(*given))
+
+    monkeypatch.setattr(layer_module, "runs", lambda *given: can)
+    for name in ("attend_packed", "attend_apart"):
+        spy(name)
+    assert apart(model, blocks, documents) < 1e-11
+    assert set(went) == {"attend_packed" if can else "attend_apart"}
+
+
 def test_no_answer_lies_across_a_boundary():
     ids = torch.arange(10, 17)[None]
     starts = torch.tensor([[False, False, True, True, False, False, True]])
@@ -185,8 +216,10 @@ def test_distillation_of_packed_documents_is_that_of_each(weights):
 
     def result(blocks):
         loss = Distillation(student, native, weights)(causal_batch(blocks))[0]
-        grads = torch.autograd.grad(loss, trained, allow_unused=True)
-        return torch.cat([loss[None], *(g.flatten() for g in grads if g is not None)])
+        grads = torch.autograd.grad(
+            loss, trained, materialize_grads=True
+        )  # nothing is far in a short document
+        return torch.cat([loss[None], *(g.flatten() for g in grads)])
 
     answers = [document.numel() - (weights.ce > 0) for document in documents]
     expected = sum(n * result(document) for n, document in zip(answers, documents, strict=True) if n)

@@ -20,11 +20,13 @@ from linearize_kernels.triton_sliding import sliding, why_not
 from transformers.dynamic_module_utils import get_imports
 from triton_case import (
     CASES,
+    CAUSAL,
     GROUP_CASES,
     LAYERS,
     NODE_CASES,
     NODE_GROUP,
     NODE_SLIDING,
+    PACKED,
     draw_tokens,
     group_inputs,
     inputs,
@@ -69,6 +71,20 @@ def test_outputs_and_gradients(form, name, errors):
 @pytest.mark.parametrize("form", LAYERS)
 def test_a_layer_that_triton_computes(form, errors):
     assert max(errors["layers"][form]) < 1e-4, errors["layers"][form]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name, errors):
+    assert max(errors["packed"][name]) <= BOUNDS[PACKED[name].get("dtype", torch.float32)], errors["packed"][
+        name
+    ]
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_packed_sequences_are_apart_to_the_bit(form, errors):
+    found = errors["leaks"][form]
+    assert found["outputs"] == found["gradients"] == 0
+    assert min(found["own"], found["joined"]) > 1e-3  # what is compared is not always the same
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from linearize_kernels import triton_parts as parts  # noqa: E402
 from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
 from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
 from linearize_kernels.triton_nodes import commit_, decode_one_token, tree  # noqa: E402
+from linearize_kernels.varlen import laid_out  # noqa: E402
 
 SLIDING = {
     "fold": parts,
@@ -34,6 +35,7 @@ GROUP = {
     "answers": grouped,
     "group_slot_gradients": grouped,
 }
+CARRY = {"carry": parts}  # of packed sequences
 NODES = {"take_in": node_state, "attend_nodes": node_kernels, "fold_path": node_state}
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
 SPILLED = 0  # bytes of stack that a thread may spill to
@@ -42,6 +44,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.bool: "*i1",
 }
 
@@ -76,19 +79,29 @@ def launched(recorders):
     return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
 
 
-def launches(chip, kernels, monkeypatch, **case):
+def launches(chip, kernels, monkeypatch, packed=False, **case):
     """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
-    recorders = recorded(chip, kernels, monkeypatch)
+    recorders = recorded(chip, kernels | (CARRY if packed else {}), monkeypatch)
     usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
     if kernels is GROUP:
-        shape, folds, tokens = group_inputs(**usual | case)
-        out, S = grouped.forward(shape, folds, tokens)
-        grouped.backward(shape, folds, tokens, out, S)
+        shape, folds, tokens = group_inputs(**usual | (dict(recent=0) if packed else {}) | case)
+        apart = layout(shape, 0) if packed else None
+        tokens = tokens._replace(S=None) if packed else tokens
+        out, S = grouped.forward(shape, folds, tokens, apart)
+        grouped.backward(shape, folds, tokens, out, S, apart)
     else:
         shape, tokens = inputs(**usual | dict(recent=64, size=64, sinks=4) | case)
-        out, S, z, log_total = forward.forward(shape, tokens)
-        backward.backward(shape, tokens, log_total, out, S, z)
+        apart = layout(shape, tokens.sink_k.shape[1]) if packed else None
+        tokens = tokens._replace(S=None, z=None, sink_k=None, sink_v=None) if packed else tokens
+        out, S, z, log_total = forward.forward(shape, tokens, apart)
+        backward.backward(shape, tokens, log_total, out, S, z, apart)
     return launched(recorders)
+
+
+def layout(shape, sinks):
+    """Of two packed sequences, a chunk each."""
+    bounds = (0, shape.chunk, 2 * shape.chunk - 1)
+    return laid_out(bounds, shape.chunk, shape.recent, sinks, torch.device("cpu")).packed
 
 
 def node_launches(chip, monkeypatch, parts, width, dtype):
@@ -133,10 +146,10 @@ def resources(binary, path):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups()))
 
 
-def sized(kernels, width, features, chips, marks=(), ahead=0):
-    form = "group" if kernels is GROUP else "ahead" if ahead else "sliding"
-    case = dict(keys=width, values=width, features=features) | (dict(ahead=ahead) if ahead else {})
-    return [pytest.param(kernels, chip, case, marks=marks, id=f"{form}-{chip}-{width}") for chip in chips]
+def sized(kernels, width, features, chips, marks=(), **case):
+    name = " ".join(["group" if kernels is GROUP else "sliding", *(f"{x} {case[x]}" for x in case)])
+    case |= dict(keys=width, values=width, features=features)
+    return [pytest.param(kernels, chip, case, marks=marks, id=f"{name}-{chip}-{width}") for chip in chips]
 
 
 @pytest.mark.parametrize(
@@ -150,23 +163,39 @@ def sized(kernels, width, features, chips, marks=(), ahead=0):
         *sized(SLIDING, 128, 256, (89, 100), pytest.mark.slow, ahead=64),
         *sized(SLIDING, 64, 128, SHARED, pytest.mark.slow, ahead=64),
         *sized(SLIDING, 256, 256, SHARED, pytest.mark.slow, ahead=64),
+        *sized(SLIDING, 128, 256, (90,), group=4),
+        *sized(SLIDING, 128, 256, (80, 89, 100), pytest.mark.slow, group=4),
+        *sized(SLIDING, 128, 256, SHARED, pytest.mark.slow, group=4, ahead=64),
+        *sized(SLIDING, 128, 256, SHARED, pytest.mark.slow, group=4, packed=True),
         *sized(GROUP, 128, 256, (80, 90)),
         *sized(GROUP, 128, 256, (89, 100), pytest.mark.slow),
         *sized(GROUP, 64, 128, SHARED, pytest.mark.slow),
         *sized(GROUP, 256, 256, SHARED, pytest.mark.slow),
+        *(
+            sample
+            for kernels in (SLIDING, GROUP)
+            for width, features, chips, marks in (
+                (128, 256, (90,), ()),
+                (128, 256, (80, 89, 100), pytest.mark.slow),
+                (64, 128, SHARED, pytest.mark.slow),
+                (256, 256, SHARED, pytest.mark.slow),
+            )
+            for sample in sized(kernels, width, features, chips, marks, packed=True)
+        ),
     ],
 )
 def test_kernels_fit(kernels, chip, case, monkeypatch, tmp_path):
     some = launches(chip, kernels, monkeypatch, **case)
-    assert {kernel.__name__ for kernel, _ in some} == kernels.keys()
-    check_fit(some, chip, width, tmp_path)
+    expected = kernels | (CARRY if "packed" in case else {})
+    assert {kernel.__name__ for kernel, _ in some} == expected.keys()
+    check_fit(some, chip, tmp_path)
 
 
-def check_fit(some, chip, width, tmp_path):
+def check_fit(some, chip, tmp_path):
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
-        print(f"{kernel.__name__} sm_{chip} {case}: {registers} {stack} {binary.metadata.shared}")
+        print(f"{kernel.__name__} sm_{chip}: {registers} {stack} {binary.metadata.shared}")
         assert binary.metadata.shared <= SHARED[chip], kernel.__name__
         assert stack <= SPILLED, kernel.__name__
 
@@ -192,7 +221,7 @@ def test_node_kernels_fit(form, chip, width, monkeypatch, tmp_path):
         parts = parts | dict(feature_dim=min(width, 128))
     some = node_launches(chip, monkeypatch, parts, width, torch.bfloat16)
     assert [kernel.__name__ for kernel, _ in some] == ["take_in"] * 2 + ["attend_nodes"] * 2 + ["fold_path"]
-    check_fit(some, chip, width, tmp_path)
+    check_fit(some, chip, tmp_path)
 
 
 @pytest.mark.slow
@@ -218,6 +247,8 @@ def test_other_nodes_compile(parts, dtype, width, monkeypatch):
         (90, SLIDING, dict(far=False, width=0, sinks=0, keys=64, values=64)),
         (90, SLIDING, dict(ahead=64, far=False, sinks=0, keys=64, values=64)),
         (90, GROUP, dict(far=False, width=0, keys=64, values=64)),
+        (90, SLIDING, dict(packed=True, far=False, sinks=0, keys=64, values=64)),
+        (90, GROUP, dict(packed=True, far=False, keys=64, values=64)),
         pytest.param(
             80,
             GROUP,

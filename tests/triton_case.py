@@ -1,10 +1,13 @@
-"""The blocked forms by Triton's kernels in the interpreter, against `sliding.sliding` and `grouped.grouped` in fp64.
+"""The blocked forms by Triton's kernels in the interpreter, against `sliding.sliding` and `grouped.grouped` in fp64,
+packed sequences against `chunked` on each, and nodes against `block`.
 
 Run as a script, it prints the relative error of every output and gradient of every case as JSON.
 """
 
+import copy
 import json
 import os
+import sys
 from dataclasses import replace
 
 import torch
@@ -72,6 +75,30 @@ LAYERS = {
     "group": dict(
         scope="group", size=16, score="relu2", feature_map="identity", combine="none", conv_width=5
     ),
+}
+CAUSAL = [form for form, parts in LAYERS.items() if parts.get("causal", True)]
+LENGTHS = (1, 16, 2, 37, 33)  # one token, a chunk, fewer than sinks, several chunks
+PACKED = {
+    "sliding": LAYERS["sliding"],
+    "sliding, tiles smaller than chunks": dict(
+        size=20,
+        feature_map="hedgehog",
+        conv_width=5,
+        sinks=3,
+        chunk=32,
+        tiles=(16, 16, 16),
+        lengths=(33, 2, 30),
+    ),
+    "sliding, a head of features for each query": dict(
+        size=16, feature_map="hedgehog", feature_dim=8, per_query_head=True, lengths=(18, 40)
+    ),
+    "sliding, no far part, conv beyond the window": dict(size=9, conv_width=24, sinks=2, kv_heads=2),
+    "sliding, bfloat16": LAYERS["sliding"] | dict(dtype=torch.bfloat16, lengths=(21, 3, 37)),
+    "group": LAYERS["group"],
+    "group, conv beyond a group": LAYERS["group"] | dict(conv_width=24, kv_heads=2),
+    "group, tiles smaller than groups": LAYERS["group"]
+    | dict(size=32, conv_width=9, tiles=(16, 16, 16), lengths=(33, 2, 30)),
+    "group, no far part": dict(scope="group", size=16, score="relu2", combine="none", conv_width=5),
 }
 
 NODE_SLIDING = dict(
@@ -206,31 +233,97 @@ def results(function, shape, tokens, dtype=None):
 
 def errors(reference, function, make, case):
     """Relative ones of a form, by name, for what `make` makes of a case."""
-    from linearize_kernels import triton_grouped_kernels, triton_parts, triton_sliding_forward, triton_tiles
-
-    sizes, usual = case.get("tiles"), triton_tiles.tiles
-    own = usual if sizes is None else lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
-    for module in (triton_grouped_kernels, triton_parts, triton_sliding_forward):
-        module.tiles = own
+    use_tiles(case.get("tiles"))
     *shape, tokens = make(**{name: value for name, value in case.items() if name != "tiles"})
     expected = results(reference, shape, tokens, torch.float64)
     found = results(function, shape, tokens)
-    return {
-        name: ((found[name].double() - x).norm() / x.norm().clamp_min(1e-12)).item()
-        for name, x in expected.items()
-    }
+    return {name: relative(found[name], x) for name, x in expected.items()}
 
 
-def layer_errors(**parts):
-    """Of a layer whose chunks Triton computes, in fp32; where causal, in two pieces that are no whole chunks."""
-    from linearize_kernels import Equation, LinearAttention, bidirectional, chunked
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)).item()
 
-    geometry = dict(heads=2, kv_heads=1, key_dim=16, value_dim=16, scale=0.25)
+
+def use_tiles(sizes):
+    """All kernels from now on; None: the usual ones."""
+    from linearize_kernels import triton_grouped_kernels, triton_parts, triton_sliding_parts, triton_tiles
+
+    own = triton_tiles.tiles if sizes is None else lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
+    for module in (triton_grouped_kernels, triton_parts, triton_sliding_parts):
+        module.tiles = own
+
+
+def layer(kv_heads=1, **parts):
+    """Two query heads, trained a little."""
+    from linearize_kernels import Equation, LinearAttention
+
+    geometry = dict(heads=2, kv_heads=kv_heads, key_dim=16, value_dim=16, scale=0.25)
     torch.manual_seed(0)
     attention = LinearAttention(Equation(**geometry, **parts))
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return attention
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def packed_errors(lengths=LENGTHS, dtype=torch.float32, chunk=16, tiles=None, kv_heads=1, **parts):
+    """Of packed sequences: outputs, and gradients of q, k, v and of every parameter, in order."""
+    from linearize_kernels import varlen
+
+    use_tiles(tiles)
+    attention = layer(kv_heads, **parts)
+    inputs = [(torch.randn(heads, sum(lengths), 16) + 0.3).to(dtype) for heads in (2, kv_heads, kv_heads)]
+    weight = torch.randn(2, sum(lengths), 16).to(dtype)
+    found = []
+    for impl, wide in (("triton", dtype), ("torch", torch.float64)):
+        own = copy.deepcopy(attention).to(torch.float64 if impl == "torch" else torch.float32)
+        own.impl, leaves = impl, [x.to(wide).requires_grad_() for x in inputs]
+        out = varlen(own, *leaves, bounds(lengths), chunk)
+        assert own.ran == impl
+        wanted = [*leaves, *own.parameters()]
+        found.append([out, *torch.autograd.grad(out, wanted, weight.to(wide))])
+    return [relative(*pair) for pair in zip(*found, strict=True)]
+
+
+def leaks(**parts):
+    """What the third of five sequences does to the others, and they to it; the last: as one text."""
+    from linearize_kernels import varlen
+
+    use_tiles(None)
+    attention, lengths = layer(**parts), (5, 18, 19, 2, 17)
+    attention.impl = "triton"
+    ends = bounds(lengths)
+    q, k, v = (torch.randn(heads, sum(lengths), 16).requires_grad_() for heads in (2, 1, 1))
+    own = slice(*ends[2:4])
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[own] = False
+    changed = [x.detach().clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, own] += 1
+    out = varlen(attention, q, k, v, ends, 16)
+    grads = torch.autograd.grad(out[:, own].square().sum(), (q, k, v))
+    with torch.no_grad():
+        moved = varlen(attention, *changed, ends, 16) - out
+        joined = varlen(attention, *changed, ends[[0, -1]], 16) - varlen(
+            attention, q, k, v, ends[[0, -1]], 16
+        )
+    return dict(
+        outputs=moved[:, others].abs().max().item(),
+        gradients=max(x[:, others].abs().max().item() for x in grads),
+        own=moved[:, own].abs().max().item(),
+        joined=joined[:, own.stop :].abs().max().item(),
+    )
+
+
+def layer_errors(**parts):
+    """Of a layer whose chunks Triton computes, in fp32; where causal, in two pieces that are no whole chunks."""
+    from linearize_kernels import bidirectional, chunked
+
+    attention = layer(**parts)
     inputs = [torch.randn(2, heads, 75, 16) + 0.3 for heads in (2, 1, 1)]
     found = {}
     for impl in ("torch", "triton"):
@@ -247,8 +340,7 @@ def layer_errors(**parts):
         wanted = [*leaves, *attention.parameters()]
         loss = ends[0].square().sum() + sum(x.sum() for x in ends[1:2])
         found[impl] = [*ends, *torch.autograd.grad(loss, wanted)]
-    pairs = zip(found["torch"], found["triton"], strict=True)
-    return [((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs]
+    return [relative(*pair) for pair in zip(found["triton"], found["torch"], strict=True)]
 
 
 def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16, mix=0):
@@ -284,10 +376,6 @@ def random_tree(nodes):
     return visible
 
 
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-
-
 def state_errors(state, expected):
     """Of the sums; any difference in what is only moved is infinite."""
     there = expected.recent_position >= 0
@@ -313,8 +401,6 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     """Of a tree, tokens decoded one by one, paths, one of them of its own length for each row, a tree again and one
     more token: those of all outputs, and the largest of the states.
     """
-    import copy
-
     from linearize_kernels import chunked
     from linearize_kernels.block import block
     from linearize_kernels.chunked import commit
@@ -397,4 +483,7 @@ if __name__ == "__main__":
         "layers": {name: layer_errors(**parts) for name, parts in LAYERS.items()},
         "nodes": {name: node_errors(**case) for name, case in NODE_CASES.items()},
     }
+    sys.modules["linearize_kernels.varlen"].SEGMENT = 2  # so that short sequences have several
+    found["packed"] = {name: packed_errors(**case) for name, case in PACKED.items()}
+    found["leaks"] = {name: leaks(**LAYERS[name]) for name in CAUSAL}
     print(json.dumps(found))

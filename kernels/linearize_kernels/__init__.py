@@ -7,6 +7,7 @@ from linearize_kernels.chunked import chunked, commit
 from linearize_kernels.cross import cross, encode
 from linearize_kernels.state import State
 from linearize_kernels.step import step, step_state
+from linearize_kernels.varlen import varlen
 
 __all__ = [
     "Equation",
@@ -20,4 +21,5 @@ __all__ = [
     "encode",
     "step",
     "step_state",
+    "varlen",
 ]

@@ -82,7 +82,7 @@ class Equation:
 
 class LinearAttention(nn.Module):
     """The learned parts of one layer: far part, combine, conv and position bias. `block`, `advance`, `chunked`,
-    `bidirectional` and `step` evaluate them.
+    `varlen`, `bidirectional` and `step` evaluate them.
 
     `dropped` names a part that is left out, of the normaliser too: "local", "far" or None (ablations). `impl` chooses
     what computes chunks: "auto" (Triton where its kernels can run, else torch), "torch" or "triton", which raises where

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linearize_kernels.attention import LinearAttention
+from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.block import block, evaluate
 from linearize_kernels.blocked import after, segment_of
 from linearize_kernels.layout import ancestors, behind, chain, shared_layout
@@ -214,7 +214,7 @@ def chunked(
     count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
-    chunk = chunk or min(max(attention.equation.recent, 32), 128)
+    chunk = chunk or usual_chunk(attention.equation)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
     outputs = []
     # Split, not sliced: their gradients are put together once.
@@ -229,6 +229,11 @@ def chunked(
         outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def usual_chunk(equation: Equation) -> int:
+    """Tokens of a chunk, where none are asked for."""
+    return min(max(equation.recent, 32), 128)
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

@@ -5,6 +5,7 @@ begin at slot c C; its own tokens are behind the first R of them. Heads of keys 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ class Tiling:
     def around(self) -> int:
         """Chunks of slots that a chunk's columns hold but for C, where rows see ahead."""
         return (self.recent + self.ahead) // self.chunk if self.ahead else 0
+
+
+class Packed(NamedTuple):
+    """Sequences packed into one timeline: each begins with a chunk, from nothing, and is filled up to whole chunks.
+
+    Attributes:
+        begins: `[n]` int32, by chunk, the first slot of its sequence behind the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n; no segment is of two sequences.
+        firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
+        sinks: so many first tokens of each sequence, no more than a chunk has.
+    """
+
+    begins: Tensor
+    segments: Tensor
+    firsts: Tensor
+    sinks: int
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize_kernels.grouped import Groups
-from linearize_kernels.tiles import Tiling
+from linearize_kernels.tiles import Packed, Tiling
 from linearize_kernels.triton_limits import limit
 
 
@@ -17,9 +17,14 @@ def why_not(shape: Tiling, tokens: Groups) -> str | None:
     return limit(*tokens[:5], shape.chunk, "groups")
 
 
-def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
+def grouped(
+    shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
+) -> tuple[Tensor, Tensor | None]:
     """What `grouped.grouped` returns. q, k, v and the features share a dtype; S, factor and conv may be wider. Sums are
     in fp32.
+
+    Packed sequences have no S, which is None here and there, and no slots before the first key, so R is 0; folds mean
+    nothing.
 
     Raises:
         ValueError: `why_not` has a reason.
@@ -27,25 +32,26 @@ def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
     reason = why_not(shape, tokens)
     if reason is not None:
         raise ValueError(f"The group form's Triton kernels cannot run: {reason}. Use grouped.grouped.")
-    return Grouped.apply(shape, folds, *tokens)
+    return Grouped.apply(shape, folds, packed, *tokens)
 
 
 class Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shape: Tiling, folds: int, *tensors: Tensor | None):
+    def forward(ctx, shape: Tiling, folds: int, packed: Packed | None, *tensors: Tensor | None):
         from linearize_kernels.triton_grouped_kernels import forward
 
         tokens = Groups(*(None if x is None else x.contiguous() for x in tensors))
-        ctx.shape, ctx.folds = shape, folds
+        ctx.shape, ctx.folds, ctx.packed = shape, folds, packed
         ctx.save_for_backward(*tokens)
         with torch.cuda.device_of(tokens.q):
-            return forward(shape, folds, tokens)
+            return forward(shape, folds, tokens, packed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor, d_S: Tensor):
+    def backward(ctx, d_out: Tensor, d_S: Tensor | None):
         from linearize_kernels.triton_grouped_kernels import backward
 
         tokens = Groups(*ctx.saved_tensors)
         with torch.cuda.device_of(tokens.q):
-            return None, None, *backward(ctx.shape, ctx.folds, tokens, d_out.contiguous(), d_S)
+            grads = backward(ctx.shape, ctx.folds, tokens, d_out.contiguous(), d_S, ctx.packed)
+        return None, None, None, *grads

@@ -1,6 +1,7 @@
 """The kernels of `triton_grouped`.
 
 Row t's own key is key t, and its own value is in slot R + t; the slots before the first key are for the conv alone.
+Of packed sequences R is 0, so that `begins` are the first rows of each group's sequence; they are None otherwise.
 Rows and slots gather what is theirs, so nothing is added atomically.
 """
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.grouped import Groups
-from linearize_kernels.tiles import Tiling
-from linearize_kernels.triton_parts import INTERPRETED, band, dot, folded, put, tile
+from linearize_kernels.tiles import Packed, Tiling
+from linearize_kernels.triton_parts import INTERPRETED, band, dot, folded, folded_apart, put, tile
 from linearize_kernels.triton_tiles import padded, tiles
 
 try:  # a loader of remote code demands what is imported outside
@@ -26,8 +27,17 @@ def positive(a, b, seen):
 
 
 @triton.jit
+def first_tap(row, begins, C: tl.constexpr, W: tl.constexpr):
+    """The first key whose value the conv reads for rows from `row` on."""
+    first = row - W + 1
+    if begins is not None:
+        first = tl.maximum(first, tl.load(begins + row // C))
+    return first
+
+
+@triton.jit
 def group_attend(
-    q, k, v, phi_q, factor, conv, S, out, rows,
+    q, k, v, phi_q, factor, conv, S, out, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UP: tl.constexpr,
@@ -57,7 +67,7 @@ def group_attend(
             weights += band(conv + head * W, delay, W)
         acc += dot(weights, tile(v, R + key, rows + R, e, DV, UP))
     if W > 0:
-        for s in range(first - W + 1, opened, BS):
+        for s in range(first_tap(first, begins, C, W), opened, BS):
             key = s + tl.arange(0, BS)
             taps = band(conv + head * W, row[:, None] - key[None, :], W)
             acc += dot(taps, tile(v, R + key, R + opened, e, DV, UP))
@@ -66,12 +76,14 @@ def group_attend(
 
 @triton.jit
 def group_query_gradients(
-    q, k, v, d_out, d_q, taps, rows,
+    q, k, v, d_out, d_q, taps, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UP: tl.constexpr,
 ):  # fmt: skip
-    """d_q of BM rows of one query head, and `taps [N, g, n C, W]`, which is `d_out · v` by delay."""
+    """d_q of BM rows of one query head, and `taps [N, g, n C, W]`, which is `d_out · v` by delay, in packed
+    sequences only within them.
+    """
     head = tl.program_id(0).to(tl.int64)
     lane, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
@@ -91,7 +103,7 @@ def group_query_gradients(
             tl.store(spots, d_weights, mask=(delay >= 0) & (delay < W))
         acc += dot(2 * positive(own_q, keys, delay >= 0) * d_weights, keys)
     if W > 0:
-        for s in range(first - W + 1, opened, BS):
+        for s in range(first_tap(first, begins, C, W), opened, BS):
             key = s + tl.arange(0, BS)
             delay = row[:, None] - key[None, :]
             d_weights = dot(own_d, tl.trans(tile(v, R + key, R + opened, e, DV, UP)))
@@ -130,7 +142,7 @@ def answers(
 
 @triton.jit
 def group_slot_gradients(
-    q, k, v, phi_k, conv, d_S, d_out, d_k, d_v, rows,
+    q, k, v, phi_k, conv, d_S, d_out, d_k, d_v, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UP: tl.constexpr,
@@ -162,7 +174,10 @@ def group_slot_gradients(
         if W > 0:
             for t in range(closed, tl.minimum(first + BS - 1 + W, rows), BM):
                 row = t + tl.arange(0, BM)
-                taps = band(conv + head * W, row[None, :] - key[:, None], W)
+                delay = row[None, :] - key[:, None]
+                if begins is not None:
+                    delay = tl.where(tl.load(begins + t // C) <= first, delay, -1)
+                taps = band(conv + head * W, delay, W)
                 acc_v += dot(taps, tile(d_out + head * rows * DV, row, rows, e, DV, UP))
     if F > 0:
         chunk = lane * (rows // C) + tl.maximum(first, 0) // C
@@ -198,59 +213,77 @@ def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict:
     )
 
 
-def sums(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor | None, Tensor]:
-    """S before each group, `[N, n, F, Dv]`, and with the first `folds`."""
+def sums(
+    shape: Tiling, folds: int, tokens: Groups, packed: Packed | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """S before each group, `[N, n, F, Dv]`, and with the first `folds`, of packed sequences None."""
     if tokens.phi_k is None:
-        return None, tokens.S.clone()
+        return None, None if tokens.S is None else tokens.S.clone()
+    phi_k, v = tokens.phi_k[:, None], tokens.v[:, None]
+    if packed is not None:
+        return folded_apart(phi_k, v, shape.chunk, packed)
     chunks = tokens.k.shape[1] // shape.chunk
-    own = (tokens.phi_k[:, None], tokens.v[:, None], tokens.S, None)
-    states, _, S, _ = folded(*own, chunks, shape.chunk, folds=folds)
+    states, _, S, _ = folded(phi_k, v, tokens.S, None, chunks, shape.chunk, folds=folds)
     return states, S
 
 
-def forward(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
+def forward(
+    shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
+) -> tuple[Tensor, Tensor | None]:
     """What `grouped` returns."""
     q, k, v, phi_q, _, factor, conv, _ = tokens
     lanes, group, rows = q.shape[:3]
-    states, S = sums(shape, folds, tokens)
+    states, S = sums(shape, folds, tokens, packed)
+    begins = None if packed is None else packed.begins
     out = q.new_empty(lanes, group, rows, v.shape[-1])
     own = sizes("group_attend", shape, tokens)
-    group_attend[(lanes * group, rows // own["BM"])](q, k, v, phi_q, factor, conv, states, out, rows, **own)
+    group_attend[(lanes * group, rows // own["BM"])](
+        q, k, v, phi_q, factor, conv, states, out, begins, rows, **own
+    )
     return out, S
 
 
-def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor) -> Groups:
+def backward(
+    shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor | None, packed: Packed | None = None
+) -> Groups:
     """The gradients of `tokens`, from those of what `grouped` returns."""
     q, k, v, phi_q, phi_k, factor, conv, _ = tokens
     lanes, group, rows = q.shape[:3]
     grads = Groups(*(None if x is None else torch.empty_like(x) for x in tokens))
-    taps = None if conv is None else q.new_empty(*q.shape[:3], conv.shape[-1], dtype=torch.float32)
+    begins, room = (None, q.new_empty) if packed is None else (packed.begins, q.new_zeros)
+    taps = None if conv is None else room(*q.shape[:3], conv.shape[-1], dtype=torch.float32)
     own = sizes("group_query_gradients", shape, tokens)
-    group_query_gradients[(lanes * group, rows // own["BM"])](q, k, v, d_out, grads.q, taps, rows, **own)
+    group_query_gradients[(lanes * group, rows // own["BM"])](
+        q, k, v, d_out, grads.q, taps, begins, rows, **own
+    )
     if conv is not None:
         grads.conv.copy_(taps.sum(2))
 
     d_states = None
-    if phi_q is None:
-        grads.S.copy_(d_S)
-    else:
+    if phi_q is not None:
         own = sizes("answers", shape, tokens)
-        states, _ = sums(shape, folds, tokens)
+        states, _ = sums(shape, folds, tokens, packed)
         total = q.new_empty(lanes, group, rows, dtype=torch.float32)
         answers[(lanes * group, rows // own["BM"])](
             d_out, states, phi_q, factor, grads.phi_q, total, rows, **own | dict(R=0)
         )
         grads.factor.copy_(total.sum(-1))
         by_row = factor.float()[..., None].expand(-1, -1, rows).contiguous()
-        chunks = rows // shape.chunk
-        d_states, _, first_S, _ = folded(
-            phi_q, d_out, d_S, None, chunks, shape.chunk, by_row, reverse=True, folds=folds
-        )
-        grads.S.copy_(first_S)
+        if packed is None:
+            chunks = rows // shape.chunk
+            d_states, _, d_S, _ = folded(
+                phi_q, d_out, d_S, None, chunks, shape.chunk, by_row, reverse=True, folds=folds
+            )
+        else:
+            d_states, _ = folded_apart(phi_q, d_out, shape.chunk, packed, factor=by_row, reverse=True)
         answers[(lanes, rows // own["BM"])](
             v, d_states, None, None, grads.phi_k, None, rows, **own | dict(GROUP=1)
         )
+    if packed is None:
+        grads.S.copy_(d_S)
     own = sizes("group_slot_gradients", shape, tokens)
     slots = triton.cdiv(shape.recent, own["BS"]) + rows // own["BS"]
-    group_slot_gradients[(lanes, slots)](q, k, v, phi_k, conv, d_states, d_out, grads.k, grads.v, rows, **own)
+    group_slot_gradients[(lanes, slots)](
+        q, k, v, phi_k, conv, d_states, d_out, grads.k, grads.v, begins, rows, **own
+    )
     return grads

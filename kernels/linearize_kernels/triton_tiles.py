@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SEGMENT = 8  # chunks that a program of `fold` goes through
+
 
 class Tiles(NamedTuple):
     """How much a program works on: query rows, slots and features at a time."""
@@ -19,7 +21,7 @@ class Tiles(NamedTuple):
 USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
 SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
     ("query_means", 8): USUAL._replace(slots=32),
-    ("query_gradients", 10): USUAL._replace(slots=32, warps=4),
+    ("query_gradients", 10): USUAL._replace(slots=32, warps=4, stages=3),
     ("query_feature_gradients", 10): USUAL._replace(warps=4),
     ("slot_gradients", 8): USUAL._replace(slots=32),
     ("slot_gradients", 9): USUAL._replace(rows=32),

@@ -4,12 +4,13 @@ import torch
 from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.bidirectional import bidirectional
 from linearize_kernels.chunked import chunked
+from linearize_kernels.varlen import runs
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from linearize_cli.runtime.cache import LinearCacheLayer, cache_layer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
-from linearize_cli.runtime.packed import attend_apart, document_starts
+from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
@@ -82,7 +83,12 @@ class LinearizedAttention(LinearAttention):
                 return chunked(self, None, q, k, v, valid, sink_logits)[0]
 
             heads = (query, key, value)
-            out = attend(*heads) if starts is None else attend_apart(attend, starts, *heads)
+            if starts is None:
+                out = attend(*heads)
+            elif runs(self, *heads, sink_logits is not None):
+                out = attend_packed(self, starts, *heads)
+            else:
+                out = attend_apart(attend, starts, *heads)
         return out.transpose(1, 2).contiguous()
 
     def place(self, cache: Cache, index: int) -> LinearCacheLayer:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.varlen import varlen
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,6 +24,14 @@ def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
         return None
     jumps = position_ids.diff(dim=-1) != 1
     return pad(jumps, (1, 0), value=True).expand(batch, -1) if bool(jumps.any()) else None
+
+
+def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) -> Tensor:
+    """Every document by itself, without pads: `varlen` of all rows, one behind the other. As `attend_apart`."""
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in heads)  # [heads, B T, D]
+    first = starts.flatten().cpu().nonzero().squeeze(-1)
+    out = varlen(attention, q, k, v, torch.cat([first, first.new_tensor([starts.numel()])]))
+    return out.unflatten(1, starts.shape).transpose(0, 1)
 
 
 def attend_apart(attend: Callable[..., Tensor], starts: Tensor, *heads: Tensor) -> Tensor:
