@@ -280,13 +280,10 @@ def test_the_benchmark_of_the_kernels_runs(tmp_path):
 
 def test_the_benchmark_of_a_whole_model_runs(tmp_path):
     script = ROOT / "kernels" / "benchmarks" / "model.py"
-    shape = (
-        "--layers 2 --hidden 32 --intermediate 48 --heads 2 --vocab 50 --dtype float32 --device cpu".split()
-    )
-    options = ["--context", "90", "--nodes", "1,5", "--sequences", "3", "--seconds", "0", *shape]
-    result = subprocess.run(
-        [sys.executable, str(script), *options, "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    shape = dict(layers=2, hidden=32, intermediate=48, heads=2, vocab=50, dtype="float32", device="cpu")
+    shape |= dict(context=90, nodes="1,5", sequences=3, seconds=0, out=tmp_path)
+    options = [f"--{name}={value}" for name, value in shape.items()]
+    result = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
