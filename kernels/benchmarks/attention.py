@@ -85,7 +85,9 @@ def main(
         "rows": rows,
     }
     out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", f"attention {report['machine']['gpu'] or report['machine']['cpu']}".lower())
+    phases = "" if asked["phase"] == PHASES else " ".join(asked["phase"])
+    name = f"attention {phases} {report['machine']['gpu'] or report['machine']['cpu']}"
+    name = re.sub(r"\W+", "-", name.lower())
     text = markdown(report)
     (out / f"{name}.md").write_text(text)
     plots.save(draw(rows), out / f"{name}.png")
