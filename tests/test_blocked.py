@@ -93,8 +93,7 @@ def test_encoders_are_those_of_block(name, changes, length, chunk, cached, monke
         towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
         grads = torch.autograd.grad(out, wanted, towards, allow_unused=True, materialize_grads=True)
         results.append([out, *grads])
-    few = 2 * length < attention.equation.size  # they do not pay for chunks
-    assert attention.ran == ("block" if few else "torch")
+    assert attention.ran == "torch"
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 

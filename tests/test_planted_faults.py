@@ -51,6 +51,8 @@ def test_the_crossing_group_is_dropped(in_trees, tokenizer):  # noqa: F811
     read = FeatureMemory.forward
 
     def dropped(self, q, k, v, position, seen, far, new, S, z):
+        if not new:  # no node crosses an edge
+            return read(self, q, k, v, position, seen, far, new, S, z)
         far, committed = far.clone(), position[..., :-new]
         just = committed // 8 == committed.amax(-1, keepdim=True) // 8
         far[..., :-new] &= ~just[..., None, :]
