@@ -15,6 +15,7 @@ from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
 from linearize_cli.console import Terminal, write_json
 from linearize_cli.errors import UserError
+from linearize_cli.explain import brief
 from linearize_cli.measure import plots
 from linearize_cli.measure.speed import PHASES, measure, unmeasured
 from linearize_cli.measure.timing import machine, one_thread
@@ -74,6 +75,8 @@ def bench(
     base = teacher_name(folder, record, teacher)
     check_sizes(context, batch)
     figure = Path(plot).expanduser() if plot else folder / "bench.png"
+    if (folder / "bench.json").is_dir():
+        raise UserError(f"{folder / 'bench.json'} is a folder, where the report goes", "Move it away.")
     if figure.is_dir() or not figure.absolute().parent.is_dir():
         raise UserError(f"--plot {figure} is a folder, or in none", "Name a file in a folder that exists.")
     student, tokenizer = load(
@@ -86,7 +89,12 @@ def bench(
     if not contexts:
         trained = record.get("seq_len") or min(1024, context_length(student))
         contexts = [times * trained for times in LENGTHS if times * trained <= limit] or [limit]
-    ids = random_tokens(student, tokenizer, (max(batches), min(max(contexts), limit)), seed)
+    shape = max(batches), min(max(contexts), limit)
+    try:
+        ids = random_tokens(student, tokenizer, shape, seed)
+    except (RuntimeError, MemoryError) as error:
+        what = f"no memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
+        raise UserError(what, "Ask for less with --context and --batch.") from None
     cells = [(rows, length) for rows in batches for length in contexts]
     phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
     share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds

@@ -8,6 +8,7 @@ this device (`floors`), at the bandwidth and the peak that a large copy and a la
 same run. Writes a JSON, a Markdown table and a plot, named after the machine.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,14 @@ class Ready(NamedTuple):
 @click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), help="bfloat16 on a GPU, else float32, if not given.")
 @click.option("--device", help="cuda if there is one, else cpu, if not given.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the CPU.")
+@click.option(
+    "--threads", type=click.IntRange(1, os.cpu_count()), default=1, show_default=True, help="Of the CPU."
+)
 @click.option("--seconds", type=float, default=10.0, show_default=True, help="For the repeats of a row.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(__file__).parent / "results"
+)
 def main(
     device: str | None, dtype: str | None, threads: int, seconds: float, out: Path, **asked: Any
 ) -> None:
@@ -64,6 +69,10 @@ def main(
         check_device(device)
     except UserError as error:
         raise click.UsageError(str(error)) from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--out {out}: {error.strerror}") from None
     torch.set_num_threads(threads)
     on, number_type = torch.device(device), getattr(torch, dtype)
     rates = measure_rates(on, number_type)
@@ -84,7 +93,6 @@ def main(
         ),
         "rows": rows,
     }
-    out.mkdir(parents=True, exist_ok=True)
     phases = "" if asked["phase"] == PHASES else " ".join(asked["phase"])
     name = f"attention {phases} {report['machine']['gpu'] or report['machine']['cpu']}"
     name = re.sub(r"\W+", "-", name.lower())

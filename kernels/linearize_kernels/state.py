@@ -44,6 +44,8 @@ class State:
 
     def compact(self) -> "State":
         """The same numbers, where no tensor keeps the memory of a larger one."""
+        if torch.compiler.is_compiling():  # it has no memory to look at
+            return self.fork()
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 
     def nbytes(self) -> int:

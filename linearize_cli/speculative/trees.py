@@ -121,7 +121,7 @@ def read_choices(file: str, known: Iterable[str]) -> Choices:
         raise UserError(
             f"--tree {file}: {error.strerror or error}", f"Name {', '.join(known)}, or a file of choices."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--tree {file} is no JSON: {error}", hint) from None
     if not is_choices(paths):
         raise UserError(f"--tree {file} is no list of lists of ranks, which are whole numbers from 0", hint)

@@ -14,6 +14,7 @@ from linearize_cli.speculative.drafts import Drafter
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
 
 TOKENS, NEW = 1024, 32  # in all at least, and of a row at most
+PREFIX = 128  # tokens of a prompt, at most: there may be a prompt for each token that is sampled
 LOGITS = 1 << 26  # of the trees of rows that are decoded together
 IMPROBABLE = 1e-4  # a sound model fails once in 10,000 seeds
 
@@ -23,7 +24,7 @@ def sampling(subject: Subject) -> Finding:
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)
     new = min(subject.max_new, NEW)
-    rows = [subject.texts[i % len(subject.texts)] for i in range(-(-TOKENS // new))]
+    rows = [subject.texts[i % len(subject.texts)][:PREFIX] for i in range(-(-TOKENS // new))]
     vocabulary = subject.model.get_input_embeddings().num_embeddings
     batch = max(1, LOGITS // (vocabulary * len(subject.parents)))
     generator = subject.generator()
