@@ -101,6 +101,7 @@ def test_trees_by_name_and_by_file(tmp_path):
     ("content", "words"),
     [
         ("[[0], [0", "no JSON"),
+        ("[" * 100_000 + "]" * 100_000, "no JSON"),
         ('{"0": 1}', "list of lists"),
         ("[[0], [true]]", "list of lists"),
         ("[[0], [-1]]", "list of lists"),
