@@ -23,15 +23,11 @@ from triton_case import (
     CAUSAL,
     GROUP_CASES,
     LAYERS,
-    NODE_CASES,
-    NODE_GROUP,
-    NODE_SLIDING,
     PACKED,
-    draw_tokens,
     group_inputs,
     inputs,
-    node_layer,
 )
+from triton_node_case import NODE_CASES, NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 pytest.importorskip("triton")
 

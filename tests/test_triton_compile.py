@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_case import NODE_GROUP, NODE_SLIDING, draw_tokens, group_inputs, inputs, node_layer
+from triton_case import group_inputs, inputs
+from triton_node_case import NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 triton = pytest.importorskip("triton")
 
