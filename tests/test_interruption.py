@@ -185,7 +185,10 @@ def test_ctrl_c_leaves_only_what_resume_needs(teacher):
     output = teacher.folder / "stopped"
     arguments = command("convert", teacher.path, "-o", str(output), "--data", teacher.text, "--seq-len", "16")
     process = subprocess.Popen(
-        [*arguments, "--tokens", "50M"], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*arguments, "--tokens", "50M"],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
     )
     log = output.with_name("stopped.partial") / "log.jsonl"
     deadline = time.monotonic() + 120
