@@ -16,6 +16,7 @@ from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.combine import per_head
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
+from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding import Shape, Tokens, sliding
 from linearize_kernels.state import State
 from linearize_kernels.tiles import Tiling, led
@@ -54,39 +55,39 @@ def sliding_segment(
     first = count - fill - eq.recent  # the position of the first slot
     start = count - fill if eq.causal else eq.sinks
     shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, max(fill, eq.sinks - first), ahead=ahead)
-    sinks = sinks_with(state, count, k, v)
-    position = torch.arange(count, count + length, device=q.device)
+    position = torch.arange(count - fill, count + length, device=q.device)
     near = position < eq.sinks + eq.size  # nothing behind these queries is far
     if not eq.causal:
         near = near & (position > length - 1 - eq.size)
 
-    def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
-        return led(x, fill).flatten(0, 1)
+    slots = fill + eq.recent, length, ahead
+    there = torch.arange(sum(slots), device=q.device)[:, None]
+    wide, narrow = accumulator(q.dtype), narrowed(attention, q)
+    there = ((there >= shape.skip) & (there < sum(slots[:2]))).to(wide)
 
-    def lanes(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + slots + A, X]
-        return led(x, before, ahead).flatten(0, 1).to(narrow)
+    def lanes(x: Tensor) -> Tensor:  # [B, far, ...] -> [B * far, ...]
+        return x.flatten(0, 1).to(narrow)
 
-    wide = accumulator(q.dtype)
-    narrow = narrowed(attention, q)
-    outputs = []
-    for heads, own in some_heads(attention, state, q, k, v, state.recent_k, state.recent_v, *sinks):
-        own_q, new_k, new_v, old_k, old_v, sink_k, sink_v, S, z = own
-        own_k, own_v = (
-            timeline(old, new, count, fill + eq.recent) for old, new in ((old_k, new_k), (old_v, new_v))
+    results = Results(eq.far_heads)
+    pairs = state.recent_k, state.recent_v, state.sink_k, state.sink_v
+    for heads, own in some_heads(attention, state, q, k, v, *pairs):
+        own_q, new_k, new_v, old_k, old_v, *sinks, S, z = own
+        own_q, own_k, own_v = (
+            led(own_q, fill),
+            timeline(old_k, new_k, count, slots[0], ahead, "k"),
+            timeline(old_v, new_v, count, slots[0], ahead, "v"),
         )
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
-            phi_q = rows(attention.far.queries(own_q.to(wide), heads)).to(narrow)
-            phi_k = lanes(attention.far.written(own_k[..., shape.skip :, :].to(wide), heads), shape.skip)
-            mix = far_factor(attention, own_q.to(wide), heads).masked_fill(near, float("-inf"))
-            mix = rows(mix[..., None]).squeeze(-1)
-        own_sinks = (x.flatten(0, 1).to(narrow) for x in (sink_k, sink_v))
+            phi_q = lanes(attention.far.queries(own_q.to(wide), heads, "phi_q"))
+            phi_k = lanes(attention.far.written(own_k.to(wide), heads, there, "phi_k"))
+            mix = far_factor(attention, own_q.to(wide), heads).masked_fill(near, float("-inf")).flatten(0, 1)
         conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
-        slots = lanes(own_k), lanes(own_v)
-        tokens = Tokens(rows(own_q).to(narrow), *slots, phi_q, phi_k, mix, conv, S, z, *own_sinks)
+        sinks = map(lanes, sinks_with(*sinks, count, new_k, new_v))
+        tokens = Tokens(*map(lanes, (own_q, own_k, own_v)), phi_q, phi_k, mix, conv, S, z, *sinks)
         out, *sums = evaluate(attention, SLIDING, tokens, wide, shape)
-        outputs.append([x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)])
-    out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
+        results.add(heads, *(x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)))
+    out, S, z = results.whole()
     return out.flatten(1, 2), after(state, S, z, count, k, v)
 
 
@@ -128,7 +129,7 @@ def grouped_segment(
     def groups(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + n C, X]
         return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
 
-    wide, narrow, outputs = accumulator(q.dtype), narrowed(attention, q), []
+    wide, narrow, results = accumulator(q.dtype), narrowed(attention, q), Results(eq.far_heads)
     for heads, own in some_heads(attention, state, q, k, v, state.recent_k, state.recent_v):
         own_q, new_k, new_v, old_k, old_v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         own_k, own_v = (timeline(old, new, count, eq.recent) for old, new in ((old_k, new_k), (old_v, new_v)))
@@ -154,8 +155,8 @@ def grouped_segment(
             done = first + folds * eq.size if length >= first else 0
             rest = phi[..., done:length, :].mT @ own_v[..., done:length, :]
             S = (S if done else start) + rest
-        outputs.append((out, S, z))
-    out, S, z = (torch.cat(x, 1) for x in zip(*outputs, strict=True))
+        results.add(heads, out, S, z)
+    out, S, z = results.whole()
     return out.flatten(1, 2), after(state, S, z, count, k, v)
 
 
@@ -173,6 +174,29 @@ def some_heads(
     every = [q.unflatten(1, (eq.far_heads, -1)), *(eq.to_far_heads(x) for x in tokens), state.S, state.z]
     for i, own in enumerate(zip(*(x.split(together, 1) for x in every), strict=True)):
         yield slice(i * together, (i + 1) * together), own
+
+
+class Results:
+    """What some heads after others give, along dimension 1. Without gradients each goes to its place at once, and its
+    own memory to the next.
+    """
+
+    def __init__(self, heads: int):
+        self.heads, self.parts, self.places = heads, [], None
+
+    def add(self, heads: slice, *parts: Tensor) -> None:
+        if torch.is_grad_enabled() or parts[0].shape[1] == self.heads:
+            self.parts.append(parts)
+            return
+        if self.places is None:
+            self.places = [x.new_empty(len(x), self.heads, *x.shape[2:]) for x in parts]
+        for place, part in zip(self.places, parts, strict=True):
+            place[:, heads] = part
+
+    def whole(self) -> list[Tensor]:
+        if self.places is not None:
+            return self.places
+        return [torch.cat(x, 1) for x in zip(*self.parts, strict=True)] if self.parts[1:] else self.parts[0]
 
 
 def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> Tensor:
@@ -194,27 +218,30 @@ def taps(attention: LinearAttention, batch: int, heads: slice, dtype: torch.dtyp
     return of_queries(attention, attention.conv, heads).to(dtype).repeat(batch, 1, 1)
 
 
-def timeline(old: Tensor, new: Tensor, count: int, before: int) -> Tensor:
-    """`before` slots, the last of which hold as many recent tokens as there are, and the new tokens; what is not there
-    is zero.
+def timeline(
+    old: Tensor, new: Tensor, count: int, before: int, ahead: int = 0, name: str | None = None
+) -> Tensor:
+    """`before` slots, the last of which hold as many recent tokens as there are, the new tokens and `ahead` slots; what
+    is not there is zero. With a name, and without gradients, it is in that memory of `SCRATCH`.
     """
     there = min(count, old.shape[-2], before)
-    recent = old[..., old.shape[-2] - there :, :]
-    return led(torch.cat([recent, new], -2) if there else new, before - there)
+    empty = [new.new_zeros(*new.shape[:-2], slots, new.shape[-1]) for slots in (before - there, ahead)]
+    parts = [empty[0], old[..., old.shape[-2] - there :, :], new, empty[1]]
+    if name is None or torch.is_grad_enabled():
+        return torch.cat(parts, -2)
+    length = before + new.shape[-2] + ahead
+    return torch.cat(parts, -2, out=SCRATCH.take(name, new, *new.shape[:-2], length, new.shape[-1]))
 
 
-def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
+def sinks_with(sink_k: Tensor, sink_v: Tensor, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
     """Keys and values of the sinks once the tokens k, v have followed `count` others."""
-    sinks, (first, second) = (
-        state.sink_k.shape[-2],
-        (min(count + x, state.sink_k.shape[-2]) for x in (0, k.shape[-2])),
-    )
+    sinks = sink_k.shape[-2]
+    first, second = (min(tokens, sinks) for tokens in (count, count + k.shape[-2]))
     if first == sinks:
-        return [state.sink_k, state.sink_v]
-    pairs = (state.sink_k, k), (state.sink_v, v)
+        return [sink_k, sink_v]
     return [
         torch.cat([x[..., :first, :], new[..., : second - first, :], x[..., second:, :]], -2)
-        for x, new in pairs
+        for x, new in ((sink_k, k), (sink_v, v))
     ]
 
 
@@ -231,7 +258,7 @@ def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) 
     return State(
         S,
         z,
-        *sinks_with(state, count, k, v),
+        *sinks_with(state.sink_k, state.sink_v, count, k, v),
         recent_k=last(state.recent_k, k),
         recent_v=last(state.recent_v, v),
         recent_position=position.expand_as(state.recent_position),

@@ -192,7 +192,7 @@ def chunked(
     valid: Tensor | None = None,
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
-    segment: int = 2048,
+    segment: int | None = None,
 ) -> tuple[Tensor, State]:
     """The equation over a chain of T tokens: training, prefill and decoding.
 
@@ -205,7 +205,8 @@ def chunked(
         q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
         valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
         chunk: tokens per chunk; None chooses.
-        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory.
+        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory. None: 4096
+            in blocks, which go through a few heads at a time, else 2048.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
@@ -215,6 +216,8 @@ def chunked(
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
     chunk = chunk or usual_chunk(attention.equation)
+    if segment is None:
+        segment = 2048 if segment_of(attention, count, length, sink_logits is not None) is None else 4096
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
     outputs = []
     # Split, not sliced: their gradients are put together once.

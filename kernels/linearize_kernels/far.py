@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize_kernels.combine import TINY
-from linearize_kernels.features import FEATURE_MAPS
+from linearize_kernels.features import FEATURE_MAPS, unit_norm
 from linearize_kernels.memory import MEMORIES, delta_solve, elapsed
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
@@ -67,21 +67,31 @@ class FeatureMemory(nn.Module):
         """Whether `queries` and `written` take some heads alone."""
         return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
 
-    def queries(self, q: Tensor, heads: slice) -> Tensor:
-        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
+    def queries(self, q: Tensor, heads: slice, name: str | None = None) -> Tensor:
+        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`.
+        A name: as of `FeatureMap.of_heads`.
+        """
         groups = self.equation.heads // self.equation.far_heads
         own = slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
-        return self.q_map.of_heads(q.flatten(-4, -3), own).unflatten(-3, q.shape[-4:-2])
+        return self.q_map.of_heads(q.flatten(-4, -3), own, name=name).unflatten(-3, q.shape[-4:-2])
 
-    def written(self, k: Tensor, heads: slice) -> Tensor:
-        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S."""
-        key_map = self.q_map if self.k_map is None else self.k_map
-        phi = self.memory.key_features(key_map.of_heads(k, heads))
-        if self.key_weight is None:
-            return phi
-        weight = self.key_weight[heads].to(k.dtype)
-        logarithm = k @ weight[:, :-1, None] + weight[:, -1:, None]
-        return (CEILING * (logarithm / CEILING).tanh()).exp() * phi
+    def written(
+        self, k: Tensor, heads: slice, counts: Tensor | None = None, name: str | None = None
+    ) -> Tensor:
+        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S; zero where a token does
+        not count, `[..., T, 1]`, 0 or 1. A name: as of `FeatureMap.of_heads`.
+        """
+        key_map, weight = self.q_map if self.k_map is None else self.k_map, None
+        if self.key_weight is not None:
+            own = self.key_weight[heads].to(k.dtype)
+            logarithm = k @ own[:, :-1, None] + own[:, -1:, None]
+            weight = (CEILING * (logarithm / CEILING).tanh()).exp()
+        if counts is not None:
+            weight = counts if weight is None else weight * counts
+        if not self.memory.unit_keys:
+            return key_map.of_heads(k, heads, weight, name)
+        phi = unit_norm(key_map.of_heads(k, heads))
+        return phi if weight is None else weight * phi
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""

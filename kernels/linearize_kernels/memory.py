@@ -18,22 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from linearize_kernels.features import unit_norm
-
 
 class Sum(nn.Module):
-    """Nothing is forgotten."""
+    """Nothing is forgotten.
+
+    Attributes:
+        forward_in_time: whether tokens are written one after the other, from S on: a sum would not do.
+        unit_keys: whether keys' features are written at unit norm.
+    """
 
     forward_in_time = False
+    unit_keys = False
 
     def __init__(self, heads: int, value_dim: int):
         super().__init__()
 
     def reset_parameters(self) -> None:
         """Nothing is learned."""
-
-    def key_features(self, phi: Tensor) -> Tensor:
-        return phi
 
     def log_decay(self, v: Tensor) -> Tensor | None:
         """`[..., heads, N, Dv] -> [..., heads, N]`, not positive; None: 0."""
@@ -97,6 +98,8 @@ class Delta(Gated):
     strength is β = sigmoid(w·v + b), 1/2 at the start.
     """
 
+    unit_keys = True
+
     def __init__(self, heads: int, value_dim: int):
         super().__init__(heads, value_dim)
         self.strength_weight = nn.Parameter(torch.empty(heads, value_dim))
@@ -107,9 +110,6 @@ class Delta(Gated):
         super().reset_parameters()
         self.strength_weight.zero_()
         self.strength_bias.zero_()
-
-    def key_features(self, phi: Tensor) -> Tensor:
-        return unit_norm(phi)
 
     def strength(self, v: Tensor) -> Tensor:
         weight, bias = self.strength_weight.to(v.dtype), self.strength_bias.to(v.dtype)

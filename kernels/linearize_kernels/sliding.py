@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize_kernels.combine import TINY
+from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.tiles import (
     Tiling,
     add_windows,
@@ -123,6 +124,7 @@ class Weights(NamedTuple):
             columns as `masks` says; sinks: `[N, sinks, n g C]`, normalised.
         share, factor: `[N, n, g C, 1]`, what near and products (and what is read of S) are to be multiplied by.
         S, z: outside each chunk's columns, and after the last chunk, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
+        mass: what is read of z, `[N, n, g C, 1]`.
     """
 
     near: Tensor
@@ -132,10 +134,12 @@ class Weights(NamedTuple):
     factor: Tensor | None = None
     S: Tensor | None = None
     z: Tensor | None = None
+    mass: Tensor | None = None
 
     def columns(self, band: Tensor | None) -> Tensor:
-        """The normalised weights of all columns, with the conv's."""
-        near = self.near * self.share if band is None else torch.addcmul(band, self.near, self.share)
+        """The normalised weights of all columns, with the conv's, in the memory of near."""
+        near = self.near
+        near = near.mul_(self.share) if band is None else torch.addcmul(band, near, self.share, out=near)
         if self.products is not None:
             near[..., : self.products.shape[-1]].addcmul_(self.products, self.factor)
         return near
@@ -146,19 +150,22 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     normaliser is then the inverse of its largest weight.
     """
     near_mask, far_mask = masks(shape, q)
-    scaled = q * shape.scale
-    scores = scaled @ windows(tokens.k, shape).mT
-    scores.unflatten(2, (-1, shape.chunk)).add_(near_mask)
+    keys = windows(tokens.k, shape)
+    scores = SCRATCH.take("scores", q, *q.shape[:3], keys.shape[2])
+    mask = near_mask.repeat(q.shape[2] // shape.chunk, 1)
+    operands = (x.flatten(0, 1) for x in (q, keys.mT))
+    torch.baddbmm(mask, *operands, alpha=shape.scale, out=scores.flatten(0, 1))
     slots, chunks = tokens.k.shape[1], scores.shape[1]
     for absent, touched in (
         (slice(0, shape.skip), slice(0, -(-shape.skip // shape.chunk))),
         (slice(slots - shape.ahead, slots), slice(max(0, chunks - -(-shape.ahead // shape.chunk)), chunks)),
     ):
-        mark = scores.new_zeros(1, slots, 1)
-        mark[:, absent] = LOW
-        scores[:, touched] += windows(mark, shape)[:, touched].mT
+        if absent.start < absent.stop:
+            mark = scores.new_zeros(1, slots, 1)
+            mark[:, absent] = LOW
+            scores[:, touched] += windows(mark, shape)[:, touched].mT
     peak, near = scores.amax(-1, keepdim=True), torch.softmax(scores, -1, out=scores)
-    sinks = sink_scores(shape, tokens, scaled)
+    sinks = sink_scores(shape, tokens, q)
     ceiling = peak
     if sinks.shape[1]:
         ceiling = torch.maximum(ceiling, sinks.amax(1).view_as(peak))
@@ -169,23 +176,24 @@ def weigh(shape: Shape, tokens: Tokens, q: Tensor, phi_q: Tensor | None) -> Weig
     sinks.sub_(ceiling.flatten(1)[:, None]).exp_()
     share = (peak - ceiling).exp_().div_(near.amax(-1, keepdim=True))
     total = share + sinks.sum(1).view_as(peak)
-    products = factor = S = z = None
+    products = factor = S = z = read = None
     if phi_q is not None:
-        products = phi_q @ windows(tokens.phi_k, shape, far_mask.shape[-1]).mT
+        products = product(phi_q, windows(tokens.phi_k, shape, far_mask.shape[-1]).mT, "products")
         products.unflatten(2, (-1, shape.chunk)).mul_(far_mask)
         factor = (mix - ceiling).exp_()
         S, z = sums(shape, tokens)
-        total.addcmul_(factor, mass(phi_q, z).add_(products.sum(-1, keepdim=True)))
+        read = mass(phi_q, z)
+        total.addcmul_(factor, read + products.sum(-1, keepdim=True))
     total.clamp_(min=TINY)
     sinks.div_(total.flatten(1)[:, None])
     return Weights(
-        near, sinks, share.div_(total), products, None if factor is None else factor.div_(total), S, z
+        near, sinks, share.div_(total), products, None if factor is None else factor.div_(total), S, z, read
     )
 
 
-def sink_scores(shape: Shape, tokens: Tokens, scaled: Tensor) -> Tensor:
+def sink_scores(shape: Shape, tokens: Tokens, q: Tensor) -> Tensor:
     """`[N, sinks, n g C]`; a query that comes before a sink does not see it."""
-    scores = tokens.sink_k @ scaled.flatten(1, 2).mT
+    scores = (shape.scale * tokens.sink_k) @ q.flatten(1, 2).mT
     count = scores.shape[1]
     if shape.start < count:
         position = by_chunk(
@@ -201,7 +209,9 @@ def sink_scores(shape: Shape, tokens: Tokens, scaled: Tensor) -> Tensor:
 def sums(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """S and z outside each chunk's columns, and after the last chunk."""
     phi_k, v = old_slots(shape, tokens)
-    return outside(shape, product(phi_k.mT, v), tokens.S), outside(shape, phi_k.sum(-2), tokens.z)
+    return outside(shape, product(phi_k.mT, v, "written"), tokens.S, "S"), outside(
+        shape, phi_k.sum(-2), tokens.z
+    )
 
 
 def old_slots(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -210,12 +220,12 @@ def old_slots(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return tuple(x[:, old].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v))
 
 
-def outside(shape: Shape, slots: Tensor, first: Tensor) -> Tensor:
+def outside(shape: Shape, slots: Tensor, first: Tensor, name: str | None = None) -> Tensor:
     """Sums of `first [N, ...]` and of the chunks of slots `[N, n + around, ...]` that are not in each chunk's columns;
     the last is of all before those behind the last chunk's first: `[N, n + 1, ...]`.
     """
     chunks = slots.shape[1] - shape.around
-    total = running(slots[:, :chunks], first)
+    total = running(slots[:, :chunks], first, name=name)
     if shape.ahead:
         behind = slots[:, shape.around :]
         total[:, :-1] += running(behind, torch.zeros_like(first), backwards=True)[:, 1:]
@@ -234,8 +244,9 @@ def outside_gradients(shape: Shape, rows: Tensor, last: Tensor) -> tuple[Tensor,
 
 
 def mass(phi_q: Tensor, z: Tensor) -> Tensor:
-    """What is read of z before each chunk, `[N, n, g C, 1]`."""
-    return product(phi_q, z[:, :-1, :, None])
+    """What is read of z before each chunk, `[N, n, g C, 1]`. A product with one column takes twice as long."""
+    room = SCRATCH.take("written", phi_q, *phi_q.shape)
+    return torch.mul(phi_q, z[:, :-1, None], out=room).sum(-1, keepdim=True)
 
 
 def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,10 +256,10 @@ def forward(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     weights = weigh(shape, tokens, q, phi_q)
     near = weights.columns(None if tokens.conv is None else band(tokens.conv, shape))
     rows = product(near, windows(tokens.v, shape))
-    rows += product(weights.sinks.mT, tokens.sink_v).reshape(rows.shape)
+    rows += product(weights.sinks.mT, tokens.sink_v, "products").reshape(rows.shape)
     if phi_q is None:
         return by_head(rows, shape), tokens.S.clone(), tokens.z.clone()
-    rows.addcmul_(weights.factor, product(phi_q, weights.S[:, :-1]))
+    rows.addcmul_(weights.factor, product(phi_q, weights.S[:, :-1], "products"))
     return by_head(rows, shape), weights.S[:, -1].clone(), weights.z[:, -1].clone()
 
 
@@ -262,19 +273,21 @@ def backward(shape: Shape, tokens: Tokens, d_out: Tensor, d_S: Tensor, d_z: Tens
     phi_q = None if tokens.phi_q is None else by_chunk(tokens.phi_q, shape)
     weights = weigh(shape, tokens, q, phi_q)
     near, sinks, factor, S, z = weights.columns(None), weights.sinks, weights.factor, weights.S, weights.z
-    d_near = d_rows @ windows(tokens.v, shape).mT
+    d_near = product(d_rows, windows(tokens.v, shape).mT, "d_near")
     d_sinks = tokens.sink_v @ d_rows.flatten(1, 2).mT
     if tokens.conv is not None:
         taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
     d_k, d_v = torch.zeros_like(tokens.k), torch.zeros_like(tokens.v)
-    weighted = near if tokens.conv is None else near + band(tokens.conv, shape)
-    add_windows(d_v, product(weighted.mT, d_rows), shape)
-    mean = (near * d_near).sum(-1, keepdim=True)
+    room = SCRATCH.take("columns", near, *near.shape)
+    weighted = near if tokens.conv is None else torch.add(near, band(tokens.conv, shape), out=room)
+    add_windows(d_v, product(weighted.mT, d_rows, "added"), shape)
+    mean = torch.mul(near, d_near, out=room).sum(-1, keepdim=True)
     mean += (sinks * d_sinks).sum(1).view_as(mean)
     if phi_q is not None:
-        answers = d_rows @ S[:, :-1].mT
-        answer = (phi_q * answers).sum(-1, keepdim=True)
+        answers = product(d_rows, S[:, :-1].mT, "answers")
+        features = SCRATCH.take("features", phi_q, *phi_q.shape)
+        answer = torch.mul(phi_q, answers, out=features).sum(-1, keepdim=True)
         mean.addcmul_(factor, answer)
     d_sink_v = sinks @ d_rows.flatten(1, 2)
     d_near -= mean
@@ -286,28 +299,31 @@ def backward(shape: Shape, tokens: Tokens, d_out: Tensor, d_S: Tensor, d_z: Tens
         d_far = d_scores[..., :columns].unflatten(2, (-1, shape.chunk))
         own = d_far * far_mask
         d_far -= own
-        d_mix = own.sum(-1).flatten(2, 3)[..., None] + factor * (answer - mean * mass(phi_q, z))
+        d_mix = own.sum(-1).flatten(2, 3)[..., None] + factor * (answer - mean * weights.mass)
         d_mix = by_head(d_mix, shape).squeeze(-1)
-        d_products = d_near[..., :columns].mul(factor)
+        d_products = SCRATCH.take("products", d_near, *d_near.shape[:3], columns)
+        torch.mul(d_near[..., :columns], factor, out=d_products)
         tiles = d_products.unflatten(2, (-1, shape.chunk))
         tiles *= far_mask
         d_phi = d_products @ windows(tokens.phi_k, shape, columns)
         d_phi.addcmul_(factor, answers.addcmul_(mean, z[:, :-1, None], value=-1))
         d_phi_q = by_head(d_phi, shape)
-        scaled = phi_q * factor
-        d_S, d_sums = outside_gradients(shape, product(scaled.mT, d_rows), d_S)
-        d_z, d_masses = outside_gradients(shape, (scaled * mean).sum(-2).neg_(), d_z)
+        scaled = torch.mul(phi_q, factor, out=features)
+        d_S, d_sums = outside_gradients(shape, product(scaled.mT, d_rows, "written"), d_S)
+        d_z, d_masses = outside_gradients(shape, scaled.mul_(mean).sum(-2).neg_(), d_z)
         phi_k, v = old_slots(shape, tokens)
-        old = slice(0, phi_k.shape[1] * shape.chunk)
-        d_v[:, old] += product(phi_k, d_sums).flatten(1, 2)
-        d_phi_k = torch.zeros_like(tokens.phi_k)
-        d_phi_k[:, old] = (v @ d_sums.mT).add_(d_masses[:, :, None]).flatten(1, 2)
-        add_windows(d_phi_k, d_products.mT @ phi_q, shape)
+        old = phi_k.shape[1] * shape.chunk
+        d_v[:, :old] += product(phi_k, d_sums, "added").flatten(1, 2)
+        d_phi_k = torch.empty_like(tokens.phi_k)
+        d_phi_k[:, old:] = 0
+        own = product(v, d_sums.mT, "answers")
+        torch.add(own, d_masses[:, :, None], out=d_phi_k[:, :old].unflatten(1, (-1, shape.chunk)))
+        add_windows(d_phi_k, product(d_products.mT, phi_q, "answers"), shape)
     d_scores *= shape.scale
     d_q = product(d_scores, windows(tokens.k, shape))
     d_sinks *= shape.scale
-    d_q += product(d_sinks.mT, tokens.sink_k).reshape(d_q.shape)
+    d_q += product(d_sinks.mT, tokens.sink_k, "products").reshape(d_q.shape)
     d_sink_k = d_sinks @ q.flatten(1, 2)
-    add_windows(d_k, product(d_scores.mT, q), shape)
+    add_windows(d_k, product(d_scores.mT, q, "added"), shape)
     d_q = by_head(d_q, shape)
     return Tokens(d_q, d_k, d_v, d_phi_q, d_phi_k, d_mix, d_conv, d_S, d_z, d_sink_k, d_sink_v)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linearize_kernels.scratch import SCRATCH
+
 NARROW = 48  # columns of a result
 FEW = 64  # chunks that are summed one after the other
 
@@ -102,11 +104,11 @@ def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
     return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
 
 
-def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
+def running(chunks: Tensor, first: Tensor, backwards: bool = False, name: str | None = None) -> Tensor:
     """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
     `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. The chunks are summed before `first`
     joins them, and many of them in halves: a long text's sum would round them away. torch's own `cumsum` takes 20 times
-    as long along rows that lie apart.
+    as long along matrices that lie apart. A name: as of `product`.
     """
     if chunks.shape[1] > FEW:
         early, late = chunks.tensor_split(2, 1)
@@ -115,19 +117,37 @@ def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
             return torch.cat([running(early, behind[:, 0], backwards)[:, :-1], behind], 1)
         before = running(early, first)
         return torch.cat([before[:, :-1], running(late, before[:, -1])], 1)
-    sums = chunks.new_empty(len(chunks), chunks.shape[1] + 1, *chunks.shape[2:])
-    total, steps = sums.unbind(1), chunks.unbind(1)
-    if backwards:
-        total, steps = total[::-1], steps[::-1]
-    total[0].zero_()
-    for i, step in enumerate(steps):
-        torch.add(total[i], step, out=total[i + 1])
+    shape = len(chunks), chunks.shape[1] + 1, *chunks.shape[2:]
+    sums = chunks.new_empty(shape) if name is None else SCRATCH.take(name, chunks, *shape)
+    start, rest = (slice(-1, None), slice(0, -1)) if backwards else (slice(0, 1), slice(1, None))
+    sums[:, start].zero_()
+    if chunks.dim() == 3:
+        steps = chunks.flip(1).cumsum(1).flip(1) if backwards else chunks.cumsum(1)
+        sums[:, rest] = steps
+    else:
+        total, steps = sums.unbind(1), chunks.unbind(1)
+        if backwards:
+            total, steps = total[::-1], steps[::-1]
+        for i, step in enumerate(steps):
+            torch.add(total[i], step, out=total[i + 1])
     return sums.add_(first[:, None])
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, made as its own transpose where that has the longer rows: libraries are slow at narrow results."""
-    return (b.mT @ a.mT).mT if b.shape[-1] < NARROW else a @ b
+def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
+    """`a @ b` of matrices `[..., I, J]`, made as its own transpose where that has the longer rows: libraries are slow
+    at narrow results. With a name it is in that memory of `SCRATCH`.
+    """
+    if b.shape[-1] < NARROW:
+        return matmul(b.mT, a.mT, name).mT
+    return matmul(a, b, name)
+
+
+def matmul(a: Tensor, b: Tensor, name: str | None) -> Tensor:
+    if name is None:
+        return a @ b
+    out = SCRATCH.take(name, a, *a.shape[:-1], b.shape[-1])
+    torch.bmm(*(x.flatten(0, -3) for x in (a, b)), out=out.flatten(0, -3))
+    return out
 
 
 def led(x: Tensor, zeros: int, ahead: int = 0) -> Tensor:
