@@ -79,6 +79,8 @@ def bench(
         raise UserError(f"{folder / 'bench.json'} is a folder, where the report goes", "Move it away.")
     if figure.is_dir() or not figure.absolute().parent.is_dir():
         raise UserError(f"--plot {figure} is a folder, or in none", "Name a file in a folder that exists.")
+    if figure.suffix.lower() != ".png":
+        raise UserError(f"--plot {figure} is no PNG", "Name a file that ends in .png.")
     student, tokenizer = load(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )

@@ -106,7 +106,7 @@ def costs(
     for parameter in learning:
         parameter.requires_grad_(True)
     tokens = min(length, MOST)
-    batch_ids = ids(tokens)
+    batch_ids = ids(tokens).repeat(2, 1)  # of one row alone, some copies are none
     inputs = inputs_of(model, batch_ids) | {"use_cache": False}
     batch = Batch(inputs, inputs.get("decoder_input_ids", batch_ids))
     kinds = [kind(layer) for layer in layers]
@@ -115,7 +115,7 @@ def costs(
     def saved(objective: nn.Module) -> tuple[list[float], float]:
         with shortened(layers, set(first), returns), saved_bytes(layers) as counted, Phantom():
             objective(batch)
-        return [counted[i] / tokens for i in first], counted[None] / tokens
+        return [counted[i] / batch_ids.numel() for i in first], counted[None] / batch_ids.numel()
 
     transfer, rest = saved(Transfer(model, native)) if learning else ([0.0] * len(layers), 0.0)
     added = sum(p.numel() for p in learning)

@@ -81,6 +81,8 @@ def command_options(function: Callable) -> Callable:
             raise UserError(
                 f"--json {json_file}: its folder does not exist", "Create it, or choose another place."
             )
+        if json_file and Path(json_file).is_dir():
+            raise UserError(f"--json {json_file} is a folder", "Name a file.")
         result = function(terminal=Terminal(quiet), **kwargs)
         if json_file:
             write_json(json_file, result)

@@ -198,6 +198,8 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
         ((artifact, "--context", "8", "--batch", 10**15), "no memory for"),
         ((artifact, "--plot", tmp_path / "none" / "p.png"), "--plot"),
+        ((artifact, "--plot", tmp_path / "p.pdf"), "no PNG"),
+        ((artifact, "--json", tmp_path), "is a folder"),
         ((artifact, "--teacher", "demo"), "another vocabulary"),
         ((artifact, "--teacher", artifact), "linearized model already"),
         ((artifact, "--device", "abacus"), "abacus"),

@@ -194,6 +194,9 @@ def test_an_artifact_without_its_teacher_asks_for_it(teacher, copy):
     assert "--teacher" in refusal.value.hint
     report = evaluate(copy, teacher=teacher.path, data=teacher.text, context=(16,), tokens=300)
     assert report["teacher"] == teacher.path
+    (copy / "linearize.json").write_text(json.dumps({**record, "base_model": 5}))
+    with pytest.raises(UserError, match="no report of a conversion"):
+        evaluate(copy, data=teacher.text)
     (copy / "linearize.json").unlink()
     with pytest.raises(UserError, match="names its teacher"):
         evaluate(copy, data=teacher.text)

@@ -55,8 +55,14 @@ class Ready(NamedTuple):
 @click.option(
     "--threads", type=click.IntRange(1, os.cpu_count()), default=1, show_default=True, help="Of the CPU."
 )
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="For the repeats of a row.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="For the repeats of a row.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(__file__).parent / "results"
 )
@@ -81,7 +87,7 @@ def main(
         for tokens in asked["context"]
     ]
     rows = []
-    for phase in asked["phase"]:
+    for phase in dict.fromkeys(asked["phase"]):
         for together in [sizes] if phase == DECODE else [[x] for x in sizes]:
             rows += measure(together, phase, rates, on, seconds, asked["seed"])
     report = {

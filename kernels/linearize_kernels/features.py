@@ -164,6 +164,7 @@ class Hedgehog(Projected):
         self, x: Tensor, heads: slice, weight: Tensor | None = None, name: str | None = None
     ) -> Tensor:
         own = self.weight[heads].to(x.dtype)
+        x = x.expand(*x.shape[:-3], len(own), -1, -1)
         compiled = torch.compiler.is_compiling()
         if name is not None or (torch.is_grad_enabled() and not compiled):
             weight = None if weight is None else weight.expand(*x.shape[:-1], 1)

@@ -66,7 +66,7 @@ class Grouped(torch.autograd.Function):
 
 def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positive scores of a group's own keys, `[N, n, g C, C]`, and the weights of all columns, `[N, n, g C, R + C]`."""
-    scores = (q @ k.mT).relu_()
+    scores = product(q, k.mT, "scores").relu_()
     scores.unflatten(2, (-1, shape.chunk)).tril_()
     if conv is None:
         return scores, scores.square()
@@ -78,7 +78,7 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
 def sums(shape: Tiling, tokens: Groups) -> Tensor:
     """S before each group and after the last, `[N, n + 1, F, Dv]`."""
     phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    return running(product(phi_k.mT, v), tokens.S)
+    return running(product(phi_k.mT, v, "written"), tokens.S, name="S")
 
 
 def by_group(shape: Tiling, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def forward(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
     if tokens.phi_q is None:
         return by_head(rows, shape), tokens.S.clone()
     S = sums(shape, tokens)
-    rows.addcmul_(by_row(shape, tokens.factor), product(by_chunk(tokens.phi_q, shape), S[:, :-1]))
+    rows.addcmul_(by_row(shape, tokens.factor), product(by_chunk(tokens.phi_q, shape), S[:, :-1], "read"))
     return by_head(rows, shape), S[:, folds].clone()
 
 
@@ -107,12 +107,12 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
     d_phi_q = d_phi_k = d_factor = d_conv = None
     q, k, d_rows = by_chunk(tokens.q, shape), by_group(shape, tokens.k), by_chunk(d_out, shape)
     scores, weights = weigh(shape, q, k, tokens.conv)
-    d_weights = d_rows @ windows(tokens.v, shape).mT
+    d_weights = product(d_rows, windows(tokens.v, shape).mT, "d_near")
     if tokens.conv is not None:
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
     d_v = torch.zeros_like(tokens.v)
-    add_windows(d_v, product(weights.mT, d_rows), shape)
+    add_windows(d_v, product(weights.mT, d_rows, "added"), shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     d_q = by_head(product(d_scores, k), shape)
     d_k = product(d_scores.mT, q).flatten(1, 2)
@@ -121,11 +121,11 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
         d_phi = d_rows @ sums(shape, tokens)[:, :-1].mT
         d_factor = (phi_q * d_phi).sum((1, 3)).unflatten(1, (-1, shape.chunk)).sum(-1)
         d_phi_q = by_head(d_phi.mul_(factor), shape)
-        d_groups = product((phi_q * factor).mT, d_rows)
+        d_groups = product((phi_q * factor).mT, d_rows, "written")
         later = running(d_groups[:, folds:], torch.zeros_like(d_S), backwards=True)
         earlier = running(d_groups[:, :folds], later[:, 0] + d_S, backwards=True)
         d_S, d_sums = earlier[:, 0], torch.cat([earlier[:, 1:], later[:, 1:]], 1)
         phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-        d_v[:, shape.recent :] += product(phi_k, d_sums).flatten(1, 2)
+        d_v[:, shape.recent :] += product(phi_k, d_sums, "added").flatten(1, 2)
         d_phi_k = (v @ d_sums.mT).flatten(1, 2)
     return Groups(d_q, d_k, d_v, d_phi_q, d_phi_k, d_factor, d_conv, d_S)

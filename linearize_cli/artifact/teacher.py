@@ -21,7 +21,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", "Convert again, or remove the file.") from None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("base_model", ""), str | None):
         raise UserError(f"{path} is no report of a conversion", "Convert again, or remove the file.")
     return record
 
