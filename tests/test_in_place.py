@@ -1,15 +1,10 @@
 """States that decoding changes in place, in a whole model."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import in_place_case
 import pytest
 import torch
 from families import AUGMENTED, swapped
+from interpreted import printed
 from transformers import DynamicCache
 
 from linearize_cli.decoder import forward
@@ -19,14 +14,7 @@ pytest.importorskip("triton")
 
 
 def test_logits_are_those_of_states_made_anew():
-    path = os.pathsep.join([str(Path(in_place_case.__file__).parents[1] / "kernels"), *sys.path])
-    made = subprocess.run(
-        [sys.executable, in_place_case.__file__],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    found = json.loads(made.stdout)
+    found = printed(in_place_case)
     assert found.keys() == {"decoded", "tree", "after a path", "after paths", "captured"}
     assert max(found.values()) < 1e-5, found
 

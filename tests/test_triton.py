@@ -1,14 +1,12 @@
 """Triton's forms against the references in fp64: outputs, states and, of the blocked forms, every gradient."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import triton_case
+from interpreted import printed
 from linearize_kernels import sliding as sliding_module
 from linearize_kernels.grouped import Groups
 from linearize_kernels.sliding import Tokens
@@ -37,14 +35,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 @pytest.fixture(scope="module")
 def errors():
     """Of all cases, from one process whose Triton interprets."""
-    path = os.pathsep.join([str(Path(triton_case.__file__).parents[1] / "kernels"), *sys.path])
-    made = subprocess.run(
-        [sys.executable, triton_case.__file__],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(made.stdout)
+    return printed(triton_case)
 
 
 @pytest.mark.parametrize(
