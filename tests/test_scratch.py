@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from linearize_kernels import LinearAttention, chunked
-from linearize_kernels.features import SoftmaxPair, softmax_pair
-from linearize_kernels.scratch import KEPT, Scratch
+from linearize_kernels.features import FEATURE_MAPS, FeatureMap, Hedgehog, feature_map
+from linearize_kernels.scratch import KEPT, SCRATCH, Scratch
+from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair
 
 from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
@@ -79,28 +80,82 @@ def test_it_keeps_no_more_than_it_says():
     }
 
 
+def test_it_is_where_its_like_is():
+    SCRATCH.blocks.clear()
+    with torch.device("meta"):
+        assert SCRATCH.take("name", torch.zeros(1, device="cpu"), 3).device.type == "cpu"
+
+
+def test_autocast_changes_little(attention):
+    attention, inputs = attention.float(), [x.float().requires_grad_() for x in tokens(0)]
+    found = []
+    for narrowed in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrowed):
+            out, _ = chunked(attention, None, *inputs)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+@pytest.fixture()
+def of_its_own():
+    """A feature map that is not a number at zero, of the signatures that a user writes."""
+
+    @feature_map("unsafe")
+    class Unsafe(FeatureMap):
+        positive, per_head = True, ()
+
+        def forward(self, x):
+            return (x / x.norm(dim=-1, keepdim=True)).relu()
+
+        def of_heads(self, x, heads):
+            return self(x)
+
+    yield "unsafe"
+    del FEATURE_MAPS["unsafe"]
+
+
+def test_no_features_are_asked_of_tokens_that_are_not_there(of_its_own):
+    recipe = load_recipe("augmented").to_dict()["attention"]
+    recipe["local"]["size"], recipe["far"]["feature_map"] = 16, of_its_own
+    geometry = dict(heads=4, kv_heads=2, key_dim=64, value_dim=64, scale=0.125, softcap=None)
+    attention = LinearAttention(equation(recipe, geometry)).double()
+    inputs = [x.requires_grad_() for x in tokens(0)]
+    for found in results(attention, inputs):
+        assert found.isfinite().all()
+    gradients = torch.autograd.grad(chunked(attention, None, *inputs)[0].sum(), inputs)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_a_hedgehog_of_its_own_is_asked():
+    class Twice(Hedgehog):
+        def of_heads(self, x, heads):
+            return 2 * super().of_heads(x, heads)
+
+    torch.manual_seed(0)
+    own, x = Twice(2, 4), torch.randn(2, 5, 4)
+    own.reset_parameters()
+    with torch.no_grad():
+        expected = own.of_heads(x, slice(None)) * torch.tensor([0.0, 1, 1, 1, 0])[:, None]
+        torch.testing.assert_close(own.between(x, slice(None), 1, 1, None, "phi"), expected)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-def test_features_have_the_gradients_of_their_definition(weighted):
+@pytest.mark.parametrize("before, ahead", [(0, 0), (2, 1)])
+def test_features_and_gradients_are_those_of_their_definition(weighted, before, ahead):
     torch.manual_seed(0)
     x, W = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 5, 4), (2, 4, 6))
     )
     weight = torch.rand(3, 2, 5, 1, dtype=torch.float64).requires_grad_() if weighted else None
+    inputs = [x, W, weight] if weighted else [x, W]
     y = x @ W
     expected = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1) * (weight if weighted else 1)
-    torch.testing.assert_close(
-        softmax_pair(x.detach(), W.detach(), weight.detach() if weighted else None), expected
-    )
-    inputs = [x, W, weight] if weighted else [x, W]
-    assert torch.autograd.gradcheck(
-        lambda *given: SoftmaxPair.apply(*given, *[None] * (3 - len(given))), inputs
-    )
+    expected[..., :before, :] = expected[..., 5 - ahead :, :] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(softmax_pair(x, W, weight, before, ahead), expected)
 
+    def features(*given):
+        return SoftmaxPair.apply(*given, *[None] * (3 - len(given)), before, ahead)
 
-def test_features_that_do_not_count_have_no_gradient():
-    torch.manual_seed(0)
-    x, W = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 4, 6, requires_grad=True)
-    weight = torch.tensor([1.0, 0, 1, 0, 1])[:, None].expand(2, 5, 1)
-    d_x, d_W = torch.autograd.grad(SoftmaxPair.apply(x, W, weight), [x, W], torch.randn(2, 5, 12))
-    assert d_x.isfinite().all() and d_W.isfinite().all()
-    assert not d_x[:, [1, 3]].any() and d_x[:, [0, 2, 4]].any()
+    assert torch.autograd.gradcheck(features, inputs)

@@ -60,10 +60,7 @@ def sliding_segment(
     if not eq.causal:
         near = near & (position > length - 1 - eq.size)
 
-    slots = fill + eq.recent, length, ahead
-    there = torch.arange(sum(slots), device=q.device)[:, None]
     wide, narrow = accumulator(q.dtype), narrowed(attention, q)
-    there = ((there >= shape.skip) & (there < sum(slots[:2]))).to(wide)
 
     def lanes(x: Tensor) -> Tensor:  # [B, far, ...] -> [B * far, ...]
         return x.flatten(0, 1).to(narrow)
@@ -74,13 +71,13 @@ def sliding_segment(
         own_q, new_k, new_v, old_k, old_v, *sinks, S, z = own
         own_q, own_k, own_v = (
             led(own_q, fill),
-            timeline(old_k, new_k, count, slots[0], ahead, "k"),
-            timeline(old_v, new_v, count, slots[0], ahead, "v"),
+            timeline(old_k, new_k, count, fill + eq.recent, ahead, "k"),
+            timeline(old_v, new_v, count, fill + eq.recent, ahead, "v"),
         )
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
-            phi_q = lanes(attention.far.queries(own_q.to(wide), heads, "phi_q"))
-            phi_k = lanes(attention.far.written(own_k.to(wide), heads, there, "phi_k"))
+            phi_q = lanes(attention.far.queries_between(own_q.to(wide), heads, fill))
+            phi_k = lanes(attention.far.written_between(own_k.to(wide), heads, shape.skip, ahead))
             mix = far_factor(attention, own_q.to(wide), heads).masked_fill(near, float("-inf")).flatten(0, 1)
         conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
         sinks = map(lanes, sinks_with(*sinks, count, new_k, new_v))
@@ -106,11 +103,12 @@ def evaluate(
     *folds: int,
 ) -> tuple[Tensor, ...]:
     """A form by the implementation that `attention.impl` asks for; `attention.ran` says which it was."""
-    if attention.impl == "triton" or (attention.impl == "auto" and form.why_not(shape, tokens) is None):
-        attention.ran = "triton"
-        return form.triton(shape, *folds, tokens)
-    attention.ran = "torch"
-    return form.torch(shape, *folds, type(tokens)(*(None if x is None else x.to(wide) for x in tokens)))
+    with torch.autocast(tokens.q.device.type, enabled=False):  # it would narrow some products, and not others
+        if attention.impl == "triton" or (attention.impl == "auto" and form.why_not(shape, tokens) is None):
+            attention.ran = "triton"
+            return form.triton(shape, *folds, tokens)
+        attention.ran = "torch"
+        return form.torch(shape, *folds, type(tokens)(*(None if x is None else x.to(wide) for x in tokens)))
 
 
 def grouped_segment(

@@ -67,31 +67,41 @@ class FeatureMemory(nn.Module):
         """Whether `queries` and `written` take some heads alone."""
         return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
 
-    def queries(self, q: Tensor, heads: slice, name: str | None = None) -> Tensor:
-        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`.
-        A name: as of `FeatureMap.of_heads`.
-        """
-        groups = self.equation.heads // self.equation.far_heads
-        own = slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
-        return self.q_map.of_heads(q.flatten(-4, -3), own, name=name).unflatten(-3, q.shape[-4:-2])
+    def queries(self, q: Tensor, heads: slice) -> Tensor:
+        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
+        return self.q_map.of_heads(q.flatten(-4, -3), self.query_heads(heads)).unflatten(-3, q.shape[-4:-2])
 
-    def written(
-        self, k: Tensor, heads: slice, counts: Tensor | None = None, name: str | None = None
-    ) -> Tensor:
-        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S; zero where a token does
-        not count, `[..., T, 1]`, 0 or 1. A name: as of `FeatureMap.of_heads`.
-        """
-        key_map, weight = self.q_map if self.k_map is None else self.k_map, None
-        if self.key_weight is not None:
-            own = self.key_weight[heads].to(k.dtype)
-            logarithm = k @ own[:, :-1, None] + own[:, -1:, None]
-            weight = (CEILING * (logarithm / CEILING).tanh()).exp()
-        if counts is not None:
-            weight = counts if weight is None else weight * counts
-        if not self.memory.unit_keys:
-            return key_map.of_heads(k, heads, weight, name)
-        phi = unit_norm(key_map.of_heads(k, heads))
+    def queries_between(self, q: Tensor, heads: slice, before: int) -> Tensor:
+        """As `queries`, by `FeatureMap.between`."""
+        phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, "phi_q")
+        return phi.unflatten(-3, q.shape[-4:-2])
+
+    def query_heads(self, heads: slice) -> slice:
+        """Those that read these heads of S."""
+        groups = self.equation.heads // self.equation.far_heads
+        return slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
+
+    def written(self, k: Tensor, heads: slice) -> Tensor:
+        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S."""
+        phi, weight = self.writing_map.of_heads(k, heads), self.weights(k, heads)
+        phi = unit_norm(phi) if self.memory.unit_keys else phi
         return phi if weight is None else weight * phi
+
+    def written_between(self, k: Tensor, heads: slice, before: int, ahead: int) -> Tensor:
+        """As `written`, by `FeatureMap.between`, to a memory that takes features as they are."""
+        return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), "phi_k")
+
+    @property
+    def writing_map(self) -> nn.Module:
+        return self.q_map if self.k_map is None else self.k_map
+
+    def weights(self, k: Tensor, heads: slice) -> Tensor | None:
+        """ω, `[..., some, T, 1]`; None: 1."""
+        if self.key_weight is None:
+            return None
+        own = self.key_weight[heads].to(k.dtype)
+        logarithm = k @ own[:, :-1, None] + own[:, -1:, None]
+        return (CEILING * (logarithm / CEILING).tanh()).exp()
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""

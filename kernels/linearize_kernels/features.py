@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from linearize_kernels.scratch import SCRATCH
+from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair
+from linearize_kernels.tiles import led
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
 
@@ -57,17 +57,22 @@ class FeatureMap(nn.Module):
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
         self.feature_dim = head_dim
 
-    def of_heads(
-        self, x: Tensor, heads: slice, weight: Tensor | None = None, name: str | None = None
-    ) -> Tensor:
-        """Features of some heads: `[..., some, T, D]`; times a token's weight `[..., some, T, 1]`. With a name a map
-        may, without gradients, make them in that memory of `SCRATCH`.
-        """
+    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
+        """Features of some heads: `[..., some, T, D]`."""
         if not self.per_head or heads == slice(None):
-            phi = self(x)
-        else:
-            phi = functional_call(self, {name: getattr(self, name)[heads] for name in self.per_head}, x)
-        return phi if weight is None else weight * phi
+            return self(x)
+        return functional_call(self, {name: getattr(self, name)[heads] for name in self.per_head}, x)
+
+    def between(
+        self, x: Tensor, heads: slice, before: int, ahead: int, weight: Tensor | None, name: str
+    ) -> Tensor:
+        """As `of_heads`, zero for the first `before` and last `ahead` tokens, which are not there; times a token's
+        weight `[..., some, T, 1]`, or None. Without gradients x lasts for this call alone, and the features may be in
+        the memory of this name of `SCRATCH`.
+        """
+        there = slice(before, x.shape[-2] - ahead)
+        phi = self.of_heads(x[..., there, :], heads)
+        return led(phi if weight is None else weight[..., there, :] * phi, before, ahead)
 
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
@@ -160,56 +165,17 @@ class Hedgehog(Projected):
     def forward(self, x: Tensor) -> Tensor:
         return self.of_heads(x, slice(None))
 
-    def of_heads(
-        self, x: Tensor, heads: slice, weight: Tensor | None = None, name: str | None = None
+    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
+        x = x @ self.weight[heads].to(x.dtype)
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+
+    def between(
+        self, x: Tensor, heads: slice, before: int, ahead: int, weight: Tensor | None, name: str
     ) -> Tensor:
-        own = self.weight[heads].to(x.dtype)
-        x = x.expand(*x.shape[:-3], len(own), -1, -1)
-        compiled = torch.compiler.is_compiling()
-        if name is not None or (torch.is_grad_enabled() and not compiled):
-            weight = None if weight is None else weight.expand(*x.shape[:-1], 1)
-            if torch.is_grad_enabled():
-                return SoftmaxPair.apply(x, own, weight)
-            return softmax_pair(x, own, weight, name)
-        x = x @ own
-        phi = torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
-        return phi if weight is None else weight * phi
-
-
-def softmax_pair(x: Tensor, W: Tensor, weight: Tensor | None, name: str | None = None) -> Tensor:
-    """`weight [softmax(xW), softmax(-xW)]`, made where it stays: `x [..., heads, T, D]`, `W [heads, D, F]`,
-    `weight [..., heads, T, 1]` or None, 1.
-    """
-    shape = *x.shape[:-1], 2, W.shape[-1]
-    pair = x.new_empty(shape) if name is None else SCRATCH.take(name, x, *shape)
-    one, other = pair.flatten(0, -4).unbind(-2)
-    torch.bmm(x.flatten(0, -3), W.expand(*x.shape[:-2], -1, -1).flatten(0, -3), out=one)
-    torch.neg(one, out=other)
-    phi = torch.softmax(pair, -1, out=pair).flatten(-2)
-    return phi if weight is None else phi.mul_(weight)
-
-
-class SoftmaxPair(torch.autograd.Function):
-    """`softmax_pair`, of which only the features are kept for the backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, weight: Tensor | None) -> Tensor:
-        phi = softmax_pair(x, W, weight)
-        ctx.save_for_backward(x, W, weight, phi)
-        return phi
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_phi: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, W, weight, phi = ctx.saved_tensors
-        phi, d_phi = (x.unflatten(-1, (2, -1)) for x in (phi, d_phi))
-        d_pair = torch.mul(phi, d_phi, out=SCRATCH.take("features", phi, *phi.shape))
-        mean = d_pair.sum(-1, keepdim=True)
-        if weight is not None:  # one of 0 has features of 0
-            mean /= weight[..., None].clamp_min(torch.finfo(weight.dtype).tiny)
-        one, other = torch.sub(d_phi, mean, out=d_pair).mul_(phi).unbind(-2)
-        d = torch.sub(one, other, out=SCRATCH.take("halves", x, *one.shape))
-        return d @ W.mT, (x.mT @ d).sum_to_size(W.shape), None if weight is None else mean.sum(-2)
+        if type(self) is not Hedgehog:  # one with a formula of its own
+            return super().between(x, heads, before, ahead, weight, name)
+        own = x, self.weight[heads].to(x.dtype), weight, before, ahead
+        return SoftmaxPair.apply(*own) if torch.is_grad_enabled() else softmax_pair(*own, name)
 
 
 @feature_map("taylor")

@@ -32,7 +32,7 @@ class Scratch(threading.local):
         block = self.blocks.get((name, like.dtype))
         if block is None or len(block) < size:
             with torch.inference_mode(False):
-                block = self.blocks[name, like.dtype] = torch.empty(size, dtype=like.dtype)
+                block = self.blocks[name, like.dtype] = like.new_empty(size)
         return block[:size].view(shape)
 
 
