@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from linearize_cli.batch import Batch
 from linearize_cli.errors import UserError
-from linearize_cli.phantom import Phantom, saved_bytes, shortened, watched
+from linearize_cli.phantom import Phantom, learning_inputs, saved_bytes, shortened, watched
 from linearize_cli.plan import Layer, conversion_record
 from linearize_cli.probe import Probe, inputs_of, recording
 from linearize_cli.recipe import Recipe
@@ -112,8 +112,13 @@ def costs(
     kinds = [kind(layer) for layer in layers]
     first = [kinds.index(x) for x in kinds]
 
-    def saved(objective: nn.Module) -> tuple[list[float], float]:
-        with shortened(layers, set(first), returns), saved_bytes(layers) as counted, Phantom():
+    def saved(objective: nn.Module, behind_others: bool = False) -> tuple[list[float], float]:
+        with ExitStack() as opened:
+            opened.enter_context(shortened(layers, set(first), returns))
+            if behind_others:
+                opened.enter_context(learning_inputs([layers[i] for i in set(first)]))
+            counted = opened.enter_context(saved_bytes(layers))
+            opened.enter_context(Phantom())
             objective(batch)
         return [counted[i] / batch_ids.numel() for i in first], counted[None] / batch_ids.numel()
 
@@ -123,7 +128,9 @@ def costs(
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     held = {id(p) for p in student.parameters()}
     copied = [p for p in teacher.parameters() if id(p) not in held] if teacher else []
-    distill, loss = saved(Distillation(student, native, recipe.recover.distill, teacher))
+    objective = Distillation(student, native, recipe.recover.distill, teacher)
+    distill, loss = saved(objective)
+    distill[1:] = saved(objective, behind_others=True)[0][1:]
     return Costs(
         **base,
         layers=sizes,

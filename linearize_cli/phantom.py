@@ -87,6 +87,23 @@ def watched(layers: Sequence[nn.Module], forward: Callable[[int, Any], None]) ->
 
 
 @contextmanager
+def learning_inputs(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, the hidden states that reach these layers need a gradient, as they do behind a layer that learns."""
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def saved_bytes(layers: Sequence[nn.Module]) -> Iterator[dict[int | None, int]]:
     """While open, counts the bytes that autograd keeps for a backward pass, but parameters on the meta device: by
     the layer whose forward keeps them, None elsewhere. They are only counted: no backward can follow.

@@ -1,5 +1,6 @@
 """The blocked forms against `block`, which any equation goes through: outputs, states and every gradient."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -45,9 +46,9 @@ def by_block(attention, state, q, k, v):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("lengths", [(1,), (3, 2, 1, 5), (30,), (13, 1, 29), (64, 3)])
-@pytest.mark.parametrize("chunk, cached", [(None, 1), (4, 1 << 18)])
+@pytest.mark.parametrize("chunk, cached", [(None, 1), (4, 1 << 18), (4, 300)])
 def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.blocked.CACHED", cached)
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", cached)
     attention = layer(name)
     inputs, learned, towards = tokens(sum(lengths)), None, None
     results = []
@@ -69,6 +70,92 @@ def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, c
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+class Called(torch.nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *tokens):
+        return chunked(self.attention, None, *tokens)[0]
+
+
+def test_the_backward_knows_the_parameters_of_its_forward():
+    inputs, other = tokens(40), layer("augmented")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    own, module = dict(Called(other).named_parameters()), Called(layer("augmented"))
+    given = {name: x.detach().requires_grad_() for name, x in own.items()}
+    out = torch.func.functional_call(module, given, tuple(inputs))
+    found = torch.autograd.grad(out.square().sum(), [*inputs, *given.values()])
+    expected = torch.autograd.grad(Called(other)(*inputs).square().sum(), [*inputs, *own.values()])
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+def test_threads_train_one_layer():
+    module, inputs = Called(layer("augmented")), [tokens(length) for length in (37, 50)]
+    own = list(module.parameters())
+
+    def gradients(given):
+        return torch.autograd.grad(module(*given).square().sum(), [*given, *own])
+
+    expected = [gradients(given) for given in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(gradients, inputs * 8))
+    assert all(a is b for a, b in zip(module.parameters(), own, strict=True))
+    for results, wanted in zip(found, expected * 8, strict=True):
+        for pair in zip(results, wanted, strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_autocast_changes_no_backward():
+    attention, inputs = layer("augmented").float(), [x.detach().float().requires_grad_() for x in tokens(40)]
+    out = chunked(attention, None, *inputs)[0].square().sum()
+    expected = torch.autograd.grad(out, inputs, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, inputs)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_parameters_in_bfloat16_have_gradients_summed_in_fp32(monkeypatch):
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1)  # many pieces
+    exact, attention = layer("augmented"), layer("augmented").bfloat16()
+    exact.load_state_dict(attention.double().state_dict())
+    attention.bfloat16()
+    inputs = [x.detach() for x in tokens(400)]
+    for given in (exact, attention):
+        chunked(given, None, *(x.to(given.conv.dtype) for x in inputs))[0].float().square().sum().backward()
+    for wide, narrow in zip(exact.parameters(), attention.parameters(), strict=True):
+        assert (narrow.grad - wide.grad).norm() < 0.02 * wide.grad.norm()
+
+
+@pytest.mark.parametrize("name", ["augmented", "augmented:relu"])
+def test_a_piece_of_nothing_but_absent_slots(name, monkeypatch):
+    """The first rows and the sinks fill more than the first piece."""
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1)
+    attention = layer(name, size=4, width=3, sinks=5)
+    inputs = tokens(9)
+    expected = by_block(attention, None, *inputs)[0]
+    torch.testing.assert_close(chunked(attention, None, *inputs, chunk=4)[0], expected)
+
+
+@pytest.mark.parametrize("frozen", ["attention.far", "attention.conv", "attention"])
+def test_frozen_parameters_change_no_other_gradient(frozen):
+    inputs, module = tokens(40), Called(layer("augmented"))
+    every = [*inputs, *module.parameters()]
+    expected = torch.autograd.grad(module(*inputs).square().sum(), every)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    wanted = [x for x in every if x.requires_grad]
+    found = torch.autograd.grad(module(*inputs).square().sum(), wanted)
+    left = [gradient for x, gradient in zip(every, expected, strict=True) if x.requires_grad]
+    assert len(inputs) <= len(found) < len(every)
+    for pair in zip(found, left, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -84,7 +171,7 @@ def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, c
 @pytest.mark.parametrize("length", [4, 5, 13, 37, 101])
 @pytest.mark.parametrize("chunk, cached", [(None, 1), (7, 1 << 18)])
 def test_encoders_are_those_of_block(name, changes, length, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.blocked.CACHED", cached)
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", cached)
     monkeypatch.setattr("linearize_kernels.tiles.FEW", 5)
     attention = layer(name, causal=False, **changes)
     inputs, results = tokens(length, kv_heads=attention.equation.kv_heads), []

@@ -17,7 +17,7 @@ LENGTH, PIECE = 150, 41
 
 @pytest.fixture(params=["augmented", "augmented:relu", "augmented:flash"])
 def attention(request, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.blocked.CACHED", 1)  # one head after the other
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1)  # one head after the other
     recipe = load_recipe(request.param).to_dict()["attention"]
     recipe["local"]["size"] = 16
     geometry = dict(heads=4, kv_heads=2, key_dim=64, value_dim=64, scale=0.125, softcap=None)
@@ -137,7 +137,7 @@ def test_a_hedgehog_of_its_own_is_asked():
     own.reset_parameters()
     with torch.no_grad():
         expected = own.of_heads(x, slice(None)) * torch.tensor([0.0, 1, 1, 1, 0])[:, None]
-        torch.testing.assert_close(own.between(x, slice(None), 1, 1, None, "phi"), expected)
+        torch.testing.assert_close(own.between(x, slice(None), 1, 1, None), expected)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -9,7 +9,7 @@ import triton_case
 from interpreted import printed
 from linearize_kernels import sliding as sliding_module
 from linearize_kernels.grouped import Groups
-from linearize_kernels.sliding import Tokens
+from linearize_kernels.sliding_lane import Tokens
 from linearize_kernels.triton_grouped import grouped
 from linearize_kernels.triton_grouped import why_not as why_not_grouped
 from linearize_kernels.triton_nodes import commit_, decode_one_token, tree

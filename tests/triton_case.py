@@ -105,7 +105,7 @@ def inputs(
     values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
-    from linearize_kernels.sliding import Shape, Tokens
+    from linearize_kernels.sliding_lane import Shape, Tokens
 
     torch.manual_seed(0)
     rows = chunks * chunk

@@ -1,11 +1,12 @@
 """Segments of `chunked`, and rows of `bidirectional`, in blocks: which equations have such a form, and what it takes
 and leaves of a state.
 
-On a CPU, a few heads at a time go all the way from their features to their outputs, so that what is made on the way
-stays in its cache. On a GPU all go together, through Triton's kernels where there are any.
+On a CPU, a few heads at a time, and of the sliding form a piece at a time, go all the way from their features to their
+outputs, so that what is made on the way stays in its cache. On a GPU all go together, through Triton's kernels where
+there are any.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
-from linearize_kernels.combine import per_head
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
-from linearize_kernels.scratch import SCRATCH
-from linearize_kernels.sliding import Shape, Tokens, sliding
+from linearize_kernels.parts import Part, far_factor, lanes_together, of_queries, sinks_with, taps
+from linearize_kernels.sliding import sliding
+from linearize_kernels.sliding_lane import Shape, Tokens
+from linearize_kernels.sliding_pieces import sliding_pieces
+from linearize_kernels.sliding_run import Inputs, Run
 from linearize_kernels.state import State
 from linearize_kernels.tiles import Tiling, led
 from linearize_kernels.triton_grouped import grouped as triton_grouped
@@ -25,9 +28,9 @@ from linearize_kernels.triton_grouped import why_not as why_not_grouped
 from linearize_kernels.triton_sliding import sliding as triton_sliding
 from linearize_kernels.triton_sliding import why_not as why_not_sliding
 
-CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
-
-Segment = Callable[[LinearAttention, State, int, Tensor, Tensor, Tensor, int], tuple[Tensor, State]]
+Segment = Callable[
+    [LinearAttention, State, int, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, State]
+]
 
 
 class Form(NamedTuple):
@@ -43,7 +46,14 @@ GROUP = Form(grouped, triton_grouped, why_not_grouped)
 
 
 def sliding_segment(
-    attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
+    attention: LinearAttention,
+    state: State,
+    count: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: int,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Softmax in a sliding window, positive features, one normaliser; not causal: over whole rows, whose state after
     them means nothing.
@@ -55,35 +65,48 @@ def sliding_segment(
     first = count - fill - eq.recent  # the position of the first slot
     start = count - fill if eq.causal else eq.sinks
     shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, max(fill, eq.sinks - first), ahead=ahead)
-    position = torch.arange(count - fill, count + length, device=q.device)
-    near = position < eq.sinks + eq.size  # nothing behind these queries is far
-    if not eq.causal:
-        near = near & (position > length - 1 - eq.size)
+    if q.device.type == "cpu" and attention.impl != "triton":
+        attention.ran = "torch"
+        kept = state.recent_k, state.recent_v, state.sink_k, state.sink_v
+        inputs = Inputs(q, k, v, *(x.to(accumulator(q.dtype)) for x in (state.S, state.z)), *kept)
+        has_far = attention.far is not None and attention.dropped != "far"
+        out, S, z = sliding_pieces(Run(attention, shape, count, length, has_far), inputs, place)
+        return out, after(state, S, z, count, k, v)
+    near = None
+    if count - fill < eq.sinks + eq.size:  # nothing behind these queries is far
+        position = torch.arange(count - fill, count + length, device=q.device)
+        near = position < eq.sinks + eq.size
+        if not eq.causal:
+            near = near & (position > length - 1 - eq.size)
 
     wide, narrow = accumulator(q.dtype), narrowed(attention, q)
 
     def lanes(x: Tensor) -> Tensor:  # [B, far, ...] -> [B * far, ...]
         return x.flatten(0, 1).to(narrow)
 
-    results = Results(eq.far_heads)
+    results = Results(len(q), eq.far_heads, place)
     pairs = state.recent_k, state.recent_v, state.sink_k, state.sink_v
-    for heads, own in some_heads(attention, state, q, k, v, *pairs):
+    for part, own in parts(attention, state, q, k, v, *pairs):
+        heads = part.heads
         own_q, new_k, new_v, old_k, old_v, *sinks, S, z = own
         own_q, own_k, own_v = (
             led(own_q, fill),
-            timeline(old_k, new_k, count, fill + eq.recent, ahead, "k"),
-            timeline(old_v, new_v, count, fill + eq.recent, ahead, "v"),
+            timeline(old_k, new_k, count, fill + eq.recent, ahead),
+            timeline(old_v, new_v, count, fill + eq.recent, ahead),
         )
         phi_q = phi_k = mix = None
         if attention.far is not None and attention.dropped != "far":
             phi_q = lanes(attention.far.queries_between(own_q.to(wide), heads, fill))
             phi_k = lanes(attention.far.written_between(own_k.to(wide), heads, shape.skip, ahead))
-            mix = far_factor(attention, own_q.to(wide), heads).masked_fill(near, float("-inf")).flatten(0, 1)
-        conv, S, z = taps(attention, len(q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
+            mix = far_factor(attention, own_q.to(wide), heads).flatten(0, 1)
+            mix = mix if near is None else mix.masked_fill(near, float("-inf"))
+        conv, S, z = taps(attention, len(own_q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
         sinks = map(lanes, sinks_with(*sinks, count, new_k, new_v))
         tokens = Tokens(*map(lanes, (own_q, own_k, own_v)), phi_q, phi_k, mix, conv, S, z, *sinks)
         out, *sums = evaluate(attention, SLIDING, tokens, wide, shape)
-        results.add(heads, *(x.unflatten(0, (len(q), -1)) for x in (out[:, :, fill:], *sums)))
+        results.add(
+            part, *(x.unflatten(0, (len(own_q), -1)) for x in (out[:, :, fill:] if fill else out, *sums))
+        )
     out, S, z = results.whole()
     return out.flatten(1, 2), after(state, S, z, count, k, v)
 
@@ -108,11 +131,20 @@ def evaluate(
             attention.ran = "triton"
             return form.triton(shape, *folds, tokens)
         attention.ran = "torch"
-        return form.torch(shape, *folds, type(tokens)(*(None if x is None else x.to(wide) for x in tokens)))
+        if tokens.q.dtype != wide:
+            tokens = type(tokens)(*(None if x is None else x.to(wide) for x in tokens))
+        return form.torch(shape, *folds, tokens)
 
 
 def grouped_segment(
-    attention: LinearAttention, state: State, count: int, q: Tensor, k: Tensor, v: Tensor, chunk: int
+    attention: LinearAttention,
+    state: State,
+    count: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: int,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Squared ReLU in groups, a sum over all before, no normaliser; the chunks are the groups."""
     eq, length = attention.equation, k.shape[-2]
@@ -127,8 +159,9 @@ def grouped_segment(
     def groups(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + n C, X]
         return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
 
-    wide, narrow, results = accumulator(q.dtype), narrowed(attention, q), Results(eq.far_heads)
-    for heads, own in some_heads(attention, state, q, k, v, state.recent_k, state.recent_v):
+    wide, narrow, results = accumulator(q.dtype), narrowed(attention, q), Results(len(q), eq.far_heads, place)
+    for part, own in parts(attention, state, q, k, v, state.recent_k, state.recent_v):
+        heads = part.heads
         own_q, new_k, new_v, old_k, old_v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         own_k, own_v = (timeline(old, new, count, eq.recent) for old, new in ((old_k, new_k), (old_v, new_v)))
         phi_q = phi_k = phi = factor = None
@@ -140,107 +173,82 @@ def grouped_segment(
                 groups(phi),
                 z + phi[..., :length, :].sum(-2),
             )
-            factor = of_queries(attention, attention.combine.factor, heads).to(q.dtype).repeat(len(q), 1)
+            factor = of_queries(attention, attention.combine.factor, heads).to(q.dtype).repeat(len(own_q), 1)
             folds = max(0, (length - first) // eq.size)
             if count:
                 S = S + phi[..., :first, :].mT @ own_v[..., :first, :]
         lanes = (rows(unit_norm(own_q)), unit_norm(groups(own_k)), groups(own_v, reach), phi_q, phi_k)
         lanes = (None if x is None else x.to(narrow) for x in lanes)
-        tokens = Groups(*lanes, factor, taps(attention, len(q), heads, wide), S.flatten(0, 1))
+        tokens = Groups(*lanes, factor, taps(attention, len(own_q), heads, wide), S.flatten(0, 1))
         out, S = evaluate(attention, GROUP, tokens, wide, Tiling(eq.size, reach), folds)
-        out, S = (x.unflatten(0, (len(q), -1)) for x in (out[:, :, opened : opened + length], S))
+        out, S = (x.unflatten(0, (len(own_q), -1)) for x in (out[:, :, opened : opened + length], S))
         if phi is not None:  # the state has folded all but the last R tokens, in whole groups or not
             done = first + folds * eq.size if length >= first else 0
             rest = phi[..., done:length, :].mT @ own_v[..., done:length, :]
             S = (S if done else start) + rest
-        results.add(heads, out, S, z)
+        results.add(part, out, S, z)
     out, S, z = results.whole()
     return out.flatten(1, 2), after(state, S, z, count, k, v)
 
 
-def some_heads(
+def parts(
     attention: LinearAttention, state: State, q: Tensor, *tokens: Tensor
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Heads of S that are worked on together: all on a GPU, as many on a CPU as its cache holds. Of those, q
+) -> Iterator[tuple[Part, list[Tensor]]]:
+    """What is worked on together: all on a GPU, as much on a CPU as its cache holds. Of those rows and heads, q
     `[B, far, g, T, D]`, the tokens `[B, far, slots, D]`, S and z.
     """
-    eq = attention.equation
-    together = eq.far_heads
-    if q.device.type == "cpu" and (attention.far is None or attention.far.splits):
-        columns = max(state.S.shape[-2], 2 * eq.recent)
-        together = max(1, CACHED * eq.far_heads // (q.shape[0] * q.shape[1] * q.shape[2] * columns))
+    eq, batch = attention.equation, len(q)
+    on_cpu = q.device.type == "cpu"
+    rows, heads = lanes_together(attention, batch, q.shape[2]) if on_cpu else (batch, eq.far_heads)
     every = [q.unflatten(1, (eq.far_heads, -1)), *(eq.to_far_heads(x) for x in tokens), state.S, state.z]
-    for i, own in enumerate(zip(*(x.split(together, 1) for x in every), strict=True)):
-        yield slice(i * together, (i + 1) * together), own
+    for row, own in enumerate(zip(*(x.split(rows) for x in every), strict=True)):
+        for head, some in enumerate(zip(*(x.split(heads, 1) for x in own), strict=True)):
+            part = Part(*(slice(i * size, (i + 1) * size) for i, size in ((row, rows), (head, heads))))
+            yield part, some
 
 
 class Results:
-    """What some heads after others give, along dimension 1. Without gradients each goes to its place at once, and its
-    own memory to the next.
+    """What some parts after others give. Without gradients each goes to its place at once, and its own memory to the
+    next; the outputs `[B, far, g, T, Dv]` to `place [B, heads, T, Dv]`, where there is one.
     """
 
-    def __init__(self, heads: int):
-        self.heads, self.parts, self.places = heads, [], None
+    def __init__(self, batch: int, heads: int, place: Tensor | None):
+        self.size, self.found, self.places = (batch, heads), [], []
+        self.place = None if place is None else place.unflatten(1, (heads, -1))
 
-    def add(self, heads: slice, *parts: Tensor) -> None:
-        if torch.is_grad_enabled() or parts[0].shape[1] == self.heads:
-            self.parts.append(parts)
+    def add(self, part: Part, out: Tensor, S: Tensor, z: Tensor) -> None:
+        whole = self.place is None and out.shape[:2] == self.size
+        if torch.is_grad_enabled() or whole:
+            if part.heads.start == 0:
+                self.found.append([])
+            self.found[-1].append((out, S, z))
             return
-        if self.places is None:
-            self.places = [x.new_empty(len(x), self.heads, *x.shape[2:]) for x in parts]
-        for place, part in zip(self.places, parts, strict=True):
-            place[:, heads] = part
+        if not self.places:
+            self.places = [
+                x.new_empty(*self.size, *x.shape[2:]) for x in (out, S, z)[self.place is not None :]
+            ]
+            if self.place is not None:
+                self.places.insert(0, self.place)
+        for place, result in zip(self.places, (out, S, z), strict=True):
+            place[part] = result
 
     def whole(self) -> list[Tensor]:
-        if self.places is not None:
+        if self.places:
             return self.places
-        return [torch.cat(x, 1) for x in zip(*self.parts, strict=True)] if self.parts[1:] else self.parts[0]
+        rows = [[joined(x, 1) for x in zip(*row, strict=True)] for row in self.found]
+        return [joined(x, 0) for x in zip(*rows, strict=True)]
 
 
-def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> Tensor:
-    """A parameter `[heads, ...]` of the queries that read some heads of S: `[some, g, ...]`."""
-    return parameter.unflatten(0, (attention.equation.far_heads, -1))[heads]
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def far_factor(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor:
-    """The logarithm of the far part's factor, `[B, some, g, T]`."""
-    if attention.combine.mix is None:
-        return q.new_zeros(q.shape[:-1])
-    return per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
-
-
-def taps(attention: LinearAttention, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
-    """The conv of every lane, `[B * some, g, W]`."""
-    if attention.conv is None:
-        return None
-    return of_queries(attention, attention.conv, heads).to(dtype).repeat(batch, 1, 1)
-
-
-def timeline(
-    old: Tensor, new: Tensor, count: int, before: int, ahead: int = 0, name: str | None = None
-) -> Tensor:
+def timeline(old: Tensor, new: Tensor, count: int, before: int, ahead: int = 0) -> Tensor:
     """`before` slots, the last of which hold as many recent tokens as there are, the new tokens and `ahead` slots; what
-    is not there is zero. With a name, and without gradients, it is in that memory of `SCRATCH`.
+    is not there is zero.
     """
     there = min(count, old.shape[-2], before)
-    empty = [new.new_zeros(*new.shape[:-2], slots, new.shape[-1]) for slots in (before - there, ahead)]
-    parts = [empty[0], old[..., old.shape[-2] - there :, :], new, empty[1]]
-    if name is None or torch.is_grad_enabled():
-        return torch.cat(parts, -2)
-    length = before + new.shape[-2] + ahead
-    return torch.cat(parts, -2, out=SCRATCH.take(name, new, *new.shape[:-2], length, new.shape[-1]))
-
-
-def sinks_with(sink_k: Tensor, sink_v: Tensor, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Keys and values of the sinks once the tokens k, v have followed `count` others."""
-    sinks = sink_k.shape[-2]
-    first, second = (min(tokens, sinks) for tokens in (count, count + k.shape[-2]))
-    if first == sinks:
-        return [sink_k, sink_v]
-    return [
-        torch.cat([x[..., :first, :], new[..., : second - first, :], x[..., second:, :]], -2)
-        for x, new in ((sink_k, k), (sink_v, v))
-    ]
+    return led(torch.cat([old[..., old.shape[-2] - there :, :], new], -2), before - there, ahead)
 
 
 def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:
@@ -292,6 +300,14 @@ def segment_of(
             "pads. Use impl='auto'."
         )
     return found
+
+
+def tokens_at_once(run: Segment | None, q: Tensor) -> int:
+    """How many tokens a segment has best: as many as may be in memory together, and as are worth a GPU's launches."""
+    if run is None:
+        return 2048
+    by_pieces = run is sliding_segment and not q.is_cuda  # which are what is in memory together
+    return max(4096, (1 << 15) // max(len(q), 1)) if q.is_cuda or by_pieces else 4096
 
 
 def fitting(

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.block import block, evaluate
-from linearize_kernels.blocked import after, segment_of
+from linearize_kernels.blocked import after, segment_of, tokens_at_once
 from linearize_kernels.layout import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
 
@@ -205,8 +205,8 @@ def chunked(
         q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
         valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
         chunk: tokens per chunk; None chooses.
-        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory. None: 4096
-            in blocks, which go through a few heads at a time, else 2048.
+        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory. None: those of
+            `tokens_at_once`.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
@@ -217,21 +217,31 @@ def chunked(
         state = attention.empty_state(batch, q.device, k.dtype)
     chunk = chunk or usual_chunk(attention.equation)
     if segment is None:
-        segment = 2048 if segment_of(attention, count, length, sink_logits is not None) is None else 4096
+        segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
-    outputs = []
-    # Split, not sliced: their gradients are put together once.
-    for *tokens, own in zip(*(x.split(segment, -2) for x in (q, k, v)), pads, strict=True):
+    parts = [[x] for x in (q, k, v)]
+    if len(pads) > 1:
+        parts = [x.split(segment, -2) for x in (q, k, v)]  # not sliced: their gradients are put together once
+    into, places, outputs = None, [None] * len(pads), []
+    if len(pads) > 1 and not torch.is_grad_enabled():
+        into = q.new_empty(*q.shape[:-1], v.shape[-1])
+        places = into.split(segment, -2)
+    for *tokens, own, place in zip(*parts, pads, places, strict=True):
         size = tokens[0].shape[-2]
         run = segment_of(attention, count, size, sink_logits is not None)
-        if run is None:
+        if run is not None:
+            out, state = run(attention, state, count, *tokens, chunk, place)
+        else:
             attention.ran = "block"
             out, state = run_segment(attention, state, count, *tokens, own, sink_logits, chunk, in_step)
-        else:
-            out, state = run(attention, state, count, *tokens, chunk)
-        outputs.append(out.to(q.dtype))
+            if place is not None:
+                place.copy_(out)
+        if place is None:
+            outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+    if into is None:
+        into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
+    return into, state
 
 
 def usual_chunk(equation: Equation) -> int:

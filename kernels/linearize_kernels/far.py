@@ -71,9 +71,9 @@ class FeatureMemory(nn.Module):
         """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
         return self.q_map.of_heads(q.flatten(-4, -3), self.query_heads(heads)).unflatten(-3, q.shape[-4:-2])
 
-    def queries_between(self, q: Tensor, heads: slice, before: int) -> Tensor:
+    def queries_between(self, q: Tensor, heads: slice, before: int, out: Tensor | None = None) -> Tensor:
         """As `queries`, by `FeatureMap.between`."""
-        phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, "phi_q")
+        phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, out)
         return phi.unflatten(-3, q.shape[-4:-2])
 
     def query_heads(self, heads: slice) -> slice:
@@ -87,9 +87,11 @@ class FeatureMemory(nn.Module):
         phi = unit_norm(phi) if self.memory.unit_keys else phi
         return phi if weight is None else weight * phi
 
-    def written_between(self, k: Tensor, heads: slice, before: int, ahead: int) -> Tensor:
+    def written_between(
+        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
+    ) -> Tensor:
         """As `written`, by `FeatureMap.between`, to a memory that takes features as they are."""
-        return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), "phi_k")
+        return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), out)
 
     @property
     def writing_map(self) -> nn.Module:
@@ -99,9 +101,9 @@ class FeatureMemory(nn.Module):
         """ω, `[..., some, T, 1]`; None: 1."""
         if self.key_weight is None:
             return None
-        own = self.key_weight[heads].to(k.dtype)
-        logarithm = k @ own[:, :-1, None] + own[:, -1:, None]
-        return (CEILING * (logarithm / CEILING).tanh()).exp()
+        own = self.key_weight[heads].to(k.dtype) / CEILING
+        logarithm = (k @ own[:, :-1, None]).add_(own[:, -1:, None]).tanh()
+        return (CEILING * logarithm).exp_()
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair
+from linearize_kernels.softmax_pair import Memory, SoftmaxPair, softmax_pair
 from linearize_kernels.tiles import led
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
@@ -33,7 +33,8 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """
+    """The same vector has the same features whenever they are made: a backward makes them again.
+
     Args:
         heads: of the queries or keys it will see.
         feature_dim: what a recipe asks for; None: the map's own choice.
@@ -64,11 +65,17 @@ class FeatureMap(nn.Module):
         return functional_call(self, {name: getattr(self, name)[heads] for name in self.per_head}, x)
 
     def between(
-        self, x: Tensor, heads: slice, before: int, ahead: int, weight: Tensor | None, name: str
+        self,
+        x: Tensor,
+        heads: slice,
+        before: int,
+        ahead: int,
+        weight: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """As `of_heads`, zero for the first `before` and last `ahead` tokens, which are not there; times a token's
-        weight `[..., some, T, 1]`, or None. Without gradients x lasts for this call alone, and the features may be in
-        the memory of this name of `SCRATCH`.
+        weight `[..., some, T, 1]`, or None. out: memory that the features may be written to; it and x last until the
+        next call, or with gradients until they were asked for.
         """
         there = slice(before, x.shape[-2] - ahead)
         phi = self.of_heads(x[..., there, :], heads)
@@ -170,12 +177,20 @@ class Hedgehog(Projected):
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
     def between(
-        self, x: Tensor, heads: slice, before: int, ahead: int, weight: Tensor | None, name: str
+        self,
+        x: Tensor,
+        heads: slice,
+        before: int,
+        ahead: int,
+        weight: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if type(self) is not Hedgehog:  # one with a formula of its own
-            return super().between(x, heads, before, ahead, weight, name)
+            return super().between(x, heads, before, ahead, weight, out)
         own = x, self.weight[heads].to(x.dtype), weight, before, ahead
-        return SoftmaxPair.apply(*own) if torch.is_grad_enabled() else softmax_pair(*own, name)
+        if torch.is_grad_enabled():
+            return SoftmaxPair.apply(*own, None if out is None else Memory(out))
+        return softmax_pair(*own, out)
 
 
 @feature_map("taylor")

@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 
 from linearize_kernels.tiles import (
     Tiling,
-    add_windows,
+    accumulate,
+    add_products,
     band,
     by_chunk,
     by_head,
     diagonals,
     product,
-    running,
+    running_sums,
     windows,
 )
 
@@ -61,7 +62,9 @@ class Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor, d_S: Tensor):
-        return None, None, *backward(ctx.shape, ctx.folds, Groups(*ctx.saved_tensors), d_out, d_S)
+        tokens = Groups(*ctx.saved_tensors)
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            return None, None, *backward(ctx.shape, ctx.folds, tokens, d_out, d_S)
 
 
 def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,7 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
 def sums(shape: Tiling, tokens: Groups) -> Tensor:
     """S before each group and after the last, `[N, n + 1, F, Dv]`."""
     phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    return running(product(phi_k.mT, v, "written"), tokens.S, name="S")
+    return running_sums(phi_k, v, tokens.S, name="S")
 
 
 def by_group(shape: Tiling, x: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
     d_v = torch.zeros_like(tokens.v)
-    add_windows(d_v, product(weights.mT, d_rows, "added"), shape)
+    add_products(d_v, weights, d_rows, shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     d_q = by_head(product(d_scores, k), shape)
     d_k = product(d_scores.mT, q).flatten(1, 2)
@@ -121,11 +124,12 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
         d_phi = d_rows @ sums(shape, tokens)[:, :-1].mT
         d_factor = (phi_q * d_phi).sum((1, 3)).unflatten(1, (-1, shape.chunk)).sum(-1)
         d_phi_q = by_head(d_phi.mul_(factor), shape)
-        d_groups = product((phi_q * factor).mT, d_rows, "written")
-        later = running(d_groups[:, folds:], torch.zeros_like(d_S), backwards=True)
-        earlier = running(d_groups[:, :folds], later[:, 0] + d_S, backwards=True)
+        scaled = phi_q * factor
+        early, late = ([x[:, part] for x in (scaled, d_rows)] for part in (slice(folds), slice(folds, None)))
+        later = running_sums(*late, torch.zeros_like(d_S), backwards=True)
+        earlier = running_sums(*early, later[:, 0] + d_S, backwards=True)
         d_S, d_sums = earlier[:, 0], torch.cat([earlier[:, 1:], later[:, 1:]], 1)
         phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-        d_v[:, shape.recent :] += product(phi_k, d_sums, "added").flatten(1, 2)
+        accumulate(d_v[:, shape.recent :], phi_k, d_sums)
         d_phi_k = (v @ d_sums.mT).flatten(1, 2)
     return Groups(d_q, d_k, d_v, d_phi_q, d_phi_k, d_factor, d_conv, d_S)

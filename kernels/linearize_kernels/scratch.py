@@ -14,26 +14,29 @@ KEPT = 1 << 20  # numbers of the largest tensor whose memory is kept
 
 
 class Scratch(threading.local):
-    """One block of memory by name and dtype for each thread."""
+    """One block of memory by name and dtype for each thread, and the shape in which it was last taken."""
 
     def __init__(self):
         self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.taken: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of like's dtype and device with any contents, which lasts until the name is taken again."""
-        size = math.prod(shape)
-        if (
-            torch.compiler.is_compiling()
-            or like.device.type != "cpu"
-            or type(like) is not Tensor
-            or size > KEPT
-        ):
+        if torch.compiler.is_compiling() or not like.is_cpu or type(like) is not Tensor:
             return like.new_empty(shape)
-        block = self.blocks.get((name, like.dtype))
-        if block is None or len(block) < size:
-            with torch.inference_mode(False):
-                block = self.blocks[name, like.dtype] = like.new_empty(size)
-        return block[:size].view(shape)
+        key = name, like.dtype
+        last = self.taken.get(key)
+        if last is not None and last.shape == shape:
+            return last
+        size = math.prod(shape)
+        if size > KEPT:
+            return like.new_empty(shape)
+        block = self.blocks.get(key)
+        with torch.inference_mode(False):
+            if block is None or len(block) < size:
+                block = self.blocks[key] = like.new_empty(size)
+            self.taken[key] = block[:size].view(shape)
+        return self.taken[key]
 
 
 SCRATCH = Scratch()

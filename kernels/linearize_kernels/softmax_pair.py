@@ -1,5 +1,7 @@
 """Hedgehog's features in blocks: two softmaxes made where they stay, forward and backward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -8,30 +10,47 @@ from linearize_kernels.scratch import SCRATCH
 
 
 def softmax_pair(
-    x: Tensor, W: Tensor, weight: Tensor | None, before: int, ahead: int, name: str | None = None
+    x: Tensor, W: Tensor, weight: Tensor | None, before: int, ahead: int, out: Tensor | None = None
 ) -> Tensor:
     """`weight [softmax(xW), softmax(-xW)]`, made where it stays, zero for the first `before` and last `ahead` tokens:
-    `x [..., heads, T, D]`, `W [heads, D, F]`, `weight [..., heads, T, 1]` or None, 1.
+    `x [..., heads, T, D]`, `W [heads, D, F]`, `weight [..., heads, T, 1]` or None, 1. out: where it stays; None: in new
+    memory.
     """
     shape = *x.shape[:-1], 2, W.shape[-1]
-    pair = x.new_empty(shape) if name is None else SCRATCH.take(name, x, *shape)
+    pair = x.new_empty(shape) if out is None else out.view(shape)
     one, other = pair.flatten(0, -4).unbind(-2)
     torch.bmm(x.flatten(0, -3), W.expand(*x.shape[:-2], -1, -1).flatten(0, -3), out=one)
     torch.neg(one, out=other)
     phi = torch.softmax(pair, -1, out=pair).flatten(-2)
     if weight is not None:
         phi *= weight
-    phi[..., :before, :] = 0
-    phi[..., x.shape[-2] - ahead :, :] = 0
+    if before:
+        phi[..., :before, :] = 0
+    if ahead:
+        phi[..., -ahead:, :] = 0
     return phi
+
+
+class Memory(NamedTuple):
+    """Where features are to be written, which autograd need not know."""
+
+    tensor: Tensor
 
 
 class SoftmaxPair(torch.autograd.Function):
     """`softmax_pair`, of which only the features are kept for the backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, weight: Tensor | None, before: int, ahead: int) -> Tensor:
-        phi = softmax_pair(x, W, weight, before, ahead)
+    def forward(
+        ctx,
+        x: Tensor,
+        W: Tensor,
+        weight: Tensor | None,
+        before: int,
+        ahead: int,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        phi = softmax_pair(x, W, weight, before, ahead, None if memory is None else memory.tensor)
         ctx.save_for_backward(x, W, weight, phi)
         return phi
 
@@ -40,10 +59,17 @@ class SoftmaxPair(torch.autograd.Function):
     def backward(ctx, d_phi: Tensor) -> tuple[Tensor | None, ...]:
         x, W, weight, phi = ctx.saved_tensors
         phi, d_phi = (x.unflatten(-1, (2, -1)) for x in (phi, d_phi))
-        d_pair = torch.mul(phi, d_phi, out=SCRATCH.take("features", phi, *phi.shape))
+        d_pair = torch.mul(phi, d_phi, out=SCRATCH.take("pair", phi, *phi.shape))
         mean = d_pair.sum(-1, keepdim=True)
         if weight is not None:
             mean /= weight[..., None]
         one, other = torch.sub(d_phi, mean, out=d_pair).mul_(phi).unbind(-2)
         d = torch.sub(one, other, out=SCRATCH.take("halves", x, *one.shape))
-        return d @ W.mT, (x.mT @ d).sum_to_size(W.shape), None if weight is None else mean.sum(-2), None, None
+        return (
+            d @ W.mT,
+            (x.mT @ d).sum_to_size(W.shape),
+            None if weight is None else mean.sum(-2),
+            None,
+            None,
+            None,
+        )

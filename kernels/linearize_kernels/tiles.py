@@ -4,6 +4,7 @@ A timeline has R slots, then n chunks of C, and A slots ahead of the last. Chunk
 begin at slot c C; its own tokens are behind the first R of them. Heads of keys are lanes `N`, each with g query heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +14,13 @@ from torch import Tensor
 from linearize_kernels.scratch import SCRATCH
 
 NARROW = 48  # columns of a result
-FEW = 64  # chunks that are summed one after the other
+FEW = 32  # chunks that are summed one after the other
+CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
+
+
+def at_once(numbers: int) -> int:
+    """How many parts of so many numbers are worked on together."""
+    return max(1, CACHED // numbers)
 
 
 @dataclass(frozen=True)
@@ -64,17 +71,27 @@ def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     return view if len(x) == 1 else view.contiguous()
 
 
-def add_windows(total: Tensor, x: Tensor, shape: Tiling) -> None:
-    """The reverse of `windows`: adds `x [N, n, columns, X]` to the slots of `total [N, slots, X]`."""
-    chunks = x.shape[1]
-    for first in range(0, x.shape[2], shape.chunk):
-        piece = x[:, :, first : first + shape.chunk]
-        if piece.shape[2] == shape.chunk:
-            slots = slice(first, first + chunks * shape.chunk)
-            total[:, slots] += piece.flatten(1, 2)
+def add_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling) -> None:
+    """Adds `aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` to the slots of the columns, in
+    `total [N, slots, X]`.
+    """
+    chunks, columns = a.shape[1], a.shape[3]
+    for first in range(0, columns, shape.chunk):
+        part = a[..., first : first + shape.chunk].mT
+        if part.shape[2] == shape.chunk and len(a) == 1:
+            accumulate(total[:, first : first + chunks * shape.chunk], part, b)
         else:
-            spots = total[:, first : first + (chunks - 1) * shape.chunk + piece.shape[2]]
-            spots.unfold(1, piece.shape[2], shape.chunk).add_(piece.transpose(-1, -2))
+            spots = total[:, first : first + (chunks - 1) * shape.chunk + part.shape[2]]
+            spots.unfold(1, part.shape[2], shape.chunk).add_((part @ b).mT)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
+    if len(total) > 1:
+        total += (a @ b).flatten(1, 2)
+        return
+    chunks = total.view(-1, *a.shape[2:3], b.shape[3])
+    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), out=chunks)
 
 
 def by_chunk(x: Tensor, shape: Tiling) -> Tensor:
@@ -104,33 +121,45 @@ def diagonals(x: Tensor, shape: Tiling, width: int) -> Tensor:
     return x.as_strided((*x.shape[:3], width), (*x.stride()[:2], columns + 1, 1), first)
 
 
-def running(chunks: Tensor, first: Tensor, backwards: bool = False, name: str | None = None) -> Tensor:
-    """Sums of `first [N, ...]` and of what comes before each of `chunks [N, n, ...]`, and of all of them,
-    `[N, n + 1, ...]`; backwards: of what comes behind each, the sum of all first. The chunks are summed before `first`
-    joins them, and many of them in halves: a long text's sum would round them away. torch's own `cumsum` takes 20 times
-    as long along matrices that lie apart. A name: as of `product`.
+def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
+    """Sums of `first [N, F]` and of what comes before each of `chunks [N, n, F]`, and of all of them, `[N, n + 1, F]`;
+    backwards: of what comes behind each, the sum of all first.
     """
-    if chunks.shape[1] > FEW:
-        early, late = chunks.tensor_split(2, 1)
-        if backwards:
-            behind = running(late, first, backwards)
-            return torch.cat([running(early, behind[:, 0], backwards)[:, :-1], behind], 1)
-        before = running(early, first)
-        return torch.cat([before[:, :-1], running(late, before[:, -1])], 1)
-    shape = len(chunks), chunks.shape[1] + 1, *chunks.shape[2:]
-    sums = chunks.new_empty(shape) if name is None else SCRATCH.take(name, chunks, *shape)
-    start, rest = (slice(-1, None), slice(0, -1)) if backwards else (slice(0, 1), slice(1, None))
-    sums[:, start].zero_()
-    if chunks.dim() == 3:
-        steps = chunks.flip(1).cumsum(1).flip(1) if backwards else chunks.cumsum(1)
-        sums[:, rest] = steps
-    else:
-        total, steps = sums.unbind(1), chunks.unbind(1)
-        if backwards:
-            total, steps = total[::-1], steps[::-1]
-        for i, step in enumerate(steps):
-            torch.add(total[i], step, out=total[i + 1])
-    return sums.add_(first[:, None])
+    if backwards:
+        return running(chunks.flip(1), first).flip(1)
+    return torch.cat([torch.zeros_like(first)[:, None], chunks], 1).cumsum(1).add_(first[:, None])
+
+
+def running_products(
+    steps: Sequence[tuple[Tensor, Tensor]], first: Tensor, places: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """`first [N, F, Dv]`, and its sums with the products `a b` of the steps so far, `a [N, F, C]` and `b [N, C, Dv]`,
+    in n + 1 places. Products are summed before `first` joins them, and no more than FEW: a long text's sum would round
+    them away.
+    """
+    places = [torch.empty_like(first) for _ in range(len(steps) + 1)] if places is None else places
+    places[0].copy_(first)
+    for i, step in enumerate(steps):
+        if i % FEW == 0:
+            first, total = places[i], torch.zeros_like(first)
+        torch.add(first, torch.baddbmm(total, *step, out=total), out=places[i + 1])
+    return places
+
+
+def running_sums(
+    a: Tensor, b: Tensor, first: Tensor, backwards: bool = False, name: str | None = None
+) -> Tensor:
+    """As `running`, of `first [N, F, Dv]` and the chunks' products `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`:
+    `[N, n + 1, F, Dv]`. A name: as of `product`.
+    """
+    shape = len(a), a.shape[1] + 1, *first.shape[1:]
+    sums = a.new_empty(shape) if name is None else SCRATCH.take(name, a, *shape)
+    steps, order = (
+        list(zip(a.mT.unbind(1), b.unbind(1), strict=True)),
+        slice(None, None, -1 if backwards else 1),
+    )
+    running_products(steps[order], first, sums.unbind(1)[order])
+    return sums
 
 
 def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:

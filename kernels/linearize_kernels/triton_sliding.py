@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linearize_kernels.sliding import Shape, Tokens
+from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.tiles import Packed
 from linearize_kernels.triton_limits import limit
 

@@ -7,7 +7,7 @@ too. Rows and slots gather what is theirs, so nothing is added atomically.
 import torch
 from torch import Tensor
 
-from linearize_kernels.sliding import Shape, Tokens
+from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.tiles import Packed
 from linearize_kernels.triton_parts import band, dot, folded, folded_apart, put, summed_apart, tile
 from linearize_kernels.triton_sliding_parts import (

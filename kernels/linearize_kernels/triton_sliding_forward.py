@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.combine import TINY
-from linearize_kernels.sliding import LOW, Shape, Tokens
+from linearize_kernels.sliding_lane import LOW, Shape, Tokens
 from linearize_kernels.tiles import Packed
 from linearize_kernels.triton_parts import band, dot, put, tile
 from linearize_kernels.triton_sliding_parts import (

@@ -9,7 +9,7 @@ is not of a chunk's own sequence is below `begins - SINKS` there, or of a later 
 import torch
 from torch import Tensor
 
-from linearize_kernels.sliding import Shape, Tokens
+from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.tiles import Packed
 from linearize_kernels.triton_parts import INTERPRETED, dot, folded, folded_apart, tile
 from linearize_kernels.triton_tiles import padded, tiles

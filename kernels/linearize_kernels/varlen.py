@@ -17,7 +17,7 @@ from linearize_kernels.blocked import far_factor, fitting, grouped_segment, of_q
 from linearize_kernels.chunked import chunked, usual_chunk
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups
-from linearize_kernels.sliding import Shape, Tokens
+from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.tiles import Packed, Tiling
 from linearize_kernels.triton_grouped import grouped
 from linearize_kernels.triton_sliding import sliding, why_not

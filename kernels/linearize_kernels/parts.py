@@ -1,0 +1,59 @@
+"""Rows of a batch and heads of S that are worked on together, and what of a layer and a state is theirs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.combine import per_head
+from linearize_kernels.tiles import at_once
+
+
+class Part(NamedTuple):
+    """Rows of a batch, and heads of S, that are worked on together."""
+
+    rows: slice
+    heads: slice
+
+
+def lanes_together(attention: LinearAttention, batch: int, length: int) -> tuple[int, int]:
+    """Rows and heads of S that are worked on together on a CPU: as many lanes of so many tokens as its cache holds."""
+    eq, far = attention.equation, attention.far
+    if far is not None and not far.splits:
+        return batch, eq.far_heads
+    columns = max(0 if far is None else far.state_width[0], 2 * eq.recent)
+    lanes = at_once(eq.heads // eq.far_heads * length * columns)
+    return (batch, min(lanes // batch, eq.far_heads)) if lanes >= batch else (1, min(lanes, eq.far_heads))
+
+
+def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> Tensor:
+    """A parameter `[heads, ...]` of the queries that read some heads of S: `[some, g, ...]`."""
+    return parameter.unflatten(0, (attention.equation.far_heads, -1))[heads]
+
+
+def far_factor(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor:
+    """The logarithm of the far part's factor, `[B, some, g, T]`."""
+    if attention.combine.mix is None:
+        return q.new_zeros(q.shape[:-1])
+    return per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
+
+
+def taps(attention: LinearAttention, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
+    """The conv of every lane, `[B * some, g, W]`."""
+    if attention.conv is None:
+        return None
+    own = of_queries(attention, attention.conv, heads).to(dtype)
+    return own if batch == 1 else own.repeat(batch, 1, 1)
+
+
+def sinks_with(sink_k: Tensor, sink_v: Tensor, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Keys and values of the sinks once the tokens k, v have followed `count` others."""
+    sinks = sink_k.shape[-2]
+    first, second = (min(tokens, sinks) for tokens in (count, count + k.shape[-2]))
+    if first == sinks:
+        return [sink_k, sink_v]
+    return [
+        torch.cat([x[..., :first, :], new[..., : second - first, :], x[..., second:, :]], -2)
+        for x, new in ((sink_k, k), (sink_v, v))
+    ]

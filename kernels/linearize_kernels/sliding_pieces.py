@@ -1,0 +1,198 @@
+"""The sliding form on a CPU: one lane after the other, and of each one piece after the other, go all the way from their
+features to their outputs in memory that the CPU's cache holds. Of a piece only S and z before it are kept: the backward
+makes the rest again, from the last piece to the first.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from linearize_kernels.scratch import SCRATCH
+from linearize_kernels.sliding import backward, forward, gradients
+from linearize_kernels.sliding_lane import Tokens
+from linearize_kernels.sliding_run import Inputs, Made, Piece, Run, fill_rows
+from linearize_kernels.tiles import by_head, led
+
+
+def sliding_pieces(run: Run, inputs: Inputs, place: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs `[B, heads, T, Dv]` in q's dtype, and S and z after all tokens. place: where the outputs go; not with
+    gradients.
+    """
+    with torch.autocast(inputs.q.device.type, enabled=False):  # it would narrow some products, and not others
+        if torch.is_grad_enabled():
+            return Pieces.apply(run, *inputs, *run.attention.parameters())
+        if place is None:
+            place = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        S, z, _ = run_forward(run, inputs, place)
+        return place, S, z
+
+
+class Pieces(torch.autograd.Function):
+    """Of the inputs and of the attention's parameters. The backward makes the features again by a copy of the attention
+    that has the parameters and buffers of the forward; those that have changed since are refused.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Run, *tensors: Tensor):
+        inputs = Inputs(*tensors[: len(Inputs._fields)])
+        out = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+        S, z, before = run_forward(run, inputs, out)
+        ctx.run = run
+        ctx.names = [name for name, _ in held_by(run.attention)]
+        ctx.save_for_backward(*tensors, *run.attention.buffers(), *(x for pair in before for x in pair))
+        return out, S, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
+        saved, count = list(ctx.saved_tensors), len(Inputs._fields)
+        inputs, rest, wanted = Inputs(*saved[:count]), saved[count:], ctx.needs_input_grad[1 + count :]
+        held, sums = rest[: len(ctx.names)], rest[len(ctx.names) :]
+        held[: len(wanted)] = (x.detach().requires_grad_(own) for x, own in zip(held, wanted, strict=False))
+        own = dict(held_by(ctx.run.attention))
+        places = {id(own[name]): x for name, x in zip(ctx.names, held, strict=True)}
+        attention = deepcopy(ctx.run.attention, places)
+        run = replace(ctx.run, attention=attention, lanes={}, bands={})
+        learned = [x for x, own in zip(held, wanted, strict=False) if own]
+        before = list(zip(sums[::2], sums[1::2], strict=True))
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            d, found = run_backward(run, inputs, before, learned, d_out, d_S, d_z)
+        found = iter(found)
+        of_inputs = (of_heads(x, to) for x, to in zip(d, inputs, strict=True))
+        return None, *of_inputs, *(next(found) if own else None for own in wanted)
+
+
+def held_by(attention: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and then the buffers, with their names."""
+    yield from attention.named_parameters()
+    yield from attention.named_buffers()
+
+
+def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Writes the outputs `[B, heads, T, Dv]`, and returns S and z after all tokens, and before each piece."""
+    S, z, before = torch.empty_like(inputs.S), torch.empty_like(inputs.z), []
+    out = out.unflatten(1, (S.shape[1], -1))
+    for part, own in run.parts(inputs):
+        sums = own.S.flatten(0, 1), own.z.flatten(0, 1)
+        for piece in run.pieces(len(sums[0])):
+            before.append(sums)
+            lane, tokens, _ = run.load(part, own, piece, *sums)
+            place, size = out[part][..., piece.tokens, :], (*lane.q.shape[:3], out.shape[-1])
+            whole = place.is_contiguous() and place.shape[2] == 1 and place.numel() == math.prod(size)
+            direct = whole and place.dtype == lane.q.dtype
+            rows = place.view(size) if direct else SCRATCH.take("rows", lane.q, *size)
+            sums = [x.clone() for x in forward(piece.shape, lane, tokens, rows)]
+            if not direct:
+                rows = by_head(rows, piece.shape).view(*place.shape[:3], -1, out.shape[-1])
+                place.copy_(rows[..., piece.fill :, :])
+        S[part], z[part] = (x.view(to[part].shape) for x, to in zip(sums, (S, z), strict=True))
+    run.lanes.clear()
+    run.bands.clear()
+    return S, z, before
+
+
+def run_backward(
+    run: Run,
+    inputs: Inputs,
+    before: list[tuple[Tensor, Tensor]],
+    parameters: list[Tensor],
+    d_out: Tensor,
+    d_S: Tensor,
+    d_z: Tensor,
+) -> tuple[Inputs, list[Tensor]]:
+    """The gradients of the inputs and of those of the attention's parameters, from those of what `run_forward`
+    returns. Those of tokens are by head of S, and all are of S's dtype.
+    """
+    heads, wide = run.attention.equation.far_heads, inputs.S.dtype
+    d = Inputs(
+        torch.empty_like(inputs.q, dtype=wide).unflatten(1, (heads, -1)),
+        *(x.new_empty(len(x), heads, *x.shape[2:], dtype=wide) for x in inputs[1:3]),
+        *(x.new_zeros(len(x), heads, *x.shape[2:], dtype=wide) for x in inputs[3:]),
+    )
+    of_parameters = [torch.zeros_like(x, dtype=wide) for x in parameters]
+    d_out = d_out.unflatten(1, (heads, -1))
+    for part, own in run.parts(inputs):
+        own_d = Inputs(*(x[part] for x in d))
+        sums = d_S[part].flatten(0, 1), d_z[part].flatten(0, 1)
+        pieces = run.pieces(len(sums[0]))
+        starts, before = before[: len(pieces)], before[len(pieces) :]
+        ahead_of = sinks = None
+        for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
+            lane, tokens, made = run.load(part, own, piece, *start, tracked=True)
+            d_rows = SCRATCH.take("d_rows", lane.q, *lane.q.shape[:3], d_out.shape[-1])
+            fill_rows(d_rows, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
+            of_lane = gradients(lane, tokens, SCRATCH.take)
+            sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
+            of_q, of_k, *found = through(made, of_lane, piece, parameters)
+            for total, gradient in zip(of_parameters, found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            of_rows = by_head(of_lane.q, piece.shape).view(of_q.shape)
+            torch.add(
+                of_q[..., piece.fill :, :], of_rows[..., piece.fill :, :], out=own_d.q[..., piece.tokens, :]
+            )
+            slots = of_lane.k.view(of_k.shape).add_(of_k), of_lane.v.view(*of_k.shape[:-1], -1)
+            kept = piece.shape.recent + piece.fill
+            for to, x, more in zip((own_d.k, own_d.v), slots, ahead_of or (None, None), strict=True):
+                if more is not None:  # what the piece after this one has of its last tokens
+                    x[..., -more.shape[-2] :, :] += more
+                length = to[..., piece.tokens, :].shape[-2]
+                to[..., piece.tokens, :] = x[..., kept : kept + length, :]
+            ahead_of = [x[..., :kept, :].clone() for x in slots]
+            more = of_lane.sink_k, of_lane.sink_v
+            sinks = more if sinks is None else [x.add_(y) for x, y in zip(sinks, more, strict=True)]
+        own_d.S.copy_(sums[0].view(own_d.S.shape))
+        own_d.z.copy_(sums[1].view(own_d.z.shape))
+        there = min(run.count, own_d.recent_k.shape[-2])
+        for recent, x in zip((own_d.recent_k, own_d.recent_v), ahead_of, strict=True):
+            recent[..., recent.shape[-2] - there :, :] = x[..., x.shape[-2] - there :, :]
+        for to, total, x in zip((own_d.sink_k, own_d.sink_v), (own_d.k, own_d.v), sinks, strict=True):
+            add_sinks(to, total, x.view(to.shape), run.count)
+    return d, [total.to(x.dtype) for total, x in zip(of_parameters, parameters, strict=True)]
+
+
+def through(made: Made, of_lane: Tokens, piece: Piece, parameters: list[Tensor]) -> list[Tensor | None]:
+    """The gradients of a piece's q, k and the parameters by way of what was made of them; zeros where q and k have
+    none.
+    """
+    outputs, towards = [], []
+    for x, gradient, by_rows in (
+        (made.phi_q, of_lane.phi_q, True),
+        (made.phi_k, of_lane.phi_k, False),
+        (made.mix, of_lane.mix, True),
+        (made.conv, of_lane.conv, False),
+    ):
+        if x is not None and x.requires_grad:
+            outputs.append(x)
+            towards.append((by_head(gradient, piece.shape) if by_rows else gradient).view(x.shape))
+    wanted = [made.q, made.k, *parameters]
+    found = [None] * len(wanted)
+    if outputs:
+        found = list(torch.autograd.grad(outputs, wanted, towards, allow_unused=True))
+    for i, x in enumerate(wanted[:2]):
+        found[i] = torch.zeros_like(x) if found[i] is None else found[i]
+    return found
+
+
+def of_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    """By head of S `[B, far, ...]`, to that of x, whose heads were repeated, or grouped."""
+    if gradient.shape != x.shape:
+        gradient = (
+            gradient.flatten(1, 2)
+            if gradient.dim() > x.dim()
+            else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+        )
+    return gradient.to(x.dtype)
+
+
+def add_sinks(sinks: Tensor, tokens: Tensor, x: Tensor, count: int) -> None:
+    """The reverse of `sinks_with`: adds to the sinks that were there, and to the first tokens, which became sinks."""
+    first, second = (min(tokens_so_far, x.shape[-2]) for tokens_so_far in (count, count + tokens.shape[-2]))
+    sinks[..., :first, :] += x[..., :first, :]
+    sinks[..., second:, :] += x[..., second:, :]
+    tokens[..., : second - first, :] += x[..., first:second, :]
