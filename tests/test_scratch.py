@@ -7,7 +7,9 @@ import torch
 from linearize_kernels import LinearAttention, chunked
 from linearize_kernels.features import FEATURE_MAPS, FeatureMap, Hedgehog, feature_map
 from linearize_kernels.scratch import KEPT, SCRATCH, Scratch
+from linearize_kernels.sliding_lane import masks_of
 from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
@@ -84,6 +86,17 @@ def test_it_is_where_its_like_is():
     SCRATCH.blocks.clear()
     with torch.device("meta"):
         assert SCRATCH.take("name", torch.zeros(1, device="cpu"), 3).device.type == "cpu"
+
+
+def test_nothing_is_kept_of_tensors_without_values(attention):
+    expected = results(attention, tokens(0))
+    masks_of.cache_clear()
+    SCRATCH.blocks.clear()
+    SCRATCH.taken.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        chunked(attention, None, *(mode.from_tensor(x) for x in tokens(0)))
+    for pair in zip(results(attention, tokens(0)), expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
 def test_autocast_changes_little(attention):

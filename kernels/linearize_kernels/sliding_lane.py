@@ -122,7 +122,10 @@ def masks(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor]:
     ones, `[C, R + C + A]`, or without slots ahead the first `R + C - size` of them.
     """
     groups = q.shape[2] // shape.chunk
-    return masks_of(shape.chunk, shape.recent, shape.ahead, shape.size, groups, q.dtype, q.device)
+    make = (
+        masks_of if type(q) is Tensor else masks_of.__wrapped__
+    )  # tensors without values are not to be kept
+    return make(shape.chunk, shape.recent, shape.ahead, shape.size, groups, q.dtype, q.device)
 
 
 @lru_cache(64)

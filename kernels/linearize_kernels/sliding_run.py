@@ -172,9 +172,9 @@ class Run:
                 ),
                 far_factor(self.attention, q, part.heads),
             )
-        if into_q is None or made.phi_q.data_ptr() != into_q.data_ptr():
+        if into_q is None or not made.phi_q.flatten(1, 2).is_set_to(into_q):
             fill_rows(phi_q, made.phi_q, piece.shape)
-        if made.phi_k.data_ptr() != into_k.data_ptr():
+        if not made.phi_k.is_set_to(into_k):
             phi_k.copy_(made.phi_k.flatten(0, 1))
         mix, near = made.mix.detach(), self.nothing_far(piece, q.device)
         fill_rows(
