@@ -4,8 +4,6 @@ makes the rest again, from the last piece to the first.
 """
 
 import math
-from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -25,7 +23,7 @@ def sliding_pieces(run: Run, inputs: Inputs, place: Tensor | None = None) -> tup
     """
     with torch.autocast(inputs.q.device.type, enabled=False):  # it would narrow some products, and not others
         if torch.is_grad_enabled():
-            return Pieces.apply(run, *inputs, *run.attention.parameters())
+            return Pieces.apply(run, *inputs, *parameters_of(run.attention).values())
         if place is None:
             place = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
         S, z, _ = run_forward(run, inputs, place)
@@ -42,9 +40,9 @@ class Pieces(torch.autograd.Function):
         inputs = Inputs(*tensors[: len(Inputs._fields)])
         out = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
         S, z, before = run_forward(run, inputs, out)
-        ctx.run = run
-        ctx.names = [name for name, _ in held_by(run.attention)]
-        ctx.save_for_backward(*tensors, *run.attention.buffers(), *(x for pair in before for x in pair))
+        buffers = buffers_of(run.attention)
+        ctx.run, ctx.names = run, [*parameters_of(run.attention), *buffers]
+        ctx.save_for_backward(*tensors, *buffers.values(), *(x for pair in before for x in pair))
         return out, S, z
 
     @staticmethod
@@ -54,9 +52,7 @@ class Pieces(torch.autograd.Function):
         inputs, rest, wanted = Inputs(*saved[:count]), saved[count:], ctx.needs_input_grad[1 + count :]
         held, sums = rest[: len(ctx.names)], rest[len(ctx.names) :]
         held[: len(wanted)] = (x.detach().requires_grad_(own) for x, own in zip(held, wanted, strict=False))
-        own = dict(held_by(ctx.run.attention))
-        places = {id(own[name]): x for name, x in zip(ctx.names, held, strict=True)}
-        attention = deepcopy(ctx.run.attention, places)
+        attention = with_tensors(ctx.run.attention, dict(zip(ctx.names, held, strict=True)))
         run = replace(ctx.run, attention=attention, lanes={}, bands={})
         learned = [x for x, own in zip(held, wanted, strict=False) if own]
         before = list(zip(sums[::2], sums[1::2], strict=True))
@@ -67,10 +63,28 @@ class Pieces(torch.autograd.Function):
         return None, *of_inputs, *(next(found) if own else None for own in wanted)
 
 
-def held_by(attention: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters, and then the buffers, with their names."""
-    yield from attention.named_parameters()
-    yield from attention.named_buffers()
+def parameters_of(attention: nn.Module) -> dict[str, Tensor]:
+    return dict(attention.named_parameters(remove_duplicate=False))
+
+
+def buffers_of(attention: nn.Module) -> dict[str, Tensor]:
+    return dict(attention.named_buffers(remove_duplicate=False))
+
+
+def with_tensors(module: nn.Module, held: dict[str, Tensor], prefix: str = "") -> nn.Module:
+    """The same module with other parameters and buffers. Not by `copy`, which FSDP refuses, nor by `functional_call`,
+    which lets other threads see them.
+    """
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        own = getattr(module, kind)
+        other.__dict__[kind] = {name: None if x is None else held[prefix + name] for name, x in own.items()}
+    other.__dict__["_modules"] = {
+        name: None if child is None else with_tensors(child, held, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    return other
 
 
 def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
