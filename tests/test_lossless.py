@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from linearize_cli import convert, load
 from linearize_cli.decoder import pad_left
 from linearize_cli.speculative.assisted import assisted
-from linearize_cli.speculative.decode import speculate
+from linearize_cli.speculative.decode import speculate, written
 from linearize_cli.speculative.drafts import Lookup
 from linearize_cli.speculative.medusa import MedusaHeads
 from linearize_cli.speculative.pairs import drafted_by, drafting_for_teacher
@@ -104,7 +104,7 @@ def check_trees(model, count: int, max_new: int, name: str) -> None:
         whole = [[*row, *new] for row, new in zip(rows, known, strict=True)]
         steps = list(speculate(model, rows, DRAFTERS[name](model, whole), max_new))
         accepted += sum(n or 0 for step in steps for n in step.accepted)
-        found += [[token for step in steps for token in step.tokens[row]] for row in range(len(rows))]
+        found += written(steps)
     assert mismatches(found, expected) == 0
     assert accepted > count * max_new / 50
 
@@ -113,7 +113,7 @@ def check_pair(pair, count: int, max_new: int) -> None:
     prompts = prompts_of(pair.target, count)
     expected = greedy(pair.target, prompts, max_new)
     runs = [assisted(pair, prompt, max_new) for prompt in prompts]
-    found = [[token for step in steps for token in step.tokens[0]] for steps in runs]
+    found = [written(steps)[0] for steps in runs]
     assert mismatches(found, expected) == 0
     assert sum(map(len, runs)) < count * max_new * 0.95
 

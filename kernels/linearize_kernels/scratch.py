@@ -17,26 +17,25 @@ class Scratch(threading.local):
     """One block of memory by name and dtype for each thread, and the shape in which it was last taken."""
 
     def __init__(self):
-        self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.taken: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.blocks: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of like's dtype and device with any contents, which lasts until the name is taken again."""
         if torch.compiler.is_compiling() or not like.is_cpu or type(like) is not Tensor:
             return like.new_empty(shape)
         key = name, like.dtype
-        last = self.taken.get(key)
+        block, last = self.blocks.get(key, (None, None))
         if last is not None and last.shape == shape:
             return last
         size = math.prod(shape)
         if size > KEPT:
             return like.new_empty(shape)
-        block = self.blocks.get(key)
         with torch.inference_mode(False):
             if block is None or len(block) < size:
-                block = self.blocks[key] = like.new_empty(size)
-            self.taken[key] = block[:size].view(shape)
-        return self.taken[key]
+                block = like.new_empty(size)
+            last = block[:size].view(shape)
+        self.blocks[key] = block, last
+        return last
 
 
 SCRATCH = Scratch()

@@ -55,8 +55,7 @@ class Sliding(torch.autograd.Function):
         d = gradients(lane, tokens, new)
         with torch.autocast(tokens.q.device.type, enabled=False):
             d_S, d_z = backward(shape, lane, tokens, by_chunk(d_out, shape), d_S, d_z, d)
-        by_rows = (None if x is None else by_head(x, shape) for x in (d.q, d.phi_q, d.mix))
-        d_q, d_phi_q, d_mix = by_rows
+        d_q, d_phi_q, d_mix = (None if x is None else by_head(x, shape) for x in (d.q, d.phi_q, d.mix))
         d_mix = None if d_mix is None else d_mix.squeeze(-1)
         return None, *d._replace(q=d_q, phi_q=d_phi_q, mix=d_mix, S=d_S, z=d_z)
 
@@ -121,9 +120,8 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Weights:
     torch.baddbmm(lane.near, lane.queries, lane.keys.mT, alpha=shape.scale, out=lane.flat_scores)
     hide_absent(shape, lane.scores)
     others = torch.cat([weight.flatten(1)[:, None], sinks], 1)
-    ceiling = others.amax(1, keepdim=True).clamp_(
-        min=LOW / 2
-    )  # far above the scores of a row that sees nothing
+    # Far above the scores of a row that sees nothing.
+    ceiling = others.amax(1, keepdim=True).clamp_(min=LOW / 2)
     shares = others.sub_(ceiling).exp_()
     sum_of_shares = shares.sum(1, keepdim=True).clamp_(min=TINY)
     lane.first.copy_(ceiling.add_(sum_of_shares.log()).view(lane.first.shape))

@@ -154,10 +154,8 @@ def running_sums(
     """
     shape = len(a), a.shape[1] + 1, *first.shape[1:]
     sums = a.new_empty(shape) if name is None else SCRATCH.take(name, a, *shape)
-    steps, order = (
-        list(zip(a.mT.unbind(1), b.unbind(1), strict=True)),
-        slice(None, None, -1 if backwards else 1),
-    )
+    steps = list(zip(a.mT.unbind(1), b.unbind(1), strict=True))
+    order = slice(None, None, -1 if backwards else 1)
     running_products(steps[order], first, sums.unbind(1)[order])
     return sums
 
