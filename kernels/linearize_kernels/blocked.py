@@ -6,7 +6,7 @@ outputs, so that what is made on the way stays in its cache. On a GPU all go tog
 there are any.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
-from linearize_kernels.parts import Part, far_factor, lanes_together, of_queries, sinks_with, taps
+from linearize_kernels.parts import Part, far_factor, of_queries, parts, sinks_with, taps
 from linearize_kernels.sliding import sliding
 from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.sliding_pieces import sliding_pieces
@@ -86,7 +86,7 @@ def sliding_segment(
 
     results = Results(len(q), eq.far_heads, place)
     pairs = state.recent_k, state.recent_v, state.sink_k, state.sink_v
-    for part, own in parts(attention, state, q, k, v, *pairs):
+    for part, own in parts(attention, (state.S, state.z), q, k, v, *pairs):
         heads = part.heads
         own_q, new_k, new_v, old_k, old_v, *sinks, S, z = own
         own_q, own_k, own_v = (
@@ -160,7 +160,7 @@ def grouped_segment(
         return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
 
     wide, narrow, results = accumulator(q.dtype), narrowed(attention, q), Results(len(q), eq.far_heads, place)
-    for part, own in parts(attention, state, q, k, v, state.recent_k, state.recent_v):
+    for part, own in parts(attention, (state.S, state.z), q, k, v, state.recent_k, state.recent_v):
         heads = part.heads
         own_q, new_k, new_v, old_k, old_v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         own_k, own_v = (timeline(old, new, count, eq.recent) for old, new in ((old_k, new_k), (old_v, new_v)))
@@ -189,22 +189,6 @@ def grouped_segment(
         results.add(part, out, S, z)
     out, S, z = results.whole()
     return out.flatten(1, 2), after(state, S, z, count, k, v)
-
-
-def parts(
-    attention: LinearAttention, state: State, q: Tensor, *tokens: Tensor
-) -> Iterator[tuple[Part, list[Tensor]]]:
-    """What is worked on together: all on a GPU, as much on a CPU as its cache holds. Of those rows and heads, q
-    `[B, far, g, T, D]`, the tokens `[B, far, slots, D]`, S and z.
-    """
-    eq, batch = attention.equation, len(q)
-    on_cpu = q.device.type == "cpu"
-    rows, heads = lanes_together(attention, batch, q.shape[2]) if on_cpu else (batch, eq.far_heads)
-    every = [q.unflatten(1, (eq.far_heads, -1)), *(eq.to_far_heads(x) for x in tokens), state.S, state.z]
-    for row, own in enumerate(zip(*(x.split(rows) for x in every), strict=True)):
-        for head, some in enumerate(zip(*(x.split(heads, 1) for x in own), strict=True)):
-            part = Part(*(slice(i * size, (i + 1) * size) for i, size in ((row, rows), (head, heads))))
-            yield part, some
 
 
 class Results:

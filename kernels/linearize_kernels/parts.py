@@ -1,5 +1,6 @@
 """Rows of a batch and heads of S that are worked on together, and what of a layer and a state is theirs."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,22 @@ def lanes_together(attention: LinearAttention, batch: int, length: int) -> tuple
     columns = max(0 if far is None else far.state_width[0], 2 * eq.recent)
     lanes = at_once(eq.heads // eq.far_heads * length * columns)
     return (batch, min(lanes // batch, eq.far_heads)) if lanes >= batch else (1, min(lanes, eq.far_heads))
+
+
+def parts(
+    attention: LinearAttention, sums: tuple[Tensor, Tensor], q: Tensor, *tokens: Tensor
+) -> Iterator[tuple[Part, list[Tensor]]]:
+    """What is worked on together: all on a GPU, as much on a CPU as its cache holds. Of those rows and heads, q
+    `[B, far, g, T, D]`, the tokens `[B, far, slots, D]`, S and z.
+    """
+    eq, batch = attention.equation, len(q)
+    on_cpu = q.device.type == "cpu"
+    rows, heads = lanes_together(attention, batch, q.shape[2]) if on_cpu else (batch, eq.far_heads)
+    every = [q.unflatten(1, (eq.far_heads, -1)), *(eq.to_far_heads(x) for x in tokens), *sums]
+    for row, own in enumerate(zip(*(x.split(rows) for x in every), strict=True)):
+        for head, some in enumerate(zip(*(x.split(heads, 1) for x in own), strict=True)):
+            part = Part(*(slice(i * size, (i + 1) * size) for i, size in ((row, rows), (head, heads))))
+            yield part, some
 
 
 def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention
-from linearize_kernels.parts import Part, far_factor, lanes_together, sinks_with, taps
+from linearize_kernels.parts import Part, far_factor, parts, sinks_with, taps
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding_lane import Beside, Lane, Shape
 from linearize_kernels.tiles import at_once, band, led
@@ -78,17 +78,11 @@ class Run:
         """Some lanes after others: q `[b, h, g, T, D]`, all else `[b, h, ...]`, the sinks as they are after all
         tokens.
         """
-        eq, batch = self.attention.equation, len(inputs.q)
         q, k, v, S, z, *kept = inputs
-        tokens, kept = ([eq.to_far_heads(x) for x in some] for some in ((k, v), kept))
-        every = q.unflatten(1, (eq.far_heads, -1)), *tokens, S, z, *kept
-        rows, heads = lanes_together(self.attention, batch, self.length)
-        for row in range(0, batch, rows):
-            for head in range(0, eq.far_heads, heads):
-                part = Part(slice(row, row + rows), slice(head, head + heads))
-                own = Inputs(*(x[part] for x in every))
-                sink_k, sink_v = sinks_with(own.sink_k, own.sink_v, self.count, own.k, own.v)
-                yield part, own._replace(sink_k=sink_k.to(S.dtype), sink_v=sink_v.to(S.dtype))
+        for part, (*own, own_S, own_z) in parts(self.attention, (S, z), q, k, v, *kept):
+            own_q, own_k, own_v, *recent, sink_k, sink_v = own
+            sinks = (x.to(S.dtype) for x in sinks_with(sink_k, sink_v, self.count, own_k, own_v))
+            yield part, Inputs(own_q, own_k, own_v, own_S, own_z, *recent, *sinks)
 
     def pieces(self, lanes: int) -> list[Piece]:
         """As many chunks as a cache holds, where no row sees what comes after it."""
