@@ -54,6 +54,11 @@ class Equation:
         return max(self.size, reach, 0)
 
     @property
+    def chunk(self) -> int:
+        """Tokens of a chunk, where none are asked for: a power of two, as Triton's kernels need."""
+        return min(max(32, 1 << (self.recent - 1).bit_length()), 128)
+
+    @property
     def far_heads(self) -> int:
         return self.heads if self.per_query_head else self.kv_heads
 

@@ -37,13 +37,12 @@ def bidirectional(
     Raises:
         ValueError: `attention.impl` asks for what cannot run.
     """
-    eq, length = attention.equation, q.shape[-2]
+    length = q.shape[-2]
     run = segment_of(attention, rows_count(None, valid), length, sink_logits is not None)
     if run is None:
         attention.ran = "block"
         return by_block(attention, q, k, v, valid, sink_logits, chunk)
     state = attention.empty_state(q.shape[0], q.device, k.dtype)
-    chunk = chunk or min(max(32, 1 << (eq.recent - 1).bit_length()), 128)
     return run(attention, state, 0, q, k, v, chunk)[0].to(q.dtype)
 
 

@@ -29,7 +29,7 @@ from linearize_kernels.triton_sliding import sliding as triton_sliding
 from linearize_kernels.triton_sliding import why_not as why_not_sliding
 
 Segment = Callable[
-    [LinearAttention, State, int, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, State]
+    [LinearAttention, State, int, Tensor, Tensor, Tensor, int | None, Tensor | None], tuple[Tensor, State]
 ]
 
 
@@ -40,6 +40,8 @@ class Form(NamedTuple):
     triton: Callable
     why_not: Callable
 
+
+FEW_ROWS = 32  # of a chunk on a CPU: the fewer, the less is made for nothing, and the slower are products
 
 SLIDING = Form(sliding, triton_sliding, why_not_sliding)
 GROUP = Form(grouped, triton_grouped, why_not_grouped)
@@ -52,20 +54,21 @@ def sliding_segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    chunk: int,
+    chunk: int | None,
     place: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Softmax in a sliding window, positive features, one normaliser; not causal: over whole rows, whose state after
     them means nothing.
     """
     eq, length = attention.equation, k.shape[-2]
-    chunk = min(chunk, length) if q.device.type == "cpu" and attention.impl != "triton" else chunk
+    by_pieces = q.device.type == "cpu" and attention.impl != "triton"
+    chunk = min(chunk or FEW_ROWS, length) if by_pieces else chunk or eq.chunk
     fill = -length % chunk
     ahead = 0 if eq.causal else eq.recent + -2 * eq.recent % chunk
     first = count - fill - eq.recent  # the position of the first slot
     start = count - fill if eq.causal else eq.sinks
     shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, max(fill, eq.sinks - first), ahead=ahead)
-    if q.device.type == "cpu" and attention.impl != "triton":
+    if by_pieces:
         attention.ran = "torch"
         kept = state.recent_k, state.recent_v, state.sink_k, state.sink_v
         inputs = Inputs(q, k, v, *(x.to(accumulator(q.dtype)) for x in (state.S, state.z)), *kept)
@@ -143,7 +146,7 @@ def grouped_segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    chunk: int,
+    chunk: int | None,
     place: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Squared ReLU in groups, a sum over all before, no normaliser; the chunks are the groups."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linearize_kernels.attention import Equation, LinearAttention
+from linearize_kernels.attention import LinearAttention
 from linearize_kernels.block import block, evaluate
 from linearize_kernels.blocked import after, segment_of, tokens_at_once
 from linearize_kernels.layout import ancestors, behind, chain, shared_layout
@@ -215,7 +215,6 @@ def chunked(
     count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
-    chunk = chunk or usual_chunk(attention.equation)
     if segment is None:
         segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
@@ -233,7 +232,8 @@ def chunked(
             out, state = run(attention, state, count, *tokens, chunk, place)
         else:
             attention.ran = "block"
-            out, state = run_segment(attention, state, count, *tokens, own, sink_logits, chunk, in_step)
+            slots = chunk or attention.equation.chunk
+            out, state = run_segment(attention, state, count, *tokens, own, sink_logits, slots, in_step)
             if place is not None:
                 place.copy_(out)
         if place is None:
@@ -242,11 +242,6 @@ def chunked(
     if into is None:
         into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
     return into, state
-
-
-def usual_chunk(equation: Equation) -> int:
-    """Tokens of a chunk, where none are asked for."""
-    return min(max(equation.recent, 32), 128)
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

@@ -88,7 +88,8 @@ class Run:
         """As many chunks as a cache holds, where no row sees what comes after it."""
         shape, eq, fill = self.shape, self.attention.equation, -self.length % self.shape.chunk
         chunks, rows = (self.length + fill) // shape.chunk, eq.heads // eq.far_heads * shape.chunk
-        count = chunks if shape.ahead else min(chunks, at_once(lanes * rows * shape.columns))
+        widest = max(shape.columns, self.attention.far.state_width[0] if self.has_far else 0)
+        count = chunks if shape.ahead else min(chunks, at_once(lanes * rows * widest))
         found = []
         for first in range(0, chunks, count):
             some, before = min(count, chunks - first), first * shape.chunk

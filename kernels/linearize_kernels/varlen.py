@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.blocked import far_factor, fitting, grouped_segment, of_queries, sliding_segment, taps
-from linearize_kernels.chunked import chunked, usual_chunk
+from linearize_kernels.chunked import chunked
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups
 from linearize_kernels.sliding_lane import Shape, Tokens
@@ -74,7 +74,7 @@ def runs(
         return False
     phi = None if attention.far is None else q.new_empty(0, attention.far.q_map.feature_dim)
     tokens = Tokens(q, k, v, phi, phi, *[None] * 6)
-    chunk = eq.size if eq.scope == "group" else chunk or usual_chunk(eq)
+    chunk = eq.size if eq.scope == "group" else chunk or eq.chunk
     return attention.impl == "triton" or why_not(Tiling(chunk, eq.recent), tokens, eq.sinks) is None
 
 
@@ -126,7 +126,7 @@ def sliding_rows(
 ) -> Tensor:
     """`varlen` of the form of `sliding_segment`."""
     eq, narrow = attention.equation, q.dtype
-    shape = Shape(chunk or usual_chunk(eq), eq.recent, eq.size, eq.scale, 0, 0)
+    shape = Shape(chunk or eq.chunk, eq.recent, eq.size, eq.scale, 0, 0)
     rows, position, packed = laid_out(bounds, shape.chunk, eq.recent, eq.sinks, q.device)
     q = laid(q, rows, len(position)).unflatten(0, (eq.far_heads, -1))
     k, v = (eq.to_far_heads(laid(x, eq.recent + rows, eq.recent + len(position))) for x in (k, v))
