@@ -26,7 +26,6 @@ from linearize_kernels.tiles import (
     diagonals,
     product,
     running,
-    running_products,
     running_sums,
     windows,
 )
@@ -96,13 +95,14 @@ class Weights(NamedTuple):
     Attributes:
         near: `[N, n, g C, R + C + A]`, of the near columns; sinks: `[N, sinks, n g C]`; both normalised.
         factor: `[N, n, g C, 1]`, what the far columns' products (and what is read of S) are to be multiplied by.
-        z: outside each chunk's columns, and after the last chunk, `[N, n + 1, F]`; mass: what is read of it,
-            `[N, n, g C, 1]`.
+        S, z: outside each chunk's columns, and after the last chunk, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`; mass:
+            what is read of z, `[N, n, g C, 1]`.
     """
 
     near: Tensor
     sinks: Tensor
     factor: Tensor | None
+    S: Tensor | None
     z: Tensor | None
     mass: Tensor | None
 
@@ -111,11 +111,11 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Weights:
     """Weights of tokens that lie in a lane. No row has the first column near: in its place the softmax over the near
     columns gets the logarithm of all the weight that is not near, so that it normalises everything at once.
     """
-    sinks, z, mass, total = sink_scores(shape, lane, tokens.sink_k), None, None, None
+    sinks, S, z, mass, total = sink_scores(shape, lane, tokens.sink_k), None, None, None, None
     if lane.phi_q is None:
         weight = torch.full_like(lane.first, LOW)
     else:
-        z, mass, total = weigh_far(shape, lane, tokens)
+        S, z, mass, total = weigh_far(shape, lane, tokens)
         weight = total.log().add_(lane.mix).clamp_(min=LOW)
     torch.baddbmm(lane.near, lane.queries, lane.keys.mT, alpha=shape.scale, out=lane.flat_scores)
     hide_absent(shape, lane.scores)
@@ -129,26 +129,26 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Weights:
     shares *= torch.div(lane.first.reshape(ceiling.shape), sum_of_shares, out=ceiling)
     lane.first.zero_()
     factor = None if total is None else shares[:, :1].reshape(total.shape).div_(total)
-    return Weights(near, shares[:, 1:], factor, z, mass)
+    return Weights(near, shares[:, 1:], factor, S, z, mass)
 
 
-def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes a lane's S and products. z and what is read of it, as in `Weights`, and that with the sum of the products,
+def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Makes a lane's products. S, z and what is read of it, as in `Weights`, and that with the sum of the products,
     `[N, n, g C, 1]`.
     """
     chunks = lane.q.shape[1]
-    running_products(lane.old[:chunks], tokens.S, lane.places)
+    S = running_sums(lane.old_phi[:, :chunks], lane.old_v[:, :chunks], tokens.S, name="S")
     slots = lane.old_phi.sum(-2)
     z = running(slots[:, :chunks], tokens.z)
     if shape.ahead:
-        behind = running_products(lane.old[: -chunks - 1 : -1], torch.zeros_like(tokens.S))
-        lane.S[:, :-1] += torch.stack(behind[-2::-1], 1)
+        ahead = lane.old_phi[:, -chunks:], lane.old_v[:, -chunks:]
+        S[:, :-1] += running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:]
         z[:, :-1] += running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:]
     torch.bmm(lane.phi_queries, lane.phi_keys.mT, out=lane.flat_products)
     lane.tiles.mul_(lane.far)
     # A product with one column takes twice as long.
     mass = torch.mul(lane.phi_q, z[:, :-1, None], out=lane.features).sum(-1, keepdim=True)
-    return z, mass, lane.products.sum(-1, keepdim=True).add_(mass).clamp_(min=TINY)
+    return S, z, mass, lane.products.sum(-1, keepdim=True).add_(mass).clamp_(min=TINY)
 
 
 def sink_scores(shape: Shape, lane: Lane, sink_k: Tensor) -> Tensor:
@@ -164,18 +164,11 @@ def sink_scores(shape: Shape, lane: Lane, sink_k: Tensor) -> Tensor:
 
 def hide_absent(shape: Shape, scores: Tensor) -> None:
     """Lower the scores `[N, n, g C, R + C + A]` of slots that are not there."""
-    if not (shape.skip or shape.ahead):
-        return
-    chunks = scores.shape[1]
-    slots = shape.recent + chunks * shape.chunk + shape.ahead
-    for absent, touched in (
-        (slice(0, shape.skip), slice(0, -(-shape.skip // shape.chunk))),
-        (slice(slots - shape.ahead, slots), slice(max(0, chunks - -(-shape.ahead // shape.chunk)), chunks)),
-    ):
-        if absent.start < absent.stop:
-            mark = scores.new_zeros(1, slots, 1)
-            mark[:, absent] = LOW
-            scores[:, touched] += windows(mark, shape)[:, touched].mT
+    chunks, columns = scores.shape[1], scores.shape[3]
+    for i in range(min(chunks, -(-shape.skip // shape.chunk))):
+        scores[:, i, :, : shape.skip - i * shape.chunk] = LOW
+    for i in range(min(chunks, -(-shape.ahead // shape.chunk))):
+        scores[:, -1 - i, :, columns - shape.ahead + i * shape.chunk :] = LOW
 
 
 def columns(lane: Lane, weights: Weights, with_conv: bool) -> Tensor:
@@ -194,11 +187,11 @@ def forward(shape: Shape, lane: Lane, tokens: Tokens | Beside, out: Tensor) -> t
     if lane.phi_q is None:
         torch.bmm(weights.sinks.mT, tokens.sink_v, out=rows)
     else:
-        torch.bmm(lane.phi_queries, flat(lane.S[:, :-1]), out=total)
+        torch.bmm(lane.phi_queries, flat(weights.S[:, :-1]), out=total)
         out *= weights.factor
         torch.baddbmm(rows, weights.sinks.mT, tokens.sink_v, out=rows)
     torch.baddbmm(total, flat(columns(lane, weights, with_conv=True)), lane.values, out=total)
-    return (tokens.S, tokens.z) if lane.phi_q is None else (lane.places[-1], weights.z[:, -1])
+    return (tokens.S, tokens.z) if lane.phi_q is None else (weights.S[:, -1], weights.z[:, -1])
 
 
 def backward(
@@ -214,32 +207,31 @@ def backward(
     rows = d_rows.flatten(1, 2)
     d_near = SCRATCH.take("d_near", near, *near.shape)
     torch.bmm(flat(d_rows), lane.values.mT, out=flat(d_near))
-    room, weighted = SCRATCH.take("columns", near, *near.shape), near
-    if tokens.conv is not None:
-        taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
-        d.conv.add_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
-        weighted = torch.add(near, lane.band, out=room)
-    add_products(d.v, weighted, d_rows, shape)
+    d_scores = torch.mul(near, d_near, out=SCRATCH.take("d_scores", near, *near.shape))
     d_sinks = torch.bmm(tokens.sink_v, rows.mT)
-    mean = torch.mul(near, d_near, out=room).sum(-1, keepdim=True)
+    mean = d_scores.sum(-1, keepdim=True)
     mean += (sinks * d_sinks).sum(1).view_as(mean)
     if factor is not None:
-        answers = product(d_rows, lane.S[:, :-1].mT, "answers")
+        answers = product(d_rows, weights.S[:, :-1].mT, "answers")
         answer = torch.mul(lane.phi_q, answers, out=lane.features).sum(-1, keepdim=True)
         mean.addcmul_(factor, answer)
     d.sink_v.add_(torch.bmm(sinks, rows))
-    d_near -= mean
-    d_sinks.sub_(mean.flatten(1)[:, None]).mul_(sinks).mul_(shape.scale)
-    d_scores = near.mul_(d_near)
+    d_scores.addcmul_(near, mean, value=-1)
+    d_sinks.sub_(mean.flatten(1)[:, None]).mul_(sinks)
+    if tokens.conv is not None:
+        taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
+        d.conv.add_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
+        near += lane.band
+    add_products(d.v, near, d_rows, shape)
     if factor is not None:
         columns_of_far = lane.far.shape[-1]
-        d_far = lane.far_scores.unflatten(2, (-1, shape.chunk))
+        d_far = d_scores[..., :columns_of_far].unflatten(2, (-1, shape.chunk))
         own = torch.mul(d_far, lane.far, out=SCRATCH.take("own", d_far, *d_far.shape))
         d_far -= own
         d.mix.copy_(own.sum(-1).view_as(d.mix)).addcmul_(
             factor, answer.addcmul_(mean, weights.mass, value=-1)
         )
-        d_products = torch.mul(d_near[..., :columns_of_far], factor, out=lane.products)
+        d_products = torch.sub(d_near[..., :columns_of_far], mean, out=lane.products).mul_(factor)
         lane.tiles.mul_(lane.far)
         torch.bmm(lane.flat_products, lane.phi_keys, out=flat(d.phi_q))
         d.phi_q.addcmul_(factor, answers.addcmul_(mean, weights.z[:, :-1, None], value=-1))
@@ -251,12 +243,11 @@ def backward(
         d.phi_k[:, :old].unflatten(1, (-1, shape.chunk)).add_(d_masses[:, :, None])
         accumulate(d.phi_k[:, :old], lane.old_v, d_sums.mT)
         add_products(d.phi_k, d_products, lane.phi_q, shape)
-    d_scores *= shape.scale
-    torch.bmm(lane.flat_scores, lane.keys, out=flat(d.q))
-    d_rows_q = d.q.flatten(1, 2)
-    torch.baddbmm(d_rows_q, d_sinks.mT, tokens.sink_k, out=d_rows_q)
-    d.sink_k.add_(torch.bmm(d_sinks, lane.rows))
-    add_products(d.k, d_scores, lane.q, shape)
+    d_q, d_rows_q = flat(d.q), d.q.flatten(1, 2)
+    torch.baddbmm(d_q, flat(d_scores), lane.keys, beta=0, alpha=shape.scale, out=d_q)
+    torch.baddbmm(d_rows_q, d_sinks.mT, tokens.sink_k, alpha=shape.scale, out=d_rows_q)
+    d.sink_k.baddbmm_(d_sinks, lane.rows, alpha=shape.scale)
+    add_products(d.k, d_scores, lane.q, shape, shape.scale)
     return d_S, d_z
 
 

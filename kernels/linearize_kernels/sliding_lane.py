@@ -76,7 +76,7 @@ class Lane:
         near, far: `masks`.
         scores: `[N, n, g C, columns]`; products: `[N, n, g C, far columns]`.
         band: the conv's, `[N, 1, g C, columns]`, which is given later, or None.
-        S: `[N, n + 1, F, Dv]`; old: φ(k) transposed and v of every chunk of slots that S takes in.
+        features: room for as many as phi_q; old_phi, old_v: `[N, chunks, C, ...]`, of the slots that S takes in.
     """
 
     def __init__(
@@ -107,9 +107,6 @@ class Lane:
         self.features = SCRATCH.take("features", q, *phi_q.shape)
         old = slice(0, (chunks + shape.around) * shape.chunk)
         self.old_phi, self.old_v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (phi_k, v))
-        self.old = list(zip(self.old_phi.mT.unbind(1), self.old_v.unbind(1), strict=True))
-        self.S = SCRATCH.take("S", q, lanes, chunks + 1, features, v.shape[-1])
-        self.places = self.S.unbind(1)
 
 
 def flat(x: Tensor) -> Tensor:

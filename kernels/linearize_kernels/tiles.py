@@ -14,7 +14,7 @@ from torch import Tensor
 from linearize_kernels.scratch import SCRATCH
 
 NARROW = 48  # columns of a result
-FEW = 32  # chunks that are summed one after the other
+FEW = 16  # chunks that are summed one after the other
 CACHED = 1 << 18  # numbers in the largest matrix that is worked on at a time, on a CPU
 
 
@@ -71,27 +71,27 @@ def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     return view if len(x) == 1 else view.contiguous()
 
 
-def add_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling) -> None:
-    """Adds `aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` to the slots of the columns, in
+def add_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling, scale: float = 1.0) -> None:
+    """Adds `scale aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` to the slots of the columns, in
     `total [N, slots, X]`.
     """
     chunks, columns = a.shape[1], a.shape[3]
     for first in range(0, columns, shape.chunk):
         part = a[..., first : first + shape.chunk].mT
         if part.shape[2] == shape.chunk and len(a) == 1:
-            accumulate(total[:, first : first + chunks * shape.chunk], part, b)
+            accumulate(total[:, first : first + chunks * shape.chunk], part, b, scale)
         else:
             spots = total[:, first : first + (chunks - 1) * shape.chunk + part.shape[2]]
-            spots.unfold(1, part.shape[2], shape.chunk).add_((part @ b).mT)
+            spots.unfold(1, part.shape[2], shape.chunk).add_((part @ b).mT, alpha=scale)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds `a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """Adds `scale a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
     if len(total) > 1:
-        total += (a @ b).flatten(1, 2)
+        total.add_((a @ b).flatten(1, 2), alpha=scale)
         return
     chunks = total.view(-1, *a.shape[2:3], b.shape[3])
-    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), out=chunks)
+    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), alpha=scale, out=chunks)
 
 
 def by_chunk(x: Tensor, shape: Tiling) -> Tensor:
@@ -130,22 +130,6 @@ def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     return torch.cat([torch.zeros_like(first)[:, None], chunks], 1).cumsum(1).add_(first[:, None])
 
 
-def running_products(
-    steps: Sequence[tuple[Tensor, Tensor]], first: Tensor, places: Sequence[Tensor] | None = None
-) -> Sequence[Tensor]:
-    """`first [N, F, Dv]`, and its sums with the products `a b` of the steps so far, `a [N, F, C]` and `b [N, C, Dv]`,
-    in n + 1 places. Products are summed before `first` joins them, and no more than FEW: a long text's sum would round
-    them away.
-    """
-    places = [torch.empty_like(first) for _ in range(len(steps) + 1)] if places is None else places
-    places[0].copy_(first)
-    for i, step in enumerate(steps):
-        if i % FEW == 0:
-            first, total = places[i], torch.zeros_like(first)
-        torch.add(first, torch.baddbmm(total, *step, out=total), out=places[i + 1])
-    return places
-
-
 def running_sums(
     a: Tensor, b: Tensor, first: Tensor, backwards: bool = False, name: str | None = None
 ) -> Tensor:
@@ -154,10 +138,29 @@ def running_sums(
     """
     shape = len(a), a.shape[1] + 1, *first.shape[1:]
     sums = a.new_empty(shape) if name is None else SCRATCH.take(name, a, *shape)
-    steps = list(zip(a.mT.unbind(1), b.unbind(1), strict=True))
-    order = slice(None, None, -1 if backwards else 1)
-    running_products(steps[order], first, sums.unbind(1)[order])
+    sums[:, -1 if backwards else 0] = first
+    products = sums[:, :-1] if backwards else sums[:, 1:]
+    if len(a) == 1:
+        torch.bmm(a[0].mT, b[0], out=products[0])
+    else:
+        products.copy_(a.mT @ b)
+    accumulate_in_place(products, first, backwards)
     return sums
+
+
+def accumulate_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
+    """Makes each of `x [N, n, F, Dv]` its sum with first and all before it, or behind it. They are summed by FEW, and
+    without first, which joins them last: a long text's sum would round them away.
+    """
+    count, step = x.shape[1], 1 if backwards else -1
+    for i in range(1, min(FEW, count)):
+        start, stop = ((count - 1 - i) % FEW, count - i) if backwards else (i, count)
+        x[:, start:stop:FEW] += x[:, start + step : stop + step : FEW]
+    total = torch.zeros_like(first)
+    for i in range(0, count, FEW):
+        some = x[:, max(0, count - i - FEW) : count - i] if backwards else x[:, i : i + FEW]
+        before, total = first + total, total + some[:, 0 if backwards else -1]
+        some += before[:, None]
 
 
 def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
