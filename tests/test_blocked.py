@@ -8,6 +8,7 @@ import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
 from linearize_kernels.bidirectional import by_block as encode_by_block
 from linearize_kernels.chunked import run_segment
+from linearize_kernels.parts import lanes_together
 
 from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
@@ -129,6 +130,16 @@ def test_parameters_in_bfloat16_have_gradients_summed_in_fp32(monkeypatch):
         chunked(given, None, *(x.to(given.conv.dtype) for x in inputs))[0].float().square().sum().backward()
     for wide, narrow in zip(exact.parameters(), attention.parameters(), strict=True):
         assert (narrow.grad - wide.grad).norm() < 0.02 * wide.grad.norm()
+
+
+def test_some_heads_of_several_rows(monkeypatch):
+    attention, inputs = layer("augmented", kv_heads=4), tokens(30, kv_heads=4)
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 7 * 30 * 128)
+    assert lanes_together(attention, 3, 30) == (3, 2)
+    expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), inputs)
+    found = torch.autograd.grad(chunked(attention, None, *inputs)[0].square().sum(), inputs)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["augmented", "augmented:relu"])

@@ -51,7 +51,7 @@ class Sliding(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
         shape, tokens = ctx.shape, Tokens(*ctx.saved_tensors)
         lane = lane_of(shape, tokens)
-        d = gradients(lane, tokens, new)
+        d = gradients(lane, tokens, torch.zeros_like(tokens.sink_k), torch.zeros_like(tokens.sink_v), new)
         with torch.autocast(tokens.q.device.type, enabled=False):
             d_S, d_z = backward(shape, lane, tokens, by_chunk(d_out, shape), d_S, d_z, d)
         d_q, d_phi_q, d_mix = (None if x is None else by_head(x, shape) for x in (d.q, d.phi_q, d.mix))
@@ -67,9 +67,11 @@ def lane_of(shape: Shape, tokens: Tokens) -> Lane:
     return lane
 
 
-def gradients(lane: Lane, tokens: Tokens | Beside, take: Callable[..., Tensor]) -> Tokens:
-    """Those of what lies in a lane, in its layout: zeros where they are added up, None for S and z. take: as of
-    `Scratch`.
+def gradients(
+    lane: Lane, tokens: Tokens | Beside, sink_k: Tensor, sink_v: Tensor, take: Callable[..., Tensor]
+) -> Tokens:
+    """Those of what lies in a lane, in its layout: zeros where they are added up, the given ones of the sinks, None for
+    S and z. take: as of `Scratch`.
     """
     names = "q", "k", "v", "phi_q", "phi_k", "mix"
     found = {
@@ -79,8 +81,7 @@ def gradients(lane: Lane, tokens: Tokens | Beside, take: Callable[..., Tensor]) 
     for name in ("k", "v", "phi_k"):
         if found[name] is not None:
             found[name].zero_()
-    summed = tokens.conv, tokens.sink_k, tokens.sink_v
-    conv, sink_k, sink_v = (None if x is None else torch.zeros_like(x) for x in summed)
+    conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
     return Tokens(**found, conv=conv, S=None, z=None, sink_k=sink_k, sink_v=sink_v)
 
 

@@ -135,12 +135,12 @@ def run_backward(
         sums = d_S[part].flatten(0, 1), d_z[part].flatten(0, 1)
         pieces = run.pieces(len(sums[0]))
         starts, before = before[: len(pieces)], before[len(pieces) :]
-        ahead_of = sinks = None
+        ahead_of, of_sinks = None, [torch.zeros_like(x).flatten(0, 1) for x in (own.sink_k, own.sink_v)]
         for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
             lane, tokens, made = run.load(part, own, piece, *start, tracked=True)
             d_rows = SCRATCH.take("d_rows", lane.q, *lane.q.shape[:3], d_out.shape[-1])
             fill_rows(d_rows, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
-            of_lane = gradients(lane, tokens, SCRATCH.take)
+            of_lane = gradients(lane, tokens, *of_sinks, SCRATCH.take)
             sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
             of_q, of_k, *found = through(made, of_lane, piece, parameters)
             for total, gradient in zip(of_parameters, found, strict=True):
@@ -158,15 +158,15 @@ def run_backward(
                 length = to[..., piece.tokens, :].shape[-2]
                 to[..., piece.tokens, :] = x[..., kept : kept + length, :]
             ahead_of = [x[..., :kept, :].clone() for x in slots]
-            more = of_lane.sink_k, of_lane.sink_v
-            sinks = more if sinks is None else [x.add_(y) for x, y in zip(sinks, more, strict=True)]
-        own_d.S.copy_(sums[0].view(own_d.S.shape))
-        own_d.z.copy_(sums[1].view(own_d.z.shape))
+        for to, x in zip((own_d.S, own_d.z, own_d.sink_k, own_d.sink_v), (*sums, *of_sinks), strict=True):
+            to.copy_(x.view(to.shape))
         there = min(run.count, own_d.recent_k.shape[-2])
         for recent, x in zip((own_d.recent_k, own_d.recent_v), ahead_of, strict=True):
             recent[..., recent.shape[-2] - there :, :] = x[..., x.shape[-2] - there :, :]
-        for to, total, x in zip((own_d.sink_k, own_d.sink_v), (own_d.k, own_d.v), sinks, strict=True):
-            add_sinks(to, total, x.view(to.shape), run.count)
+    for tokens, sinks in ((d.k, d.sink_k), (d.v, d.sink_v)):  # the reverse of `sinks_with`
+        first, second = (min(x, sinks.shape[-2]) for x in (run.count, run.count + run.length))
+        tokens[..., : second - first, :] += sinks[..., first:second, :]
+        sinks[..., first:second, :] = 0
     return d, [total.to(x.dtype) for total, x in zip(of_parameters, parameters, strict=True)]
 
 
@@ -202,11 +202,3 @@ def of_heads(gradient: Tensor, x: Tensor) -> Tensor:
             else gradient.unflatten(1, (x.shape[1], -1)).sum(2)
         )
     return gradient.to(x.dtype)
-
-
-def add_sinks(sinks: Tensor, tokens: Tensor, x: Tensor, count: int) -> None:
-    """The reverse of `sinks_with`: adds to the sinks that were there, and to the first tokens, which became sinks."""
-    first, second = (min(tokens_so_far, x.shape[-2]) for tokens_so_far in (count, count + tokens.shape[-2]))
-    sinks[..., :first, :] += x[..., :first, :]
-    sinks[..., second:, :] += x[..., second:, :]
-    tokens[..., : second - first, :] += x[..., first:second, :]
