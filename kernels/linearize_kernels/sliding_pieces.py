@@ -100,7 +100,9 @@ def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, 
             whole = place.is_contiguous() and place.shape[2] == 1 and place.numel() == math.prod(size)
             direct = whole and place.dtype == lane.q.dtype
             rows = place.view(size) if direct else SCRATCH.take("rows", lane.q, *size)
-            sums = [x.clone() for x in forward(piece.shape, lane, tokens, rows)]
+            with torch.inference_mode():  # autograd counts no versions of what is written in place
+                sums = forward(piece.shape, lane, tokens, rows)
+            sums = [x.clone() for x in sums]
             if not direct:
                 rows = by_head(rows, piece.shape).view(*place.shape[:3], -1, out.shape[-1])
                 place.copy_(rows[..., piece.fill :, :])
@@ -141,7 +143,8 @@ def run_backward(
             d_rows = SCRATCH.take("d_rows", lane.q, *lane.q.shape[:3], d_out.shape[-1])
             fill_rows(d_rows, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
             of_lane = gradients(lane, tokens, *of_sinks, SCRATCH.take)
-            sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
+            with torch.inference_mode():
+                sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
             of_q, of_k, *found = through(made, of_lane, piece, parameters)
             for total, gradient in zip(of_parameters, found, strict=True):
                 if gradient is not None:
