@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from linearize_kernels.tiles import (
     Tiling,
     accumulate,
-    add_products,
     band,
     by_chunk,
     by_head,
     diagonals,
     product,
+    put_products,
     running_sums,
     windows,
 )
@@ -114,8 +114,8 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
     if tokens.conv is not None:
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
-    d_v = torch.zeros_like(tokens.v)
-    add_products(d_v, weights, d_rows, shape)
+    d_v = torch.empty_like(tokens.v)
+    put_products(d_v, weights, d_rows, shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     d_q = by_head(product(d_scores, k), shape)
     d_k = product(d_scores.mT, q).flatten(1, 2)

@@ -19,15 +19,14 @@ from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding_lane import LOW, Beside, Lane, Shape, Tokens, flat
 from linearize_kernels.tiles import (
     accumulate,
-    add_products,
     band,
     by_chunk,
     by_head,
     diagonals,
     product,
+    put_products,
     running,
     running_sums,
-    windows,
 )
 
 
@@ -70,17 +69,14 @@ def lane_of(shape: Shape, tokens: Tokens) -> Lane:
 def gradients(
     lane: Lane, tokens: Tokens | Beside, sink_k: Tensor, sink_v: Tensor, take: Callable[..., Tensor]
 ) -> Tokens:
-    """Those of what lies in a lane, in its layout: zeros where they are added up, the given ones of the sinks, None for
-    S and z. take: as of `Scratch`.
+    """Room for those of what lies in a lane, in its layout; the conv's begin at zero, the sinks' as given, and those of
+    S and z are not there. take: as of `Scratch`.
     """
     names = "q", "k", "v", "phi_q", "phi_k", "mix"
     found = {
         name: None if x is None else take(f"d_{name}", x, *x.shape)
         for name, x in ((name, getattr(lane, name)) for name in names)
     }
-    for name in ("k", "v", "phi_k"):
-        if found[name] is not None:
-            found[name].zero_()
     conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
     return Tokens(**found, conv=conv, S=None, z=None, sink_k=sink_k, sink_v=sink_v)
 
@@ -147,8 +143,8 @@ def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor
         z[:, :-1] += running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:]
     torch.bmm(lane.phi_queries, lane.phi_keys.mT, out=lane.flat_products)
     lane.tiles.mul_(lane.far)
-    # A product with one column takes twice as long.
-    mass = torch.mul(lane.phi_q, z[:, :-1, None], out=lane.features).sum(-1, keepdim=True)
+    # A product with one column would take six times as long as with one row.
+    mass = torch.bmm(flat(z[:, :-1, None]), lane.phi_queries.mT).view_as(lane.mix)
     return S, z, mass, lane.products.sum(-1, keepdim=True).add_(mass).clamp_(min=TINY)
 
 
@@ -198,8 +194,8 @@ def forward(shape: Shape, lane: Lane, tokens: Tokens | Beside, out: Tensor) -> t
 def backward(
     shape: Shape, lane: Lane, tokens: Tokens | Beside, d_rows: Tensor, d_S: Tensor, d_z: Tensor, d: Tokens
 ) -> tuple[Tensor, Tensor]:
-    """Adds to d, which is laid out as by `gradients`, those of tokens that lie in a lane, from those of the outputs
-    `[N, n, g C, Dv]` and of S and z after them; returns those of S and z before.
+    """Writes the gradients of tokens that lie in a lane to d, which is laid out as by `gradients`, from those of the
+    outputs `[N, n, g C, Dv]` and of S and z after them; returns those of S and z before.
 
     With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - Σ_i w_i d_out · v_i)`, for far ones too.
     """
@@ -223,7 +219,7 @@ def backward(
         taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
         d.conv.add_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
         near += lane.band
-    add_products(d.v, near, d_rows, shape)
+    put_products(d.v, near, d_rows, shape)
     if factor is not None:
         columns_of_far = lane.far.shape[-1]
         d_far = d_scores[..., :columns_of_far].unflatten(2, (-1, shape.chunk))
@@ -238,17 +234,18 @@ def backward(
         d.phi_q.addcmul_(factor, answers.addcmul_(mean, weights.z[:, :-1, None], value=-1))
         scaled = torch.mul(lane.phi_q, factor, out=lane.features)
         d_S, d_sums = outside_gradients(shape, running_sums, (scaled, d_rows), d_S)
-        d_z, d_masses = outside_gradients(shape, running, (scaled.mul_(mean).sum(-2).neg_(),), d_z)
+        masses = torch.bmm(flat(factor.mul_(mean).neg_().mT), lane.phi_queries).view_as(weights.z[:, 1:])
+        d_z, d_masses = outside_gradients(shape, running, (masses,), d_z)
         old = lane.old_phi.shape[1] * shape.chunk
+        put_products(d.phi_k, d_products, lane.phi_q, shape)
         accumulate(d.v[:, :old], lane.old_phi, d_sums)
         d.phi_k[:, :old].unflatten(1, (-1, shape.chunk)).add_(d_masses[:, :, None])
         accumulate(d.phi_k[:, :old], lane.old_v, d_sums.mT)
-        add_products(d.phi_k, d_products, lane.phi_q, shape)
     d_q, d_rows_q = flat(d.q), d.q.flatten(1, 2)
     torch.baddbmm(d_q, flat(d_scores), lane.keys, beta=0, alpha=shape.scale, out=d_q)
     torch.baddbmm(d_rows_q, d_sinks.mT, tokens.sink_k, alpha=shape.scale, out=d_rows_q)
     d.sink_k.baddbmm_(d_sinks, lane.rows, alpha=shape.scale)
-    add_products(d.k, d_scores, lane.q, shape, shape.scale)
+    put_products(d.k, d_scores, lane.q, shape, shape.scale)
     return d_S, d_z
 
 

@@ -63,7 +63,7 @@ class SoftmaxPair(torch.autograd.Function):
         mean = d_pair.sum(-1, keepdim=True)
         if weight is not None:
             mean /= weight[..., None]
-        one, other = torch.sub(d_phi, mean, out=d_pair).mul_(phi).unbind(-2)
+        one, other = d_pair.addcmul_(phi, mean, value=-1).unbind(-2)
         d = torch.sub(one, other, out=SCRATCH.take("halves", x, *one.shape))
         return (
             d @ W.mT,

@@ -4,7 +4,6 @@ A timeline has R slots, then n chunks of C, and A slots ahead of the last. Chunk
 begin at slot c C; its own tokens are behind the first R of them. Heads of keys are lanes `N`, each with g query heads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,27 +70,29 @@ def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     return view if len(x) == 1 else view.contiguous()
 
 
-def add_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling, scale: float = 1.0) -> None:
-    """Adds `scale aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` to the slots of the columns, in
-    `total [N, slots, X]`.
+def put_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling, scale: float = 1.0) -> None:
+    """Puts `scale aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` into the slots of the columns,
+    `total [N, slots, X]`, where those of different chunks add up.
     """
     chunks, columns = a.shape[1], a.shape[3]
+    total[:, chunks * shape.chunk if columns >= shape.chunk else 0 :] = 0
     for first in range(0, columns, shape.chunk):
         part = a[..., first : first + shape.chunk].mT
-        if part.shape[2] == shape.chunk and len(a) == 1:
-            accumulate(total[:, first : first + chunks * shape.chunk], part, b, scale)
+        if part.shape[2] == shape.chunk:
+            accumulate(total[:, first : first + chunks * shape.chunk], part, b, scale, kept=first > 0)
         else:
             spots = total[:, first : first + (chunks - 1) * shape.chunk + part.shape[2]]
             spots.unfold(1, part.shape[2], shape.chunk).add_((part @ b).mT, alpha=scale)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """Adds `scale a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = True) -> None:
+    """Adds `scale a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`; not kept: puts it there."""
     if len(total) > 1:
+        total = total if kept else total.zero_()
         total.add_((a @ b).flatten(1, 2), alpha=scale)
         return
     chunks = total.view(-1, *a.shape[2:3], b.shape[3])
-    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), alpha=scale, out=chunks)
+    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), beta=int(kept), alpha=scale, out=chunks)
 
 
 def by_chunk(x: Tensor, shape: Tiling) -> Tensor:
