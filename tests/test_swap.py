@@ -207,6 +207,11 @@ def test_generate(family):
         assert torch.equal(cached, generate(model, ids, mask, use_cache=False, **options)), options
 
 
+def test_a_model_that_adds_biases_to_its_mask_generates_beside_pads():
+    model, (ids, mask) = swapped("falcon-alibi"), padded_tokens()
+    assert torch.equal(generate(model, ids, mask)[:1], generate(model, ids[:1, PADS:]))
+
+
 @pytest.mark.parametrize("keep", [0, 2])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt-oss", "gpt2", "deepseek-v3"])
 def test_static_cache(family, keep):

@@ -76,7 +76,9 @@ class LinearizeMixin:
             for name, geometry in self.config.linearize["layers"].items():
                 module = self.get_submodule(name)
                 if geometry.get("causal", True):
-                    module.linear_attention.place(cache, module.layer_idx)
+                    layer = module.linear_attention.place(cache, module.layer_idx)
+                    # `generate` makes masks for what can be compiled; such a model makes them of the pads itself.
+                    layer.is_compileable &= not getattr(module, "native_mask", False)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
