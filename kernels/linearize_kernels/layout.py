@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.attention import Equation
 from linearize_kernels.far import FAR_PARTS
+from linearize_kernels.remembered import remembered
 from linearize_kernels.state import State
 
 # `ancestors` of a query whose own token is in the state already.
@@ -104,39 +105,37 @@ def shared_layout(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
     return laid_out(eq, count, parents)
 
 
-@lru_cache(512)
+@remembered(512)
 def laid_out(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
-    with torch.inference_mode(False):
-        visible, depth = ancestors(parents) if parents else LAST
-        place, end = count + depth, count + int(depth.max())  # of the queries, and the deepest
-        recent = torch.arange(count - eq.recent, count).clamp_min(-1)
-        recent = recent.masked_fill(recent < eq.sinks, -1)
-        sinks = torch.arange(eq.sinks)
-        if eq.scope == "group":
-            far_apart, first_near = count // eq.size != end // eq.size, end - end % eq.size
-        else:
-            far_apart, first_near = end - count >= eq.size, end - eq.size + 1
-        return lay_out(
-            eq,
-            recent[None],
-            place[None],
-            visible,
-            torch.where(sinks < count, sinks, -1)[None],
-            torch.tensor([count - eq.sinks > int((recent >= 0).sum())]),
-            min(max(first_near - (count - eq.recent), 0), eq.recent),
-            far_apart and bool(parents),
-        )
+    visible, depth = ancestors(parents) if parents else LAST
+    place, end = count + depth, count + int(depth.max())  # of the queries, and the deepest
+    recent = torch.arange(count - eq.recent, count).clamp_min(-1)
+    recent = recent.masked_fill(recent < eq.sinks, -1)
+    sinks = torch.arange(eq.sinks)
+    if eq.scope == "group":
+        far_apart, first_near = count // eq.size != end // eq.size, end - end % eq.size
+    else:
+        far_apart, first_near = end - count >= eq.size, end - eq.size + 1
+    return lay_out(
+        eq,
+        recent[None],
+        place[None],
+        visible,
+        torch.where(sinks < count, sinks, -1)[None],
+        torch.tensor([count - eq.sinks > int((recent >= 0).sum())]),
+        min(max(first_near - (count - eq.recent), 0), eq.recent),
+        far_apart and bool(parents),
+    )
 
 
-@lru_cache(512)
+@remembered(512)
 def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """`visible [N, N]` bool, `visible[i, j]`: j is i or an ancestor of i; and nodes' depths `[N]`, 0 for a root."""
-    with torch.inference_mode(False):
-        visible = torch.eye(len(parents), dtype=torch.bool)
-        for i, parent in enumerate(parents):
-            if parent >= 0:
-                visible[i] |= visible[parent]
-        return visible, visible.sum(-1) - 1
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    return visible, visible.sum(-1) - 1
 
 
 @lru_cache(512)

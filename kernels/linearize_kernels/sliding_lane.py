@@ -1,12 +1,12 @@
 """What the sliding form in blocks reads and makes: the tokens, and their memory as its sums want it."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from linearize_kernels.remembered import remembered
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.tiles import Tiling, windows
 
@@ -119,13 +119,10 @@ def masks(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor]:
     ones, `[C, R + C + A]`, or without slots ahead the first `R + C - size` of them.
     """
     groups = q.shape[2] // shape.chunk
-    make = (
-        masks_of if type(q) is Tensor else masks_of.__wrapped__
-    )  # tensors without values are not to be kept
-    return make(shape.chunk, shape.recent, shape.ahead, shape.size, groups, q.dtype, q.device)
+    return masks_of(shape.chunk, shape.recent, shape.ahead, shape.size, groups, q.dtype, q.device)
 
 
-@lru_cache(64)
+@remembered(64)
 def masks_of(
     chunk: int,
     recent: int,
@@ -136,13 +133,12 @@ def masks_of(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     columns = recent + chunk + ahead
-    with torch.inference_mode(False):
-        delay = recent + torch.arange(chunk, device=device)[:, None] - torch.arange(columns, device=device)
-        if ahead:
-            far = delay.abs() >= size
-            not_near = far
-        else:
-            far = delay[:, : columns - size] >= size
-            not_near = (delay < 0) | (delay >= size)
-        near = torch.zeros(delay.shape, dtype=dtype, device=device).masked_fill_(not_near, LOW)
-        return near.repeat(groups, 1), far.to(dtype)
+    delay = recent + torch.arange(chunk, device=device)[:, None] - torch.arange(columns, device=device)
+    if ahead:
+        far = delay.abs() >= size
+        not_near = far
+    else:
+        far = delay[:, : columns - size] >= size
+        not_near = (delay < 0) | (delay >= size)
+    near = torch.zeros(delay.shape, dtype=dtype, device=device).masked_fill_(not_near, LOW)
+    return near.repeat(groups, 1), far.to(dtype)

@@ -5,7 +5,6 @@ They are told where each chunk's own sequence begins, and S starts from nothing 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from linearize_kernels.blocked import far_factor, fitting, grouped_segment, of_q
 from linearize_kernels.chunked import chunked
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups
+from linearize_kernels.remembered import remembered
 from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.tiles import Packed, Tiling
 from linearize_kernels.triton_grouped import grouped
@@ -96,8 +96,7 @@ class Layout(NamedTuple):
     packed: Packed
 
 
-@lru_cache(maxsize=8)  # all layers of a model have the same
-@torch.inference_mode(False)  # or no later training could use it
+@remembered(8)
 def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, device: torch.device) -> Layout:
     """Sequences between `bounds`, none of them empty, behind `recent` empty slots."""
     begin = torch.tensor(bounds)
