@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
-from linearize_kernels.parts import Part, far_factor, of_queries, parts, sinks_with, taps
+from linearize_kernels.parts import Part, far_factor, nothing_far, of_queries, parts, sinks_with, taps
 from linearize_kernels.sliding import sliding
 from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.sliding_pieces import sliding_pieces
@@ -75,13 +75,7 @@ def sliding_segment(
         has_far = attention.far is not None and attention.dropped != "far"
         out, S, z = sliding_pieces(Run(attention, shape, count, length, has_far), inputs, place)
         return out, after(state, S, z, count, k, v)
-    near = None
-    if count - fill < eq.sinks + eq.size:  # nothing behind these queries is far
-        position = torch.arange(count - fill, count + length, device=q.device)
-        near = position < eq.sinks + eq.size
-        if not eq.causal:
-            near = near & (position > length - 1 - eq.size)
-
+    nothing = nothing_far(eq, count - fill, fill + length, length, q.device)
     wide, narrow = accumulator(q.dtype), narrowed(attention, q)
 
     def lanes(x: Tensor) -> Tensor:  # [B, far, ...] -> [B * far, ...]
@@ -101,8 +95,7 @@ def sliding_segment(
         if attention.far is not None and attention.dropped != "far":
             phi_q = lanes(attention.far.queries_between(own_q.to(wide), heads, fill))
             phi_k = lanes(attention.far.written_between(own_k.to(wide), heads, shape.skip, ahead))
-            mix = far_factor(attention, own_q.to(wide), heads).flatten(0, 1)
-            mix = mix if near is None else mix.masked_fill(near, float("-inf"))
+            mix = far_factor(attention, own_q.to(wide), heads, nothing).flatten(0, 1)
         conv, S, z = taps(attention, len(own_q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
         sinks = map(lanes, sinks_with(*sinks, count, new_k, new_v))
         tokens = Tokens(*map(lanes, (own_q, own_k, own_v)), phi_q, phi_k, mix, conv, S, z, *sinks)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearize_kernels.attention import LinearAttention
+from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.combine import per_head
 from linearize_kernels.tiles import at_once
 
@@ -49,11 +49,26 @@ def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> T
     return parameter.unflatten(0, (attention.equation.far_heads, -1))[heads]
 
 
-def far_factor(attention: LinearAttention, q: Tensor, heads: slice) -> Tensor:
-    """The logarithm of the far part's factor, `[B, some, g, T]`."""
+def nothing_far(
+    equation: Equation, first: int, rows: int, length: int, device: torch.device
+) -> Tensor | None:
+    """Which of so many rows, from the one at position `first` on, have nothing far among `length` tokens, `[rows]`;
+    None: all have.
+    """
+    if first >= equation.sinks + equation.size:
+        return None
+    position = torch.arange(first, first + rows, device=device)
+    near = position < equation.sinks + equation.size
+    return near if equation.causal else near & (position > length - 1 - equation.size)
+
+
+def far_factor(attention: LinearAttention, q: Tensor, heads: slice, nothing: Tensor | None) -> Tensor:
+    """The logarithm of the far part's factor, `[B, some, g, T]`; -inf for the rows that have `nothing` far."""
     if attention.combine.mix is None:
-        return q.new_zeros(q.shape[:-1])
-    return per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
+        factor = q.new_zeros(q.shape[:-1])
+    else:
+        factor = per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
+    return factor if nothing is None else factor.masked_fill(nothing, float("-inf"))
 
 
 def taps(attention: LinearAttention, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention
-from linearize_kernels.parts import Part, far_factor, parts, sinks_with, taps
+from linearize_kernels.parts import Part, far_factor, nothing_far, parts, sinks_with, taps
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding_lane import Beside, Lane, Shape
 from linearize_kernels.tiles import at_once, band, led
@@ -156,6 +156,8 @@ class Run:
         phi_q, phi_k = memory["phi_q"], memory["phi_k"]
         into_q = phi_q.view(b, h, -1, phi_q.shape[-1]) if g == 1 else None
         into_k = phi_k.unflatten(0, (b, h))
+        first, rows = self.count + piece.tokens.start - piece.fill, piece.chunks * piece.shape.chunk
+        nothing = nothing_far(self.attention.equation, first, rows, self.length, q.device)
         with torch.set_grad_enabled(tracked):
             made = Made(
                 q,
@@ -165,29 +167,14 @@ class Run:
                 self.attention.far.written_between(
                     k, part.heads, piece.shape.skip, piece.shape.ahead, into_k
                 ),
-                far_factor(self.attention, q, part.heads),
+                far_factor(self.attention, q, part.heads, nothing),
             )
         if into_q is None or not made.phi_q.flatten(1, 2).is_set_to(into_q):
             fill_rows(phi_q, made.phi_q, piece.shape)
         if not made.phi_k.is_set_to(into_k):
             phi_k.copy_(made.phi_k.flatten(0, 1))
-        mix, near = made.mix.detach(), self.nothing_far(piece, q.device)
-        fill_rows(
-            memory["mix"],
-            (mix if near is None else mix.masked_fill(near, float("-inf")))[..., None],
-            piece.shape,
-        )
+        fill_rows(memory["mix"], made.mix.detach()[..., None], piece.shape)
         return made
-
-    def nothing_far(self, piece: Piece, device: torch.device) -> Tensor | None:
-        """Which rows have nothing far, `[n C]`; None: all have."""
-        eq = self.attention.equation
-        first = self.count + piece.tokens.start - piece.fill
-        if first >= eq.sinks + eq.size:
-            return None
-        position = torch.arange(first, first + piece.chunks * piece.shape.chunk, device=device)
-        near = position < eq.sinks + eq.size
-        return near if eq.causal else near & (position > self.length - 1 - eq.size)
 
 
 def fill_rows(to: Tensor, rows: Tensor, shape: Shape) -> None:

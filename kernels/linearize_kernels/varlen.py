@@ -139,7 +139,7 @@ def sliding_rows(
             is_sink = pad(position < eq.sinks, (eq.recent, 0), value=True)
             phi_k = phi_k.masked_fill(is_sink[:, None], 0.0)
         nothing = position < eq.size + eq.sinks
-        mix = far_factor(attention, wide_q, EVERY).masked_fill(nothing, float("-inf"))
+        mix = far_factor(attention, wide_q, EVERY, nothing)
     tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1, EVERY, wide), None, None, None, None)
     return sliding(shape, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
 
