@@ -151,9 +151,10 @@ def test_rows_follow_the_batch(keep):
 
 @pytest.mark.parametrize("keep", [0, 2])
 def test_assisted_generation_is_exact(keep):
-    """As target of prompt lookup and of a draft model, and as the draft."""
+    """As target of prompt lookup, of a draft model and of its own first layers, and as the draft."""
     model, other, ids = swapped("llama", keep=keep), swapped("mistral"), tokens(1)
     greedy = generate(model, ids, max_new_tokens=40)
     assert torch.equal(generate(model, ids, max_new_tokens=40, prompt_lookup_num_tokens=3), greedy)
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=other), greedy)
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=model), greedy)
+    assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_early_exit=2), greedy)

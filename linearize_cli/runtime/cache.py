@@ -254,8 +254,7 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
     Raises:
         RuntimeError: the layer already holds keys and values of softmax attention.
     """
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
+    cache = of_self_attention(cache)
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -272,3 +271,13 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
             layer = LinearCacheLayer(getattr(layer, "record_past", False))
         cache.layers[index] = layer
     return layer
+
+
+def has_layer(cache: Cache, index: int) -> bool:
+    """Whether there is a layer `index`, or will be: a draft that exits early has a cache for the first layers alone."""
+    cache = of_self_attention(cache)
+    return cache.layer_class_to_replicate is not None or index < len(cache.layers)
+
+
+def of_self_attention(cache: Cache) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

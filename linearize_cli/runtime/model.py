@@ -16,6 +16,7 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
+from linearize_cli.runtime.cache import has_layer
 from linearize_cli.runtime.config import LinearizedConfig, auto_class, base_of
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import linearized
@@ -75,7 +76,7 @@ class LinearizeMixin:
             # The layers must be in place before past recording is turned on; plain layers cannot record.
             for name, geometry in self.config.linearize["layers"].items():
                 module = self.get_submodule(name)
-                if geometry.get("causal", True):
+                if geometry.get("causal", True) and has_layer(cache, module.layer_idx):
                     layer = module.linear_attention.place(cache, module.layer_idx)
                     # `generate` makes masks for what can be compiled; such a model makes them of the pads itself.
                     layer.is_compileable &= not getattr(module, "native_mask", False)
