@@ -98,7 +98,7 @@ class Lane:
         self.flat_scores, self.first = flat(self.scores), self.scores[..., :1]
         if phi_q is None:
             return
-        lanes, chunks, rows, features = phi_q.shape
+        lanes, chunks, rows = phi_q.shape[:3]
         columns = self.far.shape[-1]
         self.phi_queries, self.phi_keys = flat(phi_q), flat(windows(phi_k, shape, columns))
         self.products = SCRATCH.take("products", q, lanes, chunks, rows, columns)

@@ -145,11 +145,11 @@ def running_sums(
         torch.bmm(a[0].mT, b[0], out=products[0])
     else:
         products.copy_(a.mT @ b)
-    accumulate_in_place(products, first, backwards)
+    running_in_place(products, first, backwards)
     return sums
 
 
-def accumulate_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
+def running_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
     """Makes each of `x [N, n, F, Dv]` its sum with first and all before it, or behind it. They are summed by FEW, and
     without first, which joins them last: a long text's sum would round them away.
     """
