@@ -4,6 +4,7 @@ makes the rest again, from the last piece to the first.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -137,7 +138,7 @@ def run_backward(
         sums = d_S[part].flatten(0, 1), d_z[part].flatten(0, 1)
         pieces = run.pieces(len(sums[0]))
         starts, before = before[: len(pieces)], before[len(pieces) :]
-        ahead_of, of_sinks = None, [torch.zeros_like(x).flatten(0, 1) for x in (own.sink_k, own.sink_v)]
+        ahead_of, of_sinks = (), [torch.zeros_like(x).flatten(0, 1) for x in (own.sink_k, own.sink_v)]
         for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
             lane, tokens, made = run.load(part, own, piece, *start, tracked=True)
             d_rows = SCRATCH.take("d_rows", lane.q, *lane.q.shape[:3], d_out.shape[-1])
@@ -154,13 +155,7 @@ def run_backward(
                 of_q[..., piece.fill :, :], of_rows[..., piece.fill :, :], out=own_d.q[..., piece.tokens, :]
             )
             slots = of_lane.k.view(of_k.shape).add_(of_k), of_lane.v.view(*of_k.shape[:-1], -1)
-            kept = piece.shape.recent + piece.fill
-            for to, x, more in zip((own_d.k, own_d.v), slots, ahead_of or (None, None), strict=True):
-                if more is not None:  # what the piece after this one has of its last tokens
-                    x[..., -more.shape[-2] :, :] += more
-                length = to[..., piece.tokens, :].shape[-2]
-                to[..., piece.tokens, :] = x[..., kept : kept + length, :]
-            ahead_of = [x[..., :kept, :].clone() for x in slots]
+            ahead_of = put_slots((own_d.k, own_d.v), piece, slots, ahead_of)
         for to, x in zip((own_d.S, own_d.z, own_d.sink_k, own_d.sink_v), (*sums, *of_sinks), strict=True):
             to.copy_(x.view(to.shape))
         there = min(run.count, own_d.recent_k.shape[-2])
@@ -171,6 +166,21 @@ def run_backward(
         tokens[..., : second - first, :] += sinks[..., first:second, :]
         sinks[..., first:second, :] = 0
     return d, [total.to(x.dtype) for total, x in zip(of_parameters, parameters, strict=True)]
+
+
+def put_slots(
+    to: Sequence[Tensor], piece: Piece, slots: Sequence[Tensor], ahead_of: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of a piece's slots `[b, h, s, X]` into those of all tokens, `to [b, h, T, X]`, with what the piece
+    after it has of its last slots (nothing: there is none). Returns what it has of the slots before its own tokens.
+    """
+    kept = piece.shape.recent + piece.fill
+    for x, more in zip(slots, ahead_of, strict=False):
+        x[..., -more.shape[-2] :, :] += more
+    for place, x in zip(to, slots, strict=True):
+        place = place[..., piece.tokens, :]
+        place.copy_(x[..., kept : kept + place.shape[-2], :])
+    return [x[..., :kept, :].clone() for x in slots]
 
 
 def through(made: Made, of_lane: Tokens, piece: Piece, parameters: list[Tensor]) -> list[Tensor | None]:
