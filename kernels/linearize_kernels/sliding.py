@@ -221,31 +221,50 @@ def backward(
         near += lane.band
     put_products(d.v, near, d_rows, shape)
     if factor is not None:
-        columns_of_far = lane.far.shape[-1]
-        d_far = d_scores[..., :columns_of_far].unflatten(2, (-1, shape.chunk))
+        d_far = d_scores[..., : lane.far.shape[-1]].unflatten(2, (-1, shape.chunk))
         own = torch.mul(d_far, lane.far, out=SCRATCH.take("own", d_far, *d_far.shape))
         d_far -= own
         d.mix.copy_(own.sum(-1).view_as(d.mix)).addcmul_(
             factor, answer.addcmul_(mean, weights.mass, value=-1)
         )
-        d_products = torch.sub(d_near[..., :columns_of_far], mean, out=lane.products).mul_(factor)
-        lane.tiles.mul_(lane.far)
-        torch.bmm(lane.flat_products, lane.phi_keys, out=flat(d.phi_q))
-        d.phi_q.addcmul_(factor, answers.addcmul_(mean, weights.z[:, :-1, None], value=-1))
-        scaled = torch.mul(lane.phi_q, factor, out=lane.features)
-        d_S, d_sums = outside_gradients(shape, running_sums, (scaled, d_rows), d_S)
-        masses = torch.bmm(flat(factor.mul_(mean).neg_().mT), lane.phi_queries).view_as(weights.z[:, 1:])
-        d_z, d_masses = outside_gradients(shape, running, (masses,), d_z)
-        old = lane.old_phi.shape[1] * shape.chunk
-        put_products(d.phi_k, d_products, lane.phi_q, shape)
-        accumulate(d.v[:, :old], lane.old_phi, d_sums)
-        d.phi_k[:, :old].unflatten(1, (-1, shape.chunk)).add_(d_masses[:, :, None])
-        accumulate(d.phi_k[:, :old], lane.old_v, d_sums.mT)
+        d_S, d_z = backward_far(shape, lane, weights, d_rows, d_near, mean, answers, d_S, d_z, d)
     d_q, d_rows_q = flat(d.q), d.q.flatten(1, 2)
     torch.baddbmm(d_q, flat(d_scores), lane.keys, beta=0, alpha=shape.scale, out=d_q)
     torch.baddbmm(d_rows_q, d_sinks.mT, tokens.sink_k, alpha=shape.scale, out=d_rows_q)
     d.sink_k.baddbmm_(d_sinks, lane.rows, alpha=shape.scale)
     put_products(d.k, d_scores, lane.q, shape, shape.scale)
+    return d_S, d_z
+
+
+def backward_far(
+    shape: Shape,
+    lane: Lane,
+    weights: Weights,
+    d_rows: Tensor,
+    d_near: Tensor,
+    mean: Tensor,
+    answers: Tensor,
+    d_S: Tensor,
+    d_z: Tensor,
+    d: Tokens,
+) -> tuple[Tensor, Tensor]:
+    """The part of `backward` that goes through features, from `d_near`, d_out · v of all columns; `mean`, its mean by
+    the weights; and `answers`, `S d_out [N, n, g C, F]`.
+    """
+    factor, z = weights.factor, weights.z
+    d_products = torch.sub(d_near[..., : lane.far.shape[-1]], mean, out=lane.products).mul_(factor)
+    lane.tiles.mul_(lane.far)
+    torch.bmm(lane.flat_products, lane.phi_keys, out=flat(d.phi_q))
+    d.phi_q.addcmul_(factor, answers.addcmul_(mean, z[:, :-1, None], value=-1))
+    scaled = torch.mul(lane.phi_q, factor, out=lane.features)
+    d_S, d_sums = outside_gradients(shape, running_sums, (scaled, d_rows), d_S)
+    masses = torch.bmm(flat(factor.mul_(mean).neg_().mT), lane.phi_queries).view_as(z[:, 1:])
+    d_z, d_masses = outside_gradients(shape, running, (masses,), d_z)
+    old = lane.old_phi.shape[1] * shape.chunk
+    put_products(d.phi_k, d_products, lane.phi_q, shape)
+    accumulate(d.v[:, :old], lane.old_phi, d_sums)
+    d.phi_k[:, :old].unflatten(1, (-1, shape.chunk)).add_(d_masses[:, :, None])
+    accumulate(d.phi_k[:, :old], lane.old_v, d_sums.mT)
     return d_S, d_z
 
 
