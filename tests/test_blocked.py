@@ -132,6 +132,12 @@ def test_parameters_in_bfloat16_have_gradients_summed_in_fp32(monkeypatch):
         assert (narrow.grad - wide.grad).norm() < 0.02 * wide.grad.norm()
 
 
+@pytest.mark.parametrize("size, chunk", [(6, 32), (33, 64), (96, 128), (500, 128)])
+def test_chunks_are_powers_of_two(size, chunk):
+    """Triton's kernels take no others."""
+    assert layer("augmented", size=size).equation.chunk == chunk
+
+
 def test_some_heads_of_several_rows(monkeypatch):
     attention, inputs = layer("augmented", kv_heads=4), tokens(30, kv_heads=4)
     monkeypatch.setattr("linearize_kernels.tiles.CACHED", 7 * 30 * 128)
