@@ -14,6 +14,8 @@ from torch.nn.functional import dropout
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from linearize_cli.runtime.cache import of_self_attention
+
 _state: ContextVar = ContextVar("linearize_state", default=None)
 
 
@@ -248,8 +250,7 @@ def modeling(module: Adapter):
 
 def appended(cache: Cache | None, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """All keys and values of a decoder's self-attention, once these are in its cache."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    return (key, value) if cache is None else cache.update(key, value, index)
+    return (key, value) if cache is None else of_self_attention(cache).update(key, value, index)
 
 
 # `package.Class` under transformers.models -> what goes before the class.
