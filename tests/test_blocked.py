@@ -158,9 +158,13 @@ def test_a_piece_of_nothing_but_absent_slots(name, monkeypatch):
     torch.testing.assert_close(chunked(attention, None, *inputs, chunk=4)[0], expected)
 
 
-@pytest.mark.parametrize("frozen", ["attention.far", "attention.conv", "attention"])
-def test_frozen_parameters_change_no_other_gradient(frozen):
-    inputs, module = tokens(40), Called(layer("augmented"))
+@pytest.mark.parametrize("feature_map", ["hedgehog", "taylor"])
+@pytest.mark.parametrize("frozen", ["attention.far.k_map", "attention.far", "attention.conv", "attention"])
+def test_frozen_parameters_change_no_other_gradient(frozen, feature_map):
+    far = load_recipe("augmented").to_dict()["attention"]["far"] | dict(
+        feature_map=feature_map, feature_dim=4
+    )
+    inputs, module = tokens(40), Called(layer("augmented", far=far))
     every = [*inputs, *module.parameters()]
     expected = torch.autograd.grad(module(*inputs).square().sum(), every)
     for name, parameter in module.named_parameters():

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from linearize_kernels.softmax_pair import Memory, SoftmaxPair, softmax_pair
+from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair, through_softmax
 from linearize_kernels.tiles import led
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
+# From the gradients of features: adds those of x to its second argument and those of the map's parameters to the third,
+# a module like the map (None there: not wanted), and returns those of the weight.
+Pull = Callable[[Tensor, Tensor, "FeatureMap"], Tensor | None]
 
 
 def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
@@ -74,12 +77,38 @@ class FeatureMap(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         """As `of_heads`, zero for the first `before` and last `ahead` tokens, which are not there; times a token's
-        weight `[..., some, T, 1]`, or None. out: memory that the features may be written to; it and x last until the
-        next call, or with gradients until they were asked for.
+        weight `[..., some, T, 1]`, or None. out: memory that the features may be written to; not with gradients.
         """
         there = slice(before, x.shape[-2] - ahead)
         phi = self.of_heads(x[..., there, :], heads)
         return led(phi if weight is None else weight[..., there, :] * phi, before, ahead)
+
+    def vjp(
+        self,
+        x: Tensor,
+        heads: slice,
+        before: int,
+        ahead: int,
+        weight: Tensor | None,
+        out: Tensor,
+    ) -> tuple[Tensor, "Pull"]:
+        """`between`, and what pulls gradients back through it once, while all that was given and is returned lasts."""
+        with torch.enable_grad():
+            x, weight = (None if given is None else given.detach().requires_grad_() for given in (x, weight))
+            phi = self.between(x, heads, before, ahead, weight)
+
+        def pull(d_phi: Tensor, d_x: Tensor, d_map: FeatureMap) -> Tensor | None:
+            totals = {"": d_x, **dict(d_map.named_parameters())}
+            own = {"": x, **{name: p for name, p in self.named_parameters() if name in totals}}
+            last = [] if weight is None else [weight]
+            found = torch.autograd.grad(
+                phi, [*own.values(), *last], d_phi, allow_unused=True, materialize_grads=True
+            )
+            for name, gradient in zip(own, found, strict=False):
+                totals[name] += gradient
+            return found[-1] if last else None
+
+        return phi.detach(), pull
 
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
@@ -188,9 +217,30 @@ class Hedgehog(Projected):
         if type(self) is not Hedgehog:  # one with a formula of its own
             return super().between(x, heads, before, ahead, weight, out)
         own = x, self.weight[heads].to(x.dtype), weight, before, ahead
-        if torch.is_grad_enabled():
-            return SoftmaxPair.apply(*own, None if out is None else Memory(out))
-        return softmax_pair(*own, out)
+        return SoftmaxPair.apply(*own) if torch.is_grad_enabled() else softmax_pair(*own, out)
+
+    def vjp(
+        self,
+        x: Tensor,
+        heads: slice,
+        before: int,
+        ahead: int,
+        weight: Tensor | None,
+        out: Tensor,
+    ) -> tuple[Tensor, Pull]:
+        if type(self) is not Hedgehog:
+            return super().vjp(x, heads, before, ahead, weight, out)
+        phi, W = self.between(x, heads, before, ahead, weight, out), self.weight[heads].to(x.dtype)
+
+        def pull(d_phi: Tensor, d_x: Tensor, d_map: FeatureMap) -> Tensor | None:
+            d, d_weight = through_softmax(weight, phi, d_phi)
+            every = W.mT.expand(*d.shape[:-2], -1, -1).flatten(0, -3)
+            d_x.view(-1, *d_x.shape[-2:]).baddbmm_(d.flatten(0, -3), every)
+            if d_map.weight is not None:
+                d_map.weight[heads].add_((x.mT @ d).sum_to_size(W.shape))
+            return d_weight
+
+        return phi, pull
 
 
 @feature_map("taylor")

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from linearize_kernels.attention import LinearAttention
+from linearize_kernels.combine import pull_per_head
+from linearize_kernels.parts import Part, of_queries
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding import backward, forward, gradients
 from linearize_kernels.sliding_lane import Tokens
@@ -52,16 +55,19 @@ class Pieces(torch.autograd.Function):
         saved, count = list(ctx.saved_tensors), len(Inputs._fields)
         inputs, rest, wanted = Inputs(*saved[:count]), saved[count:], ctx.needs_input_grad[1 + count :]
         held, sums = rest[: len(ctx.names)], rest[len(ctx.names) :]
-        held[: len(wanted)] = (x.detach().requires_grad_(own) for x, own in zip(held, wanted, strict=False))
-        attention = with_tensors(ctx.run.attention, dict(zip(ctx.names, held, strict=True)))
-        run = replace(ctx.run, attention=attention, lanes={}, bands={})
-        learned = [x for x, own in zip(held, wanted, strict=False) if own]
+        own = {name: x.detach() for name, x in zip(ctx.names, held, strict=True)}
+        learned = dict(zip(ctx.names, wanted, strict=False))
+        d_own = {
+            name: torch.zeros_like(own[name].requires_grad_(), dtype=inputs.S.dtype) if learns else None
+            for name, learns in learned.items()
+        }
+        run = replace(ctx.run, attention=with_tensors(ctx.run.attention, own), lanes={}, bands={})
+        d_attention = with_tensors(ctx.run.attention, own | d_own)
         before = list(zip(sums[::2], sums[1::2], strict=True))
         with torch.autocast(inputs.q.device.type, enabled=False):
-            d, found = run_backward(run, inputs, before, learned, d_out, d_S, d_z)
-        found = iter(found)
+            d = run_backward(run, inputs, before, d_attention, d_out, d_S, d_z)
         of_inputs = (of_heads(x, to) for x, to in zip(d, inputs, strict=True))
-        return None, *of_inputs, *(next(found) if own else None for own in wanted)
+        return None, *of_inputs, *(None if x is None else x.to(own[name].dtype) for name, x in d_own.items())
 
 
 def parameters_of(attention: nn.Module) -> dict[str, Tensor]:
@@ -117,13 +123,13 @@ def run_backward(
     run: Run,
     inputs: Inputs,
     before: list[tuple[Tensor, Tensor]],
-    parameters: list[Tensor],
+    d_attention: LinearAttention,
     d_out: Tensor,
     d_S: Tensor,
     d_z: Tensor,
-) -> tuple[Inputs, list[Tensor]]:
-    """The gradients of the inputs and of those of the attention's parameters, from those of what `run_forward`
-    returns. Those of tokens are by head of S, and all are of S's dtype.
+) -> Inputs:
+    """The gradients of the inputs, from those of what `run_forward` returns; those of tokens are by head of S, and all
+    are of S's dtype. Those of the attention's parameters are added to what `d_attention` has in their places.
     """
     heads, wide = run.attention.equation.far_heads, inputs.S.dtype
     d = Inputs(
@@ -131,7 +137,6 @@ def run_backward(
         *(x.new_empty(len(x), heads, *x.shape[2:], dtype=wide) for x in inputs[1:3]),
         *(x.new_zeros(len(x), heads, *x.shape[2:], dtype=wide) for x in inputs[3:]),
     )
-    of_parameters = [torch.zeros_like(x, dtype=wide) for x in parameters]
     d_out = d_out.unflatten(1, (heads, -1))
     for part, own in run.parts(inputs):
         own_d = Inputs(*(x[part] for x in d))
@@ -146,15 +151,9 @@ def run_backward(
             of_lane = gradients(lane, tokens, *of_sinks, SCRATCH.take)
             with torch.inference_mode():
                 sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
-            of_q, of_k, *found = through(made, of_lane, piece, parameters)
-            for total, gradient in zip(of_parameters, found, strict=True):
-                if gradient is not None:
-                    total += gradient
-            of_rows = by_head(of_lane.q, piece.shape).view(of_q.shape)
-            torch.add(
-                of_q[..., piece.fill :, :], of_rows[..., piece.fill :, :], out=own_d.q[..., piece.tokens, :]
-            )
-            slots = of_lane.k.view(of_k.shape).add_(of_k), of_lane.v.view(*of_k.shape[:-1], -1)
+            of_q, of_k = through(made, of_lane, part, piece, run.attention, d_attention)
+            own_d.q[..., piece.tokens, :] = of_q[..., piece.fill :, :]
+            slots = of_k, of_lane.v.view(*of_k.shape[:-1], -1)
             ahead_of = put_slots((own_d.k, own_d.v), piece, slots, ahead_of)
         for to, x in zip((own_d.S, own_d.z, own_d.sink_k, own_d.sink_v), (*sums, *of_sinks), strict=True):
             to.copy_(x.view(to.shape))
@@ -165,7 +164,7 @@ def run_backward(
         first, second = (min(x, sinks.shape[-2]) for x in (run.count, run.count + run.length))
         tokens[..., : second - first, :] += sinks[..., first:second, :]
         sinks[..., first:second, :] = 0
-    return d, [total.to(x.dtype) for total, x in zip(of_parameters, parameters, strict=True)]
+    return d
 
 
 def put_slots(
@@ -183,27 +182,31 @@ def put_slots(
     return [x[..., :kept, :].clone() for x in slots]
 
 
-def through(made: Made, of_lane: Tokens, piece: Piece, parameters: list[Tensor]) -> list[Tensor | None]:
-    """The gradients of a piece's q, k and the parameters by way of what was made of them; zeros where q and k have
-    none.
+def through(
+    made: Made,
+    of_lane: Tokens,
+    part: Part,
+    piece: Piece,
+    attention: LinearAttention,
+    d_attention: LinearAttention,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a piece's q and k, with what they are by way of all that was made of them; adds those of the
+    parameters.
     """
-    outputs, towards = [], []
-    for x, gradient, by_rows in (
-        (made.phi_q, of_lane.phi_q, True),
-        (made.phi_k, of_lane.phi_k, False),
-        (made.mix, of_lane.mix, True),
-        (made.conv, of_lane.conv, False),
-    ):
-        if x is not None and x.requires_grad:
-            outputs.append(x)
-            towards.append((by_head(gradient, piece.shape) if by_rows else gradient).view(x.shape))
-    wanted = [made.q, made.k, *parameters]
-    found = [None] * len(wanted)
-    if outputs:
-        found = list(torch.autograd.grad(outputs, wanted, towards, allow_unused=True))
-    for i, x in enumerate(wanted[:2]):
-        found[i] = torch.zeros_like(x) if found[i] is None else found[i]
-    return found
+    b, h, g = made.q.shape[:3]
+    d_q, d_k = by_head(of_lane.q, piece.shape).view(made.q.shape), of_lane.k.view(made.k.shape)
+    if made.pull_q is not None:
+        made.pull_q(by_head(of_lane.phi_q, piece.shape).view(*d_q.shape[:-1], -1), d_q, d_attention.far)
+        made.pull_k(of_lane.phi_k.view(*d_k.shape[:-1], -1), d_k, d_attention.far)
+        mix, d_mix = (
+            None if x.combine.mix is None else of_queries(x, x.combine.mix, part.heads)
+            for x in (attention, d_attention)
+        )
+        if mix is not None:
+            pull_per_head(by_head(of_lane.mix, piece.shape).view(b, h, g, -1), made.q, mix, d_q, d_mix)
+    if d_attention.conv is not None:
+        of_queries(d_attention, d_attention.conv, part.heads).add_(of_lane.conv.unflatten(0, (b, h)).sum(0))
+    return d_q, d_k
 
 
 def of_heads(gradient: Tensor, x: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention
+from linearize_kernels.far import Pull
 from linearize_kernels.parts import Part, far_factor, nothing_far, parts, sinks_with, taps
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.sliding_lane import Beside, Lane, Shape
@@ -47,14 +47,15 @@ class Piece(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a piece's tokens `q [b, h, g, n C, D]` and `k [b, h, s, D]` were made into, with its gradients."""
+    """What a piece's tokens `q [b, h, g, n C, D]` and `k [b, h, s, D]` were made into, and what pulls the gradients of
+    the features back; None: no far part, or not asked for.
+    """
 
     q: Tensor
     k: Tensor
     conv: Tensor | None
-    phi_q: Tensor | None = None
-    phi_k: Tensor | None = None
-    mix: Tensor | None = None
+    pull_q: Pull | None = None
+    pull_k: Pull | None = None
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Run:
         self, part: Part, own: Inputs, piece: Piece, S: Tensor, z: Tensor, tracked: bool = False
     ) -> tuple[Lane, Beside, Made]:
         """A piece's tokens in a lane, whose S and z before them are given. The lane lasts until the next is loaded.
-        `tracked`: with what their features were made of, for gradients.
+        `tracked`: with what pulls gradients back through the features.
         """
         b, h, g = own.q.shape[:3]
         shape, lanes = piece.shape, b * h
@@ -135,46 +136,39 @@ class Run:
             lane = Lane(shape, *memory.values())
         if lanes == 1:
             self.lanes[piece.chunks] = lane
-        conv = None if made.conv is None else made.conv.detach()
-        if conv is not None:
+        if made.conv is not None:
             place = b, part.heads.start
             if place not in self.bands:
-                self.bands[place] = band(conv, shape)
+                self.bands[place] = band(made.conv, shape)
             lane.band = self.bands[place]
-        return lane, Beside(conv, S, z, own.sink_k.flatten(0, 1), own.sink_v.flatten(0, 1)), made
+        return lane, Beside(made.conv, S, z, own.sink_k.flatten(0, 1), own.sink_v.flatten(0, 1)), made
 
     def make(
         self, part: Part, piece: Piece, q: Tensor, k: Tensor, memory: dict[str, Tensor], tracked: bool
     ) -> Made:
         """Puts the features into the memory."""
+        attention, far, heads = self.attention, self.attention.far, part.heads
         b, h, g = q.shape[:3]
-        with torch.set_grad_enabled(tracked):
-            q, k = (x.detach().requires_grad_(tracked) for x in (q, k))
-            conv = taps(self.attention, b, part.heads, q.dtype)
+        conv = taps(attention, b, heads, q.dtype)
         if not self.has_far:
             return Made(q, k, conv)
         phi_q, phi_k = memory["phi_q"], memory["phi_k"]
         into_q = phi_q.view(b, h, -1, phi_q.shape[-1]) if g == 1 else None
         into_k = phi_k.unflatten(0, (b, h))
+        of_q, of_k = (q, heads, piece.fill, into_q), (k, heads, piece.shape.skip, piece.shape.ahead, into_k)
+        pull_q = pull_k = None
+        if tracked:
+            (made_q, pull_q), (made_k, pull_k) = far.queries_vjp(*of_q), far.written_vjp(*of_k)
+        else:
+            made_q, made_k = far.queries_between(*of_q), far.written_between(*of_k)
+        if into_q is None or not made_q.flatten(1, 2).is_set_to(into_q):
+            fill_rows(phi_q, made_q, piece.shape)
+        if not made_k.is_set_to(into_k):
+            phi_k.copy_(made_k.flatten(0, 1))
         first, rows = self.count + piece.tokens.start - piece.fill, piece.chunks * piece.shape.chunk
-        nothing = nothing_far(self.attention.equation, first, rows, self.length, q.device)
-        with torch.set_grad_enabled(tracked):
-            made = Made(
-                q,
-                k,
-                conv,
-                self.attention.far.queries_between(q, part.heads, piece.fill, into_q),
-                self.attention.far.written_between(
-                    k, part.heads, piece.shape.skip, piece.shape.ahead, into_k
-                ),
-                far_factor(self.attention, q, part.heads, nothing),
-            )
-        if into_q is None or not made.phi_q.flatten(1, 2).is_set_to(into_q):
-            fill_rows(phi_q, made.phi_q, piece.shape)
-        if not made.phi_k.is_set_to(into_k):
-            phi_k.copy_(made.phi_k.flatten(0, 1))
-        fill_rows(memory["mix"], made.mix.detach()[..., None], piece.shape)
-        return made
+        nothing = nothing_far(attention.equation, first, rows, self.length, q.device)
+        fill_rows(memory["mix"], far_factor(attention, q, heads, nothing)[..., None], piece.shape)
+        return Made(q, k, conv, pull_q, pull_k)
 
 
 def fill_rows(to: Tensor, rows: Tensor, shape: Shape) -> None:

@@ -1,7 +1,5 @@
 """Hedgehog's features in blocks: two softmaxes made where they stay, forward and backward."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -31,45 +29,32 @@ def softmax_pair(
     return phi
 
 
-class Memory(NamedTuple):
-    """Where features are to be written, which autograd need not know."""
-
-    tensor: Tensor
-
-
 class SoftmaxPair(torch.autograd.Function):
     """`softmax_pair`, of which only the features are kept for the backward."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        W: Tensor,
-        weight: Tensor | None,
-        before: int,
-        ahead: int,
-        memory: Memory | None = None,
-    ) -> Tensor:
-        phi = softmax_pair(x, W, weight, before, ahead, None if memory is None else memory.tensor)
+    def forward(ctx, x: Tensor, W: Tensor, weight: Tensor | None, before: int, ahead: int) -> Tensor:
+        phi = softmax_pair(x, W, weight, before, ahead)
         ctx.save_for_backward(x, W, weight, phi)
         return phi
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_phi: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, weight, phi = ctx.saved_tensors
-        phi, d_phi = (x.unflatten(-1, (2, -1)) for x in (phi, d_phi))
-        d_pair = torch.mul(phi, d_phi, out=SCRATCH.take("pair", phi, *phi.shape))
-        mean = d_pair.sum(-1, keepdim=True)
-        if weight is not None:
-            mean /= weight[..., None]
-        one, other = d_pair.addcmul_(phi, mean, value=-1).unbind(-2)
-        d = torch.sub(one, other, out=SCRATCH.take("halves", x, *one.shape))
-        return (
-            d @ W.mT,
-            (x.mT @ d).sum_to_size(W.shape),
-            None if weight is None else mean.sum(-2),
-            None,
-            None,
-            None,
-        )
+        x, W, *rest = ctx.saved_tensors
+        d, d_weight = through_softmax(*rest, d_phi)
+        return d @ W.mT, (x.mT @ d).sum_to_size(W.shape), d_weight, None, None
+
+
+def through_softmax(weight: Tensor | None, phi: Tensor, d_phi: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of xW `[..., T, F]`, which lasts until the next ones, and of the weight, from those of
+    `softmax_pair`.
+    """
+    phi, d_phi = (x.unflatten(-1, (2, -1)) for x in (phi, d_phi))
+    d_pair = torch.mul(phi, d_phi, out=SCRATCH.take("pair", phi, *phi.shape))
+    mean = d_pair.sum(-1, keepdim=True)
+    if weight is not None:
+        mean /= weight[..., None]
+    one, other = d_pair.addcmul_(phi, mean, value=-1).unbind(-2)
+    d = torch.sub(one, other, out=SCRATCH.take("halves", phi, *one.shape))
+    return d, None if weight is None else mean.sum(-2)

@@ -156,7 +156,7 @@ def running_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
     count, step = x.shape[1], 1 if backwards else -1
     for i in range(1, min(FEW, count)):
         start, stop = ((count - 1 - i) % FEW, count - i) if backwards else (i, count)
-        x[:, start:stop:FEW] += x[:, start + step : stop + step : FEW]
+        x[:, start:stop:FEW].add_(x[:, start + step : stop + step : FEW])  # `+=` would also put it back
     total = torch.zeros_like(first)
     for i in range(0, count, FEW):
         some = x[:, max(0, count - i - FEW) : count - i] if backwards else x[:, i : i + FEW]
@@ -183,5 +183,7 @@ def matmul(a: Tensor, b: Tensor, name: str | None) -> Tensor:
 
 def led(x: Tensor, zeros: int, ahead: int = 0) -> Tensor:
     """`x [..., T, X]` between so many empty slots."""
+    if not zeros and not ahead:
+        return x
     empty = [x.new_zeros(*x.shape[:-2], count, x.shape[-1]) for count in (zeros, ahead)]
-    return torch.cat([empty[0], x, empty[1]], -2) if zeros or ahead else x
+    return torch.cat([empty[0], x, empty[1]], -2)

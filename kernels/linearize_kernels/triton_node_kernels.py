@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.combine import TINY
-from linearize_kernels.far import LOW
+from linearize_kernels.projection import LOW
 from linearize_kernels.state import State
 from linearize_kernels.triton_node_state import SLICE, folded, geometry, vector
 from linearize_kernels.triton_parts import INTERPRETED, put, tile
