@@ -5,6 +5,7 @@ begin at slot c C; its own tokens are behind the first R of them. Heads of keys 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -153,15 +154,17 @@ def running_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
     """Makes each of `x [N, n, F, Dv]` its sum with first and all before it, or behind it. They are summed by FEW, and
     without first, which joins them last: a long text's sum would round them away.
     """
-    count, step = x.shape[1], 1 if backwards else -1
-    for i in range(1, min(FEW, count)):
-        start, stop = ((count - 1 - i) % FEW, count - i) if backwards else (i, count)
-        x[:, start:stop:FEW].add_(x[:, start + step : stop + step : FEW])  # `+=` would also put it back
+    if x.shape[1] == 0:
+        return
+    groups, whole = x.split(FEW, 1), x.shape[1] // FEW
+    for some in (x[:, : whole * FEW].unflatten(1, (whole, FEW)), x[:, None, whole * FEW :]):
+        steps = some.unbind(2)
+        for before, own in pairwise(reversed(steps) if backwards else steps):
+            own.add_(before)
     total = torch.zeros_like(first)
-    for i in range(0, count, FEW):
-        some = x[:, max(0, count - i - FEW) : count - i] if backwards else x[:, i : i + FEW]
+    for some in reversed(groups) if backwards else groups:
         before, total = first + total, total + some[:, 0 if backwards else -1]
-        some += before[:, None]
+        some.add_(before[:, None])
 
 
 def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
