@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.tiles import (
+    Places,
+    Sums,
     Tiling,
     accumulate,
     band,
@@ -19,7 +22,6 @@ from linearize_kernels.tiles import (
     by_head,
     diagonals,
     product,
-    put_products,
     running_sums,
     windows,
 )
@@ -81,7 +83,8 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
 def sums(shape: Tiling, tokens: Groups) -> Tensor:
     """S before each group and after the last, `[N, n + 1, F, Dv]`."""
     phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
-    return running_sums(phi_k, v, tokens.S, name="S")
+    memory = SCRATCH.take("S", v, len(v), v.shape[1] + 1, *tokens.S.shape[1:])
+    return Sums(memory).put(phi_k, v, tokens.S)
 
 
 def by_group(shape: Tiling, x: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
     d_v = torch.empty_like(tokens.v)
-    put_products(d_v, weights, d_rows, shape)
+    Places(d_v, weights, shape).put(d_rows)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     d_q = by_head(product(d_scores, k), shape)
     d_k = product(d_scores.mT, q).flatten(1, 2)

@@ -7,24 +7,22 @@ before, and where rows see ahead of those behind the columns too. The backward m
 linear in T.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize_kernels.combine import TINY
-from linearize_kernels.scratch import SCRATCH
-from linearize_kernels.sliding_lane import LOW, Beside, Lane, Shape, Tokens, flat
+from linearize_kernels.sliding_lane import LOW, Beside, Gradients, Lane, Shape, Tokens
 from linearize_kernels.tiles import (
     accumulate,
     band,
     by_chunk,
     by_head,
     diagonals,
-    product,
-    put_products,
+    flat,
     running,
     running_sums,
 )
@@ -50,35 +48,22 @@ class Sliding(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
         shape, tokens = ctx.shape, Tokens(*ctx.saved_tensors)
         lane = lane_of(shape, tokens)
-        d = gradients(lane, tokens, torch.zeros_like(tokens.sink_k), torch.zeros_like(tokens.sink_v), new)
+        d = Gradients(shape, lane, by_chunk(d_out, shape), new)
+        d.sink_k, d.sink_v = (torch.zeros_like(x) for x in (tokens.sink_k, tokens.sink_v))
+        d.conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
         with torch.autocast(tokens.q.device.type, enabled=False):
-            d_S, d_z = backward(shape, lane, tokens, by_chunk(d_out, shape), d_S, d_z, d)
+            d_S, d_z = backward(shape, lane, tokens, d, d_S, d_z)
         d_q, d_phi_q, d_mix = (None if x is None else by_head(x, shape) for x in (d.q, d.phi_q, d.mix))
         d_mix = None if d_mix is None else d_mix.squeeze(-1)
-        return None, *d._replace(q=d_q, phi_q=d_phi_q, mix=d_mix, S=d_S, z=d_z)
+        return None, d_q, d.k, d.v, d_phi_q, d.phi_k, d_mix, d.conv, d_S, d_z, d.sink_k, d.sink_v
 
 
 def lane_of(shape: Shape, tokens: Tokens) -> Lane:
     mix = None if tokens.mix is None else by_chunk(tokens.mix[..., None], shape)
     q, phi_q = (None if x is None else by_chunk(x, shape) for x in (tokens.q, tokens.phi_q))
-    lane = Lane(shape, q, tokens.k, tokens.v, phi_q, tokens.phi_k, mix)
+    lane = Lane(shape, tokens.sink_k.shape[1], q, tokens.k, tokens.v, phi_q, tokens.phi_k, mix)
     lane.band = None if tokens.conv is None else band(tokens.conv, shape)
     return lane
-
-
-def gradients(
-    lane: Lane, tokens: Tokens | Beside, sink_k: Tensor, sink_v: Tensor, take: Callable[..., Tensor]
-) -> Tokens:
-    """Room for those of what lies in a lane, in its layout; the conv's begin at zero, the sinks' as given, and those of
-    S and z are not there. take: as of `Scratch`.
-    """
-    names = "q", "k", "v", "phi_q", "phi_k", "mix"
-    found = {
-        name: None if x is None else take(f"d_{name}", x, *x.shape)
-        for name, x in ((name, getattr(lane, name)) for name in names)
-    }
-    conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
-    return Tokens(**found, conv=conv, S=None, z=None, sink_k=sink_k, sink_v=sink_v)
 
 
 def new(name: str, like: Tensor, *shape: int) -> Tensor:
@@ -86,77 +71,62 @@ def new(name: str, like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-class Weights(NamedTuple):
-    """Weights of one step.
+def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor | None, Tensor | None]:
+    """Makes a lane's weights and products; returns S and z outside each chunk's columns and after the last chunk,
+    `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
 
-    Attributes:
-        near: `[N, n, g C, R + C + A]`, of the near columns; sinks: `[N, sinks, n g C]`; both normalised.
-        factor: `[N, n, g C, 1]`, what the far columns' products (and what is read of S) are to be multiplied by.
-        S, z: outside each chunk's columns, and after the last chunk, `[N, n + 1, F, Dv]` and `[N, n + 1, F]`; mass:
-            what is read of z, `[N, n, g C, 1]`.
+    No row has the first column near: in its place the softmax over the near columns gets the logarithm of all the
+    weight that is not near, so that it normalises everything at once.
     """
-
-    near: Tensor
-    sinks: Tensor
-    factor: Tensor | None
-    S: Tensor | None
-    z: Tensor | None
-    mass: Tensor | None
-
-
-def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Weights:
-    """Weights of tokens that lie in a lane. No row has the first column near: in its place the softmax over the near
-    columns gets the logarithm of all the weight that is not near, so that it normalises everything at once.
-    """
-    sinks, S, z, mass, total = sink_scores(shape, lane, tokens.sink_k), None, None, None, None
+    S = z = None
+    torch.bmm(shape.scale * tokens.sink_k, lane.rows_T, out=lane.sinks)
+    hide_later(shape, lane)
     if lane.phi_q is None:
-        weight = torch.full_like(lane.first, LOW)
+        lane.factor.fill_(LOW)
     else:
-        S, z, mass, total = weigh_far(shape, lane, tokens)
-        weight = total.log().add_(lane.mix).clamp_(min=LOW)
-    torch.baddbmm(lane.near, lane.queries, lane.keys.mT, alpha=shape.scale, out=lane.flat_scores)
+        S, z = weigh_far(shape, lane, tokens)
+        torch.log(lane.total, out=lane.factor).add_(lane.mix).clamp_(min=LOW)
+    torch.baddbmm(lane.near, lane.queries, lane.keys_T, alpha=shape.scale, out=lane.flat_scores)
     hide_absent(shape, lane.scores)
-    others = torch.cat([weight.flatten(1)[:, None], sinks], 1)
-    # Far above the scores of a row that sees nothing.
-    ceiling = others.amax(1, keepdim=True).clamp_(min=LOW / 2)
-    shares = others.sub_(ceiling).exp_()
-    sum_of_shares = shares.sum(1, keepdim=True).clamp_(min=TINY)
-    lane.first.copy_(ceiling.add_(sum_of_shares.log()).view(lane.first.shape))
-    near = torch.softmax(lane.scores, -1, out=lane.scores)
-    shares *= torch.div(lane.first.reshape(ceiling.shape), sum_of_shares, out=ceiling)
+    # The ceiling is far above the scores of a row that sees nothing.
+    torch.amax(lane.others, 1, keepdim=True, out=lane.ceiling).clamp_(min=LOW / 2)
+    lane.others.sub_(lane.ceiling).exp_()
+    torch.sum(lane.others, 1, keepdim=True, out=lane.shares).clamp_(min=TINY)
+    torch.add(lane.ceiling_by_row, lane.shares_by_row.log(), out=lane.first)
+    torch.softmax(lane.scores, -1, out=lane.scores)
+    torch.div(lane.first, lane.shares_by_row, out=lane.ceiling_by_row)
+    lane.others.mul_(lane.ceiling)
     lane.first.zero_()
-    factor = None if total is None else shares[:, :1].reshape(total.shape).div_(total)
-    return Weights(near, shares[:, 1:], factor, S, z, mass)
+    if lane.phi_q is not None:
+        lane.factor.div_(lane.total)
+    return S, z
 
 
-def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Makes a lane's products. S, z and what is read of it, as in `Weights`, and that with the sum of the products,
-    `[N, n, g C, 1]`.
-    """
+def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor, Tensor]:
+    """Makes a lane's products, their mass and their total; returns S and z as `weigh` does."""
     chunks = lane.q.shape[1]
-    S = running_sums(lane.old_phi[:, :chunks], lane.old_v[:, :chunks], tokens.S, name="S")
+    S = lane.sums.put(*lane.before, tokens.S)
     slots = lane.old_phi.sum(-2)
     z = running(slots[:, :chunks], tokens.z)
     if shape.ahead:
         ahead = lane.old_phi[:, -chunks:], lane.old_v[:, -chunks:]
         S[:, :-1] += running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:]
         z[:, :-1] += running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:]
-    torch.bmm(lane.phi_queries, lane.phi_keys.mT, out=lane.flat_products)
+    torch.bmm(lane.phi_queries, lane.phi_keys_T, out=lane.flat_products)
     lane.tiles.mul_(lane.far)
     # A product with one column would take six times as long as with one row.
-    mass = torch.bmm(flat(z[:, :-1, None]), lane.phi_queries.mT).view_as(lane.mix)
-    return S, z, mass, lane.products.sum(-1, keepdim=True).add_(mass).clamp_(min=TINY)
+    torch.bmm(flat(z[:, :-1, None]), lane.phi_queries_T, out=lane.flat_mass)
+    torch.sum(lane.products, -1, keepdim=True, out=lane.total).add_(lane.mass).clamp_(min=TINY)
+    return S, z
 
 
-def sink_scores(shape: Shape, lane: Lane, sink_k: Tensor) -> Tensor:
-    """`[N, sinks, n g C]`; a query that comes before a sink does not see it."""
-    scores = torch.bmm(shape.scale * sink_k, lane.rows.mT)
-    count, (chunks, rows) = scores.shape[1], lane.q.shape[1:3]
+def hide_later(shape: Shape, lane: Lane) -> None:
+    """Lower the scores of sinks that come after a query."""
+    count, (chunks, rows) = lane.sinks.shape[1], lane.q.shape[1:3]
     if shape.start < count:
-        position = shape.start + torch.arange(chunks * shape.chunk, device=scores.device)
+        position = shape.start + torch.arange(chunks * shape.chunk, device=lane.q.device)
         position = position.view(chunks, 1, -1).expand(-1, rows // shape.chunk, -1).flatten()
-        scores.masked_fill_(position < torch.arange(count, device=scores.device)[:, None], LOW)
-    return scores
+        lane.sinks.masked_fill_(position < torch.arange(count, device=position.device)[:, None], LOW)
 
 
 def hide_absent(shape: Shape, scores: Tensor) -> None:
@@ -168,116 +138,102 @@ def hide_absent(shape: Shape, scores: Tensor) -> None:
         scores[:, -1 - i, :, columns - shape.ahead + i * shape.chunk :] = LOW
 
 
-def columns(lane: Lane, weights: Weights, with_conv: bool) -> Tensor:
-    """The weights of all columns, in the memory of near."""
-    near = weights.near.add_(lane.band) if with_conv and lane.band is not None else weights.near
-    if weights.factor is not None:
-        lane.far_scores.addcmul_(lane.products, weights.factor)
-    return near
+def add_far(lane: Lane) -> None:
+    """Makes the weights of all columns of those of the near ones."""
+    if lane.phi_q is not None:
+        lane.far_scores.addcmul_(lane.products, lane.factor)
 
 
 def forward(shape: Shape, lane: Lane, tokens: Tokens | Beside, out: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the outputs of tokens that lie in a lane to `out [N, n, g C, Dv]`, and returns S and z with its first n C
     slots, in its memory.
     """
-    weights, total, rows = weigh(shape, lane, tokens), flat(out), out.flatten(1, 2)
+    S, z = weigh(shape, lane, tokens)
+    total, rows = flat(out), out.flatten(1, 2)
     if lane.phi_q is None:
-        torch.bmm(weights.sinks.mT, tokens.sink_v, out=rows)
+        torch.bmm(lane.sinks_T, tokens.sink_v, out=rows)
     else:
-        torch.bmm(lane.phi_queries, flat(weights.S[:, :-1]), out=total)
-        out *= weights.factor
-        torch.baddbmm(rows, weights.sinks.mT, tokens.sink_v, out=rows)
-    torch.baddbmm(total, flat(columns(lane, weights, with_conv=True)), lane.values, out=total)
-    return (tokens.S, tokens.z) if lane.phi_q is None else (weights.S[:, -1], weights.z[:, -1])
+        torch.bmm(lane.phi_queries, flat(S[:, :-1]), out=total)
+        out.mul_(lane.factor)
+        torch.baddbmm(rows, lane.sinks_T, tokens.sink_v, out=rows)
+    if lane.band is not None:
+        lane.scores.add_(lane.band)
+    add_far(lane)
+    torch.baddbmm(total, lane.flat_scores, lane.values, out=total)
+    return (tokens.S, tokens.z) if lane.phi_q is None else (S[:, -1], z[:, -1])
 
 
 def backward(
-    shape: Shape, lane: Lane, tokens: Tokens | Beside, d_rows: Tensor, d_S: Tensor, d_z: Tensor, d: Tokens
+    shape: Shape, lane: Lane, tokens: Tokens | Beside, d: Gradients, d_S: Tensor, d_z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes the gradients of tokens that lie in a lane to d, which is laid out as by `gradients`, from those of the
-    outputs `[N, n, g C, Dv]` and of S and z after them; returns those of S and z before.
+    """Makes the gradients of tokens that lie in a lane, from those of the outputs, in d, and of S and z after them;
+    returns those of S and z before.
 
     With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - Σ_i w_i d_out · v_i)`, for far ones too.
     """
-    weights = weigh(shape, lane, tokens)
-    near, sinks, factor = columns(lane, weights, with_conv=False), weights.sinks, weights.factor
-    rows = d_rows.flatten(1, 2)
-    d_near = SCRATCH.take("d_near", near, *near.shape)
-    torch.bmm(flat(d_rows), lane.values.mT, out=flat(d_near))
-    d_scores = torch.mul(near, d_near, out=SCRATCH.take("d_scores", near, *near.shape))
-    d_sinks = torch.bmm(tokens.sink_v, rows.mT)
-    mean = d_scores.sum(-1, keepdim=True)
-    mean += (sinks * d_sinks).sum(1).view_as(mean)
-    if factor is not None:
-        answers = product(d_rows, weights.S[:, :-1].mT, "answers")
-        answer = torch.mul(lane.phi_q, answers, out=lane.features).sum(-1, keepdim=True)
-        mean.addcmul_(factor, answer)
-    d.sink_v.add_(torch.bmm(sinks, rows))
-    d_scores.addcmul_(near, mean, value=-1)
-    d_sinks.sub_(mean.flatten(1)[:, None]).mul_(sinks)
-    if tokens.conv is not None:
-        taps = d_near.sum(1).unflatten(1, (-1, shape.chunk))
-        d.conv.add_(diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1))
-        near += lane.band
-    put_products(d.v, near, d_rows, shape)
-    if factor is not None:
-        d_far = d_scores[..., : lane.far.shape[-1]].unflatten(2, (-1, shape.chunk))
-        own = torch.mul(d_far, lane.far, out=SCRATCH.take("own", d_far, *d_far.shape))
-        d_far -= own
-        d.mix.copy_(own.sum(-1).view_as(d.mix)).addcmul_(
-            factor, answer.addcmul_(mean, weights.mass, value=-1)
-        )
-        d_S, d_z = backward_far(shape, lane, weights, d_rows, d_near, mean, answers, d_S, d_z, d)
-    d_q, d_rows_q = flat(d.q), d.q.flatten(1, 2)
-    torch.baddbmm(d_q, flat(d_scores), lane.keys, beta=0, alpha=shape.scale, out=d_q)
-    torch.baddbmm(d_rows_q, d_sinks.mT, tokens.sink_k, alpha=shape.scale, out=d_rows_q)
-    d.sink_k.baddbmm_(d_sinks, lane.rows, alpha=shape.scale)
-    put_products(d.k, d_scores, lane.q, shape, shape.scale)
+    S, z = weigh(shape, lane, tokens)
+    add_far(lane)
+    has_far = lane.phi_q is not None
+    torch.bmm(d.flat_out, lane.values_T, out=d.flat_near)
+    torch.mul(lane.scores, d.near, out=d.scores)
+    torch.bmm(tokens.sink_v, d.out_rows_T, out=d.sinks)
+    torch.sum(d.scores, -1, keepdim=True, out=d.mean)
+    d.mean_by_row.add_((lane.sinks * d.sinks).sum(1, keepdim=True))
+    if has_far:
+        torch.bmm(d.flat_out, flat(S[:, :-1]).mT, out=d.flat_answers)
+        answer = torch.mul(lane.phi_q, d.answers, out=lane.features).sum(-1, keepdim=True)
+        d.mean.addcmul_(lane.factor, answer)
+    d.sink_v.baddbmm_(lane.sinks, d.out_rows)
+    d.scores.addcmul_(lane.scores, d.mean, value=-1)
+    d.sinks.sub_(d.mean_by_row).mul_(lane.sinks)
+    if d.conv is not None:
+        taps = d.near.sum(1).unflatten(1, (-1, shape.chunk))
+        d.conv.add_(diagonals(taps, shape, d.conv.shape[-1]).sum(2).flip(-1))
+        lane.scores.add_(lane.band)
+    d.to_v.put(d.out)
+    if has_far:
+        torch.mul(d.far_scores, lane.far, out=d.own)
+        d.far_scores.sub_(d.own)
+        torch.sum(d.own, -1, out=d.mix_tiles)
+        d.mix.addcmul_(lane.factor, answer.addcmul_(d.mean, lane.mass, value=-1))
+        d_S, d_z = backward_far(shape, lane, d, S, z, d_S, d_z)
+    torch.baddbmm(d.flat_q, d.flat_scores, lane.keys, beta=0, alpha=shape.scale, out=d.flat_q)
+    torch.baddbmm(d.rows_q, d.sinks_T, tokens.sink_k, alpha=shape.scale, out=d.rows_q)
+    d.sink_k.baddbmm_(d.sinks, lane.rows, alpha=shape.scale)
+    d.to_k.put(lane.q, shape.scale)
     return d_S, d_z
 
 
 def backward_far(
-    shape: Shape,
-    lane: Lane,
-    weights: Weights,
-    d_rows: Tensor,
-    d_near: Tensor,
-    mean: Tensor,
-    answers: Tensor,
-    d_S: Tensor,
-    d_z: Tensor,
-    d: Tokens,
+    shape: Shape, lane: Lane, d: Gradients, S: Tensor, z: Tensor, d_S: Tensor, d_z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The part of `backward` that goes through features, from `d_near`, d_out · v of all columns; `mean`, its mean by
-    the weights; and `answers`, `S d_out [N, n, g C, F]`.
-    """
-    factor, z = weights.factor, weights.z
-    d_products = torch.sub(d_near[..., : lane.far.shape[-1]], mean, out=lane.products).mul_(factor)
+    """The part of `backward` that goes through features."""
+    torch.sub(d.far_near, d.mean, out=lane.products).mul_(lane.factor)
     lane.tiles.mul_(lane.far)
-    torch.bmm(lane.flat_products, lane.phi_keys, out=flat(d.phi_q))
-    d.phi_q.addcmul_(factor, answers.addcmul_(mean, z[:, :-1, None], value=-1))
-    scaled = torch.mul(lane.phi_q, factor, out=lane.features)
-    d_S, d_sums = outside_gradients(shape, running_sums, (scaled, d_rows), d_S)
-    masses = torch.bmm(flat(factor.mul_(mean).neg_().mT), lane.phi_queries).view_as(z[:, 1:])
-    d_z, d_masses = outside_gradients(shape, running, (masses,), d_z)
-    old = lane.old_phi.shape[1] * shape.chunk
-    put_products(d.phi_k, d_products, lane.phi_q, shape)
-    accumulate(d.v[:, :old], lane.old_phi, d_sums)
-    d.phi_k[:, :old].unflatten(1, (-1, shape.chunk)).add_(d_masses[:, :, None])
-    accumulate(d.phi_k[:, :old], lane.old_v, d_sums.mT)
+    torch.bmm(lane.flat_products, lane.phi_keys, out=d.flat_phi_q)
+    d.phi_q.addcmul_(lane.factor, d.answers.addcmul_(d.mean, z[:, :-1, None], value=-1))
+    scaled = torch.mul(lane.phi_q, lane.factor, out=lane.features)
+    sums = d.sums.put(scaled, d.out, d_S)
+    d_S, d_sums = outside_gradients(shape, sums, partial(running_sums, scaled, d.out))
+    lane.factor.mul_(d.mean).neg_()
+    masses = torch.bmm(flat(lane.factor.mT), lane.phi_queries).view_as(z[:, 1:])
+    d_z, d_masses = outside_gradients(shape, running(masses, d_z, backwards=True), partial(running, masses))
+    d.to_phi_k.put(lane.phi_q)
+    accumulate(d.old_v, lane.old_phi, d_sums)
+    d.old_phi_chunks.add_(d_masses[:, :, None])
+    accumulate(d.old_phi, lane.old_v, d_sums.mT)
     return d_S, d_z
 
 
 def outside_gradients(
-    shape: Shape, sums: Callable, rows: Sequence[Tensor], last: Tensor
+    shape: Shape, sums: Tensor, sums_before: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what is older than a lane and of its chunks of slots, from those of the sums before each chunk
-    of rows, which are `sums` of rows the other way, and of the last sum.
+    of rows, summed backwards, and of what summed forwards from its argument on.
     """
-    total = sums(*rows, last, backwards=True)
-    d_first, d_slots = total[:, 0], total[:, 1:]
+    d_first, d_slots = sums[:, 0].clone(), sums[:, 1:]
     if shape.ahead:
-        unread = total.new_zeros(len(total), shape.around, *total.shape[2:])
-        before = sums(*rows, torch.zeros_like(last))[:, :-1]
+        unread = sums.new_zeros(len(sums), shape.around, *sums.shape[2:])
+        before = sums_before(torch.zeros_like(d_first))[:, :-1]
         d_slots = torch.cat([d_slots, unread], 1) + torch.cat([unread, before], 1)
     return d_first, d_slots

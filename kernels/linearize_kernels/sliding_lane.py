@@ -1,5 +1,6 @@
 """What the sliding form in blocks reads and makes: the tokens, and their memory as its sums want it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from linearize_kernels.remembered import remembered
 from linearize_kernels.scratch import SCRATCH
-from linearize_kernels.tiles import Tiling, windows
+from linearize_kernels.tiles import Places, Sums, Tiling, flat, windows
 
 LOW = -1e30  # the score of what is not seen
 
@@ -66,22 +67,32 @@ class Beside(NamedTuple):
 
 
 class Lane:
-    """Tokens, with views of them and memory of `SCRATCH` for what is made of them. What is written into the tokens is
-    seen in the views where N is 1.
+    """Tokens, and memory of `SCRATCH` for all that is made of them, with the views of it that are asked for, because a
+    view takes as long as a sum over a few hundred numbers. What is written into the tokens is seen in the views where N
+    is 1.
 
     Attributes:
         q: `[N, n, g C, D]`; k: `[N, s, D]`; v: `[N, s, Dv]`; phi_q: `[N, n, g C, F]`; phi_k: `[N, s, F]`; mix:
             `[N, n, g C, 1]`; the last three None: no far part.
-        keys, values, phi_keys: of each chunk's columns, `[N n, columns, ...]`, phi_keys of the far ones.
-        near, far: `masks`.
-        scores: `[N, n, g C, columns]`; products: `[N, n, g C, far columns]`.
-        band: the conv's, `[N, 1, g C, columns]`, which is given later, or None.
-        features: room for as many as phi_q; old_phi, old_v: `[N, chunks, C, ...]`, of the slots that S takes in.
+        rows, queries: q as `[N, n g C, D]` and `[N n, g C, D]`; keys, values, phi_queries, phi_keys: as the latter, of
+            each chunk's columns, phi_keys of the far ones; old_phi, old_v: `[N, chunks, C, ...]`, of the slots that S
+            takes in; before: those of the first n chunks; sums: S's.
+        near, far: `masks`; band: the conv's, `[N, 1, g C, columns]`, or None, and gradients: where
+            they go, both given later.
+        scores: `[N, n, g C, columns]`, then the weights of the near columns, the first of which is never near: `first`;
+            far_scores: of the far columns.
+        others: `[N, 1 + sinks, n g C]`, the logarithms of the weight of all that is far, `factor [N, n, g C, 1]`, and
+            of the sinks', `sinks`; then the weights of the sinks, and what `products` (and what is read of S) are to be
+            multiplied by. ceiling, shares: their maximum and sum, by rows `[N, 1, n g C]` and as by_row `[N, n, g C]`.
+        products: `[N, n, g C, far columns]`, of features; as tiles, `[N, n, g, C, far columns]`. total: their sum and
+            what is read of z, `mass`, both `[N, n, g C, 1]`.
+        features: room for as many as phi_q.
     """
 
     def __init__(
         self,
         shape: Shape,
+        sinks: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -89,29 +100,96 @@ class Lane:
         phi_k: Tensor | None = None,
         mix: Tensor | None = None,
     ):
+        def room(name: str, *sizes: int) -> Tensor:
+            return SCRATCH.take(name, q, *sizes)
+
         self.band: Tensor | None = None
+        self.gradients: Gradients | None = None
         self.q, self.k, self.v, self.phi_q, self.phi_k, self.mix = q, k, v, phi_q, phi_k, mix
         self.near, self.far = masks(shape, q)
+        lanes, chunks, rows = q.shape[:3]
         self.rows, self.queries = q.flatten(1, 2), flat(q)
+        self.rows_T = self.rows.mT
         self.keys, self.values = (flat(windows(x, shape)) for x in (k, v))
-        self.scores = SCRATCH.take("scores", q, *q.shape[:3], shape.columns)
-        self.flat_scores, self.first = flat(self.scores), self.scores[..., :1]
+        self.keys_T, self.values_T = self.keys.mT, self.values.mT
+        self.scores = room("scores", lanes, chunks, rows, shape.columns)
+        self.flat_scores, self.first = flat(self.scores), self.scores[..., 0]
+        self.others = room("others", lanes, 1 + sinks, chunks * rows)
+        self.factor, self.sinks = self.others[:, 0].unflatten(1, (chunks, rows, 1)), self.others[:, 1:]
+        self.sinks_T = self.sinks.mT
+        self.ceiling, self.shares = (room(name, lanes, 1, chunks * rows) for name in ("ceiling", "shares"))
+        self.ceiling_by_row, self.shares_by_row = (
+            x.view(lanes, chunks, rows) for x in (self.ceiling, self.shares)
+        )
         if phi_q is None:
             return
-        lanes, chunks, rows = phi_q.shape[:3]
         columns = self.far.shape[-1]
         self.phi_queries, self.phi_keys = flat(phi_q), flat(windows(phi_k, shape, columns))
-        self.products = SCRATCH.take("products", q, lanes, chunks, rows, columns)
+        self.phi_queries_T, self.phi_keys_T = self.phi_queries.mT, self.phi_keys.mT
+        self.products = room("products", lanes, chunks, rows, columns)
         self.flat_products, self.tiles = flat(self.products), self.products.unflatten(2, (-1, shape.chunk))
         self.far_scores = self.scores[..., :columns]
-        self.features = SCRATCH.take("features", q, *phi_q.shape)
+        self.total, self.mass = (room(name, lanes, chunks, rows, 1) for name in ("total", "mass"))
+        self.flat_mass = flat(self.mass).mT
+        self.features = room("features", *phi_q.shape)
         old = slice(0, (chunks + shape.around) * shape.chunk)
         self.old_phi, self.old_v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (phi_k, v))
+        self.before = tuple(x[:, :chunks] for x in (self.old_phi, self.old_v))
+        self.sums = Sums(room("S", lanes, chunks + 1, phi_k.shape[-1], v.shape[-1]))
 
 
-def flat(x: Tensor) -> Tensor:
-    """`[N, n, I, J] -> [N n, I, J]`, as `bmm` takes it."""
-    return x.flatten(0, 1)
+class Gradients:
+    """Room for the gradients of what lies in a lane, laid out as there, and for what is made on the way to them.
+
+    Args:
+        out: those of the outputs, `[N, n, g C, Dv]`; take: as of `Scratch`, for those of the tokens.
+
+    Attributes:
+        conv, sink_k, sink_v: given later; gradients are added to them.
+        near: out · v of all columns; scores, sinks: the gradients of a lane's; mean: out · the output,
+            `[N, n, g C, 1]`.
+        far_scores, own: the scores' of the far columns, `[N, n, g, C, far columns]`, and as much room.
+        to_k, to_v, to_phi_k: `Places` of the columns' among the slots'; sums: S's.
+    """
+
+    def __init__(self, shape: Shape, lane: Lane, out: Tensor, take: Callable[..., Tensor]):
+        def room(name: str, *sizes: int) -> Tensor:
+            return SCRATCH.take(f"d_{name}", lane.q, *sizes)
+
+        def own(name: str) -> Tensor | None:
+            x = getattr(lane, name)
+            return None if x is None else take(f"d_{name}", x, *x.shape)
+
+        self.conv: Tensor | None = None
+        self.sink_k = self.sink_v = out
+        self.out, self.flat_out, self.out_rows = out, flat(out), out.flatten(1, 2)
+        self.out_rows_T = self.out_rows.mT
+        self.q, self.k, self.v, self.phi_q, self.phi_k, self.mix = map(
+            own, ("q", "k", "v", "phi_q", "phi_k", "mix")
+        )
+        self.flat_q, self.rows_q = flat(self.q), self.q.flatten(1, 2)
+        self.near, self.scores = (room(name, *lane.scores.shape) for name in ("near", "scores"))
+        self.flat_near, self.flat_scores = flat(self.near), flat(self.scores)
+        self.sinks = room("sinks", *lane.sinks.shape)
+        self.sinks_T = self.sinks.mT
+        self.mean = room("mean", *lane.q.shape[:3], 1)
+        self.mean_by_row = self.mean.view(len(lane.q), 1, -1)
+        self.to_v, self.to_k = Places(self.v, lane.scores, shape), Places(self.k, self.scores, shape)
+        if self.phi_q is None:
+            return
+        columns = lane.far.shape[-1]
+        self.flat_phi_q = flat(self.phi_q)
+        self.far_scores = self.scores[..., :columns].unflatten(2, (-1, shape.chunk))
+        self.own = room("own", *self.far_scores.shape)
+        self.mix_tiles = self.mix.view(self.own.shape[:-1])
+        self.far_near = self.near[..., :columns]
+        self.answers = room("answers", *lane.phi_q.shape)
+        self.flat_answers = flat(self.answers)
+        self.to_phi_k = Places(self.phi_k, lane.products, shape)
+        self.sums = Sums(room("S", *lane.sums.all.shape), backwards=True)
+        old = lane.old_phi.shape[1] * shape.chunk
+        self.old_v, self.old_phi = self.v[:, :old], self.phi_k[:, :old]
+        self.old_phi_chunks = self.old_phi.unflatten(1, (-1, shape.chunk))
 
 
 def masks(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor]:

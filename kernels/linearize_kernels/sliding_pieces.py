@@ -15,8 +15,8 @@ from linearize_kernels.attention import LinearAttention
 from linearize_kernels.combine import pull_per_head
 from linearize_kernels.parts import Part, of_queries
 from linearize_kernels.scratch import SCRATCH
-from linearize_kernels.sliding import backward, forward, gradients
-from linearize_kernels.sliding_lane import Tokens
+from linearize_kernels.sliding import backward, forward
+from linearize_kernels.sliding_lane import Gradients, Lane
 from linearize_kernels.sliding_run import Inputs, Made, Piece, Run, fill_rows
 from linearize_kernels.tiles import by_head, led
 
@@ -146,11 +146,12 @@ def run_backward(
         ahead_of, of_sinks = (), [torch.zeros_like(x).flatten(0, 1) for x in (own.sink_k, own.sink_v)]
         for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
             lane, tokens, made = run.load(part, own, piece, *start, tracked=True)
-            d_rows = SCRATCH.take("d_rows", lane.q, *lane.q.shape[:3], d_out.shape[-1])
-            fill_rows(d_rows, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
-            of_lane = gradients(lane, tokens, *of_sinks, SCRATCH.take)
+            of_lane = gradients_in(lane, piece, d_out.shape[-1])
+            fill_rows(of_lane.out, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
+            of_lane.sink_k, of_lane.sink_v = of_sinks
+            of_lane.conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
             with torch.inference_mode():
-                sums = backward(piece.shape, lane, tokens, d_rows, *sums, of_lane)
+                sums = backward(piece.shape, lane, tokens, of_lane, *sums)
             of_q, of_k = through(made, of_lane, part, piece, run.attention, d_attention)
             own_d.q[..., piece.tokens, :] = of_q[..., piece.fill :, :]
             slots = of_k, of_lane.v.view(*of_k.shape[:-1], -1)
@@ -165,6 +166,14 @@ def run_backward(
         tokens[..., : second - first, :] += sinks[..., first:second, :]
         sinks[..., first:second, :] = 0
     return d
+
+
+def gradients_in(lane: Lane, piece: Piece, value_dim: int) -> Gradients:
+    """Room for those of what lies in a lane, as long as it lasts."""
+    if lane.gradients is None:
+        out = SCRATCH.take("d_out", lane.q, *lane.q.shape[:3], value_dim)
+        lane.gradients = Gradients(piece.shape, lane, out, SCRATCH.take)
+    return lane.gradients
 
 
 def put_slots(
@@ -184,7 +193,7 @@ def put_slots(
 
 def through(
     made: Made,
-    of_lane: Tokens,
+    of_lane: Gradients,
     part: Part,
     piece: Piece,
     attention: LinearAttention,

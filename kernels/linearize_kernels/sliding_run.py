@@ -133,7 +133,7 @@ class Run:
             q = memory["q"].view(b, h, g, -1, q.shape[-1])  # whose tokens lie side by side
         made = self.make(part, piece, q, k, memory, tracked)
         if lane is None:
-            lane = Lane(shape, *memory.values())
+            lane = Lane(shape, own.sink_k.shape[-2], *memory.values())
         if lanes == 1:
             self.lanes[piece.chunks] = lane
         if made.conv is not None:
@@ -173,8 +173,9 @@ class Run:
 
 def fill_rows(to: Tensor, rows: Tensor, shape: Shape) -> None:
     """`[b, h, g, n C, X]` into `[N, n, g C, X]`."""
-    chunks = rows.flatten(0, 1).unflatten(2, (-1, shape.chunk)).transpose(1, 2)
-    to.view(chunks.shape).copy_(chunks)
+    if rows.shape[2] > 1:
+        rows = rows.flatten(0, 1).unflatten(2, (-1, shape.chunk)).transpose(1, 2)
+    to.view(rows.shape).copy_(rows)
 
 
 def fill_slots(to: Tensor, recent: Tensor, tokens: Tensor, first: int, count: int) -> None:

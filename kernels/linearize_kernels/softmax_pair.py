@@ -17,7 +17,8 @@ def softmax_pair(
     shape = *x.shape[:-1], 2, W.shape[-1]
     pair = x.new_empty(shape) if out is None else out.view(shape)
     one, other = pair.flatten(0, -4).unbind(-2)
-    torch.bmm(x.flatten(0, -3), W.expand(*x.shape[:-2], -1, -1).flatten(0, -3), out=one)
+    every = W if x.shape[:-3].numel() == 1 else W.expand(*x.shape[:-2], -1, -1).flatten(0, -3)
+    torch.bmm(x.flatten(0, -3), every, out=one)
     torch.neg(one, out=other)
     phi = torch.softmax(pair, -1, out=pair).flatten(-2)
     if weight is not None:

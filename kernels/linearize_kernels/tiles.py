@@ -71,19 +71,35 @@ def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     return view if len(x) == 1 else view.contiguous()
 
 
-def put_products(total: Tensor, a: Tensor, b: Tensor, shape: Tiling, scale: float = 1.0) -> None:
-    """Puts `scale aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` into the slots of the columns,
-    `total [N, slots, X]`, where those of different chunks add up.
+class Places:
+    """Where products `aᵀ b` of weights `a [N, n, rows, columns]` go among slots, `total [N, slots, X]`: those of a
+    column to its slot, where those of different chunks add up.
     """
-    chunks, columns = a.shape[1], a.shape[3]
-    total[:, chunks * shape.chunk if columns >= shape.chunk else 0 :] = 0
-    for first in range(0, columns, shape.chunk):
-        part = a[..., first : first + shape.chunk].mT
-        if part.shape[2] == shape.chunk:
-            accumulate(total[:, first : first + chunks * shape.chunk], part, b, scale, kept=first > 0)
-        else:
-            spots = total[:, first : first + (chunks - 1) * shape.chunk + part.shape[2]]
-            spots.unfold(1, part.shape[2], shape.chunk).add_((part @ b).mT, alpha=scale)
+
+    def __init__(self, total: Tensor, a: Tensor, shape: Tiling):
+        chunks, columns = a.shape[1], a.shape[3]
+        self.parts: list[
+            tuple[Tensor, Tensor]
+        ] = []  # [N, n, C, ...]; [N n, C, ...] where the places are contiguous
+        for first in range(0, columns, shape.chunk):
+            part = a[..., first : first + shape.chunk].mT
+            width = part.shape[2]
+            slots = total[:, first : first + (chunks - 1) * shape.chunk + width]
+            place = slots.unfold(1, width, shape.chunk).mT
+            self.parts.append((flat(place), flat(part)) if place.is_contiguous() else (place, part))
+        self.direct = self.parts[0][0].dim() == 3  # the first part is written, the others are added
+        self.added = total[:, chunks * shape.chunk if self.direct else 0 :]
+
+    def put(self, b: Tensor, scale: float = 1.0) -> None:
+        """Puts products with `b [N, n, rows, X]`, times scale, in their places."""
+        self.added.zero_()
+        flat_b, kept = flat(b), int(not self.direct)
+        for place, part in self.parts:
+            if place.dim() == 3:
+                torch.baddbmm(place, part, flat_b, beta=kept, alpha=scale, out=place)
+            else:
+                place.add_(part @ b, alpha=scale)
+            kept = 1
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = True) -> None:
@@ -94,6 +110,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bo
         return
     chunks = total.view(-1, *a.shape[2:3], b.shape[3])
     torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), beta=int(kept), alpha=scale, out=chunks)
+
+
+def flat(x: Tensor) -> Tensor:
+    """`[N, n, I, J] -> [N n, I, J]`, as `bmm` takes it."""
+    return x.flatten(0, 1)
 
 
 def by_chunk(x: Tensor, shape: Tiling) -> Tensor:
@@ -132,39 +153,51 @@ def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     return torch.cat([torch.zeros_like(first)[:, None], chunks], 1).cumsum(1).add_(first[:, None])
 
 
-def running_sums(
-    a: Tensor, b: Tensor, first: Tensor, backwards: bool = False, name: str | None = None
-) -> Tensor:
-    """As `running`, of `first [N, F, Dv]` and the chunks' products `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`:
-    `[N, n + 1, F, Dv]`. A name: as of `product`.
-    """
-    shape = len(a), a.shape[1] + 1, *first.shape[1:]
-    sums = a.new_empty(shape) if name is None else SCRATCH.take(name, a, *shape)
-    sums[:, -1 if backwards else 0] = first
-    products = sums[:, :-1] if backwards else sums[:, 1:]
-    if len(a) == 1:
-        torch.bmm(a[0].mT, b[0], out=products[0])
-    else:
-        products.copy_(a.mT @ b)
-    running_in_place(products, first, backwards)
-    return sums
+class Sums:
+    """`running` of the products of chunks, `[N, n + 1, F, Dv]`, in memory that may be filled again."""
 
+    def __init__(self, memory: Tensor, backwards: bool = False):
+        self.all, self.first = memory, memory[:, -1 if backwards else 0]
+        self.products = memory[:, :-1] if backwards else memory[:, 1:]
+        self.flat_products = flat(self.products) if len(memory) == 1 else None
+        chunks = self.products.shape[1]
+        whole = chunks // FEW
+        groups = [
+            self.products[:, : whole * FEW].unflatten(1, (whole, FEW)),
+            self.products[:, None, whole * FEW :],
+        ]
+        self.steps: list[tuple[Tensor, Tensor]] = []  # what is added to what within the groups
+        for some in groups[0 if whole else 1 :]:
+            steps = some.unbind(2)
+            self.steps += pairwise(reversed(steps) if backwards else steps)
+        ends = self.products.split(FEW, 1)[: -(-chunks // FEW)]
+        self.groups = [(some, some[:, 0 if backwards else -1]) for some in ends]
+        if backwards:
+            self.groups.reverse()
 
-def running_in_place(x: Tensor, first: Tensor, backwards: bool) -> None:
-    """Makes each of `x [N, n, F, Dv]` its sum with first and all before it, or behind it. They are summed by FEW, and
-    without first, which joins them last: a long text's sum would round them away.
-    """
-    if x.shape[1] == 0:
-        return
-    groups, whole = x.split(FEW, 1), x.shape[1] // FEW
-    for some in (x[:, : whole * FEW].unflatten(1, (whole, FEW)), x[:, None, whole * FEW :]):
-        steps = some.unbind(2)
-        for before, own in pairwise(reversed(steps) if backwards else steps):
+    def put(self, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+        """All sums of `first [N, F, Dv]` and the products `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`. These are
+        summed by FEW, and without first, which joins them last: a long text's sum would round them away.
+        """
+        self.first.copy_(first)
+        if self.flat_products is None:
+            self.products.copy_(a.mT @ b)
+        else:
+            torch.bmm(flat(a).mT, flat(b), out=self.flat_products)
+        for before, own in self.steps:
             own.add_(before)
-    total = torch.zeros_like(first)
-    for some in reversed(groups) if backwards else groups:
-        before, total = first + total, total + some[:, 0 if backwards else -1]
-        some.add_(before[:, None])
+        before, total = self.first, None
+        for some, last in self.groups:
+            total = last.clone() if total is None else total + last
+            some.add_(before[:, None])
+            before = self.first + total
+        return self.all
+
+
+def running_sums(a: Tensor, b: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
+    """`Sums` in new memory."""
+    memory = a.new_empty(len(a), a.shape[1] + 1, *first.shape[1:])
+    return Sums(memory, backwards).put(a, b, first)
 
 
 def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
