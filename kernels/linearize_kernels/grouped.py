@@ -92,10 +92,16 @@ def by_group(shape: Tiling, x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, shape.chunk))
 
 
+def columns(shape: Tiling, v: Tensor) -> Tensor:
+    """The values of every group's columns, `[N, n, R + C, Dv]`; of one lane without a copy."""
+    view = windows(v, shape)
+    return view if len(v) == 1 else view.contiguous()
+
+
 def forward(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
     """What `grouped` returns."""
     _, weights = weigh(shape, by_chunk(tokens.q, shape), by_group(shape, tokens.k), tokens.conv)
-    rows = product(weights, windows(tokens.v, shape))
+    rows = product(weights, columns(shape, tokens.v))
     if tokens.phi_q is None:
         return by_head(rows, shape), tokens.S.clone()
     S = sums(shape, tokens)
@@ -113,7 +119,7 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
     d_phi_q = d_phi_k = d_factor = d_conv = None
     q, k, d_rows = by_chunk(tokens.q, shape), by_group(shape, tokens.k), by_chunk(d_out, shape)
     scores, weights = weigh(shape, q, k, tokens.conv)
-    d_weights = product(d_rows, windows(tokens.v, shape).mT, "d_near")
+    d_weights = product(d_rows, columns(shape, tokens.v).mT, "d_near")
     if tokens.conv is not None:
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)

@@ -63,6 +63,7 @@ def lane_of(shape: Shape, tokens: Tokens) -> Lane:
     q, phi_q = (None if x is None else by_chunk(x, shape) for x in (tokens.q, tokens.phi_q))
     lane = Lane(shape, tokens.sink_k.shape[1], q, tokens.k, tokens.v, phi_q, tokens.phi_k, mix)
     lane.band = None if tokens.conv is None else band(tokens.conv, shape)
+    lane.gather()
     return lane
 
 

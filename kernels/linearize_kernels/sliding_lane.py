@@ -68,8 +68,7 @@ class Beside(NamedTuple):
 
 class Lane:
     """Tokens, and memory of `SCRATCH` for all that is made of them, with the views of it that are asked for, because a
-    view takes as long as a sum over a few hundred numbers. What is written into the tokens is seen in the views where N
-    is 1.
+    view takes as long as a sum over a few hundred numbers. Tokens may be written later, and then be gathered.
 
     Attributes:
         q: `[N, n, g C, D]`; k: `[N, s, D]`; v: `[N, s, Dv]`; phi_q: `[N, n, g C, F]`; phi_k: `[N, s, F]`; mix:
@@ -110,7 +109,10 @@ class Lane:
         lanes, chunks, rows = q.shape[:3]
         self.rows, self.queries = q.flatten(1, 2), flat(q)
         self.rows_T = self.rows.mT
-        self.keys, self.values = (flat(windows(x, shape)) for x in (k, v))
+        self.gathered: list[tuple[Tensor, Tensor]] = []
+        self.keys, self.values = (
+            self.columns(f"columns of {name}", x, shape) for name, x in (("k", k), ("v", v))
+        )
         self.keys_T, self.values_T = self.keys.mT, self.values.mT
         self.scores = room("scores", lanes, chunks, rows, shape.columns)
         self.flat_scores, self.first = flat(self.scores), self.scores[..., 0]
@@ -124,7 +126,7 @@ class Lane:
         if phi_q is None:
             return
         columns = self.far.shape[-1]
-        self.phi_queries, self.phi_keys = flat(phi_q), flat(windows(phi_k, shape, columns))
+        self.phi_queries, self.phi_keys = flat(phi_q), self.columns("columns of phi_k", phi_k, shape, columns)
         self.phi_queries_T, self.phi_keys_T = self.phi_queries.mT, self.phi_keys.mT
         self.products = room("products", lanes, chunks, rows, columns)
         self.flat_products, self.tiles = flat(self.products), self.products.unflatten(2, (-1, shape.chunk))
@@ -136,6 +138,22 @@ class Lane:
         self.old_phi, self.old_v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (phi_k, v))
         self.before = tuple(x[:, :chunks] for x in (self.old_phi, self.old_v))
         self.sums = Sums(room("S", lanes, chunks + 1, phi_k.shape[-1], v.shape[-1]))
+
+    def columns(self, name: str, x: Tensor, shape: Shape, count: int | None = None) -> Tensor:
+        """The slots of every chunk's columns, or of the first ones: `[N, s, X] -> [N n, columns, X]`; a view of one
+        lane, to be gathered of more.
+        """
+        view = windows(x, shape, count)
+        if len(x) == 1:
+            return flat(view)
+        memory = SCRATCH.take(name, x, *view.shape)
+        self.gathered.append((memory, view))
+        return flat(memory)
+
+    def gather(self) -> None:
+        """Once the tokens are written."""
+        for memory, view in self.gathered:
+            memory.copy_(view)
 
 
 class Gradients:

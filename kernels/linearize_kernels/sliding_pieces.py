@@ -61,7 +61,7 @@ class Pieces(torch.autograd.Function):
             name: torch.zeros_like(own[name].requires_grad_(), dtype=inputs.S.dtype) if learns else None
             for name, learns in learned.items()
         }
-        run = replace(ctx.run, attention=with_tensors(ctx.run.attention, own), lanes={}, bands={})
+        run = replace(ctx.run, attention=with_tensors(ctx.run.attention, own), rooms={})
         d_attention = with_tensors(ctx.run.attention, own | d_own)
         before = list(zip(sums[::2], sums[1::2], strict=True))
         with torch.autocast(inputs.q.device.type, enabled=False):
@@ -98,11 +98,11 @@ def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, 
     """Writes the outputs `[B, heads, T, Dv]`, and returns S and z after all tokens, and before each piece."""
     S, z, before = torch.empty_like(inputs.S), torch.empty_like(inputs.z), []
     out = out.unflatten(1, (S.shape[1], -1))
-    for part, own in run.parts(inputs):
-        sums = own.S.flatten(0, 1), own.z.flatten(0, 1)
+    for share in run.shares(inputs):
+        part, sums = share.part, (share.beside.S, share.beside.z)
         for piece in run.pieces(len(sums[0])):
             before.append(sums)
-            lane, tokens, _ = run.load(part, own, piece, *sums)
+            lane, tokens, _ = run.load(share, piece, *sums)
             place, size = out[part][..., piece.tokens, :], (*lane.q.shape[:3], out.shape[-1])
             whole = place.is_contiguous() and place.shape[2] == 1 and place.numel() == math.prod(size)
             direct = whole and place.dtype == lane.q.dtype
@@ -114,8 +114,7 @@ def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, 
                 rows = by_head(rows, piece.shape).view(*place.shape[:3], -1, out.shape[-1])
                 place.copy_(rows[..., piece.fill :, :])
         S[part], z[part] = (x.view(to[part].shape) for x, to in zip(sums, (S, z), strict=True))
-    run.lanes.clear()
-    run.bands.clear()
+    run.rooms.clear()
     return S, z, before
 
 
@@ -138,26 +137,32 @@ def run_backward(
         *(x.new_zeros(len(x), heads, *x.shape[2:], dtype=wide) for x in inputs[3:]),
     )
     d_out = d_out.unflatten(1, (heads, -1))
-    for part, own in run.parts(inputs):
+    for share in run.shares(inputs):
+        part = share.part
         own_d = Inputs(*(x[part] for x in d))
         sums = d_S[part].flatten(0, 1), d_z[part].flatten(0, 1)
         pieces = run.pieces(len(sums[0]))
         starts, before = before[: len(pieces)], before[len(pieces) :]
-        ahead_of, of_sinks = (), [torch.zeros_like(x).flatten(0, 1) for x in (own.sink_k, own.sink_v)]
+        beside, ahead_of = share.beside, ()
+        conv, *sinks = (
+            None if x is None else torch.zeros_like(x) for x in (beside.conv, beside.sink_k, beside.sink_v)
+        )
         for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
-            lane, tokens, made = run.load(part, own, piece, *start, tracked=True)
+            lane, tokens, made = run.load(share, piece, *start, tracked=True)
             of_lane = gradients_in(lane, piece, d_out.shape[-1])
             fill_rows(of_lane.out, led(d_out[part][..., piece.tokens, :].to(wide), piece.fill), piece.shape)
-            of_lane.sink_k, of_lane.sink_v = of_sinks
-            of_lane.conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
+            of_lane.conv, of_lane.sink_k, of_lane.sink_v = conv, *sinks
             with torch.inference_mode():
                 sums = backward(piece.shape, lane, tokens, of_lane, *sums)
             of_q, of_k = through(made, of_lane, part, piece, run.attention, d_attention)
             own_d.q[..., piece.tokens, :] = of_q[..., piece.fill :, :]
             slots = of_k, of_lane.v.view(*of_k.shape[:-1], -1)
             ahead_of = put_slots((own_d.k, own_d.v), piece, slots, ahead_of)
-        for to, x in zip((own_d.S, own_d.z, own_d.sink_k, own_d.sink_v), (*sums, *of_sinks), strict=True):
+        for to, x in zip((own_d.S, own_d.z, own_d.sink_k, own_d.sink_v), (*sums, *sinks), strict=True):
             to.copy_(x.view(to.shape))
+        if d_attention.conv is not None:
+            own_conv = of_queries(d_attention, d_attention.conv, part.heads)
+            own_conv += conv.unflatten(0, own_d.S.shape[:2]).sum(0)
         there = min(run.count, own_d.recent_k.shape[-2])
         for recent, x in zip((own_d.recent_k, own_d.recent_v), ahead_of, strict=True):
             recent[..., recent.shape[-2] - there :, :] = x[..., x.shape[-2] - there :, :]
@@ -213,8 +218,6 @@ def through(
         )
         if mix is not None:
             pull_per_head(by_head(of_lane.mix, piece.shape).view(b, h, g, -1), made.q, mix, d_q, d_mix)
-    if d_attention.conv is not None:
-        of_queries(d_attention, d_attention.conv, part.heads).add_(of_lane.conv.unflatten(0, (b, h)).sum(0))
     return d_q, d_k
 
 

@@ -46,14 +46,37 @@ class Piece(NamedTuple):
         return self.tokens.start - self.fill - self.shape.recent
 
 
+class Share(NamedTuple):
+    """Some lanes: of the inputs q `[b, h, g, T, D]` and all else `[b, h, ...]`, the sinks as they are after all tokens;
+    and what lies beside a lane, S and z those of the inputs. band: of the conv.
+    """
+
+    part: Part
+    inputs: Inputs
+    beside: Beside
+    band: Tensor | None
+
+
+class Room(NamedTuple):
+    """A lane, and its memory by rows and heads: q `[b, h, g, n C, D]` and phi_q `[b, h, n C, F]` (None where g > 1,
+    they lie otherwise), k, v and phi_k `[b, h, s, ...]`.
+    """
+
+    lane: Lane
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor | None
+    phi_k: Tensor | None
+
+
 class Made(NamedTuple):
-    """What a piece's tokens `q [b, h, g, n C, D]` and `k [b, h, s, D]` were made into, and what pulls the gradients of
-    the features back; None: no far part, or not asked for.
+    """The tokens `q [b, h, g, n C, D]` and `k [b, h, s, D]` of a piece, and what pulls the gradients of their features
+    back; None: no far part, or not asked for.
     """
 
     q: Tensor
     k: Tensor
-    conv: Tensor | None
     pull_q: Pull | None = None
     pull_k: Pull | None = None
 
@@ -63,8 +86,7 @@ class Run:
     """T tokens after `count` others; the shape is that of all their lanes at once.
 
     Attributes:
-        lanes: by how many chunks they have, those of one lane, which are filled again; bands: of the conv, by the rows
-            and the first head of a part.
+        rooms: by how many rows, heads and chunks they are for; they are filled again and again.
     """
 
     attention: LinearAttention
@@ -72,18 +94,18 @@ class Run:
     count: int
     length: int
     has_far: bool
-    lanes: dict[int, Lane] = field(default_factory=dict)
-    bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    rooms: dict[tuple[int, int, int], Room] = field(default_factory=dict)
 
-    def parts(self, inputs: Inputs) -> Iterator[tuple[Part, Inputs]]:
-        """Some lanes after others: q `[b, h, g, T, D]`, all else `[b, h, ...]`, the sinks as they are after all
-        tokens.
-        """
+    def shares(self, inputs: Inputs) -> Iterator[Share]:
+        """Some lanes after others."""
         q, k, v, S, z, *kept = inputs
         for part, (*own, own_S, own_z) in parts(self.attention, (S, z), q, k, v, *kept):
             own_q, own_k, own_v, *recent, sink_k, sink_v = own
-            sinks = (x.to(S.dtype) for x in sinks_with(sink_k, sink_v, self.count, own_k, own_v))
-            yield part, Inputs(own_q, own_k, own_v, own_S, own_z, *recent, *sinks)
+            sinks = [x.to(S.dtype) for x in sinks_with(sink_k, sink_v, self.count, own_k, own_v)]
+            conv = taps(self.attention, len(own_q), part.heads, S.dtype)
+            beside = Beside(conv, *(x.flatten(0, 1) for x in (own_S, own_z, *sinks)))
+            own_band = None if conv is None else band(conv, self.shape)
+            yield Share(part, Inputs(own_q, own_k, own_v, own_S, own_z, *recent, *sinks), beside, own_band)
 
     def pieces(self, lanes: int) -> list[Piece]:
         """As many chunks as a cache holds, where no row sees what comes after it."""
@@ -101,74 +123,67 @@ class Run:
             found.append(Piece(own, some, 0 if first else fill, tokens))
         return found
 
+    def room(self, inputs: Inputs, piece: Piece) -> Room:
+        """Where a piece of a share's inputs is put; it lasts until the next is asked for."""
+        b, h, g = inputs.q.shape[:3]
+        place = b, h, piece.chunks
+        if place not in self.rooms:
+            rows, slots = (b * h, piece.chunks, g * piece.shape.chunk), (b * h, piece.slots)
+            dim, features = inputs.q.shape[-1], inputs.S.shape[-2]
+            sizes = {"q": (*rows, dim), "k": (*slots, dim), "v": (*slots, inputs.v.shape[-1])}
+            if self.has_far:
+                sizes |= {"phi_q": (*rows, features), "phi_k": (*slots, features), "mix": (*rows, 1)}
+            memory = {name: SCRATCH.take(name, inputs.S, *size) for name, size in sizes.items()}
+            lane = Lane(piece.shape, inputs.sink_k.shape[-2], **memory)
+            q, phi_q = (
+                x.view(b, h, *middle, -1, x.shape[-1]) if g == 1 and x is not None else None
+                for x, middle in ((lane.q, (g,)), (lane.phi_q, ()))
+            )
+            k, v, phi_k = (
+                None if x is None else x.unflatten(0, (b, h)) for x in (lane.k, lane.v, lane.phi_k)
+            )
+            self.rooms[place] = Room(lane, q, k, v, phi_q, phi_k)
+        return self.rooms[place]
+
     def load(
-        self, part: Part, own: Inputs, piece: Piece, S: Tensor, z: Tensor, tracked: bool = False
+        self, share: Share, piece: Piece, S: Tensor, z: Tensor, tracked: bool = False
     ) -> tuple[Lane, Beside, Made]:
         """A piece's tokens in a lane, whose S and z before them are given. The lane lasts until the next is loaded.
         `tracked`: with what pulls gradients back through the features.
         """
-        b, h, g = own.q.shape[:3]
-        shape, lanes = piece.shape, b * h
-        lane = self.lanes.get(piece.chunks) if lanes == 1 else None
-        names = ("q", "k", "v", "phi_q", "phi_k", "mix")[: 6 if self.has_far else 3]
-        if lane is None:
-            rows, slots = (lanes, piece.chunks, g * shape.chunk), (lanes, piece.slots)
-            sizes = {
-                "q": (*rows, own.q.shape[-1]),
-                "k": (*slots, own.k.shape[-1]),
-                "v": (*slots, own.v.shape[-1]),
-                "phi_q": (*rows, S.shape[-2]),
-                "phi_k": (*slots, S.shape[-2]),
-                "mix": (*rows, 1),
-            }
-            memory = {name: SCRATCH.take(name, S, *sizes[name]) for name in names}
-        else:
-            memory = {name: getattr(lane, name) for name in names}
-        k = memory["k"].unflatten(0, (b, h))
-        q = led(own.q[..., piece.tokens, :].to(S.dtype), piece.fill)
-        fill_slots(k, own.recent_k, own.k, piece.first, self.count)
-        fill_slots(memory["v"].unflatten(0, (b, h)), own.recent_v, own.v, piece.first, self.count)
-        fill_rows(memory["q"], q, shape)
-        if g == 1:
-            q = memory["q"].view(b, h, g, -1, q.shape[-1])  # whose tokens lie side by side
-        made = self.make(part, piece, q, k, memory, tracked)
-        if lane is None:
-            lane = Lane(shape, own.sink_k.shape[-2], *memory.values())
-        if lanes == 1:
-            self.lanes[piece.chunks] = lane
-        if made.conv is not None:
-            place = b, part.heads.start
-            if place not in self.bands:
-                self.bands[place] = band(made.conv, shape)
-            lane.band = self.bands[place]
-        return lane, Beside(made.conv, S, z, own.sink_k.flatten(0, 1), own.sink_v.flatten(0, 1)), made
+        inputs, room = share.inputs, self.room(share.inputs, piece)
+        q = led(inputs.q[..., piece.tokens, :].to(S.dtype), piece.fill)
+        fill_rows(room.lane.q, q, piece.shape)
+        fill_slots(room.k, inputs.recent_k, inputs.k, piece.first, self.count)
+        fill_slots(room.v, inputs.recent_v, inputs.v, piece.first, self.count)
+        made = self.make(share.part, piece, q if room.q is None else room.q, room, tracked)
+        room.lane.gather()
+        room.lane.band = share.band
+        return room.lane, share.beside._replace(S=S, z=z), made
 
-    def make(
-        self, part: Part, piece: Piece, q: Tensor, k: Tensor, memory: dict[str, Tensor], tracked: bool
-    ) -> Made:
-        """Puts the features into the memory."""
-        attention, far, heads = self.attention, self.attention.far, part.heads
-        b, h, g = q.shape[:3]
-        conv = taps(attention, b, heads, q.dtype)
+    def make(self, part: Part, piece: Piece, q: Tensor, room: Room, tracked: bool) -> Made:
+        """Puts the features into a lane."""
         if not self.has_far:
-            return Made(q, k, conv)
-        phi_q, phi_k = memory["phi_q"], memory["phi_k"]
-        into_q = phi_q.view(b, h, -1, phi_q.shape[-1]) if g == 1 else None
-        into_k = phi_k.unflatten(0, (b, h))
-        of_q, of_k = (q, heads, piece.fill, into_q), (k, heads, piece.shape.skip, piece.shape.ahead, into_k)
+            return Made(q, room.k)
+        attention, lane = self.attention, room.lane
+        of_q = q, part.heads, piece.fill, room.phi_q
+        of_k = room.k, part.heads, piece.shape.skip, piece.shape.ahead, room.phi_k
         pull_q = pull_k = None
         if tracked:
-            (made_q, pull_q), (made_k, pull_k) = far.queries_vjp(*of_q), far.written_vjp(*of_k)
+            (phi_q, pull_q), (phi_k, pull_k) = (
+                attention.far.queries_vjp(*of_q),
+                attention.far.written_vjp(*of_k),
+            )
         else:
-            made_q, made_k = far.queries_between(*of_q), far.written_between(*of_k)
-        if into_q is None or not made_q.flatten(1, 2).is_set_to(into_q):
-            fill_rows(phi_q, made_q, piece.shape)
-        if not made_k.is_set_to(into_k):
-            phi_k.copy_(made_k.flatten(0, 1))
+            phi_q, phi_k = attention.far.queries_between(*of_q), attention.far.written_between(*of_k)
+        if room.phi_q is None or not phi_q.flatten(1, 2).is_set_to(room.phi_q):
+            fill_rows(lane.phi_q, phi_q, piece.shape)
+        if not phi_k.is_set_to(room.phi_k):
+            room.phi_k.copy_(phi_k)
         first, rows = self.count + piece.tokens.start - piece.fill, piece.chunks * piece.shape.chunk
         nothing = nothing_far(attention.equation, first, rows, self.length, q.device)
-        fill_rows(memory["mix"], far_factor(attention, q, heads, nothing)[..., None], piece.shape)
-        return Made(q, k, conv, pull_q, pull_k)
+        fill_rows(lane.mix, far_factor(attention, q, part.heads, nothing)[..., None], piece.shape)
+        return Made(q, room.k, pull_q, pull_k)
 
 
 def fill_rows(to: Tensor, rows: Tensor, shape: Shape) -> None:

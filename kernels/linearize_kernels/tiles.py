@@ -62,13 +62,10 @@ class Packed(NamedTuple):
 
 
 def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
-    """The slots of every chunk's columns, or of the first ones: `[N, slots, X] -> [N, n, columns, X]`, for one lane
-    without a copy.
-    """
+    """The slots of every chunk's columns, or of the first ones: a view `[N, slots, X] -> [N, n, columns, X]`."""
     chunks = (x.shape[1] - shape.recent - shape.ahead) // shape.chunk
     columns = shape.columns if columns is None else columns
-    view = x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk).transpose(-1, -2)
-    return view if len(x) == 1 else view.contiguous()
+    return x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk).transpose(-1, -2)
 
 
 class Places:
