@@ -4,6 +4,7 @@ A timeline has R slots, then n chunks of C, and A slots ahead of the last. Chunk
 begin at slot c C; its own tokens are behind the first R of them. Heads of keys are lanes `N`, each with g query heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -75,38 +76,36 @@ class Places:
 
     def __init__(self, total: Tensor, a: Tensor, shape: Tiling):
         chunks, columns = a.shape[1], a.shape[3]
-        self.parts: list[
-            tuple[Tensor, Tensor]
-        ] = []  # [N, n, C, ...]; [N n, C, ...] where the places are contiguous
+        self.direct = columns >= shape.chunk  # the first columns' are written, the others are added
+        self.added = total[:, chunks * shape.chunk if self.direct else 0 :]
+        self.parts: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # by lane
+        self.rest: tuple[Tensor, Tensor] | None = None  # of fewer columns than C
         for first in range(0, columns, shape.chunk):
             part = a[..., first : first + shape.chunk].mT
             width = part.shape[2]
             slots = total[:, first : first + (chunks - 1) * shape.chunk + width]
-            place = slots.unfold(1, width, shape.chunk).mT
-            self.parts.append((flat(place), flat(part)) if place.is_contiguous() else (place, part))
-        self.direct = self.parts[0][0].dim() == 3  # the first part is written, the others are added
-        self.added = total[:, chunks * shape.chunk if self.direct else 0 :]
+            place = slots.unfold(1, width, shape.chunk).mT  # [N, n, width, X]
+            if width == shape.chunk:
+                self.parts.append((place.unbind(0), part.unbind(0)))
+            else:
+                self.rest = place, part
 
     def put(self, b: Tensor, scale: float = 1.0) -> None:
         """Puts products with `b [N, n, rows, X]`, times scale, in their places."""
         self.added.zero_()
-        flat_b, kept = flat(b), int(not self.direct)
-        for place, part in self.parts:
-            if place.dim() == 3:
-                torch.baddbmm(place, part, flat_b, beta=kept, alpha=scale, out=place)
-            else:
-                place.add_(part @ b, alpha=scale)
-            kept = 1
+        rows = b.unbind(0)
+        for i, (places, parts) in enumerate(self.parts):
+            for place, part, own in zip(places, parts, rows, strict=True):
+                torch.baddbmm(place, part, own, beta=int(i > 0), alpha=scale, out=place)
+        if self.rest is not None:
+            place, part = self.rest
+            place.add_(part @ b, alpha=scale)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = True) -> None:
-    """Adds `scale a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`; not kept: puts it there."""
-    if len(total) > 1:
-        total = total if kept else total.zero_()
-        total.add_((a @ b).flatten(1, 2), alpha=scale)
-        return
-    chunks = total.view(-1, *a.shape[2:3], b.shape[3])
-    torch.baddbmm(chunks, a.flatten(0, 1), b.flatten(0, 1), beta=int(kept), alpha=scale, out=chunks)
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
+    for place, own_a, own_b in zip(total.unflatten(1, (a.shape[1], -1)), a, b, strict=True):
+        torch.baddbmm(place, own_a, own_b, out=place)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -156,8 +155,7 @@ class Sums:
     def __init__(self, memory: Tensor, backwards: bool = False):
         self.all, self.first = memory, memory[:, -1 if backwards else 0]
         self.products = memory[:, :-1] if backwards else memory[:, 1:]
-        self.flat_products = flat(self.products) if len(memory) == 1 else None
-        chunks = self.products.shape[1]
+        self.lanes, chunks = self.products.unbind(0), self.products.shape[1]
         whole = chunks // FEW
         groups = [
             self.products[:, : whole * FEW].unflatten(1, (whole, FEW)),
@@ -177,10 +175,8 @@ class Sums:
         summed by FEW, and without first, which joins them last: a long text's sum would round them away.
         """
         self.first.copy_(first)
-        if self.flat_products is None:
-            self.products.copy_(a.mT @ b)
-        else:
-            torch.bmm(flat(a).mT, flat(b), out=self.flat_products)
+        for place, own_a, own_b in zip(self.lanes, a, b, strict=True):
+            torch.bmm(own_a.mT, own_b, out=place)
         for before, own in self.steps:
             own.add_(before)
         before, total = self.first, None
