@@ -72,20 +72,20 @@ def new(name: str, like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor | None, Tensor | None]:
-    """Makes a lane's weights and products; returns S and z outside each chunk's columns and after the last chunk,
-    `[N, n + 1, F, Dv]` and `[N, n + 1, F]`.
+def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Tensor | None:
+    """Makes a lane's weights, products and S, and returns z outside each chunk's columns and after the last chunk,
+    `[N, n + 1, F]`.
 
     No row has the first column near: in its place the softmax over the near columns gets the logarithm of all the
     weight that is not near, so that it normalises everything at once.
     """
-    S = z = None
+    z = None
     torch.bmm(shape.scale * tokens.sink_k, lane.rows_T, out=lane.sinks)
     hide_later(shape, lane)
     if lane.phi_q is None:
         lane.factor.fill_(LOW)
     else:
-        S, z = weigh_far(shape, lane, tokens)
+        z = weigh_far(shape, lane, tokens)
         torch.log(lane.total, out=lane.factor).add_(lane.mix).clamp_(min=LOW)
     torch.baddbmm(lane.near, lane.queries, lane.keys_T, alpha=shape.scale, out=lane.flat_scores)
     hide_absent(shape, lane.scores)
@@ -100,25 +100,25 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor | N
     lane.first.zero_()
     if lane.phi_q is not None:
         lane.factor.div_(lane.total)
-    return S, z
+    return z
 
 
-def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> tuple[Tensor, Tensor]:
-    """Makes a lane's products, their mass and their total; returns S and z as `weigh` does."""
+def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Tensor:
+    """Makes a lane's S, products, their mass and their total; returns z as `weigh` does."""
     chunks = lane.q.shape[1]
-    S = lane.sums.put(*lane.before, tokens.S)
+    lane.sums.put(*lane.before, tokens.S)
     slots = lane.old_phi.sum(-2)
     z = running(slots[:, :chunks], tokens.z)
     if shape.ahead:
         ahead = lane.old_phi[:, -chunks:], lane.old_v[:, -chunks:]
-        S[:, :-1] += running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:]
+        lane.S_before += running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:]
         z[:, :-1] += running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:]
     torch.bmm(lane.phi_queries, lane.phi_keys_T, out=lane.flat_products)
     lane.tiles.mul_(lane.far)
     # A product with one column would take six times as long as with one row.
     torch.bmm(flat(z[:, :-1, None]), lane.phi_queries_T, out=lane.flat_mass)
     torch.sum(lane.products, -1, keepdim=True, out=lane.total).add_(lane.mass).clamp_(min=TINY)
-    return S, z
+    return z
 
 
 def hide_later(shape: Shape, lane: Lane) -> None:
@@ -149,19 +149,19 @@ def forward(shape: Shape, lane: Lane, tokens: Tokens | Beside, out: Tensor) -> t
     """Writes the outputs of tokens that lie in a lane to `out [N, n, g C, Dv]`, and returns S and z with its first n C
     slots, in its memory.
     """
-    S, z = weigh(shape, lane, tokens)
+    z = weigh(shape, lane, tokens)
     total, rows = flat(out), out.flatten(1, 2)
     if lane.phi_q is None:
         torch.bmm(lane.sinks_T, tokens.sink_v, out=rows)
     else:
-        torch.bmm(lane.phi_queries, flat(S[:, :-1]), out=total)
+        torch.bmm(lane.phi_queries, flat(lane.S_before), out=total)
         out.mul_(lane.factor)
         torch.baddbmm(rows, lane.sinks_T, tokens.sink_v, out=rows)
     if lane.band is not None:
         lane.scores.add_(lane.band)
     add_far(lane)
     torch.baddbmm(total, lane.flat_scores, lane.values, out=total)
-    return (tokens.S, tokens.z) if lane.phi_q is None else (S[:, -1], z[:, -1])
+    return (tokens.S, tokens.z) if z is None else (lane.sums.all[:, -1], z[:, -1])
 
 
 def backward(
@@ -172,7 +172,7 @@ def backward(
 
     With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - Σ_i w_i d_out · v_i)`, for far ones too.
     """
-    S, z = weigh(shape, lane, tokens)
+    z = weigh(shape, lane, tokens)
     add_far(lane)
     has_far = lane.phi_q is not None
     torch.bmm(d.flat_out, lane.values_T, out=d.flat_near)
@@ -181,7 +181,7 @@ def backward(
     torch.sum(d.scores, -1, keepdim=True, out=d.mean)
     d.mean_by_row.add_((lane.sinks * d.sinks).sum(1, keepdim=True))
     if has_far:
-        torch.bmm(d.flat_out, flat(S[:, :-1]).mT, out=d.flat_answers)
+        torch.bmm(d.flat_out, flat(lane.S_before).mT, out=d.flat_answers)
         answer = torch.mul(lane.phi_q, d.answers, out=lane.features).sum(-1, keepdim=True)
         d.mean.addcmul_(lane.factor, answer)
     d.sink_v.baddbmm_(lane.sinks, d.out_rows)
@@ -197,7 +197,7 @@ def backward(
         d.far_scores.sub_(d.own)
         torch.sum(d.own, -1, out=d.mix_tiles)
         d.mix.addcmul_(lane.factor, answer.addcmul_(d.mean, lane.mass, value=-1))
-        d_S, d_z = backward_far(shape, lane, d, S, z, d_S, d_z)
+        d_S, d_z = backward_far(shape, lane, d, z, d_S, d_z)
     torch.baddbmm(d.flat_q, d.flat_scores, lane.keys, beta=0, alpha=shape.scale, out=d.flat_q)
     torch.baddbmm(d.rows_q, d.sinks_T, tokens.sink_k, alpha=shape.scale, out=d.rows_q)
     d.sink_k.baddbmm_(d.sinks, lane.rows, alpha=shape.scale)
@@ -206,7 +206,7 @@ def backward(
 
 
 def backward_far(
-    shape: Shape, lane: Lane, d: Gradients, S: Tensor, z: Tensor, d_S: Tensor, d_z: Tensor
+    shape: Shape, lane: Lane, d: Gradients, z: Tensor, d_S: Tensor, d_z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The part of `backward` that goes through features."""
     torch.sub(d.far_near, d.mean, out=lane.products).mul_(lane.factor)

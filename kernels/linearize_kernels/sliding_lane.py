@@ -74,10 +74,9 @@ class Lane:
         q: `[N, n, g C, D]`; k: `[N, s, D]`; v: `[N, s, Dv]`; phi_q: `[N, n, g C, F]`; phi_k: `[N, s, F]`; mix:
             `[N, n, g C, 1]`; the last three None: no far part.
         rows, queries: q as `[N, n g C, D]` and `[N n, g C, D]`; keys, values, phi_queries, phi_keys: as the latter, of
-            each chunk's columns, phi_keys of the far ones; old_phi, old_v: `[N, chunks, C, ...]`, of the slots that S
-            takes in; before: those of the first n chunks; sums: S's.
-        near, far: `masks`; band: the conv's, `[N, 1, g C, columns]`, or None, and gradients: where
-            they go, both given later.
+            each chunk's columns, phi_keys of the far ones.
+        near, far: `masks`; band: the conv's, `[N, 1, g C, columns]`, or None, and gradients: where they go, both given
+            later.
         scores: `[N, n, g C, columns]`, then the weights of the near columns, the first of which is never near: `first`;
             far_scores: of the far columns.
         others: `[N, 1 + sinks, n g C]`, the logarithms of the weight of all that is far, `factor [N, n, g C, 1]`, and
@@ -86,6 +85,8 @@ class Lane:
         products: `[N, n, g C, far columns]`, of features; as tiles, `[N, n, g, C, far columns]`. total: their sum and
             what is read of z, `mass`, both `[N, n, g C, 1]`.
         features: room for as many as phi_q.
+        sums: S outside each chunk's columns and after the last chunk, and S_before, `[N, n, F, Dv]`, but for the last;
+            old_phi, old_v: of the slots that it takes in, `[N, chunks, C, ...]`; before: of the first n chunks.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Lane:
         self.old_phi, self.old_v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (phi_k, v))
         self.before = tuple(x[:, :chunks] for x in (self.old_phi, self.old_v))
         self.sums = Sums(room("S", lanes, chunks + 1, phi_k.shape[-1], v.shape[-1]))
+        self.S_before = self.sums.all[:, :-1]
 
     def columns(self, name: str, x: Tensor, shape: Shape, count: int | None = None) -> Tensor:
         """The slots of every chunk's columns, or of the first ones: `[N, s, X] -> [N n, columns, X]`; a view of one

@@ -153,7 +153,7 @@ class Sums:
     """`running` of the products of chunks, `[N, n + 1, F, Dv]`, in memory that may be filled again."""
 
     def __init__(self, memory: Tensor, backwards: bool = False):
-        self.all, self.first = memory, memory[:, -1 if backwards else 0]
+        self.all, self.first = memory, memory[:, -1:] if backwards else memory[:, :1]
         self.products = memory[:, :-1] if backwards else memory[:, 1:]
         self.lanes, chunks = self.products.unbind(0), self.products.shape[1]
         whole = chunks // FEW
@@ -166,7 +166,7 @@ class Sums:
             steps = some.unbind(2)
             self.steps += pairwise(reversed(steps) if backwards else steps)
         ends = self.products.split(FEW, 1)[: -(-chunks // FEW)]
-        self.groups = [(some, some[:, 0 if backwards else -1]) for some in ends]
+        self.groups = [(some, some[:, :1] if backwards else some[:, -1:]) for some in ends]
         if backwards:
             self.groups.reverse()
 
@@ -174,15 +174,15 @@ class Sums:
         """All sums of `first [N, F, Dv]` and the products `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`. These are
         summed by FEW, and without first, which joins them last: a long text's sum would round them away.
         """
-        self.first.copy_(first)
+        self.first.copy_(first[:, None])
         for place, own_a, own_b in zip(self.lanes, a, b, strict=True):
             torch.bmm(own_a.mT, own_b, out=place)
         for before, own in self.steps:
             own.add_(before)
-        before, total = self.first, None
+        before, total = self.first, torch.zeros_like(self.first)
         for some, last in self.groups:
-            total = last.clone() if total is None else total + last
-            some.add_(before[:, None])
+            total += last
+            some.add_(before)
             before = self.first + total
         return self.all
 
