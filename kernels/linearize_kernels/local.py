@@ -5,7 +5,8 @@
 import torch
 from torch import Tensor
 
-from linearize_kernels.features import collision_probability, unit_norm
+from linearize_kernels.features import unit_norm
+from linearize_kernels.random_features import collision_probability
 
 
 def scaled_dot(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
