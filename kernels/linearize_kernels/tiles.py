@@ -4,7 +4,6 @@ A timeline has R slots, then n chunks of C, and A slots ahead of the last. Chunk
 begin at slot c C; its own tokens are behind the first R of them. Heads of keys are lanes `N`, each with g query heads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -78,34 +77,44 @@ class Places:
         chunks, columns = a.shape[1], a.shape[3]
         self.direct = columns >= shape.chunk  # the first columns' are written, the others are added
         self.added = total[:, chunks * shape.chunk if self.direct else 0 :]
-        self.parts: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # by lane
+        self.parts: list[tuple[Tensor, Tensor]] = []  # [N, n, C, ...]
         self.rest: tuple[Tensor, Tensor] | None = None  # of fewer columns than C
         for first in range(0, columns, shape.chunk):
             part = a[..., first : first + shape.chunk].mT
             width = part.shape[2]
             slots = total[:, first : first + (chunks - 1) * shape.chunk + width]
-            place = slots.unfold(1, width, shape.chunk).mT  # [N, n, width, X]
+            place = slots.unfold(1, width, shape.chunk).mT
             if width == shape.chunk:
-                self.parts.append((place.unbind(0), part.unbind(0)))
+                self.parts.append((place, part))
             else:
                 self.rest = place, part
 
     def put(self, b: Tensor, scale: float = 1.0) -> None:
         """Puts products with `b [N, n, rows, X]`, times scale, in their places."""
         self.added.zero_()
-        rows = b.unbind(0)
-        for i, (places, parts) in enumerate(self.parts):
-            for place, part, own in zip(places, parts, rows, strict=True):
-                torch.baddbmm(place, part, own, beta=int(i > 0), alpha=scale, out=place)
+        for i, (place, part) in enumerate(self.parts):
+            put_product(place, part, b, scale, kept=i > 0)
         if self.rest is not None:
             place, part = self.rest
             place.add_(part @ b, alpha=scale)
 
 
+def put_product(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = False) -> None:
+    """Puts `scale a @ b` into `to [N, n, I, J]`; kept: adds it. Lane by lane that needs no other memory; where there are
+    more lanes than chunks, all at once takes fewer calls.
+    """
+    if len(to) <= to.shape[1]:
+        for place, own_a, own_b in zip(to, a, b, strict=True):
+            torch.baddbmm(place, own_a, own_b, beta=int(kept), alpha=scale, out=place)
+    elif kept:
+        to.add_(a @ b, alpha=scale)
+    else:
+        torch.mul(a @ b, scale, out=to)
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds `a @ b`, `[N, n, C, X]`, to `total [N, n C, X]`."""
-    for place, own_a, own_b in zip(total.unflatten(1, (a.shape[1], -1)), a, b, strict=True):
-        torch.baddbmm(place, own_a, own_b, out=place)
+    put_product(total.unflatten(1, (a.shape[1], -1)), a, b, kept=True)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -155,7 +164,7 @@ class Sums:
     def __init__(self, memory: Tensor, backwards: bool = False):
         self.all, self.first = memory, memory[:, -1:] if backwards else memory[:, :1]
         self.products = memory[:, :-1] if backwards else memory[:, 1:]
-        self.lanes, chunks = self.products.unbind(0), self.products.shape[1]
+        chunks = self.products.shape[1]
         whole = chunks // FEW
         groups = [
             self.products[:, : whole * FEW].unflatten(1, (whole, FEW)),
@@ -175,8 +184,7 @@ class Sums:
         summed by FEW, and without first, which joins them last: a long text's sum would round them away.
         """
         self.first.copy_(first[:, None])
-        for place, own_a, own_b in zip(self.lanes, a, b, strict=True):
-            torch.bmm(own_a.mT, own_b, out=place)
+        put_product(self.products, a.mT, b)
         for before, own in self.steps:
             own.add_(before)
         before, total = self.first, torch.zeros_like(self.first)
