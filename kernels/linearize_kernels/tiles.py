@@ -100,8 +100,8 @@ class Places:
 
 
 def put_product(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = False) -> None:
-    """Puts `scale a @ b` into `to [N, n, I, J]`; kept: adds it. Lane by lane that needs no other memory; where there are
-    more lanes than chunks, all at once takes fewer calls.
+    """Puts `scale a @ b` into `to [N, n, I, J]`; kept: adds it. Lane by lane that needs no other memory, but many calls
+    where there are more lanes than chunks.
     """
     if len(to) <= to.shape[1]:
         for place, own_a, own_b in zip(to, a, b, strict=True):
