@@ -8,7 +8,9 @@ import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
 from linearize_kernels.bidirectional import by_block as encode_by_block
 from linearize_kernels.chunked import run_segment
+from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 from linearize_kernels.parts import lanes_together
+from torch.nn.utils.parametrize import register_parametrization
 
 from linearize_cli.methods import load_recipe
 from linearize_cli.runtime.layer import equation
@@ -92,6 +94,49 @@ def test_the_backward_knows_the_parameters_of_its_forward():
     expected = torch.autograd.grad(Called(other)(*inputs).square().sum(), [*inputs, *own.values()])
     for pair in zip(found, expected, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ["conv", "combine.mix", "far.key_weight", "far.q_map.weight"])
+def test_parametrized_parameters_learn(name):
+    attention, inputs = layer("augmented"), tokens(40)
+    module, _, own = name.rpartition(".")
+    register_parametrization(attention.get_submodule(module), own, Twice())
+    wanted = [*inputs, *attention.parameters()]
+    expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), wanted)
+    found = torch.autograd.grad(chunked(attention, None, *inputs)[0].square().sum(), wanted)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_chunks_of_one_row(kv_heads):
+    attention, inputs = layer("augmented", kv_heads=kv_heads), tokens(13, kv_heads=kv_heads)
+    expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), inputs)
+    found = torch.autograd.grad(chunked(attention, None, *inputs, chunk=1)[0].square().sum(), inputs)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+
+
+def test_a_map_without_gradients(monkeypatch):
+    class Signs(FeatureMap):
+        positive, per_head = True, ()
+
+        def forward(self, x):
+            return (x > 0).to(x.dtype)
+
+    monkeypatch.setitem(FEATURE_MAPS, "signs", Signs)
+    far = load_recipe("augmented").to_dict()["attention"]["far"] | dict(feature_map="signs")
+    attention, inputs = layer("augmented", far=far), tokens(40)
+    wanted = [*inputs, *attention.parameters()]
+    expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), wanted)
+    found = torch.autograd.grad(chunked(attention, None, *inputs)[0].square().sum(), wanted)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
 
 
 def test_threads_train_one_layer():

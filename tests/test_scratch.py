@@ -141,14 +141,15 @@ def test_no_features_are_asked_of_tokens_that_are_not_there(of_its_own):
 
 def test_a_hedgehog_of_its_own_is_asked():
     class Twice(Hedgehog):
-        def of_heads(self, x, heads):
-            return 2 * super().of_heads(x, heads)
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     torch.manual_seed(0)
     own, x = Twice(2, 4), torch.randn(2, 5, 4)
     own.reset_parameters()
     with torch.no_grad():
-        expected = own.of_heads(x, slice(None)) * torch.tensor([0.0, 1, 1, 1, 0])[:, None]
+        torch.testing.assert_close(own.of_heads(x[1:], slice(1, 2)), own(x)[1:])
+        expected = own(x) * torch.tensor([0.0, 1, 1, 1, 0])[:, None]
         torch.testing.assert_close(own.between(x, slice(None), 1, 1, None), expected)
 
 

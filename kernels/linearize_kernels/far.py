@@ -21,7 +21,8 @@ from linearize_kernels.projection import Projection
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
 
-# From the gradients of features: adds those of q or k to its second argument, and those of parameters to the third.
+# From the gradients of features: adds those of q or k to its second argument, in place, and those of parameters to the
+# third, as a `MapPull` does.
 Pull = Callable[[Tensor, Tensor, "FeatureMemory"], None]
 
 
@@ -80,7 +81,9 @@ class FeatureMemory(nn.Module):
         phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, out)
         return phi.unflatten(-3, q.shape[-4:-2])
 
-    def queries_vjp(self, q: Tensor, heads: slice, before: int, out: Tensor) -> tuple[Tensor, Pull]:
+    def queries_vjp(
+        self, q: Tensor, heads: slice, before: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Pull]:
         """`queries_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
         own = self.query_heads(heads)
         phi, pull_map = self.q_map.vjp(q.flatten(-4, -3), own, before, 0, None, out)
@@ -108,7 +111,7 @@ class FeatureMemory(nn.Module):
         return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), out)
 
     def written_vjp(
-        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor
+        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
     ) -> tuple[Tensor, Pull]:
         """`written_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
         weight = self.weights(k, heads)

@@ -15,9 +15,9 @@ from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair, through_so
 from linearize_kernels.tiles import led
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
-# From the gradients of features: adds those of x to its second argument and those of the map's parameters to the third,
-# a module like the map (None there: not wanted), and returns those of the weight.
-Pull = Callable[[Tensor, Tensor, "FeatureMap"], Tensor | None]
+# From the gradients of features: adds those of x, in place, to its second argument, a contiguous one, and those of the
+# map's parameters to the third, a module like the map (None there: not wanted); returns those of the weight.
+MapPull = Callable[[Tensor, Tensor, "FeatureMap"], Tensor | None]
 
 
 def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
@@ -90,14 +90,16 @@ class FeatureMap(nn.Module):
         before: int,
         ahead: int,
         weight: Tensor | None,
-        out: Tensor,
-    ) -> tuple[Tensor, "Pull"]:
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, MapPull]:
         """`between`, and what pulls gradients back through it once, while all that was given and is returned lasts."""
         with torch.enable_grad():
             x, weight = (None if given is None else given.detach().requires_grad_() for given in (x, weight))
             phi = self.between(x, heads, before, ahead, weight)
 
         def pull(d_phi: Tensor, d_x: Tensor, d_map: FeatureMap) -> Tensor | None:
+            if not phi.requires_grad:  # as of a sign
+                return None if weight is None else torch.zeros_like(weight)
             totals = {"": d_x, **dict(d_map.named_parameters())}
             own = {"": x, **{name: p for name, p in self.named_parameters() if name in totals}}
             last = [] if weight is None else [weight]
@@ -199,11 +201,12 @@ class Hedgehog(Projected):
         return 4 / self.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_heads(x, slice(None))
+        return softmaxes(x @ self.weight.to(x.dtype))
 
     def of_heads(self, x: Tensor, heads: slice) -> Tensor:
-        x = x @ self.weight[heads].to(x.dtype)
-        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+        if type(self) is not Hedgehog:  # one with a formula of its own
+            return super().of_heads(x, heads)
+        return softmaxes(x @ self.weight[heads].to(x.dtype))
 
     def between(
         self,
@@ -214,7 +217,7 @@ class Hedgehog(Projected):
         weight: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        if type(self) is not Hedgehog:  # one with a formula of its own
+        if type(self) is not Hedgehog:
             return super().between(x, heads, before, ahead, weight, out)
         own = x, self.weight[heads].to(x.dtype), weight, before, ahead
         return SoftmaxPair.apply(*own) if torch.is_grad_enabled() else softmax_pair(*own, out)
@@ -226,8 +229,8 @@ class Hedgehog(Projected):
         before: int,
         ahead: int,
         weight: Tensor | None,
-        out: Tensor,
-    ) -> tuple[Tensor, Pull]:
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, MapPull]:
         if type(self) is not Hedgehog:
             return super().vjp(x, heads, before, ahead, weight, out)
         phi, W = self.between(x, heads, before, ahead, weight, out), self.weight[heads].to(x.dtype)
@@ -241,6 +244,10 @@ class Hedgehog(Projected):
             return d_weight
 
         return phi, pull
+
+
+def softmaxes(x: Tensor) -> Tensor:
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
 @feature_map("taylor")

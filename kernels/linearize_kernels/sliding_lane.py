@@ -181,7 +181,8 @@ class Gradients:
             return None if x is None else take(f"d_{name}", x, *x.shape)
 
         self.conv: Tensor | None = None
-        self.sink_k = self.sink_v = out
+        self.sink_k: Tensor | None = None
+        self.sink_v: Tensor | None = None
         self.out, self.flat_out, self.out_rows = out, flat(out), out.flatten(1, 2)
         self.out_rows_T = self.out_rows.mT
         self.q, self.k, self.v, self.phi_q, self.phi_k, self.mix = map(

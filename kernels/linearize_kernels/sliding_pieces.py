@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.combine import pull_per_head
@@ -27,6 +28,7 @@ def sliding_pieces(run: Run, inputs: Inputs, place: Tensor | None = None) -> tup
     """
     with torch.autocast(inputs.q.device.type, enabled=False):  # it would narrow some products, and not others
         if torch.is_grad_enabled():
+            run = replace(run, attention=plain(run.attention))
             return Pieces.apply(run, *inputs, *parameters_of(run.attention).values())
         if place is None:
             place = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
@@ -76,6 +78,22 @@ def parameters_of(attention: nn.Module) -> dict[str, Tensor]:
 
 def buffers_of(attention: nn.Module) -> dict[str, Tensor]:
     return dict(attention.named_buffers(remove_duplicate=False))
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The same module with what its parametrizations make as its parameters, which are all there is to find gradients
+    of then; itself, where it has none.
+    """
+    children = {name: None if x is None else plain(x) for name, x in module._modules.items()}
+    made = {}
+    if is_parametrized(module):
+        made = {name: getattr(module, name) for name in children.pop("parametrizations")}
+    elif all(x is y for x, y in zip(children.values(), module._modules.values(), strict=True)):
+        return module
+    other = object.__new__(type_before_parametrizations(module))
+    other.__dict__.update(module.__dict__)
+    other.__dict__["_parameters"], other.__dict__["_modules"] = module._parameters | made, children
+    return other
 
 
 def with_tensors(module: nn.Module, held: dict[str, Tensor], prefix: str = "") -> nn.Module:
@@ -208,7 +226,7 @@ def through(
     parameters.
     """
     b, h, g = made.q.shape[:3]
-    d_q, d_k = by_head(of_lane.q, piece.shape).view(made.q.shape), of_lane.k.view(made.k.shape)
+    d_q, d_k = by_head(of_lane.q, piece.shape).contiguous().view(made.q.shape), of_lane.k.view(made.k.shape)
     if made.pull_q is not None:
         made.pull_q(by_head(of_lane.phi_q, piece.shape).view(*d_q.shape[:-1], -1), d_q, d_attention.far)
         made.pull_k(of_lane.phi_k.view(*d_k.shape[:-1], -1), d_k, d_attention.far)

@@ -75,8 +75,9 @@ class Places:
 
     def __init__(self, total: Tensor, a: Tensor, shape: Tiling):
         chunks, columns = a.shape[1], a.shape[3]
-        self.direct = columns >= shape.chunk  # the first columns' are written, the others are added
-        self.added = total[:, chunks * shape.chunk if self.direct else 0 :]
+        self.added = total[
+            :, chunks * shape.chunk :
+        ]  # the first C columns' are written, the others are added
         self.parts: list[tuple[Tensor, Tensor]] = []  # [N, n, C, ...]
         self.rest: tuple[Tensor, Tensor] | None = None  # of fewer columns than C
         for first in range(0, columns, shape.chunk):

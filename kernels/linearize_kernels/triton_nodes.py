@@ -111,7 +111,7 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
 
     eq, far = attention.equation, attention.far
     q, left_v, own = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
-    if far is not None and isinstance(far.q_map, Hedgehog):
+    if far is not None and type(far.q_map) is Hedgehog:
         features = (far.q_map.feature_dim,)
         phi_q = q.new_empty(*q.shape[:3], *features, dtype=torch.float32)
         phi_left = q.new_empty(len(q), eq.far_heads, 1, *features, dtype=torch.float32)
