@@ -75,9 +75,8 @@ class Places:
 
     def __init__(self, total: Tensor, a: Tensor, shape: Tiling):
         chunks, columns = a.shape[1], a.shape[3]
-        self.added = total[
-            :, chunks * shape.chunk :
-        ]  # the first C columns' are written, the others are added
+        # The first C columns' are written, and the others are added.
+        self.added = total[:, chunks * shape.chunk :]
         self.parts: list[tuple[Tensor, Tensor]] = []  # [N, n, C, ...]
         self.rest: tuple[Tensor, Tensor] | None = None  # of fewer columns than C
         for first in range(0, columns, shape.chunk):
