@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups, grouped
-from linearize_kernels.parts import Part, far_factor, nothing_far, of_queries, parts, sinks_with, taps
+from linearize_kernels.parts import Part, far_factor, mix_of, nothing_far, of_queries, parts, sinks_with, taps
 from linearize_kernels.sliding import sliding
 from linearize_kernels.sliding_lane import Shape, Tokens
 from linearize_kernels.sliding_pieces import sliding_pieces
@@ -95,7 +95,7 @@ def sliding_segment(
         if attention.far is not None and attention.dropped != "far":
             phi_q = lanes(attention.far.queries_between(own_q.to(wide), heads, fill))
             phi_k = lanes(attention.far.written_between(own_k.to(wide), heads, shape.skip, ahead))
-            mix = far_factor(attention, own_q.to(wide), heads, nothing).flatten(0, 1)
+            mix = far_factor(mix_of(attention, heads), own_q.to(wide), nothing).flatten(0, 1)
         conv, S, z = taps(attention, len(own_q), heads, wide), S.flatten(0, 1), z.flatten(0, 1)
         sinks = map(lanes, sinks_with(*sinks, count, new_k, new_v))
         tokens = Tokens(*map(lanes, (own_q, own_k, own_v)), phi_q, phi_k, mix, conv, S, z, *sinks)

@@ -49,6 +49,12 @@ def of_queries(attention: LinearAttention, parameter: Tensor, heads: slice) -> T
     return parameter.unflatten(0, (attention.equation.far_heads, -1))[heads]
 
 
+def mix_of(attention: LinearAttention, heads: slice) -> Tensor | None:
+    """The combine's mix, as `far_factor` takes it."""
+    mix = attention.combine.mix
+    return None if mix is None else of_queries(attention, mix, heads)
+
+
 def nothing_far(
     equation: Equation, first: int, rows: int, length: int, device: torch.device
 ) -> Tensor | None:
@@ -62,12 +68,11 @@ def nothing_far(
     return near if equation.causal else near & (position > length - 1 - equation.size)
 
 
-def far_factor(attention: LinearAttention, q: Tensor, heads: slice, nothing: Tensor | None) -> Tensor:
-    """The logarithm of the far part's factor, `[B, some, g, T]`; -inf for the rows that have `nothing` far."""
-    if attention.combine.mix is None:
-        factor = q.new_zeros(q.shape[:-1])
-    else:
-        factor = per_head(of_queries(attention, attention.combine.mix, heads).flatten(0, 1), q)
+def far_factor(mix: Tensor | None, q: Tensor, nothing: Tensor | None) -> Tensor:
+    """The logarithm of the far part's factor, `[B, some, g, T]`, by the mix `[some, g, D + 1]` of these queries; -inf
+    for the rows that have `nothing` far.
+    """
+    factor = q.new_zeros(q.shape[:-1]) if mix is None else per_head(mix.flatten(0, 1), q)
     return factor if nothing is None else factor.masked_fill(nothing, float("-inf"))
 
 

@@ -6,36 +6,65 @@ never is there.
 
 import math
 import threading
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 KEPT = 1 << 20  # numbers of the largest tensor whose memory is kept
+REMEMBERED = 32  # things made of memory
+
+R = TypeVar("R")
 
 
 class Scratch(threading.local):
-    """One block of memory by name and dtype for each thread, and the shape in which it was last taken."""
+    """One block of memory by name and dtype for each thread, the shape in which it was last taken, and what was made of
+    such memory.
+    """
 
     def __init__(self):
         self.blocks: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.made: dict[Hashable, Any] = {}
+        self.given = 0  # tensors whose memory is not kept
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of like's dtype and device with any contents, which lasts until the name is taken again."""
         if torch.compiler.is_compiling() or not like.is_cpu or type(like) is not Tensor:
-            return like.new_empty(shape)
+            return self.give(like, shape)
         key = name, like.dtype
         block, last = self.blocks.get(key, (None, None))
         if last is not None and last.shape == shape:
             return last
         size = math.prod(shape)
         if size > KEPT:
-            return like.new_empty(shape)
+            return self.give(like, shape)
         with torch.inference_mode(False):
             if block is None or len(block) < size:
                 block = like.new_empty(size)
+                self.made.clear()  # it would hold the old block
             last = block[:size].view(shape)
         self.blocks[key] = block, last
         return last
+
+    def give(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        self.given += 1
+        return like.new_empty(shape)
+
+    def remember(self, key: Hashable, make: Callable[[], R]) -> R:
+        """What `make` makes with tensors taken here; the same again for the same key, for a while, if all of their
+        memory is kept.
+        """
+        found = self.made.pop(key, None)
+        if found is None:
+            given = self.given
+            found = make()
+            if self.given > given:
+                return found
+        if len(self.made) >= REMEMBERED:
+            del self.made[next(iter(self.made))]
+        self.made[key] = found
+        return found
 
 
 SCRATCH = Scratch()

@@ -59,7 +59,6 @@ class Tokens(NamedTuple):
 class Beside(NamedTuple):
     """What of `Tokens` does not lie in a lane."""
 
-    conv: Tensor | None
     S: Tensor
     z: Tensor
     sink_k: Tensor

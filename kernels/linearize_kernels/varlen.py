@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
-from linearize_kernels.blocked import far_factor, fitting, grouped_segment, of_queries, sliding_segment, taps
+from linearize_kernels.blocked import (
+    far_factor,
+    fitting,
+    grouped_segment,
+    mix_of,
+    of_queries,
+    sliding_segment,
+    taps,
+)
 from linearize_kernels.chunked import chunked
 from linearize_kernels.features import unit_norm
 from linearize_kernels.grouped import Groups
@@ -139,7 +147,7 @@ def sliding_rows(
             is_sink = pad(position < eq.sinks, (eq.recent, 0), value=True)
             phi_k = phi_k.masked_fill(is_sink[:, None], 0.0)
         nothing = position < eq.size + eq.sinks
-        mix = far_factor(attention, wide_q, EVERY, nothing)
+        mix = far_factor(mix_of(attention, EVERY), wide_q, nothing)
     tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1, EVERY, wide), None, None, None, None)
     return sliding(shape, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
 
