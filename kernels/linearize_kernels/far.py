@@ -135,8 +135,8 @@ class FeatureMemory(nn.Module):
         if self.key_weight is None:
             return None
         own = self.key_weight[heads].to(k.dtype) / CEILING
-        logarithm = (k @ own[:, :-1, None]).add_(own[:, -1:, None]).tanh()
-        return (CEILING * logarithm).exp_()
+        logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
+        return (CEILING * logarithm).exp_().mT
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""

@@ -41,8 +41,9 @@ class Scratch(threading.local):
             return self.give(like, shape)
         with torch.inference_mode(False):
             if block is None or len(block) < size:
+                if block is not None:
+                    self.made.clear()  # it would hold the old block
                 block = like.new_empty(size)
-                self.made.clear()  # it would hold the old block
             last = block[:size].view(shape)
         self.blocks[key] = block, last
         return last

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +34,7 @@ class Tape(TorchFunctionMode):
         if "out" in kwargs or name in ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
             self.calls.append(partial(func, *args, **kwargs))
         elif name not in EMPTY and not is_view(result, args):
-            self.calls.append(partial(fill, result, func, args, kwargs))
+            self.calls.append(filling(result, func, args, kwargs))
         return result
 
     def play(self) -> R:
@@ -42,8 +43,16 @@ class Tape(TorchFunctionMode):
         return self.result
 
 
-def fill(result: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> None:
-    result.copy_(func(*args, **kwargs))
+def filling(
+    result: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    """What puts the call's result there again: without other memory, where torch has such a function."""
+    into = partial(getattr(torch, func.__name__, func), *args, **kwargs, out=result)
+    try:
+        into()
+    except (TypeError, RuntimeError):
+        return lambda: result.copy_(func(*args, **kwargs))
+    return into
 
 
 def is_view(result: Any, args: tuple) -> bool:
