@@ -1,4 +1,4 @@
-"""Calls of torch on memory that stays, made again without the Python around them, which takes longer than small ones."""
+"""Calls of torch on memory that stays, made again without the Python around them: it takes longer than small sums."""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,12 +47,15 @@ def filling(
     result: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
     """What puts the call's result there again: without other memory, where torch has such a function."""
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{func.__name__} makes several tensors; a tape takes calls that make one")
     into = partial(getattr(torch, func.__name__, func), *args, **kwargs, out=result)
     try:
-        into()
+        if into() is result:
+            return into
     except (TypeError, RuntimeError):
-        return lambda: result.copy_(func(*args, **kwargs))
-    return into
+        pass
+    return lambda: result.copy_(func(*args, **kwargs))
 
 
 def is_view(result: Any, args: tuple) -> bool:
