@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from linearize_kernels.attention import LinearAttention, accumulator
 from linearize_kernels.features import unit_norm
@@ -150,10 +149,11 @@ def grouped_segment(
     absent = max(0, eq.recent - count)
 
     def rows(x: Tensor) -> Tensor:  # [B, far, g, T, X] -> [B * far, g, n C, X]
-        return pad(x, (0, 0, opened, behind)).flatten(0, 1)
+        return led(x, opened, behind).flatten(0, 1)
 
     def groups(x: Tensor, before: int = 0) -> Tensor:  # [B, far, slots, X] -> [B * far, before + n C, X]
-        return pad(x[..., max(first - before, 0) :, :], (0, 0, max(before - first, 0), behind)).flatten(0, 1)
+        x = x if first <= before else x[..., first - before :, :]
+        return led(x, max(before - first, 0), behind).flatten(0, 1)
 
     wide, narrow, results = accumulator(q.dtype), narrowed(attention, q), Results(len(q), eq.far_heads, place)
     for part, own in parts(attention, (state.S, state.z), q, k, v, state.recent_k, state.recent_v):
@@ -228,7 +228,8 @@ def timeline(old: Tensor, new: Tensor, count: int, before: int, ahead: int = 0) 
     is not there is zero.
     """
     there = min(count, old.shape[-2], before)
-    return led(torch.cat([old[..., old.shape[-2] - there :, :], new], -2), before - there, ahead)
+    kept = torch.cat([old[..., old.shape[-2] - there :, :], new], -2) if there else new
+    return led(kept, before - there, ahead)
 
 
 def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:

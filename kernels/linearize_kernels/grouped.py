@@ -75,8 +75,8 @@ def weigh(shape: Tiling, q: Tensor, k: Tensor, conv: Tensor | None) -> tuple[Ten
     scores.unflatten(2, (-1, shape.chunk)).tril_()
     if conv is None:
         return scores, scores.square()
-    weights = band(conv, shape).repeat(1, q.shape[1], 1, 1)
-    weights[..., shape.recent :].addcmul_(scores, scores)
+    weights = SCRATCH.take("weights", scores, *scores.shape[:3], shape.columns)
+    weights.copy_(band(conv, shape))[..., shape.recent :].addcmul_(scores, scores)
     return scores, weights
 
 

@@ -30,7 +30,7 @@ class Scratch(threading.local):
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of like's dtype and device with any contents, which lasts until the name is taken again."""
-        if torch.compiler.is_compiling() or not like.is_cpu or type(like) is not Tensor:
+        if not keeps(like):
             return self.give(like, shape)
         key = name, like.dtype
         block, last = self.blocks.get(key, (None, None))
@@ -52,10 +52,12 @@ class Scratch(threading.local):
         self.given += 1
         return like.new_empty(shape)
 
-    def remember(self, key: Hashable, make: Callable[[], R]) -> R:
-        """What `make` makes with tensors taken here; the same again for the same key, for a while, if all of their
-        memory is kept.
+    def remember(self, key: Hashable, like: Tensor, make: Callable[[], R]) -> R:
+        """What `make` makes with tensors taken here as `like`; the same again for the same key, for a while, if all of
+        their memory is kept.
         """
+        if not keeps(like):
+            return make()
         found = self.made.pop(key, None)
         if found is None:
             given = self.given
@@ -66,6 +68,11 @@ class Scratch(threading.local):
             del self.made[next(iter(self.made))]
         self.made[key] = found
         return found
+
+
+def keeps(like: Tensor) -> bool:
+    """Whether memory for what is like it is kept: it has values, and lies in a CPU's."""
+    return not torch.compiler.is_compiling() and like.is_cpu and type(like) is Tensor
 
 
 SCRATCH = Scratch()

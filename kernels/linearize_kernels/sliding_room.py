@@ -14,7 +14,7 @@ from linearize_kernels.far import FeatureMemory, Pull
 from linearize_kernels.features import Hedgehog
 from linearize_kernels.modules import with_tensors
 from linearize_kernels.parts import far_factor, mix_of, nothing_far, of_queries
-from linearize_kernels.scratch import SCRATCH
+from linearize_kernels.scratch import SCRATCH, keeps
 from linearize_kernels.sliding import backward, forward
 from linearize_kernels.sliding_lane import Beside, Gradients, Lane, Shape
 from linearize_kernels.tape import Tape
@@ -276,7 +276,7 @@ class Room:
     def taped(self, run: Callable[[], R], piece: Piece) -> R:
         """What `run` makes of a piece, by the calls that it made for one like it."""
         with torch.inference_mode():  # autograd counts no versions of what is written in place
-            if torch.compiler.is_compiling() or type(self.like) is not Tensor:
+            if not keeps(self.like):
                 return run()
             eq = self.size.equation
             places = (piece.shape.start, eq.sinks), (piece.position, eq.sinks + eq.size)

@@ -102,7 +102,7 @@ class Run:
                 tuple((name, x.shape) for name, x in share.learned.items()),
                 self.wanted,
             )
-            self.rooms[place] = SCRATCH.remember(size, lambda: Room(size, inputs.S))
+            self.rooms[place] = SCRATCH.remember(size, inputs.S, lambda: Room(size, inputs.S))
         return self.rooms[place]
 
     def load(self, share: Share, piece: Piece, S: Tensor, z: Tensor) -> Room:
