@@ -13,8 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from linearize_kernels.scratch import SCRATCH
 from linearize_kernels.tiles import (
-    Places,
-    Sums,
     Tiling,
     accumulate,
     band,
@@ -22,6 +20,7 @@ from linearize_kernels.tiles import (
     by_head,
     diagonals,
     product,
+    put_columns,
     running_sums,
     windows,
 )
@@ -84,7 +83,7 @@ def sums(shape: Tiling, tokens: Groups) -> Tensor:
     """S before each group and after the last, `[N, n + 1, F, Dv]`."""
     phi_k, v = by_group(shape, tokens.phi_k), by_group(shape, tokens.v[:, shape.recent :])
     memory = SCRATCH.take("S", v, len(v), v.shape[1] + 1, *tokens.S.shape[1:])
-    return Sums(memory).put(phi_k, v, tokens.S)
+    return running_sums(phi_k, v, tokens.S, out=memory)
 
 
 def by_group(shape: Tiling, x: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ def backward(shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tens
         taps = d_weights.sum(1).unflatten(1, (-1, shape.chunk))
         d_conv = diagonals(taps, shape, tokens.conv.shape[-1]).sum(2).flip(-1)
     d_v = torch.empty_like(tokens.v)
-    Places(d_v, weights, shape).put(d_rows)
+    put_columns(d_v, weights, d_rows, shape)
     d_scores = scores.mul_(d_weights[..., shape.recent :]).mul_(2)
     d_q = by_head(product(d_scores, k), shape)
     d_k = product(d_scores.mT, q).flatten(1, 2)

@@ -23,6 +23,7 @@ from linearize_kernels.tiles import (
     by_head,
     diagonals,
     flat,
+    put_columns,
     running,
     running_sums,
 )
@@ -48,7 +49,7 @@ class Sliding(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_S: Tensor, d_z: Tensor):
         shape, tokens = ctx.shape, Tokens(*ctx.saved_tensors)
         lane = lane_of(shape, tokens)
-        d = Gradients(shape, lane, by_chunk(d_out, shape), new)
+        d = Gradients(lane, by_chunk(d_out, shape), new)
         d.sink_k, d.sink_v = (torch.zeros_like(x) for x in (tokens.sink_k, tokens.sink_v))
         d.conv = None if tokens.conv is None else torch.zeros_like(tokens.conv)
         with torch.autocast(tokens.q.device.type, enabled=False):
@@ -79,23 +80,24 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Tensor | None:
     No row has the first column near: in its place the softmax over the near columns gets the logarithm of all the
     weight that is not near, so that it normalises everything at once.
     """
-    z = None
-    torch.bmm(shape.scale * tokens.sink_k, lane.rows_T, out=lane.sinks)
+    z, (lanes, chunks, rows) = None, lane.q.shape[:3]
+    torch.bmm(shape.scale * tokens.sink_k, lane.q.flatten(1, 2).mT, out=lane.sinks)
     hide_later(shape, lane)
     if lane.phi_q is None:
         lane.factor.fill_(LOW)
     else:
         z = weigh_far(shape, lane, tokens)
         torch.log(lane.total, out=lane.factor).add_(lane.mix).clamp_(min=LOW)
-    torch.baddbmm(lane.near, lane.queries, lane.keys_T, alpha=shape.scale, out=lane.flat_scores)
+    torch.baddbmm(lane.near, flat(lane.q), lane.keys.mT, alpha=shape.scale, out=flat(lane.scores))
     hide_absent(shape, lane.scores)
     # The ceiling is far above the scores of a row that sees nothing.
     torch.amax(lane.others, 1, keepdim=True, out=lane.ceiling).clamp_(min=LOW / 2)
     lane.others.sub_(lane.ceiling).exp_()
     torch.sum(lane.others, 1, keepdim=True, out=lane.shares).clamp_(min=TINY)
-    torch.add(lane.ceiling_by_row, lane.shares_by_row.log(), out=lane.first)
+    ceiling, shares = (x.view(lanes, chunks, rows) for x in (lane.ceiling, lane.shares))
+    torch.add(ceiling, shares.log(), out=lane.first)
     torch.softmax(lane.scores, -1, out=lane.scores)
-    torch.div(lane.first, lane.shares_by_row, out=lane.ceiling_by_row)
+    torch.div(lane.first, shares, out=ceiling)
     lane.others.mul_(lane.ceiling)
     lane.first.zero_()
     if lane.phi_q is not None:
@@ -105,18 +107,18 @@ def weigh(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Tensor | None:
 
 def weigh_far(shape: Shape, lane: Lane, tokens: Tokens | Beside) -> Tensor:
     """Makes a lane's S, products, their mass and their total; returns z as `weigh` does."""
-    chunks = lane.q.shape[1]
-    lane.sums.put(*lane.before, tokens.S)
+    chunks, phi_q = lane.q.shape[1], flat(lane.phi_q)
+    running_sums(lane.old_phi[:, :chunks], lane.old_v[:, :chunks], tokens.S, out=lane.S)
     slots = lane.old_phi.sum(-2)
     z = running(slots[:, :chunks], tokens.z)
     if shape.ahead:
         ahead = lane.old_phi[:, -chunks:], lane.old_v[:, -chunks:]
-        lane.S_before += running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:]
-        z[:, :-1] += running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:]
-    torch.bmm(lane.phi_queries, lane.phi_keys_T, out=lane.flat_products)
+        lane.S[:, :-1].add_(running_sums(*ahead, torch.zeros_like(tokens.S), backwards=True)[:, 1:])
+        z[:, :-1].add_(running(slots[:, -chunks:], torch.zeros_like(tokens.z), backwards=True)[:, 1:])
+    torch.bmm(phi_q, lane.phi_keys.mT, out=flat(lane.products))
     lane.tiles.mul_(lane.far)
     # A product with one column would take six times as long as with one row.
-    torch.bmm(flat(z[:, :-1, None]), lane.phi_queries_T, out=lane.flat_mass)
+    torch.bmm(flat(z[:, :-1, None]), phi_q.mT, out=flat(lane.mass).mT)
     torch.sum(lane.products, -1, keepdim=True, out=lane.total).add_(lane.mass).clamp_(min=TINY)
     return z
 
@@ -152,16 +154,16 @@ def forward(shape: Shape, lane: Lane, tokens: Tokens | Beside, out: Tensor) -> t
     z = weigh(shape, lane, tokens)
     total, rows = flat(out), out.flatten(1, 2)
     if lane.phi_q is None:
-        torch.bmm(lane.sinks_T, tokens.sink_v, out=rows)
+        torch.bmm(lane.sinks.mT, tokens.sink_v, out=rows)
     else:
-        torch.bmm(lane.phi_queries, flat(lane.S_before), out=total)
+        torch.bmm(flat(lane.phi_q), flat(lane.S[:, :-1]), out=total)
         out.mul_(lane.factor)
-        torch.baddbmm(rows, lane.sinks_T, tokens.sink_v, out=rows)
+        torch.baddbmm(rows, lane.sinks.mT, tokens.sink_v, out=rows)
     if lane.band is not None:
         lane.scores.add_(lane.band)
     add_far(lane)
-    torch.baddbmm(total, lane.flat_scores, lane.values, out=total)
-    return (tokens.S, tokens.z) if z is None else (lane.sums.all[:, -1], z[:, -1])
+    torch.baddbmm(total, flat(lane.scores), lane.values, out=total)
+    return (tokens.S, tokens.z) if z is None else (lane.S[:, -1], z[:, -1])
 
 
 def backward(
@@ -174,34 +176,37 @@ def backward(
     """
     z = weigh(shape, lane, tokens)
     add_far(lane)
-    has_far = lane.phi_q is not None
-    torch.bmm(d.flat_out, lane.values_T, out=d.flat_near)
+    rows, d_rows = lane.q.flatten(1, 2), d.out.flatten(1, 2)
+    mean = d.mean.view(len(rows), 1, -1)
+    torch.bmm(flat(d.out), lane.values.mT, out=flat(d.near))
     torch.mul(lane.scores, d.near, out=d.scores)
-    torch.bmm(tokens.sink_v, d.out_rows_T, out=d.sinks)
+    torch.bmm(tokens.sink_v, d_rows.mT, out=d.sinks)
     torch.sum(d.scores, -1, keepdim=True, out=d.mean)
-    d.mean_by_row.add_((lane.sinks * d.sinks).sum(1, keepdim=True))
-    if has_far:
-        torch.bmm(d.flat_out, flat(lane.S_before).mT, out=d.flat_answers)
+    mean.add_((lane.sinks * d.sinks).sum(1, keepdim=True))
+    if lane.phi_q is not None:
+        torch.bmm(flat(d.out), flat(lane.S[:, :-1]).mT, out=flat(d.answers))
         answer = torch.mul(lane.phi_q, d.answers, out=lane.features).sum(-1, keepdim=True)
         d.mean.addcmul_(lane.factor, answer)
-    d.sink_v.baddbmm_(lane.sinks, d.out_rows)
+    d.sink_v.baddbmm_(lane.sinks, d_rows)
     d.scores.addcmul_(lane.scores, d.mean, value=-1)
-    d.sinks.sub_(d.mean_by_row).mul_(lane.sinks)
+    d.sinks.sub_(mean).mul_(lane.sinks)
     if d.conv is not None:
         taps = d.near.sum(1).unflatten(1, (-1, shape.chunk))
         d.conv.add_(diagonals(taps, shape, d.conv.shape[-1]).sum(2).flip(-1))
         lane.scores.add_(lane.band)
-    d.to_v.put(d.out)
-    if has_far:
-        torch.mul(d.far_scores, lane.far, out=d.own)
-        d.far_scores.sub_(d.own)
-        torch.sum(d.own, -1, out=d.mix_tiles)
+    put_columns(d.v, lane.scores, d.out, shape)
+    if lane.phi_q is not None:
+        far_scores = d.scores[..., : lane.far.shape[-1]].unflatten(2, (-1, shape.chunk))
+        own = far_scores * lane.far
+        far_scores.sub_(own)
+        torch.sum(own, -1, out=d.mix.view(own.shape[:-1]))
         d.mix.addcmul_(lane.factor, answer.addcmul_(d.mean, lane.mass, value=-1))
         d_S, d_z = backward_far(shape, lane, d, z, d_S, d_z)
-    torch.baddbmm(d.flat_q, d.flat_scores, lane.keys, beta=0, alpha=shape.scale, out=d.flat_q)
-    torch.baddbmm(d.rows_q, d.sinks_T, tokens.sink_k, alpha=shape.scale, out=d.rows_q)
-    d.sink_k.baddbmm_(d.sinks, lane.rows, alpha=shape.scale)
-    d.to_k.put(lane.q, shape.scale)
+    torch.baddbmm(flat(d.q), flat(d.scores), lane.keys, beta=0, alpha=shape.scale, out=flat(d.q))
+    d_queries = d.q.flatten(1, 2)
+    torch.baddbmm(d_queries, d.sinks.mT, tokens.sink_k, alpha=shape.scale, out=d_queries)
+    d.sink_k.baddbmm_(d.sinks, rows, alpha=shape.scale)
+    put_columns(d.k, d.scores, lane.q, shape, shape.scale)
     return d_S, d_z
 
 
@@ -209,20 +214,21 @@ def backward_far(
     shape: Shape, lane: Lane, d: Gradients, z: Tensor, d_S: Tensor, d_z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The part of `backward` that goes through features."""
-    torch.sub(d.far_near, d.mean, out=lane.products).mul_(lane.factor)
+    torch.sub(d.near[..., : lane.far.shape[-1]], d.mean, out=lane.products).mul_(lane.factor)
     lane.tiles.mul_(lane.far)
-    torch.bmm(lane.flat_products, lane.phi_keys, out=d.flat_phi_q)
+    torch.bmm(flat(lane.products), lane.phi_keys, out=flat(d.phi_q))
     d.phi_q.addcmul_(lane.factor, d.answers.addcmul_(d.mean, z[:, :-1, None], value=-1))
     scaled = torch.mul(lane.phi_q, lane.factor, out=lane.features)
-    sums = d.sums.put(scaled, d.out, d_S)
+    sums = running_sums(scaled, d.out, d_S, backwards=True, out=d.S)
     d_S, d_sums = outside_gradients(shape, sums, partial(running_sums, scaled, d.out))
     lane.factor.mul_(d.mean).neg_()
-    masses = torch.bmm(flat(lane.factor.mT), lane.phi_queries).view_as(z[:, 1:])
+    masses = torch.bmm(flat(lane.factor.mT), flat(lane.phi_q)).view_as(z[:, 1:])
     d_z, d_masses = outside_gradients(shape, running(masses, d_z, backwards=True), partial(running, masses))
-    d.to_phi_k.put(lane.phi_q)
-    accumulate(d.old_v, lane.old_phi, d_sums)
-    d.old_phi_chunks.add_(d_masses[:, :, None])
-    accumulate(d.old_phi, lane.old_v, d_sums.mT)
+    put_columns(d.phi_k, lane.products, lane.phi_q, shape)
+    d_old_v, d_old_phi = (x[:, : lane.old_phi.shape[1] * shape.chunk] for x in (d.v, d.phi_k))
+    accumulate(d_old_v, lane.old_phi, d_sums)
+    d_old_phi.view_as(lane.old_phi).add_(d_masses[:, :, None])
+    accumulate(d_old_phi, lane.old_v, d_sums.mT)
     return d_S, d_z
 
 

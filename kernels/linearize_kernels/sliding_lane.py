@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linearize_kernels.remembered import remembered
 from linearize_kernels.scratch import SCRATCH
-from linearize_kernels.tiles import Places, Sums, Tiling, flat, windows
+from linearize_kernels.tiles import Tiling, flat, windows
 
 LOW = -1e30  # the score of what is not seen
 
@@ -66,26 +66,23 @@ class Beside(NamedTuple):
 
 
 class Lane:
-    """Tokens, and memory of `SCRATCH` for all that is made of them, with the views of it that are asked for, because a
-    view takes as long as a sum over a few hundred numbers. Tokens may be written later, and then be gathered.
+    """Tokens, and memory of `SCRATCH` for all that is made of them. Tokens may be written later, and then be gathered.
 
     Attributes:
         q: `[N, n, g C, D]`; k: `[N, s, D]`; v: `[N, s, Dv]`; phi_q: `[N, n, g C, F]`; phi_k: `[N, s, F]`; mix:
             `[N, n, g C, 1]`; the last three None: no far part.
-        rows, queries: q as `[N, n g C, D]` and `[N n, g C, D]`; keys, values, phi_queries, phi_keys: as the latter, of
-            each chunk's columns, phi_keys of the far ones.
-        near, far: `masks`; band: the conv's, `[N, 1, g C, columns]`, or None, and gradients: where they go, both given
-            later.
-        scores: `[N, n, g C, columns]`, then the weights of the near columns, the first of which is never near: `first`;
-            far_scores: of the far columns.
+        keys, values, phi_keys: of each chunk's columns, phi_keys of the far ones, `[N n, columns, ...]`.
+        near, far: `masks`; band: the conv's, `[N, 1, g C, columns]`, given later, or None.
+        scores: `[N, n, g C, columns]`, then the weights of the near columns, the first of which is never near: `first`,
+            `[N, n, g C]`; far_scores: of the far columns.
         others: `[N, 1 + sinks, n g C]`, the logarithms of the weight of all that is far, `factor [N, n, g C, 1]`, and
             of the sinks', `sinks`; then the weights of the sinks, and what `products` (and what is read of S) are to be
-            multiplied by. ceiling, shares: their maximum and sum, by rows `[N, 1, n g C]` and as by_row `[N, n, g C]`.
+            multiplied by. ceiling, shares: their maximum and sum, `[N, 1, n g C]`.
         products: `[N, n, g C, far columns]`, of features; as tiles, `[N, n, g, C, far columns]`. total: their sum and
             what is read of z, `mass`, both `[N, n, g C, 1]`.
         features: room for as many as phi_q.
-        sums: S outside each chunk's columns and after the last chunk, and S_before, `[N, n, F, Dv]`, but for the last;
-            old_phi, old_v: of the slots that it takes in, `[N, chunks, C, ...]`; before: of the first n chunks.
+        S: outside each chunk's columns and after the last chunk, `[N, n + 1, F, Dv]`.
+        old_phi, old_v: of the slots that S takes in, `[N, chunks, C, ...]`.
     """
 
     def __init__(
@@ -103,42 +100,30 @@ class Lane:
             return SCRATCH.take(name, q, *sizes)
 
         self.band: Tensor | None = None
-        self.gradients: Gradients | None = None
         self.q, self.k, self.v, self.phi_q, self.phi_k, self.mix = q, k, v, phi_q, phi_k, mix
         self.near, self.far = masks(shape, q)
         lanes, chunks, rows = q.shape[:3]
-        self.rows, self.queries = q.flatten(1, 2), flat(q)
-        self.rows_T = self.rows.mT
         self.gathered: list[tuple[Tensor, Tensor]] = []
         self.keys, self.values = (
             self.columns(f"columns of {name}", x, shape) for name, x in (("k", k), ("v", v))
         )
-        self.keys_T, self.values_T = self.keys.mT, self.values.mT
         self.scores = room("scores", lanes, chunks, rows, shape.columns)
-        self.flat_scores, self.first = flat(self.scores), self.scores[..., 0]
+        self.first = self.scores[..., 0]
         self.others = room("others", lanes, 1 + sinks, chunks * rows)
         self.factor, self.sinks = self.others[:, 0].unflatten(1, (chunks, rows, 1)), self.others[:, 1:]
-        self.sinks_T = self.sinks.mT
         self.ceiling, self.shares = (room(name, lanes, 1, chunks * rows) for name in ("ceiling", "shares"))
-        self.ceiling_by_row, self.shares_by_row = (
-            x.view(lanes, chunks, rows) for x in (self.ceiling, self.shares)
-        )
         if phi_q is None:
             return
         columns = self.far.shape[-1]
-        self.phi_queries, self.phi_keys = flat(phi_q), self.columns("columns of phi_k", phi_k, shape, columns)
-        self.phi_queries_T, self.phi_keys_T = self.phi_queries.mT, self.phi_keys.mT
+        self.phi_keys = self.columns("columns of phi_k", phi_k, shape, columns)
         self.products = room("products", lanes, chunks, rows, columns)
-        self.flat_products, self.tiles = flat(self.products), self.products.unflatten(2, (-1, shape.chunk))
+        self.tiles = self.products.unflatten(2, (-1, shape.chunk))
         self.far_scores = self.scores[..., :columns]
         self.total, self.mass = (room(name, lanes, chunks, rows, 1) for name in ("total", "mass"))
-        self.flat_mass = flat(self.mass).mT
         self.features = room("features", *phi_q.shape)
         old = slice(0, (chunks + shape.around) * shape.chunk)
         self.old_phi, self.old_v = (x[:, old].unflatten(1, (-1, shape.chunk)) for x in (phi_k, v))
-        self.before = tuple(x[:, :chunks] for x in (self.old_phi, self.old_v))
-        self.sums = Sums(room("S", lanes, chunks + 1, phi_k.shape[-1], v.shape[-1]))
-        self.S_before = self.sums.all[:, :-1]
+        self.S = room("S", lanes, chunks + 1, phi_k.shape[-1], v.shape[-1])
 
     def columns(self, name: str, x: Tensor, shape: Shape, count: int | None = None) -> Tensor:
         """The slots of every chunk's columns, or of the first ones: `[N, s, X] -> [N n, columns, X]`; a view of one
@@ -167,13 +152,12 @@ class Gradients:
         conv, sink_k, sink_v: given later; gradients are added to them.
         near: out · v of all columns; scores, sinks: the gradients of a lane's; mean: out · the output,
             `[N, n, g C, 1]`.
-        far_scores, own: the scores' of the far columns, `[N, n, g, C, far columns]`, and as much room.
-        to_k, to_v, to_phi_k: `Places` of the columns' among the slots'; sums: S's.
+        answers: out · what is read of S, by feature, `[N, n, g C, F]`; S: of what is read.
     """
 
-    def __init__(self, shape: Shape, lane: Lane, out: Tensor, take: Callable[..., Tensor]):
-        def room(name: str, *sizes: int) -> Tensor:
-            return SCRATCH.take(f"d_{name}", lane.q, *sizes)
+    def __init__(self, lane: Lane, out: Tensor, take: Callable[..., Tensor]):
+        def room(name: str, like: Tensor) -> Tensor:
+            return SCRATCH.take(f"d_{name}", lane.q, *like.shape)
 
         def own(name: str) -> Tensor | None:
             x = getattr(lane, name)
@@ -182,34 +166,14 @@ class Gradients:
         self.conv: Tensor | None = None
         self.sink_k: Tensor | None = None
         self.sink_v: Tensor | None = None
-        self.out, self.flat_out, self.out_rows = out, flat(out), out.flatten(1, 2)
-        self.out_rows_T = self.out_rows.mT
+        self.out = out
         self.q, self.k, self.v, self.phi_q, self.phi_k, self.mix = map(
             own, ("q", "k", "v", "phi_q", "phi_k", "mix")
         )
-        self.flat_q, self.rows_q = flat(self.q), self.q.flatten(1, 2)
-        self.near, self.scores = (room(name, *lane.scores.shape) for name in ("near", "scores"))
-        self.flat_near, self.flat_scores = flat(self.near), flat(self.scores)
-        self.sinks = room("sinks", *lane.sinks.shape)
-        self.sinks_T = self.sinks.mT
-        self.mean = room("mean", *lane.q.shape[:3], 1)
-        self.mean_by_row = self.mean.view(len(lane.q), 1, -1)
-        self.to_v, self.to_k = Places(self.v, lane.scores, shape), Places(self.k, self.scores, shape)
-        if self.phi_q is None:
-            return
-        columns = lane.far.shape[-1]
-        self.flat_phi_q = flat(self.phi_q)
-        self.far_scores = self.scores[..., :columns].unflatten(2, (-1, shape.chunk))
-        self.own = room("own", *self.far_scores.shape)
-        self.mix_tiles = self.mix.view(self.own.shape[:-1])
-        self.far_near = self.near[..., :columns]
-        self.answers = room("answers", *lane.phi_q.shape)
-        self.flat_answers = flat(self.answers)
-        self.to_phi_k = Places(self.phi_k, lane.products, shape)
-        self.sums = Sums(room("S", *lane.sums.all.shape), backwards=True)
-        old = lane.old_phi.shape[1] * shape.chunk
-        self.old_v, self.old_phi = self.v[:, :old], self.phi_k[:, :old]
-        self.old_phi_chunks = self.old_phi.unflatten(1, (-1, shape.chunk))
+        self.near, self.scores = room("near", lane.scores), room("scores", lane.scores)
+        self.sinks, self.mean = room("sinks", lane.sinks), room("mean", lane.q[..., :1])
+        if self.phi_q is not None:
+            self.answers, self.S = room("answers", lane.phi_q), room("S", lane.S)
 
 
 def masks(shape: Shape, q: Tensor) -> tuple[Tensor, Tensor]:

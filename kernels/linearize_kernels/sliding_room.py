@@ -138,7 +138,7 @@ class Room:
     def add_gradients(self) -> None:
         size, eq = self.size, self.size.equation
         d_out = self.take_rows("d_out", eq.value_dim)
-        d = self.d = Gradients(size.shape, self.lane, d_out, SCRATCH.take)
+        d = self.d = Gradients(self.lane, d_out, SCRATCH.take)
         self.d_out = self.by_head("d_out by head", d_out, self.inward)
         self.d_k, self.d_v = d.k.view_as(self.k), d.v.view_as(self.v)
         self.d_q = self.by_head("d_q by head", d.q, self.outward)

@@ -68,35 +68,17 @@ def windows(x: Tensor, shape: Tiling, columns: int | None = None) -> Tensor:
     return x[:, : (chunks - 1) * shape.chunk + columns].unfold(1, columns, shape.chunk).transpose(-1, -2)
 
 
-class Places:
-    """Where products `aᵀ b` of weights `a [N, n, rows, columns]` go among slots, `total [N, slots, X]`: those of a
-    column to its slot, where those of different chunks add up.
+def put_columns(total: Tensor, a: Tensor, b: Tensor, shape: Tiling, scale: float = 1.0) -> None:
+    """Puts products `scale aᵀ b` of weights `a [N, n, rows, columns]` and `b [N, n, rows, X]` among slots,
+    `total [N, slots, X]`: those of a column in its slot, where those of different chunks add up.
     """
-
-    def __init__(self, total: Tensor, a: Tensor, shape: Tiling):
-        chunks, columns = a.shape[1], a.shape[3]
-        # The first C columns' are written, and the others are added.
-        self.added = total[:, chunks * shape.chunk :]
-        self.parts: list[tuple[Tensor, Tensor]] = []  # [N, n, C, ...]
-        self.rest: tuple[Tensor, Tensor] | None = None  # of fewer columns than C
-        for first in range(0, columns, shape.chunk):
-            part = a[..., first : first + shape.chunk].mT
-            width = part.shape[2]
-            slots = total[:, first : first + (chunks - 1) * shape.chunk + width]
-            place = slots.unfold(1, width, shape.chunk).mT
-            if width == shape.chunk:
-                self.parts.append((place, part))
-            else:
-                self.rest = place, part
-
-    def put(self, b: Tensor, scale: float = 1.0) -> None:
-        """Puts products with `b [N, n, rows, X]`, times scale, in their places."""
-        self.added.zero_()
-        for i, (place, part) in enumerate(self.parts):
-            put_product(place, part, b, scale, kept=i > 0)
-        if self.rest is not None:
-            place, part = self.rest
-            place.add_(part @ b, alpha=scale)
+    chunks, columns = a.shape[1], a.shape[3]
+    total[:, chunks * shape.chunk :].zero_()  # the first C columns' are written, and the others are added
+    for first in range(0, columns, shape.chunk):
+        part = a[..., first : first + shape.chunk].mT
+        width = part.shape[2]
+        slots = total[:, first : first + (chunks - 1) * shape.chunk + width]
+        put_product(slots.unfold(1, width, shape.chunk).mT, part, b, scale, kept=first > 0)
 
 
 def put_product(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, kept: bool = False) -> None:
@@ -158,47 +140,33 @@ def running(chunks: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
     return torch.cat([torch.zeros_like(first)[:, None], chunks], 1).cumsum(1).add_(first[:, None])
 
 
-class Sums:
-    """`running` of the products of chunks, `[N, n + 1, F, Dv]`, in memory that may be filled again."""
-
-    def __init__(self, memory: Tensor, backwards: bool = False):
-        self.all, self.first = memory, memory[:, -1:] if backwards else memory[:, :1]
-        self.products = memory[:, :-1] if backwards else memory[:, 1:]
-        chunks = self.products.shape[1]
-        whole = chunks // FEW
-        groups = [
-            self.products[:, : whole * FEW].unflatten(1, (whole, FEW)),
-            self.products[:, None, whole * FEW :],
-        ]
-        self.steps: list[tuple[Tensor, Tensor]] = []  # what is added to what within the groups
-        for some in groups[0 if whole else 1 :]:
-            steps = some.unbind(2)
-            self.steps += pairwise(reversed(steps) if backwards else steps)
-        ends = self.products.split(FEW, 1)[: -(-chunks // FEW)]
-        self.groups = [(some, some[:, :1] if backwards else some[:, -1:]) for some in ends]
-        if backwards:
-            self.groups.reverse()
-
-    def put(self, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-        """All sums of `first [N, F, Dv]` and the products `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`. These are
-        summed by FEW, and without first, which joins them last: a long text's sum would round them away.
-        """
-        self.first.copy_(first[:, None])
-        put_product(self.products, a.mT, b)
-        for before, own in self.steps:
-            own.add_(before)
-        before, total = self.first, torch.zeros_like(self.first)
-        for some, last in self.groups:
-            total += last
-            some.add_(before)
-            before = self.first + total
-        return self.all
-
-
-def running_sums(a: Tensor, b: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
-    """`Sums` in new memory."""
-    memory = a.new_empty(len(a), a.shape[1] + 1, *first.shape[1:])
-    return Sums(memory, backwards).put(a, b, first)
+def running_sums(
+    a: Tensor, b: Tensor, first: Tensor, backwards: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """`running` of the products of chunks: of `first [N, F, Dv]` and `aᵀ b`, `a [N, n, C, F]` and `b [N, n, C, Dv]`,
+    `[N, n + 1, F, Dv]`, in memory `out` if given. These are summed by FEW, and without first, which joins them last: a
+    long text's sum would round them away.
+    """
+    if out is None:
+        out = a.new_empty(len(a), a.shape[1] + 1, *first.shape[1:])
+    before, products = (out[:, -1:], out[:, :-1]) if backwards else (out[:, :1], out[:, 1:])
+    before.copy_(first[:, None])
+    if not a.shape[1]:
+        return out
+    put_product(products, a.mT, b)
+    whole = products.shape[1] // FEW
+    parts = [products[:, : whole * FEW].unflatten(1, (whole, FEW)), products[:, None, whole * FEW :]]
+    for part in parts[0 if whole else 1 :]:
+        steps = part.unbind(2)
+        for one, after in pairwise(reversed(steps) if backwards else steps):
+            after.add_(one)
+    total, start = torch.zeros_like(before), before
+    groups = products.split(FEW, 1)
+    for some in reversed(groups) if backwards else groups:
+        total.add_(some[:, :1] if backwards else some[:, -1:])
+        some.add_(start)
+        start = before + total
+    return out
 
 
 def product(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
