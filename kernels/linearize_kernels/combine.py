@@ -214,11 +214,13 @@ def per_head(parameter: Tensor, q: Tensor) -> Tensor:
 
 
 def pull_per_head(d: Tensor, x: Tensor, parameter: Tensor, d_x: Tensor, d_parameter: Tensor | None) -> None:
-    """Adds the gradients of x `[..., T, D]` and of the parameter `[..., D + 1]` from those of `w·x + b`, `[..., T]`."""
+    """Adds the gradients of x `[B, ..., T, D]` and of the parameter `[..., D + 1]` from those of `w·x + b`,
+    `[B, ..., T]`.
+    """
     d_x.addcmul_(d[..., None], parameter.to(x.dtype)[..., None, :-1])
     if d_parameter is not None:
         gradient = torch.cat([d[..., None, :] @ x, d.sum(-1)[..., None, None]], -1).squeeze(-2)
-        d_parameter += gradient.sum_to_size(d_parameter.shape)
+        d_parameter.add_(gradient.sum(0))
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ class Hedgehog(Projected):
             every = W.mT.expand(*d.shape[:-2], -1, -1).flatten(0, -3)
             d_x.view(-1, *d_x.shape[-2:]).baddbmm_(d.flatten(0, -3), every)
             if d_map.weight is not None:
-                d_map.weight[heads].add_((x.mT @ d).sum_to_size(W.shape))
+                d_map.weight[heads].add_((x.mT @ d).flatten(0, -4).sum(0))
             return d_weight
 
         return phi, pull

@@ -22,6 +22,7 @@ from linearize_kernels.tiles import diagonals, flat
 
 R = TypeVar("R")
 EVERY = slice(None)
+TAPES = 4  # of a room: of its text's first piece, of the others, and of other texts'
 
 
 class Size(NamedTuple):
@@ -101,7 +102,7 @@ class Room:
         eq, shape, lanes = size.equation, size.shape, size.rows * size.heads
         self.size, self.like = size, like.new_empty(0)
         self.groups = eq.heads // eq.far_heads
-        self.tapes: dict[tuple, Tape] = {}
+        self.tapes: dict[tuple, Tape | None] = {}  # by what their pieces have in common, the last used last
         self.inward: list[tuple[Tensor, Tensor]] = []  # what is by head, and its place in the lane
         self.outward: list[tuple[Tensor, Tensor]] = []
         slots = size.rows, size.heads, shape.recent + size.chunks * shape.chunk + shape.ahead
@@ -281,7 +282,14 @@ class Room:
             eq = self.size.equation
             places = (piece.shape.start, eq.sinks), (piece.position, eq.sinks + eq.size)
             kind = piece.shape.skip, piece.fill, *(min(pair) for pair in places)
-            if kind in self.tapes:
-                return self.tapes[kind].play()
-            self.tapes[kind] = Tape(run)
-            return self.tapes[kind].result
+            if kind not in self.tapes:
+                if len(self.tapes) == TAPES:
+                    del self.tapes[next(iter(self.tapes))]
+                result, tape = run(), None  # a tape takes longer to make than it saves once
+            elif (tape := self.tapes.pop(kind)) is None:
+                tape = Tape(run)
+                result = tape.result
+            else:
+                result = tape.play()
+            self.tapes[kind] = tape
+            return result

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from linearize_kernels.scratch import SCRATCH
+
 R = TypeVar("R")
 
 ASSIGNMENTS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
@@ -16,15 +18,16 @@ EMPTY = {"empty", "new_empty", "empty_like"}
 
 class Tape(TorchFunctionMode):
     """Notes the calls that a function makes, to `play` them. It must make the same ones whatever numbers are in its
-    tensors, and draw none; what it makes anew is kept, and filled again.
+    tensors, and draw none. What it makes anew is put into memory of `SCRATCH`, the same for all tapes.
 
     Attributes:
-        result: of the function; tensors in it have other numbers after each time.
+        result: of the function; tensors in it last until the next tape is played or made.
     """
 
     def __init__(self, run: Callable[[], R]):
         super().__init__()
         self.calls: list[Callable[[], Any]] = []
+        self.made = 0
         with self:
             self.result: R = run()
 
@@ -34,28 +37,27 @@ class Tape(TorchFunctionMode):
         if "out" in kwargs or name in ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
             self.calls.append(partial(func, *args, **kwargs))
         elif name not in EMPTY and not is_view(result, args):
-            self.calls.append(filling(result, func, args, kwargs))
+            result = self.keep(result, func, args, kwargs)
         return result
+
+    def keep(self, result: Any, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Memory for what a call has made anew, which the call fills: itself, where torch has such a function."""
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{func.__name__} makes several tensors; a tape takes calls that make one")
+        place = SCRATCH.take(f"made {self.made}", result, *result.shape).copy_(result)
+        self.made += 1
+        into = partial(getattr(torch, func.__name__, func), *args, **kwargs, out=place)
+        try:
+            fills = into() is place
+        except (TypeError, RuntimeError):
+            fills = False
+        self.calls.append(into if fills else lambda: place.copy_(func(*args, **kwargs)))
+        return place
 
     def play(self) -> R:
         for call in self.calls:
             call()
         return self.result
-
-
-def filling(
-    result: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]
-) -> Callable[[], Any]:
-    """What puts the call's result there again: without other memory, where torch has such a function."""
-    if not isinstance(result, Tensor):
-        raise TypeError(f"{func.__name__} makes several tensors; a tape takes calls that make one")
-    into = partial(getattr(torch, func.__name__, func), *args, **kwargs, out=result)
-    try:
-        if into() is result:
-            return into
-    except (TypeError, RuntimeError):
-        pass
-    return lambda: result.copy_(func(*args, **kwargs))
 
 
 def is_view(result: Any, args: tuple) -> bool:
