@@ -1,0 +1,142 @@
+"""Calls that are played again: they do what the function does that made them, on whatever is in its tensors then."""
+
+import pytest
+import torch
+from linearize_kernels import LinearAttention, bidirectional, chunked
+from linearize_kernels.scratch import REMEMBERED, SCRATCH
+from linearize_kernels.sliding_room import TAPES, Room
+from linearize_kernels.tape import Tape
+from test_blocked import layer
+
+
+def some_of_everything(x, y, place):
+    """Views, in place, to a place, anew with and without a function of torch that writes, bools and integers."""
+    part = x[..., 1:].mT
+    place.zero_()
+    place[0] = x.sum()
+    place[1:3] += y[:2].sum(-1)
+    below = part @ y[:, 1:] < y.new_tensor(0.5)
+    counted = below.sum(0, keepdim=True) + torch.arange(below.shape[-1])
+    flipped = (1 - y).flip(0).masked_fill(y > 0.7, -1.0).clone()
+    torch.mul(flipped, 3, out=flipped)
+    first, second = flipped.unbind(-1)[:2]
+    return torch.cat([first, second]).cumsum(0), counted.log(), torch.zeros_like(place) + place, below
+
+
+def test_played_is_run():
+    generator = torch.Generator().manual_seed(0)
+    x, y, place = (torch.empty(*size) for size in ((5, 4), (5, 4), (4,)))
+
+    def fill():
+        for tensor in (x, y):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+
+    fill()
+    tape = Tape(lambda: some_of_everything(x, y, place))
+    for _ in range(3):
+        fill()
+        expected = some_of_everything(x, y, place)
+        place.fill_(float("nan"))
+        for pair in zip(tape.play(), expected, strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_it_takes_calls_that_make_one_tensor():
+    with pytest.raises(TypeError, match="makes several tensors"):
+        Tape(lambda: torch.rand(3).max(0))
+
+
+@pytest.fixture()
+def played(monkeypatch):
+    """How often tapes were played; one head after the other, so that there are pieces alike."""
+    count = []
+    play = Tape.play
+    monkeypatch.setattr(Tape, "play", lambda tape: count.append(tape) or play(tape))
+    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1 << 9)
+    SCRATCH.made.clear()
+    return count
+
+
+def texts(lengths, heads=4, kv_heads=2, dtype=torch.float64):
+    """q, k, v of a few lengths, with means, and gradients of the outputs."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    for length in lengths:
+        sizes = [
+            (2, heads, length, 8),
+            (2, kv_heads, length, 8),
+            (2, kv_heads, length, 7),
+            (2, heads, length, 7),
+        ]
+        yield [(torch.randn(*x, generator=generator) + 0.3).to(dtype) for x in sizes]
+
+
+def everything(attention, q, k, v, d_out, run):
+    """Outputs, states and all gradients of a text in two calls; run: of the first and the second part."""
+    inputs, learned = [x.clone().requires_grad_() for x in (q, k, v)], list(attention.parameters())
+    learned = [x for x in learned if x.requires_grad]
+    outputs, ends = run(attention, *inputs)
+    grads = torch.autograd.grad(
+        [outputs, *(x for x in ends if x.requires_grad)],
+        [*inputs, *learned],
+        [d_out, *(torch.ones_like(x) for x in ends if x.requires_grad)],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [outputs.detach(), *ends, *grads]
+
+
+def in_two(attention, q, k, v):
+    cut = q.shape[-2] // 3
+    first, state = chunked(attention, None, *(x[..., :cut, :] for x in (q, k, v)))
+    second, state = chunked(attention, state, *(x[..., cut:, :] for x in (q, k, v)))
+    return torch.cat([first, second], -2), (state.S, state.z)
+
+
+def encoded(attention, q, k, v):
+    return bidirectional(attention, q, k, v), ()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("name", ["augmented", "augmented:relu", "window"])
+def test_pieces_that_are_played_are_those_that_are_run(name, kv_heads, causal, played, monkeypatch):
+    """Two layers in turns, which share their rooms; one has parameters that do not learn. Lengths come again."""
+    layers: list[LinearAttention] = [layer(name, kv_heads=kv_heads, causal=causal) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in layers[1].parameters():
+            parameter.mul_(1.2).add_(0.1)
+    for parameter in list(layers[1].parameters())[::2]:
+        parameter.requires_grad_(False)
+    run, found, expected = in_two if causal else encoded, [], []
+    every = [(own, text) for text in texts((70, 33, 70, 101, 70), kv_heads=kv_heads) for own in layers]
+    for own, text in every:
+        found += everything(own, *text, run)
+        with torch.no_grad():
+            found.append(run(own, *text[:3])[0])
+        for block, _ in SCRATCH.blocks.values():  # nothing that was returned lies there, nor is it read again
+            block.copy_(torch.full_like(block, float("nan")) if block.is_floating_point() else 1)
+    assert played
+    monkeypatch.setattr("linearize_kernels.sliding_room.keeps", lambda like: False)
+    for own, text in every:
+        expected += everything(own, *text, run)
+        with torch.no_grad():
+            expected.append(run(own, *text[:3])[0])
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+def test_few_are_kept_and_all_in_the_same_memory(played):
+    attention = layer("augmented")
+    with torch.no_grad():
+        for text in texts(range(20, 150)):
+            in_two(attention, *text[:3])
+    assert len(SCRATCH.made) <= REMEMBERED
+    rooms = [room for room in SCRATCH.made.values() if isinstance(room, Room)]
+    blocks = {block.untyped_storage().data_ptr() for block, _ in SCRATCH.blocks.values()}
+    for room in rooms:
+        assert len(room.tapes) <= TAPES
+        for tape in filter(None, room.tapes.values()):
+            results = [x for call in tape.calls for x in getattr(call, "keywords", {}).values()]
+            places = [x for x in results if isinstance(x, torch.Tensor)]
+            assert {x.untyped_storage().data_ptr() for x in places} <= blocks
+    assert any(tape for room in rooms for tape in room.tapes.values())
