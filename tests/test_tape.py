@@ -1,5 +1,7 @@
 """Calls that are played again: they do what the function does that made them, on whatever is in its tensors then."""
 
+import gc
+
 import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
@@ -140,3 +142,10 @@ def test_few_are_kept_and_all_in_the_same_memory(played):
             places = [x for x in results if isinstance(x, torch.Tensor)]
             assert {x.untyped_storage().data_ptr() for x in places} <= blocks
     assert any(tape for room in rooms for tape in room.tapes.values())
+
+
+def test_a_graph_holds_no_room(played):
+    own = layer("augmented", causal=False)
+    out = [bidirectional(own, *(x.requires_grad_() for x in text[:3])) for text in texts((70, 33, 70))]
+    SCRATCH.made.clear()
+    assert not [x for x in gc.get_objects() if isinstance(x, Room)], out

@@ -59,7 +59,7 @@ class Pieces(torch.autograd.Function):
         attention = ctx.run.attention
         d_attention = with_tensors(attention, own | d_own)
         wanted = tuple(learned(d_attention, slice(None), ctx.run.has_far))
-        run = replace(ctx.run, attention=with_tensors(attention, own), wanted=wanted, rooms={}, entered=None)
+        run = replace(ctx.run, attention=with_tensors(attention, own), wanted=wanted, rooms={})
         before = list(zip(sums[::2], sums[1::2], strict=True))
         with torch.autocast(inputs.q.device.type, enabled=False):
             d = run_backward(run, inputs, before, d_attention, d_out, d_S, d_z)
@@ -79,6 +79,7 @@ def run_forward(run: Run, inputs: Inputs, out: Tensor) -> tuple[Tensor, Tensor, 
             sums = [x.clone() for x in room.forward(piece, run.attention, part.heads)]
             place[..., piece.tokens, :].copy_(room.out[..., piece.fill :, :])
         S[part], z[part] = (x.view(to[part].shape) for x, to in zip(sums, (S, z), strict=True))
+    run.leave()
     return S, z, before
 
 

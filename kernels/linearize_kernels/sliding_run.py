@@ -49,7 +49,7 @@ class Run:
 
     Attributes:
         wanted: as of `Size`.
-        rooms: by how many rows, heads and chunks they are for; entered: the share that each was last entered for.
+        rooms: by how many rows, heads and chunks they are for; entered: the one in use, and the share in it.
     """
 
     attention: LinearAttention
@@ -117,6 +117,11 @@ class Run:
         room.beside.S.copy_(S)
         room.beside.z.copy_(z)
         return room
+
+    def leave(self) -> None:
+        """Holds no memory any more: a graph keeps what has run forward."""
+        self.rooms.clear()
+        self.entered = None
 
 
 def fill_rows(to: Tensor, tokens: Tensor, piece: Piece) -> None:
