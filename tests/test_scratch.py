@@ -84,6 +84,7 @@ def test_it_keeps_no_more_than_it_says():
 
 def test_it_is_where_its_like_is():
     SCRATCH.blocks.clear()
+    SCRATCH.made.clear()
     with torch.device("meta"):
         assert SCRATCH.take("name", torch.zeros(1, device="cpu"), 3).device.type == "cpu"
 
@@ -92,6 +93,7 @@ def test_nothing_is_kept_of_tensors_without_values(attention):
     expected = results(attention, tokens(0))
     masks_of.cache_clear()
     SCRATCH.blocks.clear()
+    SCRATCH.made.clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         chunked(attention, None, *(mode.from_tensor(x) for x in tokens(0)))
     for pair in zip(results(attention, tokens(0)), expected, strict=True):

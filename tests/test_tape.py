@@ -5,10 +5,13 @@ import gc
 import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
+from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 from linearize_kernels.scratch import REMEMBERED, SCRATCH
 from linearize_kernels.sliding_room import TAPES, Room
 from linearize_kernels.tape import Tape
-from test_blocked import layer
+from test_blocked import by_block, layer
+
+from linearize_cli.methods import load_recipe
 
 
 def some_of_everything(x, y, place):
@@ -18,6 +21,7 @@ def some_of_everything(x, y, place):
     place[0] = x.sum()
     place[1:3] += y[:2].sum(-1)
     below = part @ y[:, 1:] < y.new_tensor(0.5)
+    below &= part.sum(1, keepdim=True) > 2.0
     counted = below.sum(0, keepdim=True) + torch.arange(below.shape[-1])
     flipped = (1 - y).flip(0).masked_fill(y > 0.7, -1.0).clone()
     torch.mul(flipped, 3, out=flipped)
@@ -46,6 +50,12 @@ def test_played_is_run():
 def test_it_takes_calls_that_make_one_tensor():
     with pytest.raises(TypeError, match="makes several tensors"):
         Tape(lambda: torch.rand(3).max(0))
+
+
+@pytest.mark.parametrize("read", [float, int, bool, torch.Tensor.item, torch.Tensor.tolist])
+def test_it_depends_on_no_number(read):
+    with pytest.raises(TypeError, match="must not depend on one"):
+        Tape(lambda: read(torch.ones(3).sum()))
 
 
 @pytest.fixture()
@@ -125,6 +135,49 @@ def test_pieces_that_are_played_are_those_that_are_run(name, kv_heads, causal, p
             expected.append(run(own, *text[:3])[0])
     for pair in zip(found, expected, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+def test_where_torch_functions_are_not_seen_nothing_is_noted(played):
+    attention, every = layer("augmented"), list(texts((70, 70, 70)))
+    with torch.no_grad():
+        with torch._C.DisableTorchFunction():
+            found = [in_two(attention, *text[:3])[0] for text in every]
+        assert not played
+        found += [in_two(attention, *text[:3])[0] for text in every]
+        for out, text in zip(found, every * 2, strict=True):
+            torch.testing.assert_close(out, by_block(attention, None, *text[:3])[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_far_part_without_its_weights_of_keys(played):
+    attention, every = layer("augmented"), list(texts((70, 70, 70)))
+    attention.far.key_weight = None
+    with torch.no_grad():
+        for text in every:
+            expected = by_block(attention, None, *text[:3])[0]
+            torch.testing.assert_close(in_two(attention, *text[:3])[0], expected, rtol=1e-9, atol=1e-9)
+
+
+class Squares(FeatureMap):
+    """Writes to the memory that it is given."""
+
+    positive, per_head = True, ()
+
+    def forward(self, x):
+        return x.square()
+
+    def between(self, x, heads, before, ahead, weight, out=None):
+        phi = super().between(x, heads, before, ahead, weight)
+        return phi if out is None else out.copy_(phi)
+
+
+def test_a_map_is_given_memory_like_its_features(played, monkeypatch):
+    monkeypatch.setitem(FEATURE_MAPS, "squares", Squares)
+    changes = dict(far=load_recipe("augmented").to_dict()["attention"]["far"] | {"feature_map": "squares"})
+    attention = layer("augmented", **changes)
+    with torch.no_grad():
+        for text in texts((70, 33, 70)):
+            expected = by_block(attention, None, *text[:3])[0]
+            torch.testing.assert_close(in_two(attention, *text[:3])[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_few_are_kept_and_all_in_the_same_memory(played):

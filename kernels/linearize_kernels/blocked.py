@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.attention import LinearAttention, accumulator
-from linearize_kernels.features import unit_norm
-from linearize_kernels.grouped import Groups, grouped
+from linearize_kernels.grouped import Groups, UnitNorm, grouped
 from linearize_kernels.parts import Part, far_factor, mix_of, nothing_far, of_queries, parts, sinks_with, taps
 from linearize_kernels.sliding import sliding
 from linearize_kernels.sliding_lane import Shape, Tokens
@@ -160,20 +159,20 @@ def grouped_segment(
         heads = part.heads
         own_q, new_k, new_v, old_k, old_v, start, z = (x.to(accumulator(x.dtype)) for x in own)
         own_k, own_v = (timeline(old, new, count, eq.recent) for old, new in ((old_k, new_k), (old_v, new_v)))
+        unit_q, unit_k = UnitNorm.apply(own_q), UnitNorm.apply(own_k)
         phi_q = phi_k = phi = factor = None
         S, folds = start, 0
         if attention.far is not None and attention.dropped != "far":
-            phi = led(attention.far.written(own_k[..., absent:, :], heads), absent)
-            phi_q, phi_k, z = (
-                rows(attention.far.queries(own_q, heads)),
-                groups(phi),
-                z + phi[..., :length, :].sum(-2),
-            )
+            far_q, phi = unit_q, unit_k
+            if not attention.far.takes_unit_vectors:
+                far_q = attention.far.queries(own_q, heads)
+                phi = led(attention.far.written(own_k[..., absent:, :], heads), absent)
+            phi_q, phi_k, z = rows(far_q), groups(phi), z + phi[..., :length, :].sum(-2)
             factor = of_queries(attention, attention.combine.factor, heads).to(q.dtype).repeat(len(own_q), 1)
             folds = max(0, (length - first) // eq.size)
             if count:
                 S = S + phi[..., :first, :].mT @ own_v[..., :first, :]
-        lanes = (rows(unit_norm(own_q)), unit_norm(groups(own_k)), groups(own_v, reach), phi_q, phi_k)
+        lanes = (rows(unit_q), groups(unit_k), groups(own_v, reach), phi_q, phi_k)
         lanes = (None if x is None else x.to(narrow) for x in lanes)
         tokens = Groups(*lanes, factor, taps(attention, len(own_q), heads, wide), S.flatten(0, 1))
         out, S = evaluate(attention, GROUP, tokens, wide, Tiling(eq.size, reach), folds)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize_kernels.combine import pull_per_head
-from linearize_kernels.features import FEATURE_MAPS, unit_norm
+from linearize_kernels.features import FEATURE_MAPS, Identity, unit_norm
 from linearize_kernels.memory import MEMORIES, delta_solve, elapsed
 from linearize_kernels.projection import Projection
 
@@ -72,12 +72,19 @@ class FeatureMemory(nn.Module):
         """Whether `queries` and `written` take some heads alone."""
         return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
 
+    @property
+    def takes_unit_vectors(self) -> bool:
+        """Whether features are the vectors at unit norm, and nothing else."""
+        plain = self.key_weight is None and not self.memory.unit_keys
+        return plain and {type(self), type(self.q_map), type(self.writing_map)} == {FeatureMemory, Identity}
+
     def queries(self, q: Tensor, heads: slice) -> Tensor:
         """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
         return self.q_map.of_heads(q.flatten(-4, -3), self.query_heads(heads)).unflatten(-3, q.shape[-4:-2])
 
     def queries_between(self, q: Tensor, heads: slice, before: int, out: Tensor | None = None) -> Tensor:
         """As `queries`, by `FeatureMap.between`."""
+        out = None if out is None else out.flatten(-4, -3)
         phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, out)
         return phi.unflatten(-3, q.shape[-4:-2])
 
@@ -85,7 +92,7 @@ class FeatureMemory(nn.Module):
         self, q: Tensor, heads: slice, before: int, out: Tensor | None = None
     ) -> tuple[Tensor, Pull]:
         """`queries_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
-        own = self.query_heads(heads)
+        own, out = self.query_heads(heads), None if out is None else out.flatten(-4, -3)
         phi, pull_map = self.q_map.vjp(q.flatten(-4, -3), own, before, 0, None, out)
 
         def pull(d_phi: Tensor, d_q: Tensor, d_far: FeatureMemory) -> None:

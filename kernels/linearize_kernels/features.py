@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair, through_softmax
@@ -33,30 +32,11 @@ def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]
 
 def unit_norm(x: Tensor) -> Tensor:
     """`x / |x|` over the last dimension; a zero vector stays zero."""
-    return UnitNorm.apply(x) if x.requires_grad and torch.is_grad_enabled() else x / length_of(x)
+    return x / length_of(x)
 
 
 def length_of(x: Tensor) -> Tensor:
     return x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
-
-
-class UnitNorm(torch.autograd.Function):
-    """`unit_norm`, whose backward takes three passes over the gradients; autograd's own takes ten."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        length = length_of(x)
-        out = x / length
-        ctx.save_for_backward(out, length)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> Tensor:
-        out, length = ctx.saved_tensors
-        along = (out * d_out).sum(-1, keepdim=True)
-        along *= length > torch.finfo(length.dtype).eps  # a shorter vector is divided by a constant
-        return d_out.addcmul(out, along, value=-1).div_(length)
 
 
 class FeatureMap(nn.Module):
@@ -101,7 +81,7 @@ class FeatureMap(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         """As `of_heads`, zero for the first `before` and last `ahead` tokens, which are not there; times a token's
-        weight `[..., some, T, 1]`, or None. out: memory that the features may be written to; not with gradients.
+        weight `[..., some, T, 1]`, or None. out: memory like the result that it may be; not with gradients.
         """
         there = slice(before, x.shape[-2] - ahead)
         phi = self.of_heads(x[..., there, :], heads)

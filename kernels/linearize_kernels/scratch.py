@@ -26,19 +26,19 @@ class Scratch(threading.local):
     def __init__(self):
         self.blocks: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.made: dict[Hashable, Any] = {}
-        self.given = 0  # tensors whose memory is not kept
+        self.unkept = 0  # tensors given whose memory is not kept
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of like's dtype and device with any contents, which lasts until the name is taken again."""
         if not keeps(like):
-            return self.give(like, shape)
+            return self.new(like, shape)
         key = name, like.dtype
         block, last = self.blocks.get(key, (None, None))
         if last is not None and last.shape == shape:
             return last
         size = math.prod(shape)
         if size > KEPT:
-            return self.give(like, shape)
+            return self.new(like, shape)
         with torch.inference_mode(False):
             if block is None or len(block) < size:
                 if block is not None:
@@ -48,21 +48,21 @@ class Scratch(threading.local):
         self.blocks[key] = block, last
         return last
 
-    def give(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        self.given += 1
+    def new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        self.unkept += 1
         return like.new_empty(shape)
 
     def remember(self, key: Hashable, like: Tensor, make: Callable[[], R]) -> R:
-        """What `make` makes with tensors taken here as `like`; the same again for the same key, for a while, if all of
-        their memory is kept.
+        """What `make` makes with tensors taken here as `like`; the same again for the same key, for a while, if the
+        memory of all that it takes is kept.
         """
         if not keeps(like):
             return make()
         found = self.made.pop(key, None)
         if found is None:
-            given = self.given
+            unkept = self.unkept
             found = make()
-            if self.given > given:
+            if self.unkept > unkept:
                 return found
         if len(self.made) >= REMEMBERED:
             del self.made[next(iter(self.made))]

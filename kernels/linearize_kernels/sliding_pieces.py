@@ -20,9 +20,9 @@ def sliding_pieces(run: Run, inputs: Inputs, place: Tensor | None = None) -> tup
     """Outputs `[B, heads, T, Dv]` in q's dtype, and S and z after all tokens. place: where the outputs go; not with
     gradients.
     """
+    run = replace(run, attention=plain(run.attention))
     with torch.autocast(inputs.q.device.type, enabled=False):  # it would narrow some products, and not others
         if torch.is_grad_enabled():
-            run = replace(run, attention=plain(run.attention))
             return Pieces.apply(run, *inputs, *parameters_of(run.attention).values())
         if place is None:
             place = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])

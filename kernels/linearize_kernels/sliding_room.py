@@ -65,8 +65,10 @@ class Piece(NamedTuple):
 
 
 def knows_maps(far: nn.Module | None) -> bool:
-    """Whether all features are Hedgehog's own: their calls are the same each time."""
-    return type(far) is FeatureMemory and type(far.q_map) is type(far.k_map) is Hedgehog
+    """Whether all features are Hedgehog's own, as the equation has them: their calls are the same each time."""
+    if type(far) is not FeatureMemory or (far.key_weight is None) is far.equation.key_weight:
+        return False
+    return type(far.q_map) is type(far.k_map) is Hedgehog
 
 
 def learned(attention: LinearAttention, heads: slice, has_far: bool) -> dict[str, Tensor]:
@@ -289,6 +291,8 @@ class Room:
             elif (tape := self.tapes.pop(kind)) is None:
                 tape = Tape(run)
                 result = tape.result
+                if not tape.calls:  # as where torch's functions are not to be seen
+                    tape = None
             else:
                 result = tape.play()
             self.tapes[kind] = tape

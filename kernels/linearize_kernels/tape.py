@@ -12,15 +12,19 @@ from linearize_kernels.scratch import SCRATCH
 
 R = TypeVar("R")
 
-ASSIGNMENTS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+IN_PLACE = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+ASSIGNMENTS = {"__setitem__", *(f"__i{name}__" for name in IN_PLACE)}
+VALUES = {"__bool__", "__int__", "__index__", "__float__", "__complex__", "item", "tolist"}
 EMPTY = {"empty", "new_empty", "empty_like"}
 
 
 class Tape(TorchFunctionMode):
     """Notes the calls that a function makes, to `play` them. It must make the same ones whatever numbers are in its
-    tensors, and draw none. What it makes anew is put into memory of `SCRATCH`, the same for all tapes.
+    tensors, and draw none. What it makes anew is put into memory of `SCRATCH`, the same for all tapes where that keeps
+    it.
 
     Attributes:
+        calls: none, where torch's functions are not to be seen.
         result: of the function; tensors in it last until the next tape is played or made.
     """
 
@@ -32,8 +36,10 @@ class Tape(TorchFunctionMode):
             self.result: R = run()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result, name = func(*args, **kwargs), func.__name__
+        kwargs, name = kwargs or {}, func.__name__
+        if name in VALUES:
+            raise TypeError(f"{name} reads a number; what a tape plays must not depend on one")
+        result = func(*args, **kwargs)
         if "out" in kwargs or name in ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
             self.calls.append(partial(func, *args, **kwargs))
         elif name not in EMPTY and not is_view(result, args):
