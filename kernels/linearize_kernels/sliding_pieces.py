@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from linearize_kernels.attention import LinearAttention
 from linearize_kernels.modules import buffers_of, parameters_of, plain, with_tensors
-from linearize_kernels.sliding_room import Piece, learned
+from linearize_kernels.sliding_room import Piece
 from linearize_kernels.sliding_run import Inputs, Run, fill_rows
 
 
@@ -58,7 +58,7 @@ class Pieces(torch.autograd.Function):
         }
         attention = ctx.run.attention
         d_attention = with_tensors(attention, own | d_own)
-        wanted = tuple(learned(d_attention, slice(None), ctx.run.has_far))
+        wanted = tuple(ctx.run.learned(d_attention, slice(None)))
         run = replace(ctx.run, attention=with_tensors(attention, own), wanted=wanted, rooms={})
         before = list(zip(sums[::2], sums[1::2], strict=True))
         with torch.autocast(inputs.q.device.type, enabled=False):
@@ -108,7 +108,7 @@ def run_backward(
         sums = d_S[part].flatten(0, 1), d_z[part].flatten(0, 1)
         pieces = run.pieces(len(sums[0]))
         starts, before = before[: len(pieces)], before[len(pieces) :]
-        totals = learned(d_attention, part.heads, run.has_far)
+        totals = run.learned(d_attention, part.heads)
         ahead_of: Sequence[Tensor] = ()
         for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
             room = run.load(share, piece, *start)

@@ -43,7 +43,7 @@ class Size(NamedTuple):
     chunks: int
     features: int
     has_far: bool
-    knows_maps: bool
+    has_known_maps: bool
     learned: tuple[tuple[str, torch.Size], ...]
     wanted: tuple[str, ...] | None
 
@@ -71,14 +71,18 @@ def knows_maps(far: nn.Module | None) -> bool:
     return type(far.q_map) is type(far.k_map) is Hedgehog
 
 
-def learned(attention: LinearAttention, heads: slice, has_far: bool) -> dict[str, Tensor]:
-    """Parameters, by name, of some heads of S and of the queries that read them; of feature maps only of known ones."""
+def learned(
+    attention: LinearAttention, heads: slice, has_far: bool, has_known_maps: bool
+) -> dict[str, Tensor]:
+    """Parameters, by name, of some heads of S and of the queries that read them; of feature maps only of known ones.
+    Or the gradients that are in their places, but for those that are not wanted.
+    """
     far, found = attention.far, {}
     if attention.conv is not None:
         found["conv"] = of_queries(attention, attention.conv, heads)
     if has_far and attention.combine.mix is not None:
         found["mix"] = mix_of(attention, heads)
-    if has_far and knows_maps(far):
+    if has_far and has_known_maps:
         of_maps = {
             "q_map.weight": (far.q_map.weight, far.query_heads(heads)),
             "k_map.weight": (far.k_map.weight, heads),
@@ -122,7 +126,7 @@ class Room:
             self.mix = self.by_head("mix by head", mix, self.inward)
             self.phi_k = self.take("phi_k", *slots, size.features)
             phi_k = flat(self.phi_k)
-            if size.knows_maps:
+            if size.has_known_maps:
                 with torch.device("meta"):
                     self.far = with_tensors(FeatureMemory(eq), self.learned)
         self.lane, self.rows = Lane(shape, eq.sinks, q, flat(self.k), flat(self.v), phi_q, phi_k, mix), out

@@ -67,8 +67,12 @@ class Run:
         for part, (*own, own_S, own_z) in parts(self.attention, (S, z), q, k, v, *kept):
             own_q, own_k, own_v, *recent, sink_k, sink_v = own
             sinks = sinks_with(sink_k, sink_v, self.count, own_k, own_v)
-            of_heads = learned(self.attention, part.heads, self.has_far)
+            of_heads = self.learned(self.attention, part.heads)
             yield Share(part, Inputs(own_q, own_k, own_v, own_S, own_z, *recent, *sinks), of_heads)
+
+    def learned(self, attention: LinearAttention, heads: slice) -> dict[str, Tensor]:
+        """As `sliding_room.learned`, of the attention or of its gradients."""
+        return learned(attention, heads, self.has_far, knows_maps(self.attention.far))
 
     def pieces(self, lanes: int) -> list[Piece]:
         """As many chunks as a cache holds, where no row sees what comes after it."""
