@@ -11,6 +11,7 @@ from linearize_kernels.scratch import REMEMBERED, SCRATCH
 from linearize_kernels.sliding_room import TAPES, Room
 from linearize_kernels.tape import Tape
 from test_blocked import by_block, layer
+from torch.utils.flop_counter import FlopCounterMode
 
 from linearize_cli.methods import load_recipe
 
@@ -187,6 +188,16 @@ def test_a_map_is_given_memory_like_its_features(played, monkeypatch):
         for text in texts((70, 33, 70)):
             expected = by_block(attention, None, *text[:3])[0]
             torch.testing.assert_close(in_two(attention, *text[:3])[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_every_run_counts_the_same_flops(played):
+    attention, (text,) = layer("augmented"), texts((70,))
+    counted = set()
+    for _ in range(5):
+        with FlopCounterMode(display=False) as flops:
+            everything(attention, *text, in_two)
+        counted.add(flops.get_total_flops())
+    assert played and len(counted) == 1, counted
 
 
 def test_few_are_kept_and_all_in_the_same_memory(played):

@@ -52,13 +52,21 @@ class Tape(TorchFunctionMode):
             raise TypeError(f"{func.__name__} makes several tensors; a tape takes calls that make one")
         place = SCRATCH.take(f"made {self.made}", result, *result.shape).copy_(result)
         self.made += 1
+        self.calls.append(partial(self.fill, len(self.calls), place, func, args, kwargs))
+        return place
+
+    def fill(
+        self, index: int, place: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        """Makes such a call when first played, and finds how: made twice at once, its FLOPs would be counted twice."""
         into = partial(getattr(torch, func.__name__, func), *args, **kwargs, out=place)
         try:
             fills = into() is place
         except (TypeError, RuntimeError):
             fills = False
-        self.calls.append(into if fills else lambda: place.copy_(func(*args, **kwargs)))
-        return place
+        self.calls[index] = into if fills else lambda: place.copy_(func(*args, **kwargs))
+        if not fills:
+            self.calls[index]()
 
     def play(self) -> R:
         for call in self.calls:
