@@ -18,7 +18,7 @@ from linearize_kernels.scratch import SCRATCH, keeps
 from linearize_kernels.sliding import backward, forward
 from linearize_kernels.sliding_lane import Beside, Gradients, Lane, Shape
 from linearize_kernels.tape import Tape
-from linearize_kernels.tiles import diagonals, flat
+from linearize_kernels.tiles import band, flat
 
 R = TypeVar("R")
 EVERY = slice(None)
@@ -191,11 +191,8 @@ class Room:
             to.copy_(x)
         for name, x in own.items():
             self.learned[name].copy_(x)
-        band, size = self.lane.band, self.size
-        if band is not None:
-            conv = self.learned["conv"].flip(-1).repeat(size.rows, 1, 1)[:, :, None]
-            own_band = band.zero_().view(*conv.shape[:2], size.shape.chunk, -1)
-            diagonals(own_band, size.shape, conv.shape[-1]).copy_(conv)
+        if self.lane.band is not None:
+            self.lane.band.copy_(band(self.learned["conv"].repeat(self.size.rows, 1, 1), self.size.shape))
 
     def forward(self, piece: Piece, attention: LinearAttention, heads: slice) -> tuple[Tensor, Tensor]:
         """Makes the outputs, and returns S and z after the piece."""
