@@ -28,7 +28,11 @@ TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model)
 
 
 def load_teacher(
-    model: str, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+    model: str,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    own_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `model` names, of a kind that can be converted, in eval mode, and its tokenizer.
 
@@ -38,6 +42,7 @@ def load_teacher(
         device: where the weights go, by torch's name (`cuda:0`).
         trust_remote_code: whether Python code in the checkpoint may run. If not, a model that needs it is
             refused; nothing asks. Pickled weights are read as tensors only, with or without it.
+        own_code: whether an artifact runs the code that it carries, in place of this package's.
 
     Raises:
         UserError: the checkpoint is missing, not whole, not accessible or of another kind.
@@ -52,7 +57,9 @@ def load_teacher(
     if is_meta_folder(source):
         loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
     else:
-        loaded, tokenizer = _load_hugging_face(model, source, torch_dtype, device, trust_remote_code)
+        loaded, tokenizer = _load_hugging_face(
+            model, source, torch_dtype, device, trust_remote_code, own_code
+        )
     # Not the folder of the local cache: the name is kept where the model or an adapter of it is saved.
     loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
     if device == "cpu" and loaded.num_parameters() < SMALL:
@@ -178,13 +185,20 @@ def _load_meta(
 
 
 def _load_hugging_face(
-    model: str, source: str, dtype: torch.dtype | None, device: str, trust_remote_code: bool
+    model: str,
+    source: str,
+    dtype: torch.dtype | None,
+    device: str,
+    trust_remote_code: bool,
+    own_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import transformers
     from transformers import AutoTokenizer
 
     with explained(model, "its config.json", FORMATS):
         config, auto_class = _load_config(model, source, trust_remote_code)
+        if own_code:
+            config = _own_config(config, source)
     with explained(model, "its tokenizer", TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     _check_tokenizer(model, tokenizer)
@@ -221,6 +235,13 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
         what = f"{model}: by its config.json it is a `{kind}`, not a causal language model, encoder-decoder or encoder."
         raise UserError(what, "Choose a model that transformers' AutoModelForCausalLM loads, say.")
     return config, name
+
+
+def _own_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+    """Return the config of a class that the artifact's own code defines; with it, its own model class is loaded."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(config.auto_map["AutoConfig"], source).from_pretrained(source)
 
 
 def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:

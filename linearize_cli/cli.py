@@ -102,13 +102,15 @@ def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **argu
     help="teacher: ARTIFACT drafts for its softmax model.",
 )
 @click.option("--tree", metavar="NAME|FILE", help="mc_sim_7b_63, chain, auto (with heads), or JSON choices.")
+@click.option("--quick", is_flag=True, help="Leave out the checks that take long: a third of the time.")
 @trust_option
 @model_options
 @command_options
 def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """Prove that all forms of ARTIFACT (default: this folder) compute the same, speculation among them, and measure it.
 
-    The report goes to ARTIFACT/verify.json, too. In half precision, --dtype float32 is the strict check.
+    The report goes to ARTIFACT/verify.json, too. With --trust-remote-code, the code that ARTIFACT carries is run; else
+    this package's, which must be the same.
     """
     from linearize_cli.verification import render
     from linearize_cli.verification import verify as run
@@ -117,6 +119,25 @@ def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     report = run(**arguments, progress=lambda check: terminal.note(f"checking {check}"))
     terminal.out.print(render(report))
     return report
+
+
+@cli.command()
+@click.argument("artifact", default=".")
+@trust_option
+@click.option("--device", default="cpu", show_default=True, help="Where it runs, as torch names it.")
+@command_options
+def seal(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
+    """Renew the checksums and the fingerprint of ARTIFACT (default: this folder) after a deliberate change.
+
+    `verify` compares the artifact with both. With --trust-remote-code, the code that ARTIFACT carries is run.
+    """
+    from linearize_cli.artifact.seal import seal as run
+
+    calm_libraries()
+    result = run(**arguments)
+    changed = f"; changed: {result['changed']}" if result["changed"] else ""
+    terminal.out.print(f"sealed {result['files']} files of {result['artifact']}{changed}")
+    return result
 
 
 @cli.command("eval")

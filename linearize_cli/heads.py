@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from linearize_cli.artifact.card import card
+from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
@@ -141,6 +142,8 @@ def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     untouched = path.is_file() and path.read_text() == card(report, **name)
     report = {**report, "medusa": facts}
+    if isinstance(report.get("checksums"), dict):
+        report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
     write_json(folder / "linearize.json", report)
     if untouched:
         path.write_text(card(report, **name))

@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize_cli.artifact.checksums import checksums
+from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.batch import Batch, Blocks
 from linearize_cli.console import Terminal
@@ -331,8 +333,12 @@ class Run:
         with self.running(model), self.running(again):
             ids = check_tokens(model, blocks).to(model.device)
             differences, limit = self_check(self.task, model, again, ids)
-        require_same(differences, limit)
-        report["self_check"] = differences
+            require_same(differences, limit)
+            report["self_check"] = differences
+            # Layers that are streamed to the device stay in their dtype: a copy in fp32 might not fit the host.
+            exact = again if self.by_block else in_float32(again) or again
+            report["fingerprint"] = fingerprint(self.task, exact, self.tokenizer)
+        report["checksums"] = checksums(folder)
         self.took("check and save", started)
         report["seconds"] = self.checkpoint.results["seconds"]
         save_report(folder, name, self.job.recipe, report)

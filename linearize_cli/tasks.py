@@ -64,6 +64,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        """Return the logits `[vocab]` after the last token of a row; a classifier's are `[labels]`."""
+        (logits,) = self.read(model, [row])
+        return logits if logits.dim() == 1 else logits[-1]
+
     def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
         """Logits that a row beside so many pads must have."""
         return self.read(model, [row])[0]
@@ -95,6 +100,9 @@ class CausalLM(Task):
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         ids, mask = pad_left(rows, extra=extra)
         return marked(forward(model, ids, None, mask), mask)
+
+    def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        return forward(model, row[None], last=True)[0, -1]
 
     def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
         return Decoder(model), *pad_left(texts)

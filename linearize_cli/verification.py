@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
+from linearize_cli.artifact.fingerprint import in_float32
 from linearize_cli.artifact.load import check_artifact
 from linearize_cli.console import write_json
 from linearize_cli.decoder import Decoder
@@ -21,11 +22,16 @@ from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import Task, context_length, task_of
 from linearize_cli.verify_checks import speed
+from linearize_cli.verify_checks.artifact import code, files, fingerprint
 from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Subject, no_tree_of, not_checked
+from linearize_cli.verify_checks.definition import definition
+from linearize_cli.verify_checks.drafts import drafts
 from linearize_cli.verify_checks.drift import drift
 from linearize_cli.verify_checks.forms import forms, padding, reload
 from linearize_cli.verify_checks.greedy import greedy
+from linearize_cli.verify_checks.long import long
 from linearize_cli.verify_checks.rollback import rollback
+from linearize_cli.verify_checks.rows import rows
 from linearize_cli.verify_checks.sampling import sampling
 from linearize_cli.verify_checks.speculation import DEFAULT_TREE, Speculation, by_trees, load_drafted
 from linearize_cli.verify_checks.tree import tree
@@ -42,6 +48,8 @@ PROMPTS = (
     "1, 2, 3, 4,",
 )
 Check = Callable[[Subject], Finding]
+# Of an artifact in a folder.
+SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
 READING: dict[str, Check] = {"padding": padding, "reload": reload}
 DECODING: dict[str, Check] = {
     "tree": tree,
@@ -50,6 +58,23 @@ DECODING: dict[str, Check] = {
     "rollback": rollback,
     "padding": padding,
     "drift": drift,
+}
+# These take as long again as the others: --quick leaves them out.
+THOROUGH: dict[str, Check] = {
+    "rows": rows,
+    "drafts": drafts,
+    "definition": definition,
+    "long": long,
+}
+# In half precision the same is checked beside in fp32: there, nothing hides in rounding.
+STRICT: dict[str, Check] = {
+    "tree": tree,
+    "forms": forms,
+    "rollback": rollback,
+    "padding": padding,
+    "rows": rows,
+    "definition": definition,
+    "long": long,
 }
 # These measure what only a sound model has.
 MEASURING: dict[str, Check] = {"sampling": sampling, "speed": speed.speed}
@@ -60,6 +85,14 @@ PARTS = {
     "rollback": {"max_abs_diff": None},
     "padding": {"max_abs_diff": None},
     "drift": None,
+    "rows": None,
+    "drafts": None,
+    "definition": None,
+    "long": None,
+    "code": None,
+    "files": None,
+    "fingerprint": None,
+    "float32": None,
     "sampling": None,
     "acceptance": None,
     "speed": None,
@@ -77,9 +110,11 @@ def verify_model(
     speculation: Speculation | None = None,
     parents: Sequence[int] | None = None,
     seed: int = 0,
+    quick: bool = False,
+    artifact: Path | None = None,
     progress: Callable[[str], None] = lambda check: None,
 ) -> dict[str, Any]:
-    """Run every check on a linearized model, in evaluation mode, as it lies on its device in its dtype.
+    """Run every check on a linearized model, in evaluation mode, on its device and in its dtype.
 
     Args:
         prompts: texts to continue; None: a few built in.
@@ -87,6 +122,9 @@ def verify_model(
         drafter: of the trees that the model verifies; None: prompt lookup.
         speculation: what greedy decoding is compared with and timed against; None: these trees.
         parents: of the nodes of the tree that is compared with sequential decoding; None: one of 64.
+        quick: whether to leave out the checks that take long: long rows, batches of many kinds, layers against their
+            definition, sampling at several settings, and in half precision the same in fp32.
+        artifact: the folder that the model was loaded from: its code, files and fingerprint are checked as well.
         progress: called with the name of each check before it starts.
 
     Returns:
@@ -105,6 +143,7 @@ def verify_model(
     task = task_of(model, tokenizer)
     progress("noise")
     subject = subject_of(task, model, tokenize(model, tokenizer, prompts, max_new), max_new, seed)
+    subject = replace(subject, quick=quick, tokenizer=tokenizer, artifact=artifact)
     if subject.no_tree is None:
         drafter = drafter or Lookup()
         speculation = speculation or by_trees(model, drafter)
@@ -119,9 +158,12 @@ def verify_model(
             target_noise=noise,
         )
     found: list[Finding] = []
-    for name, check in (DECODING if task.decodes else READING).items():
+    checks = (SAVED if artifact else {}) | (DECODING if task.decodes else READING)
+    for name, check in (checks | (THOROUGH if task.decodes and not quick else {})).items():
         progress(name)
         found.append(check(subject))
+    if subject.half and task.decodes and not quick:
+        found.append(strict(subject, progress))
     failed = failures(found)
     for name, check in MEASURING.items() if task.decodes else ():
         if failed:
@@ -150,6 +192,23 @@ def verify_model(
         "seed": seed,
         "versions": versions(),
     }
+
+
+def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
+    """Repeat the checks of forms on a copy in fp32, whose limits are a thousand times less."""
+    wide = in_float32(subject.model)
+    if wide is None:
+        return not_checked("float32", "memory holds no copy of the model in float32")
+    own = subject_of(subject.task, wide, subject.texts, subject.max_new, subject.seed)
+    own, found = replace(own, parents=subject.parents), []
+    for name, check in STRICT.items():
+        progress(f"{name} in float32")
+        found.append(check(own))
+    return Finding(
+        {"float32": {key: value for finding in found for key, value in finding.data.items()}},
+        [replace(line, name=f"{line.name}_float32") for finding in found for line in finding.lines],
+        {f"{name}_float32": limit for finding in found for name, limit in finding.limits.items()},
+    )
 
 
 def tokenize(
@@ -211,6 +270,7 @@ def verify(
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
+    quick: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda check: None,
     write: bool = True,
@@ -221,7 +281,9 @@ def verify(
         draft, target, tree: see `speculation.Choice`.
         prompts: a file with a prompt a line, or JSONL with a `text` field; None: a few built in.
         dtype: torch's name of the dtype to run in; None: the artifact's.
-        trust_remote_code: whether a feature map that the artifact brings along may run.
+        quick: as of `verify_model`.
+        trust_remote_code: whether to run the code that the artifact carries, and to verify that. Else this package's
+            code is verified, and compared with it.
         write: whether to write ARTIFACT/verify.json.
 
     Returns:
@@ -236,9 +298,8 @@ def verify(
     texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
-    report = verify_model(
-        model, tokenizer, prompts=texts, max_new=max_new, seed=seed, progress=progress, **ways
-    )
+    measured = dict(prompts=texts, max_new=max_new, seed=seed, quick=quick, progress=progress)
+    report = verify_model(model, tokenizer, artifact=folder, **measured, **ways)
     if write:
         write_json(folder / "verify.json", report)
     return report

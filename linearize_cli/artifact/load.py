@@ -13,23 +13,32 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    own_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A linearized model, in eval mode, and its tokenizer; `path` is a folder or a Hub id.
 
     Args:
         trust_remote_code: whether a feature map that the artifact brings along may run.
+        own_code: whether to run all of the code that the artifact carries, in place of this package's; it takes
+            `trust_remote_code`.
 
     Raises:
         UserError: there is no such artifact, it is no linearized model, or its files are damaged.
     """
-    import linearize_cli.runtime
+    import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
     from linearize_cli.checkpoint import load_teacher
+    from linearize_cli.runtime.dispatch import converted
 
     path = artifact_name(path)
     enter_own_feature_map(path, trust_remote_code)
-    model, tokenizer = load_teacher(path, dtype, device)
-    if not isinstance(model, linearize_cli.runtime.LinearizeMixin):
+    own_code = own_code and trust_remote_code
+    model, tokenizer = load_teacher(path, dtype, device, own_code, own_code)
+    if not converted(model):
         raise UserError(
             f"{path} is a softmax model ({type(model).__name__}), not a linearized one",
             f"Convert it first: linearize convert {path}",

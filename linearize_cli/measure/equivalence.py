@@ -1,6 +1,6 @@
 """Whether a model computes the same in every way in which it can be run: logits on one batch of rows, compared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from tempfile import TemporaryDirectory
@@ -40,6 +40,11 @@ class Comparison:
             limit = self.tolerance * max(1.0, self.largest, finite_max(expected))
         if diff / limit > self.diff / self.limit:
             self.diff, self.limit = diff, limit
+
+    def include(self, other: "Comparison") -> None:
+        """Take over what another comparison found, if it came closer to its limit."""
+        if other.diff / other.limit > self.diff / self.limit:
+            self.diff, self.limit = other.diff, other.limit
 
     @property
     def failed(self) -> bool:
@@ -134,23 +139,40 @@ def lengths_around(size: int, most: int) -> list[int]:
 def compare_padding(
     task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison, steps: int = 8
 ) -> None:
-    """A padded batch of texts of different lengths, its prefill and 8 single tokens, against one forward of each
-    text alone (see `Task.alone`), without a cache.
-    """
+    """Compare a padded batch of texts of different lengths, its prefill and 8 single tokens, with each text alone."""
     lengths = lengths_around(size, rows.shape[1] - steps)
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths)]
     follow = torch.stack([rows[i % 2, n : n + steps] for i, n in enumerate(lengths)])
+    compare_batch(task, model, texts, follow.split(1, 1), worst)
+
+
+def compare_batch(
+    task: Task,
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    turns: Sequence[Tensor],
+    worst: Comparison,
+    cache: Cache | None = None,
+) -> None:
+    """Compare texts in one padded batch, and the turns that follow them, with one forward of each text alone (see
+    `Task.alone`), without a cache.
+
+    Args:
+        texts: `[T_i]` each; turns: `[B, n]` each, what all rows continue with.
+        cache: an empty one; None: a new one.
+    """
     decoder, ids, mask = task.start(model, texts)
-    cache = decoder.new_cache()
+    cache = decoder.new_cache() if cache is None else cache
     outputs = [decoder(ids, cache, mask)]
-    for token in follow.split(1, 1):
-        mask = pad(mask, (0, 1), value=1)
-        outputs.append(decoder(token, cache, mask))
-    for text, new, logits in zip(texts, follow, torch.cat(outputs, 1), strict=True):
+    for turn in turns:
+        mask = pad(mask, (0, turn.shape[1]), value=1)
+        outputs.append(decoder(turn, cache, mask))
+    logits, follow = torch.cat(outputs, 1), torch.cat(list(turns), 1)
+    for row, text in enumerate(texts):
         alone, first, mask = task.alone(model, text, ids.shape[1] - len(text))
-        whole, mask = torch.cat([first, new[None]], 1), pad(mask, (0, steps), value=1)
+        whole, mask = torch.cat([first, follow[row, None]], 1), pad(mask, (0, follow.shape[1]), value=1)
         expected = marked(alone(whole, None, mask), mask)[0]
-        worst.add(logits[-len(expected) :], expected)
+        worst.add(logits[row, -len(expected) :], expected)
 
 
 def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:

@@ -6,26 +6,29 @@ from transformers import PreTrainedModel
 
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import CheckFailed
+from linearize_cli.measure.equivalence import Comparison, compare_batch
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.tasks import Task, context_length
 
 # Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
 # layers of rounding add up to in the narrow types.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PADS = 11
+PADS, LAST = 11, 8  # pads of a row, and single tokens at the end
 
 
 @torch.no_grad()
 def self_check(
     task: Task, model: PreTrainedModel, again: PreTrainedModel, ids: Tensor
 ) -> tuple[dict[str, float | None], float]:
-    """The largest logit differences between the forms of a model on ids `[2, L]`, and what is allowed.
+    """Return the largest logit differences between the forms of a model on ids `[2, L]`, and what is allowed.
 
-    `incremental`: one forward against an uneven prefill and single tokens, None for what does not decode;
-    `padded`: a row alone against the same row with pads; `reload`: `again`, the model as it was saved.
+    `incremental`: one forward against single tokens from the first on, pieces and single tokens again, None for what
+    does not decode; `padded`: a row alone against the same row with pads, and where the model decodes through a cache
+    too; `reload`: `again`, the model as it was saved.
     """
     rows, row = list(ids), ids[0, PADS:]
     logits = torch.stack(task.read(model, rows))
+    size = max(1.0, logits.abs().max().item())
     differences = {
         "incremental": None,
         "padded": largest(task.read(model, [row], extra=PADS)[0], task.read_alone(model, row, PADS)),
@@ -33,8 +36,18 @@ def self_check(
     }
     if task.decodes:
         decoder, _, _ = task.start(model, rows[:1])
-        differences["incremental"] = incremental_difference(decoder, ids)
-    return differences, TOLERANCE[logits.dtype] * max(1.0, logits.abs().max().item())
+        edge = first_edge(model, ids.shape[1])
+        differences["incremental"] = incremental_difference(decoder, ids, edge)
+        behind_pads = Comparison(1.0, size)
+        compare_padded_decoding(task, model, ids, edge, behind_pads)
+        differences["padded"] = max(differences["padded"], behind_pads.diff)
+    return differences, TOLERANCE[logits.dtype] * size
+
+
+def first_edge(model: PreTrainedModel, length: int) -> int:
+    """Return how many tokens pass the first window or group of every layer by a third, with sinks and conv."""
+    equations = [module.linear_attention.equation for module in converted(model).values()]
+    return min(length, max(eq.sinks + eq.recent + eq.recent // 3 for eq in equations) + 5)
 
 
 def require_same(differences: dict[str, float | None], limit: float) -> None:
@@ -50,13 +63,23 @@ def require_same(differences: dict[str, float | None], limit: float) -> None:
         )
 
 
-def incremental_difference(decoder: Decoder, ids: Tensor, singles: int = 32) -> float:
-    """Largest logit difference between one forward and an uneven prefill followed by single tokens."""
-    cache, length = decoder.new_cache(), ids.shape[1]
-    pieces = [max(1, (length - singles) * 2 // 3), max(1, (length - singles) // 3)]
-    pieces = [p for p in pieces if p < length] if length > singles else []
-    parts = ids.split([*pieces, *[1] * (length - sum(pieces))], 1)
+def incremental_difference(decoder: Decoder, ids: Tensor, edge: int) -> float:
+    """Return the largest logit difference between one forward and decoding: single tokens from the first on beyond
+    the first `edge`, two uneven pieces, and single tokens again.
+    """
+    cache, left = decoder.new_cache(), max(0, ids.shape[1] - edge - LAST)
+    pieces = [1] * edge + [piece for piece in (left * 2 // 3, left - left * 2 // 3) if piece]
+    pieces += [1] * (ids.shape[1] - sum(pieces))
+    parts = ids.split(pieces, 1)
     return largest(torch.cat([decoder(part, cache) for part in parts], 1), decoder(ids))
+
+
+def compare_padded_decoding(
+    task: Task, model: PreTrainedModel, ids: Tensor, edge: int, worst: Comparison
+) -> None:
+    """Compare a padded batch with a cache, decoded token by token beyond the first `edge`, with its rows alone."""
+    first, last = [ids[0, :PADS], ids[1, :2]], ids[:, PADS : PADS + edge]
+    compare_batch(task, model, first, last.split(1, 1), worst)
 
 
 def largest(actual: Tensor, expected: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 
 class Rule(Protocol):
@@ -46,12 +47,13 @@ class Greedy:
 class Sampling:
     """A token is drawn from the target's own distribution at every node, and a child is accepted if it is that token.
 
-    That is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft that is certain of its tokens: a child x is
+    With `top_p`, that is the distribution cut to the fewest tokens that hold this mass. It is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft that is certain of its tokens: a child x is
     accepted with probability p(x), and where none is, the token is drawn from p without the children.
     """
 
     temperature: float = 1.0
     generator: torch.Generator | None = None
+    top_p: float = 1.0
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +62,10 @@ class Sampling:
 
     def draw(self, logits: Tensor) -> Tensor:
         """`[B, N, vocab] -> [B, N]`, by a generator of the CPU, so that no device changes the draws."""
-        p = (logits.double() / self.temperature).softmax(-1).cpu()
-        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=self.generator)
+        scores = (logits.double() / self.temperature).flatten(0, 1)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        drawn = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator)
         return drawn.view(logits.shape[:2]).to(logits.device)
 
 

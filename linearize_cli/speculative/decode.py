@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from linearize_cli.decoder import forward, pad_left
 from linearize_cli.errors import UserError
-from linearize_cli.runtime.tree import read_by_head, read_tree
+from linearize_cli.runtime.tree import read_by_head
 from linearize_cli.speculative.accept import Greedy, Rule, longest
 from linearize_cli.speculative.drafts import Drafter
 
@@ -81,7 +81,7 @@ def speculate(
             room = min(room, context - max(map(len, rows)))
         draft = drafter.draft(rows, hidden).at_most(room)
         try:
-            tree = read_tree(model, cache, draft.ids, draft.parents)
+            tree = model.read_tree(cache, draft.ids, draft.parents)
         except NotImplementedError as error:
             raise cannot_branch(error) from None
         parents = torch.tensor(list(draft.parents), device=draft.ids.device)
@@ -114,7 +114,7 @@ def why_no_tree(model: PreTrainedModel) -> str | None:
     """Why no token tree can branch off what the model keeps; None: it can."""
     cache, _, _ = prefill(model, [[0]])
     try:
-        read_tree(model, cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
+        model.read_tree(cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
     except NotImplementedError as error:
         return str(error)
     return None

@@ -51,7 +51,7 @@ def drafted_by(
         UserError: one of them cannot be had, or they do not fit each other.
     """
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    target, tokenizer = load(artifact, **options)
+    target, tokenizer = load(artifact, **options, own_code=trust_remote_code)
     enter_own_feature_map(drafter, trust_remote_code)
     model, other = load_teacher(drafter, **options)
     check_pair(str(artifact), target, tokenizer, drafter, model, other)

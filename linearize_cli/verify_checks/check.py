@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.measure.equivalence import Comparison
 from linearize_cli.measure.selfcheck import TOLERANCE
@@ -16,6 +17,7 @@ from linearize_cli.tasks import CausalLM, Task
 from linearize_cli.verify_checks.speculation import Speculation
 
 OK, TIE, FAIL = "ok", "tie", "FAIL"
+NOISES = 4  # times the noise: how far forms may differ in half precision
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Subject:
         speculation: what is compared with plain decoding; None: there is none.
         target_noise: as noise, of the speculation's target.
         no_tree: why no token tree can be read; None: it can.
+        quick: whether to leave out what takes long.
+        tokenizer: of the model; artifact: the folder it was loaded from, where it was.
     """
 
     task: Task
@@ -50,10 +54,23 @@ class Subject:
     speculation: Speculation | None = None
     target_noise: float = 0.0
     no_tree: str | None = None
+    quick: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+    artifact: Path | None = None
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in half precision."""
+        return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:
-        """Of logits, by the dtype's tolerance."""
-        return Comparison(TOLERANCE[self.model.dtype], self.largest)
+        """Return an empty comparison of logits: by the dtype's tolerance, in half precision by the measured noise where
+        that is less.
+        """
+        tolerance = TOLERANCE[self.model.dtype]
+        if self.half:
+            tolerance = min(tolerance, NOISES * self.noise / max(1.0, self.largest))
+        return Comparison(tolerance, self.largest)
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -80,6 +97,11 @@ class Finding:
     data: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
+
+
+def is_linear(layer: object) -> bool:
+    """Return whether a cache layer is a converted one, of this package's code or of the artifact's own."""
+    return hasattr(layer, "trail")
 
 
 def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: str = "") -> Finding:

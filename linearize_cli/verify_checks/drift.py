@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.verify_checks.check import FAIL, OK, Finding, Line, Subject, not_checked
 
@@ -50,7 +50,8 @@ def seen_by(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor,
 
 def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int]) -> list[dict[str, Any]]:
     """Of the layer's cache, `[{length, state_rel_error}]`: the larger of S's and z's."""
-    eq, exact, layer = attention.equation, copy.deepcopy(attention.far).double(), LinearCacheLayer()
+    eq, exact = attention.equation, copy.deepcopy(attention.far).double()
+    layer = attention.place(DynamicCache(), 0)
     q = k.repeat_interleave(eq.heads // eq.kv_heads, 1)
     empty = attention.empty_state(1, k.device, torch.float64)
     S, z, folded, first, found = empty.S[0], empty.z[0], eq.sinks, 0, []

@@ -11,9 +11,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from linearize_cli.decoder import Decoder, forward, pad_left
 from linearize_cli.measure.equivalence import Comparison, run
-from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
-from linearize_cli.runtime.tree import read_tree
-from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
+from linearize_cli.runtime.cache import ROLLBACK
+from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear, not_checked
 
 STEPS = 3  # single tokens after an accepted path
 
@@ -24,9 +23,13 @@ def rollback(subject: Subject) -> Finding:
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):
         return not_checked("rollback", "some layers cannot take tokens back")
+    if not subject.quick:
+        compare_long_drafts(subject, decoder, worst)
     more = ""
     if subject.no_tree is None:
         compare_trees(subject, worst)
+        if not subject.quick:
+            compare_single_trees(subject, worst)
     else:
         more = ", by cropping alone"
     data["rollback"] = {"max_abs_diff": worst.diff}
@@ -71,6 +74,56 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
     return True
 
 
+def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -> None:
+    """Draft more tokens than a cache records, in several forwards, and take back some of the last. Taking back more
+    than is recorded must raise.
+    """
+    ids = subject.random_tokens(1, min(ROLLBACK + subject.size + 24, subject.context))
+    length = ids.shape[1]
+    if length < ROLLBACK + 12:
+        return
+    start = length - ROLLBACK - 9
+    for rejected in (7, ROLLBACK - 3):
+        cache, fresh = decoder.new_cache(), decoder.new_cache()
+        decoder(ids[:, :start], cache)
+        decoder.own(cache).activate_past_recording()
+        for part in ids[:, start : length - 1].split([ROLLBACK - 3, 2, length - 1 - start - ROLLBACK + 1], 1):
+            decoder(part, cache)
+        cache.crop(-rejected)
+        kept = length - 1 - rejected
+        decoder(ids[:, :kept], fresh)
+        compare_states(decoder.own(cache), decoder.own(fresh), 1, worst)
+        worst.add(decoder(ids[:, kept : kept + 1], cache), decoder(ids[:, kept : kept + 1], fresh))
+    cache = decoder.new_cache()
+    decoder(ids[:, :1], cache)
+    decoder.own(cache).activate_past_recording()
+    decoder(ids[:, 1:], cache)
+    if any(is_linear(layer) for layer in decoder.own(cache).layers):
+        try:
+            cache.crop(1 - length)
+        except RuntimeError:
+            return
+        worst.add(torch.tensor(torch.nan), torch.tensor(0.0))
+
+
+def compare_single_trees(subject: Subject, worst: Comparison) -> None:
+    """One row alone accepts the first nodes of the deepest path, from none to all, then continues."""
+    visible, depth = ancestors(tuple(subject.parents))
+    deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
+    nodes, follow = subject.random_tokens(1, len(subject.parents)), subject.random_tokens(1, STEPS)
+    start = min(starts_around(subject.size)[-1], subject.context - len(deepest) - STEPS - 1)
+    if start < 1:
+        return
+    for accepted in range(len(deepest) + 1):
+        path = deepest[:accepted]
+        cache, fresh = (DynamicCache(config=subject.model.config) for _ in range(2))
+        forward(subject.model, subject.rows[:1, :start], cache)
+        subject.model.read_tree(cache, nodes, subject.parents).commit(path)
+        forward(subject.model, torch.cat([subject.rows[:1, :start], nodes[:, path]], 1), fresh)
+        compare_states(cache, fresh, 1, worst)
+        worst.add(*(forward(subject.model, follow, either) for either in (cache, fresh)))
+
+
 def compare_trees(subject: Subject, worst: Comparison) -> None:
     """Two trees one after the other, in rows of different lengths, then single tokens. Of the first tree every row
     accepts another part of the deepest path, from nothing to all; of the second the other way round.
@@ -90,7 +143,7 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
         forward(subject.model, ids, cache, mask)
         for lengths in (shares, reversed(shares)):
             paths = [deepest[:length] for length in lengths]
-            read_tree(subject.model, cache, nodes, subject.parents).commit(*paths)
+            subject.model.read_tree(cache, nodes, subject.parents).commit(*paths)
             taken = [ids[path] for ids, path in zip(nodes, paths, strict=True)]
             texts = [torch.cat(pair) for pair in zip(texts, taken, strict=True)]
             fresh = [fresh_run(subject, text, cache, row, worst) for row, text in enumerate(texts)]
@@ -127,7 +180,7 @@ def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> 
 def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, worst: Comparison) -> None:
     """All that layers keep of a row, which may lie behind pads, with that of a row that does not."""
     for layer, fresh in zip(layers, fresh_layers, strict=True):
-        if isinstance(fresh, LinearCacheLayer):
+        if is_linear(fresh):
             there = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # an empty slot holds anything
             for name, tensor in vars(fresh.state).items():
                 pair = getattr(layer.state, name)[row], tensor[fresh_row]

@@ -96,7 +96,7 @@ def load_drafted(
         draft: "medusa", "lookup" or a model; None: medusa where the artifact has heads, else lookup.
         target: "self", or "teacher": the artifact drafts for its softmax model.
         tree: the name of a tree or a file of choices; None: the heads' own, and one of 64 nodes.
-        options: of `load`.
+        options: of `load`: `device`, `dtype` and `trust_remote_code`, with which the artifact runs its own code.
 
     Raises:
         UserError: the artifact, the drafter or the teacher cannot be had, or there is no such tree.
@@ -112,7 +112,7 @@ def load_drafted(
         model, ways["speculation"] = pair.target, by_pair(pair, draft)
     else:
         pair = None
-        model, tokenizer = load(folder, **options)
+        model, tokenizer = load(folder, **options, own_code=options["trust_remote_code"])
     if draft == MEDUSA or (heads and draft != LOOKUP):
         own = load_heads(folder, model)
         vocabulary = model.get_output_embeddings().weight.shape[0]

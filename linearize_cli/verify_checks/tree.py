@@ -13,9 +13,8 @@ from transformers import Cache, DynamicCache
 from linearize_cli.decoder import forward, pad_left
 from linearize_cli.measure.equivalence import difference
 from linearize_cli.measure.memory import state_bytes
-from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.runtime.dispatch import converted
-from linearize_cli.runtime.tree import Shape, read_tree
+from linearize_cli.runtime.tree import Shape
 from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
 
 BYTES, ROWS = 1 << 29, 16  # of states, and rows of a tree, that lie in memory at once
@@ -62,7 +61,7 @@ def tree(subject: Subject) -> Finding:
         compare(subject, lengths[first : first + batch], paths, gap)
     largest = max(x for x in (gap.inside, gap.crossing) if x is not None)
     limit = subject.comparison().limit
-    if is_half(subject):
+    if subject.half:
         rounding = torch.finfo(subject.model.dtype).eps * subject.largest
         limit = min(limit, FLOOR * max(gap.floor, rounding))
     data = {
@@ -75,13 +74,9 @@ def tree(subject: Subject) -> Finding:
         "top1_flips": gap.flips,
     }
     more = "" if gap.crossing is None else f" ({gap.crossing:.1e} across edges)"
-    if is_half(subject):
+    if subject.half:
         more += f", KL {data['kl']:.1e}, {gap.flips} of {gap.nodes:,} top tokens differ"
     return compared("tree", largest, limit, {"tree": data}, more)
-
-
-def is_half(subject: Subject) -> bool:
-    return TOLERANCE[subject.model.dtype] > TOLERANCE[torch.float32]
 
 
 def swept(size: int, room: int) -> list[int]:
@@ -106,14 +101,14 @@ def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> No
     ids, mask = pad_left(texts)
     cache = DynamicCache(config=model.config)
     forward(model, ids, cache, mask)
-    read = read_tree(model, cache, nodes, subject.parents)
+    read = model.read_tree(cache, nodes, subject.parents)
     crosses = crossing(subject, read.shape)
     row = torch.arange(len(lengths), device=model.device).repeat_interleave(len(paths))
     node = paths.repeat(len(lengths), 1)
     tokens, mask = nodes[row[:, None], node.clamp_min(0)], mask[row]
     decoded = singles(subject, branched(cache, row), tokens, mask)
     chunk = None
-    if is_half(subject):
+    if subject.half:
         grown = pad(mask, (0, tokens.shape[1]), value=1)
         chunk = forward(model, tokens, branched(cache, row), grown)
     for depth, logits in enumerate(decoded):

@@ -1,0 +1,40 @@
+"""The SHA-256 sums of the files that an artifact is loaded from."""
+
+import hashlib
+from pathlib import Path
+
+from linearize_cli.errors import first_five
+
+# What the commands write beside the artifact, and what people may edit: not loaded.
+REPORTS = ("linearize.json", "verify.json", "eval.json", "bench.json")
+LOADED = (".safetensors", ".json", ".py", ".yaml", ".model", ".jinja")
+CHUNK = 1 << 22  # bytes read at a time
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of all files that loading an artifact may read."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and is_loaded(path.relative_to(folder))
+    )
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def is_loaded(path: Path) -> bool:
+    """Return whether loading reads a file, by its path inside the artifact."""
+    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    text = path.suffix == ".txt" and path.name != "requirements.txt"
+    return not hidden and path.name not in REPORTS and (text or path.suffix in LOADED)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def changed(recorded: dict[str, str], folder: Path) -> str:
+    """Name the files that are not as recorded: another content, missing, or new. Empty if there are none."""
+    now = checksums(folder)
+    return first_five(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))

@@ -1,0 +1,96 @@
+"""What an artifact computed when it was saved: a few logits, by which a change that all its forms share is found."""
+
+import copy
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import CausalLM, Task, last_position
+
+SEED, BEST = 20240608, 8
+LONGEST = 5_120  # tokens: 2.5 segments of 2,048
+LONGEST_READ = 1_024  # of models that read both sides, at the cost of softmax in encoder-decoders
+TEXT = "The quick brown fox jumps over 13 lazy dogs; naïve façade, 東京, 1.5e-3\n\tend"
+
+
+def fingerprint(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Compute the fingerprint of a model, in the dtype that it has.
+
+    Returns:
+        `seed` of the token sequences, `dtype` of the computation, `tokenizer` (the ids of a fixed text), and
+        `sequences`: for each its `length` and the 8 best tokens at its last position (`tokens`, `logits`).
+    """
+    sequences = []
+    for length in lengths(task, model):
+        logits = last_logits(task, model, sequence(model, length))
+        best = logits.topk(min(BEST, len(logits)))
+        sequences.append({"length": length, "tokens": best.indices.tolist(), "logits": best.values.tolist()})
+    return {
+        "seed": SEED,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"],
+        "sequences": sequences,
+    }
+
+
+def differences(
+    recorded: dict[str, Any], task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float, bool]:
+    """Compare a model with the fingerprint of its artifact.
+
+    Returns:
+        The largest difference of a logit, the largest logit, and whether the tokenizer splits the text in the same way.
+
+    Raises:
+        ValueError: the record is not whole.
+    """
+    try:
+        worst = largest = 0.0
+        for own in recorded["sequences"]:
+            logits = last_logits(task, model, sequence(model, own["length"], recorded["seed"]))
+            expected = torch.tensor(own["logits"], dtype=torch.float64)
+            # The recorded tokens' logits, and the best ones now: a vocabulary in another order keeps the latter alone.
+            for actual in (logits[own["tokens"]], logits.topk(len(expected)).values):
+                gap = (actual.double().cpu() - expected).abs().nan_to_num(nan=torch.inf)
+                worst = max(worst, gap.max().item())
+            largest = max(largest, expected.abs().max().item())
+        same = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"] == recorded["tokenizer"]
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the fingerprint in linearize.json is not whole: {error!r}") from error
+    return worst, largest, same
+
+
+def lengths(task: Task, model: PreTrainedModel) -> list[int]:
+    """Return the lengths of the sequences: 32 tokens, one window and a half, and 2.5 segments, as far as positions go."""
+    size = max(module.linear_attention.equation.recent for module in converted(model).values())
+    longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
+    most = last_position(model) or longest
+    return [min(length, most) for length in (32, max(size + size // 2, 1), longest)]
+
+
+def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
+    """Return `[length]` random tokens."""
+    generator = torch.Generator().manual_seed(seed + length)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (length,), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
+def last_logits(task: Task, model: PreTrainedModel, row: Tensor) -> Tensor:
+    """Return the logits `[vocab]` (of a classifier: `[labels]`) after the last token of a row."""
+    return task.last_logits(model, row).reshape(-1)
+
+
+def in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return the model itself where it computes in fp32 or fp64, else a copy in fp32; None if memory cannot hold it."""
+    if model.dtype in (torch.float32, torch.float64):
+        return model
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return copy.deepcopy(model).float() if 6 * model.num_parameters() < free else None

@@ -1,0 +1,49 @@
+"""`seal`: renew what an artifact records of itself, after a deliberate change."""
+
+from pathlib import Path
+from typing import Any
+
+from linearize_cli.artifact.checksums import changed, checksums
+from linearize_cli.artifact.fingerprint import fingerprint, in_float32
+from linearize_cli.artifact.load import check_artifact, load
+from linearize_cli.artifact.teacher import read_record
+from linearize_cli.console import write_json
+from linearize_cli.errors import UserError
+from linearize_cli.tasks import task_of
+
+
+def seal(
+    artifact: str | Path = ".",
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write the checksums of an artifact's files and its fingerprint into `linearize.json`.
+
+    Args:
+        trust_remote_code: whether to compute the fingerprint by the code that the artifact carries.
+
+    Returns:
+        `artifact`, `files` (how many are sealed), and `changed` (the names of those that had changed).
+
+    Raises:
+        UserError: the folder is no whole artifact.
+    """
+    folder = Path(artifact).expanduser()
+    check_artifact(folder)
+    report = read_record(folder)
+    if not report:
+        raise UserError(f"{folder} has no linearize.json to seal", "`linearize convert` writes it.")
+    options = dict(device=device, trust_remote_code=trust_remote_code, own_code=trust_remote_code)
+    model, tokenizer = load(folder.resolve(), **options)
+    sealed, before = checksums(folder), report.get("checksums")
+    facts = {
+        "artifact": str(artifact),
+        "files": len(sealed),
+        "changed": changed(before, folder) if isinstance(before, dict) else "",
+    }
+    exact = in_float32(model) or model
+    report["checksums"] = sealed
+    report["fingerprint"] = fingerprint(task_of(model, tokenizer), exact, tokenizer)
+    write_json(folder / "linearize.json", report)
+    return facts

@@ -1,0 +1,93 @@
+"""Long sequences: a prefill of several segments against pieces of odd lengths and single tokens at its end."""
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import torch
+from linearize_kernels.blocked import segment_of, tokens_at_once
+from torch import Tensor
+from transformers import DynamicCache
+
+from linearize_cli.decoder import Decoder
+from linearize_cli.measure.equivalence import Comparison
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.tasks import CausalLM, last_position
+from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
+
+SINGLE = 16  # tokens that come one by one at the end
+PIECES = (1031, 64, 1, 613, 257, 2049, 7)  # tokens of the pieces before them, taken in turns
+TOKENS = 5_300  # of the whole model: positions beyond 2,048, and 2.5 times as many
+
+
+def long(subject: Subject) -> Finding:
+    """Compare the last tokens of a long row, by the whole model, and of more than two segments by one of its layers."""
+    if not isinstance(subject.task, CausalLM):
+        return not_checked("long", f"{subject.task.kind} has no long text of its own")
+    worst = subject.comparison()
+    length = min(TOKENS, last_position(subject.model) or TOKENS)
+    compare_model(subject, length, worst)
+    segments = compare_layer(subject, worst)
+    data = {"long": {"max_abs_diff": worst.diff, "tokens": length, "layer_tokens": segments}}
+    said = f" at {length:,} tokens; one layer at {segments:,}"
+    return compared("long", worst.diff, worst.limit, data, said)
+
+
+def compare_model(subject: Subject, length: int, worst: Comparison) -> None:
+    """The whole model: one prefill, with and without a cache, against pieces and single tokens."""
+    decoder, ids = Decoder(subject.model), subject.random_tokens(1, length)
+    cache = decoder.new_cache()
+    for piece in ids.split(list(pieces(length)), 1):
+        last = decoder.begin(piece, cache)[:, -1]
+    worst.add(last, decoder.begin(ids, decoder.new_cache())[:, -1])
+    worst.add(last, decoder.begin(ids, None)[:, -1])
+
+
+def pieces(length: int) -> Iterator[int]:
+    """Yield the lengths of pieces that make up a row, the last of them single tokens."""
+    left = length - SINGLE
+    for piece in cycle(PIECES):
+        if left <= 0:
+            break
+        yield min(piece, left)
+        left -= piece
+    yield from [1] * min(SINGLE, length)
+
+
+@torch.inference_mode()
+def compare_layer(subject: Subject, worst: Comparison) -> int:
+    """One layer that has a far part, on q, k and v as it sees them, over 2.5 segments of its implementation.
+
+    Returns:
+        The tokens of the row.
+    """
+    modules = [module.linear_attention for module in converted(subject.model).values()]
+    attention = next((x for x in modules if x.far is not None), modules[0])
+    q, k, v = inputs_of(subject, attention)
+    segment = tokens_at_once(segment_of(attention, 0, 1 << 20, False), q)
+    length = 2 * segment + segment // 2 + 5
+    drawn = torch.randint(q.shape[-2], (length,), generator=subject.generator()).to(q.device)
+    whole = [x[..., drawn, :] for x in (q, k, v)]
+    parts = zip(*(x.split(list(pieces(length)), -2) for x in whole), strict=True)
+    own, layer = Comparison(worst.tolerance, 0.0), attention.place(DynamicCache(), 0)
+    out = torch.cat([attention(*part, None, layer) for part in parts], 1)[:, -SINGLE:]
+    again = attention.place(DynamicCache(), 0)
+    for expected in (attention(*whole, None, again), attention(*whole, None)):
+        own.add(out, expected[:, -SINGLE:])
+    for name in ("S", "z"):
+        actual, expected = getattr(layer.state, name), getattr(again.state, name)
+        scale = expected.abs().max().clamp_min(1.0)
+        own.add(actual / scale, expected / scale)
+    worst.include(own)
+    return length
+
+
+def inputs_of(subject: Subject, attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v `[1, heads, T, D]` as the layer sees them in the rows."""
+    seen: list[tuple[Tensor, ...]] = []
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))
+    try:
+        subject.task.read(subject.model, list(subject.rows))
+    finally:
+        hook.remove()
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in seen[0])
+    return q, k, v

@@ -1,0 +1,123 @@
+"""Rows of a batch: each computes what it computes alone, whatever is beside it and whatever its cache went through."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GenerationConfig
+
+from linearize_cli.decoder import alone, forward, marked, pad_left
+from linearize_cli.measure.equivalence import Comparison, compare_batch
+from linearize_cli.measure.selfcheck import TOLERANCE
+from linearize_cli.tasks import CausalLM
+from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear
+
+SHORT, BEAMS, NEW = 5, 3, 12  # tokens of a short row, beams, and tokens that these write
+
+
+def rows(subject: Subject) -> Finding:
+    """Compare rows in batches of several shapes, and beams, with each row alone."""
+    worst = subject.comparison()
+    for compare in (equal_rows, uneven_rows, long_turns):
+        compare(subject, worst)
+    if isinstance(subject.task, CausalLM):
+        for compare in (moved_rows, reset_rows, beams):
+            compare(subject, worst)
+    return compared("rows", worst.diff, worst.limit, {"rows": {"max_abs_diff": worst.diff}})
+
+
+def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list[Tensor], Tensor]:
+    """Return texts `[T_i]` of these lengths, as far as the context goes, and `[B, new]` tokens that follow them."""
+    longest = max(1, subject.context - new)
+    source = subject.random_tokens(len(lengths), max(lengths) + new)
+    texts = [row[: min(length, longest)] for row, length in zip(source, lengths, strict=True)]
+    return texts, source[:, -new:]
+
+
+def equal_rows(subject: Subject, worst: Comparison) -> None:
+    """Five rows of one length, without pads, then single tokens."""
+    texts, follow = texts_of(subject, (subject.size + 2,) * 5, 4)
+    compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
+
+
+def uneven_rows(subject: Subject, worst: Comparison) -> None:
+    """Rows of equal lengths that are not neighbours, then single tokens."""
+    texts, follow = texts_of(subject, (SHORT, subject.size + 22, SHORT), 6)
+    compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
+
+
+def long_turns(subject: Subject, worst: Comparison) -> None:
+    """A padded batch, then turns of many tokens, of one and of a few, as in a chat."""
+    turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
+    texts, follow = texts_of(subject, (3, subject.size + 5, 9), sum(turns))
+    if follow.shape[1] + 3 <= subject.context:
+        compare_batch(subject.task, subject.model, texts, follow.split(turns, 1), worst)
+
+
+def moved_rows(subject: Subject, worst: Comparison) -> None:
+    """Rows of a cache that are put in another order, repeated and selected, as beams are, with tokens in between."""
+    texts, follow = texts_of(subject, (SHORT, subject.size + 3, 2), 6)
+    model = subject.model
+    ids, mask = pad_left(texts)
+    cache, tokens = subject.task.start(model, texts)[0].new_cache(), follow[:, :0]
+    forward(model, ids, cache, mask)
+    moves: list[tuple[str, object, list[int]]] = [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        ("batch_select_indices", torch.tensor([4, 1, 0]), [4, 1, 0]),
+    ]
+    for step, (name, argument, order) in enumerate(moves):
+        getattr(cache, name)(argument)
+        texts, tokens, mask = [texts[i] for i in order], tokens[order], mask[order]
+        for column in (2 * step, 2 * step + 1):
+            new = follow[torch.arange(len(order), device=follow.device) % len(follow), column, None]
+            tokens, mask = torch.cat([tokens, new], 1), pad(mask, (0, 1), value=1)
+            logits = forward(model, new, cache, mask)[:, -1]
+            for row, text in enumerate(texts):
+                worst.add(logits[row], read_alone(subject, text, tokens[row], ids.shape[1])[-1])
+
+
+def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tensor:
+    """Return the logits `[T, vocab]` of a text and more tokens without a cache, as beside the pads that fill up `width`."""
+    first, mask = alone(subject.model, text, width - len(text))
+    whole = torch.cat([first, more[None]], 1)
+    mask = pad(mask, (0, len(more)), value=1)
+    return marked(forward(subject.model, whole, None, mask), mask)[0]
+
+
+def reset_rows(subject: Subject, worst: Comparison) -> None:
+    """A cache that was used and reset is as good as new. Caches with softmax layers keep their length when reset."""
+    texts, follow = texts_of(subject, (subject.size + 3, SHORT), 4)
+    cache = subject.task.start(subject.model, texts)[0].new_cache()
+    turns, task, model = follow.split(1, 1), subject.task, subject.model
+    compare_batch(task, model, texts, turns, worst, cache)
+    if all(is_linear(layer) for layer in cache.layers):
+        cache.reset()
+        compare_batch(task, model, [text.flip(0) for text in reversed(texts)], turns, worst, cache)
+
+
+def beams(subject: Subject, worst: Comparison) -> None:
+    """The scores of the best beams that `generate` returns, against those of forwards without a cache."""
+    model, length = subject.model, min(subject.size + 4, subject.context - NEW)
+    if length < 1:
+        return
+    ids = subject.rows[:1, :length]
+    config = GenerationConfig(
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        num_beams=BEAMS,
+        num_return_sequences=2,
+        length_penalty=0.0,
+        repetition_penalty=1.0,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    new = found.sequences[:, length:]
+    logits = forward(model, found.sequences[:, :-1])[:, length - 1 :].float()
+    scores = logits.log_softmax(-1).gather(-1, new[..., None]).sum((1, 2))
+    # `generate` computes scores in fp32, whatever the model's dtype.
+    own = Comparison(max(worst.tolerance, TOLERANCE[torch.float32]), subject.largest)
+    own.add(found.sequences_scores / NEW, scores / NEW)
+    worst.include(own)
