@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from families import swapped
-from linearize_kernels.attention import Equation, LinearAttention
+from linearize_kernels.attention import Equation
 from linearize_kernels.far import FeatureMemory
-from test_verify import GROUPS, check, tokenizer  # noqa: F401
+from linearize_kernels.layout import laid_out
+from planted_faults import FAULTS, GROUPS, Fault
+from test_verify import check, tokenizer  # noqa: F401
 
+from linearize_cli import verification
 from linearize_cli.methods import load_recipe
 from linearize_cli.runtime import tree
 from linearize_cli.runtime.cache import LinearCacheLayer
-from linearize_cli.runtime.layer import equation
+from linearize_cli.runtime.layer import LinearizedAttention, equation
 from linearize_cli.runtime.tree import LinearBranch
 from linearize_cli.speculative.accept import Greedy, Sampling
 from linearize_cli.verify_checks.drift import LIMIT, state_errors
@@ -132,7 +135,7 @@ def test_the_drift_of_a_sum_tells_its_precision(method, monkeypatch):
     recipe = load_recipe(method, overrides).to_dict()["attention"]
     torch.manual_seed(0)
     geometry = dict(heads=4, kv_heads=2, key_dim=8, value_dim=8, scale=8**-0.5)
-    attention = LinearAttention(equation(recipe, geometry))
+    attention = LinearizedAttention(equation(recipe, geometry))
     for parameter in attention.parameters():
         parameter.add_(0.15 * torch.randn_like(parameter))
     k, v = torch.randn(2, 1, 2, 300, 8)
@@ -169,3 +172,27 @@ def test_a_temperature_that_counts_twice(model, tokenizer, monkeypatch):  # noqa
     monkeypatch.setattr(Sampling, "draw", lambda self, logits: draw(self, logits / 0.6))
     report = check(model, tokenizer)
     assert (report["verdict"], report["failed"]) == ("FAIL", ["sampling"])
+
+
+@pytest.fixture
+def new_layouts():
+    laid_out.cache_clear()
+    yield
+    laid_out.cache_clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_one_changed_line(fault: Fault, tokenizer, monkeypatch, new_layouts):  # noqa: F811
+    """The check that the fault belongs to passes without it and fails with it."""
+    changes = {} if fault.family in ("falcon-alibi", "falcon-h1") else {"num_hidden_layers": 2}
+    model = swapped(fault.family, fault.attention, fault.keep, **changes).to(fault.dtype)
+    every = verification.DECODING | verification.THOROUGH | {"sampling": verification.sampling}
+    monkeypatch.setattr(verification, "DECODING", {fault.check: every[fault.check]})
+    for name in ("THOROUGH", "MEASURING", "STRICT"):
+        monkeypatch.setattr(verification, name, {})
+    sound = check(model, tokenizer)
+    assert (sound["verdict"], sound["failed"]) == ("EXACT", [])
+    fault.plant(monkeypatch)
+    laid_out.cache_clear()
+    report = check(model, tokenizer)
+    assert report["verdict"] == "FAIL" and report["failed"]

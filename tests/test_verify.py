@@ -9,6 +9,7 @@ import torch
 from families import AUGMENTED, swapped, tiny_model
 from linearize_kernels.attention import Equation
 from linearize_kernels.layout import laid_out
+from planted_faults import GROUPS
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,12 +20,6 @@ from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.verification import read_prompts, render, verify, verify_model
 
-GROUPS = {
-    "local": {"scope": "group", "size": 8, "score": "relu2"},
-    "far": {"feature_map": "identity"},
-    "combine": "none",
-    "conv": {"width": 4},
-}
 PROMPTS = ["The cat sat on the mat", "A", "1, 2,"]
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),
