@@ -15,6 +15,7 @@ from linearize_cli.artifact.load import check_artifact
 from linearize_cli.console import write_json
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
+from linearize_cli.explain import brief
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
 from linearize_cli.recover.read import Chat, read_jsonl
 from linearize_cli.render import table
@@ -23,7 +24,7 @@ from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import Task, context_length, task_of
 from linearize_cli.verify_checks import speed
 from linearize_cli.verify_checks.artifact import code, files, fingerprint
-from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Subject, no_tree_of, not_checked
+from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Line, Subject, no_tree_of, not_checked
 from linearize_cli.verify_checks.definition import definition
 from linearize_cli.verify_checks.drafts import drafts
 from linearize_cli.verify_checks.drift import drift
@@ -161,7 +162,7 @@ def verify_model(
     checks = (SAVED if artifact else {}) | (DECODING if task.decodes else READING)
     for name, check in (checks | (THOROUGH if task.decodes and not quick else {})).items():
         progress(name)
-        found.append(check(subject))
+        found.append(run(name, check, subject))
     if subject.half and task.decodes and not quick:
         found.append(strict(subject, progress))
     failed = failures(found)
@@ -170,7 +171,7 @@ def verify_model(
             found.append(not_checked(name, "the forms of the model do not agree"))
             continue
         progress(name)
-        found.append(check(subject))
+        found.append(run(name, check, subject))
     failed = failures(found)
     if not task.decodes:
         found += [
@@ -194,6 +195,16 @@ def verify_model(
     }
 
 
+def run(name: str, check: Check, subject: Subject) -> Finding:
+    """Run a check. A model whose code raises an error in it has failed it."""
+    try:
+        return check(subject)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return Finding(lines=[Line(name, f"stopped by {type(error).__name__}: {brief(error)}", "", FAIL)])
+
+
 def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
     """Repeat the checks of forms on a copy in fp32, whose limits are a thousand times less."""
     wide = in_float32(subject.model)
@@ -203,7 +214,7 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
     own, found = replace(own, parents=subject.parents), []
     for name, check in STRICT.items():
         progress(f"{name} in float32")
-        found.append(check(own))
+        found.append(run(name, check, own))
     return Finding(
         {"float32": {key: value for finding in found for key, value in finding.data.items()}},
         [replace(line, name=f"{line.name}_float32") for finding in found for line in finding.lines],

@@ -16,10 +16,10 @@ GROUPS = {
     "combine": "none",
     "conv": {"width": 4},
 }
-SEPARATE = {**AUGMENTED, "far": {"feature_map": "relu"}, "combine": "separate"}
-DECAY = {"far": {"feature_map": "relu"}, "memory": {"kind": "decay"}, "combine": "rmsnorm", "sinks": 2}
+SEPARATE = {**AUGMENTED, "far": {"feature_map": "relu"}, "combine": "gate"}
+DECAY = {"far": {"feature_map": "relu"}, "memory": {"kind": "decay"}, "combine": "rms", "sinks": 2}
 DELTA = {**DECAY, "far": {"feature_map": "identity"}, "memory": {"kind": "delta"}, "sinks": 0}
-LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "separate"}
+LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "gate"}
 
 CHUNKED, BLOCK, LAYOUT = "linearize_kernels.chunked", "linearize_kernels.block", "linearize_kernels.layout"
 FAR, BLOCKED, MEMORY = "linearize_kernels.far", "linearize_kernels.blocked", "linearize_kernels.memory"
@@ -53,13 +53,18 @@ class Fault:
     def plant(self, patch: pytest.MonkeyPatch) -> None:
         """Give the function, wherever it was imported to, the code with the changed line."""
         module, _, name = self.where.partition(":")
+        owner, _, method = name.rpartition(".")
         function = inspect.unwrap(attrgetter(name)(import_module(module)))
         source = textwrap.dedent(inspect.getsource(function))
         assert source.count(self.line) == 1, f"{self.where} has the line {source.count(self.line)} times"
         found: dict = {}
-        exec(source.replace(self.line, self.fault), function.__globals__, found)
+        source = source.replace(self.line, self.fault).replace("super()", f"super({owner}, self)")
+        exec(source, function.__globals__, found)
         (planted,) = found.values()
-        patch.setattr(function, "__code__", inspect.unwrap(planted).__code__)
+        if owner:
+            patch.setattr(attrgetter(owner)(import_module(module)), method, planted)
+        else:
+            patch.setattr(function, "__code__", inspect.unwrap(planted).__code__)
 
 
 FAULTS = [
@@ -199,10 +204,10 @@ FAULTS = [
         keep=1,
     ),
     Fault(
-        "a token of a padded batch that sees one token too many",
+        "sinks that a short row of a padded batch does not have",
         f"{LAYOUT}:behind",
-        "folded = state.count - eq.sinks > (recent >= 0).sum(-1)",
-        "folded = state.count > (recent >= 0).sum(-1)",
+        "torch.where(sinks < state.count[..., None], sinks, -1)",
+        "torch.where(sinks <= state.count[..., None], sinks, -1)",
         "padding",
     ),
     # What is taken back.

@@ -24,6 +24,14 @@ from linearize_cli.verify_checks.drift import LIMIT, state_errors
 attend, commit, append = LinearBranch.attend, LinearBranch.commit, LinearCacheLayer.append
 
 
+@pytest.fixture(autouse=True)
+def new_layouts():
+    """A fault must not leave its layouts to the tests that follow."""
+    laid_out.cache_clear()
+    yield
+    laid_out.cache_clear()
+
+
 @pytest.fixture
 def model():
     return swapped("llama", num_hidden_layers=2)
@@ -174,15 +182,8 @@ def test_a_temperature_that_counts_twice(model, tokenizer, monkeypatch):  # noqa
     assert (report["verdict"], report["failed"]) == ("FAIL", ["sampling"])
 
 
-@pytest.fixture
-def new_layouts():
-    laid_out.cache_clear()
-    yield
-    laid_out.cache_clear()
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_one_changed_line(fault: Fault, tokenizer, monkeypatch, new_layouts):  # noqa: F811
+def test_one_changed_line(fault: Fault, tokenizer, monkeypatch):  # noqa: F811
     """The check that the fault belongs to passes without it and fails with it."""
     changes = {} if fault.family in ("falcon-alibi", "falcon-h1") else {"num_hidden_layers": 2}
     model = swapped(fault.family, fault.attention, fault.keep, **changes).to(fault.dtype)
@@ -190,9 +191,9 @@ def test_one_changed_line(fault: Fault, tokenizer, monkeypatch, new_layouts):  #
     monkeypatch.setattr(verification, "DECODING", {fault.check: every[fault.check]})
     for name in ("THOROUGH", "MEASURING", "STRICT"):
         monkeypatch.setattr(verification, name, {})
-    sound = check(model, tokenizer)
+    sound = check(model, tokenizer, quick=False)
     assert (sound["verdict"], sound["failed"]) == ("EXACT", [])
     fault.plant(monkeypatch)
     laid_out.cache_clear()
-    report = check(model, tokenizer)
+    report = check(model, tokenizer, quick=False)
     assert report["verdict"] == "FAIL" and report["failed"]

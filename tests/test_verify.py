@@ -23,7 +23,8 @@ from linearize_cli.verification import read_prompts, render, verify, verify_mode
 PROMPTS = ["The cat sat on the mat", "A", "1, 2,"]
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),
-    *("versions", "noise", "dtype", "failed", "limits", "sampling", "checks"),
+    *("versions", "noise", "dtype", "failed", "limits", "sampling", "checks", "rows", "drafts", "definition"),
+    *("long", "code", "files", "fingerprint", "float32"),
 }
 append = LinearCacheLayer.append
 
@@ -50,7 +51,7 @@ def llama():
 
 
 def check(model, tokenizer, **kwargs):
-    return verify_model(model, tokenizer, **{"prompts": PROMPTS, "max_new": 6, **kwargs})
+    return verify_model(model, tokenizer, **{"prompts": PROMPTS, "max_new": 6, "quick": True, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_honest_models_are_exact(attention, keep, dtype, tokenizer):
 
 def test_report(llama, tokenizer):
     started = []
-    report = check(llama, tokenizer, seed=5, progress=started.append)
+    report = check(llama, tokenizer, seed=5, quick=False, progress=started.append)
     assert (report["verdict"], set(report)) == ("EXACT", KEYS)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert set(report["tree"]) >= {"max_abs_diff", "crossing_max_abs_diff", "offsets_swept", "nodes"}
@@ -90,7 +91,8 @@ def test_report(llama, tokenizer):
     assert set(report["rollback"]) == set(report["padding"]) == {"max_abs_diff"}
     assert report["seed"] == 5
     assert {"python", "torch", "transformers"} < set(report["versions"])
-    assert started == ["noise", *verification.DECODING, *verification.MEASURING]
+    checks = (verification.DECODING, verification.THOROUGH, verification.MEASURING)
+    assert started == ["noise", *(name for part in checks for name in part)]
 
 
 def test_honest_families(tokenizer):

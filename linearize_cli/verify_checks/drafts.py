@@ -45,7 +45,8 @@ def drafts(subject: Subject) -> Finding:
     """Compare greedy decoding with drafts of every number of right tokens, and a stop within a tree, with plain decoding."""
     if subject.no_tree:
         return not_checked("drafts", subject.no_tree)
-    prompts, new = subject.texts[:ROWS], min(subject.max_new, NEW)
+    prompts = subject.texts[:ROWS]
+    new = min(NEW, subject.context - max(map(len, prompts)))
     plain, _, length, margins = decoded(subject.task, subject.model, prompts, new)
     continued = [row[length:].tolist() for row in plain]
     texts = [[*prompt, *more] for prompt, more in zip(prompts, continued, strict=True)]

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from linearize_cli.decoder import Decoder, forward, pad_left
 from linearize_cli.measure.equivalence import Comparison, run
 from linearize_cli.runtime.cache import ROLLBACK
+from linearize_cli.tasks import last_position
 from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear, not_checked
 
 STEPS = 3  # single tokens after an accepted path
@@ -78,8 +79,8 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
     """Draft more tokens than a cache records, in several forwards, and take back some of the last. Taking back more
     than is recorded must raise.
     """
-    ids = subject.random_tokens(1, min(ROLLBACK + subject.size + 24, subject.context))
-    length = ids.shape[1]
+    length = min(ROLLBACK + subject.size + 24, last_position(subject.model) or 1 << 30)
+    ids = subject.random_tokens(1, length)
     if length < ROLLBACK + 12:
         return
     start = length - ROLLBACK - 9
