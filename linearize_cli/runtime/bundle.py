@@ -27,7 +27,9 @@ OWN = "linearize_own_"  # modules with a user's feature map
 def auto_map(model_class: type) -> dict[str, str]:
     """What config.json tells the Auto classes; model_class: one of `model.AUTO_MODELS`."""
     return {
-        "AutoConfig": "configuration_linearized.LinearizedConfig",
+        # Named from the model's file: of a folder, transformers keys a module by all the files that it imports, and a
+        # config class that another artifact shares would bring that one's model class along.
+        "AutoConfig": "modeling_linearized.LinearizedConfig",
         model_class.auto_class: f"modeling_linearized.{model_class.__name__}",
     }
 
