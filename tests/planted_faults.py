@@ -23,7 +23,11 @@ LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8},
 
 CHUNKED, BLOCK, LAYOUT = "linearize_kernels.chunked", "linearize_kernels.block", "linearize_kernels.layout"
 FAR, BLOCKED, MEMORY = "linearize_kernels.far", "linearize_kernels.blocked", "linearize_kernels.memory"
-CACHE, TREE, LAYER = "linearize_cli.runtime.cache", "linearize_cli.runtime.tree", "linearize_cli.runtime.layer"
+CACHE, TREE, LAYER = (
+    "linearize_cli.runtime.cache",
+    "linearize_cli.runtime.tree",
+    "linearize_cli.runtime.layer",
+)
 ACCEPT, DECODE = "linearize_cli.speculative.accept", "linearize_cli.speculative.decode"
 DRAFTED = "(logits.double() / self.temperature).softmax(-1)[:, parents.clamp_min(0)].gather(-1, ids[..., None])[..., 0]"
 

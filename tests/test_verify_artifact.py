@@ -56,7 +56,11 @@ def test_an_untouched_artifact_is_exact(artifact, trust):
 
 
 def test_other_code_than_the_packages_is_named(artifact):
-    edit(artifact / "linearize_runtime_layer.py", "return out.transpose(1, 2)", "return 9 * out.transpose(1, 2)")
+    edit(
+        artifact / "linearize_runtime_layer.py",
+        "return out.transpose(1, 2)",
+        "return 9 * out.transpose(1, 2)",
+    )
     assert verified(artifact) == ["code", "files"]
     assert verified(artifact, trust_remote_code=True) == ["files", "fingerprint"]
     seal(artifact)  # by this package's code
@@ -90,7 +94,11 @@ def test_a_flipped_weight_byte(artifact):
 def test_a_swapped_weight_of_the_same_file_size(artifact):
     weights = load_file(artifact / "model.safetensors")
     name = "model.layers.0.self_attn.linear_attention.conv"
-    save_file({**weights, name: weights[name].flip(-1).contiguous()}, artifact / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, name: weights[name].flip(-1).contiguous()},
+        artifact / "model.safetensors",
+        {"format": "pt"},
+    )
     assert "fingerprint" in verified(artifact)
 
 
@@ -133,7 +141,10 @@ def test_reports_and_figures_are_no_part_of_the_seal(artifact):
         ('{"fingerprint": 5, "checksums": "no"}', []),
         ('{"fingerprint": {"dtype": "float32"}}', ["fingerprint"]),
         ('{"fingerprint": {"dtype": "int8"}}', ["fingerprint"]),
-        ('{"fingerprint": {"dtype": "float32", "seed": 1, "tokenizer": [], "sequences": 3}}', ["fingerprint"]),
+        (
+            '{"fingerprint": {"dtype": "float32", "seed": 1, "tokenizer": [], "sequences": 3}}',
+            ["fingerprint"],
+        ),
     ],
 )
 def test_records_that_are_not_whole(artifact, record, failed):
