@@ -234,6 +234,12 @@ def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 )
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
 @click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Sample from this mass of tokens.",
+)
+@click.option(
     "--typical", is_flag=True, help="Accept typical drafts, too: faster, but LOSSY, not the model's own text."
 )
 @trust_option

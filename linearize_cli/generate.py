@@ -29,6 +29,7 @@ def generate(
     speculative: str | None = None,
     tree: str | None = None,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     typical: bool = False,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -41,6 +42,7 @@ def generate(
         speculative: "medusa" drafts token trees with the artifact's heads, "lookup" with n-grams of the text so far.
         tree: of "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
         temperature: 0 is greedy.
+        top_p: the mass of the most probable tokens that are sampled from.
         typical: accept drafts that are typical of the model: more of them, but the text is no longer distributed as
             the model's own.
 
@@ -48,7 +50,7 @@ def generate(
         UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, a drafter or a
             tree that is not there, or a model that cannot verify drafts.
     """
-    check_options(speculative, tree, temperature, typical)
+    check_options(speculative, tree, temperature, top_p, typical)
     model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     if not task.decodes:
@@ -65,12 +67,12 @@ def generate(
     if speculative:
         check_heads(model, type(task))
         drafter = drafter_of(speculative, tree, artifact, model)
-        rule, run = rule_of(temperature, typical, seed), speculative_text
+        rule, run = rule_of(temperature, top_p, typical, seed), speculative_text
         options = (drafter, rule)
     else:
         torch.manual_seed(seed)
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        run, options = plain_text, (temperature, next((x for x in ends if x is not None), None))
+        run, options = plain_text, (temperature, top_p, next((x for x in ends if x is not None), None))
     started = time.monotonic()
     output, facts = run(model, ids, max_new, streamer, *options)
     seconds = time.monotonic() - started
@@ -86,11 +88,20 @@ def generate(
     }
 
 
-def check_options(speculative: str | None, tree: str | None, temperature: float, typical: bool) -> None:
+def check_options(
+    speculative: str | None, tree: str | None, temperature: float, top_p: float, typical: bool
+) -> None:
     """Raises UserError: they are out of range, or do not go together."""
     if not 0 <= temperature <= 100:
         raise UserError(
             f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "1 leaves no token out.")
+    if top_p < 1 and (typical or not temperature):
+        raise UserError(
+            "--top-p is for sampling without --typical",
+            "Add --temperature T, such as 0.7, or leave --top-p out.",
         )
     if tree and speculative != MEDUSA:
         raise UserError("--tree is for Medusa heads", "Add --speculative medusa.")
@@ -106,11 +117,14 @@ def plain_text(
     max_new: int,
     streamer: TextStreamer,
     temperature: float,
+    top_p: float,
     pad: int | None,
 ) -> tuple[list[int], dict[str, Any]]:
     """All tokens, by transformers' `generate`, and nothing more to tell."""
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
     )
     output = model.generate(
         ids,
@@ -163,7 +177,7 @@ def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedMode
     return heads.drafter(named_tree(tree or AUTO, len(heads), heads.output.shape[1], heads.tree))
 
 
-def rule_of(temperature: float, typical: bool, seed: int) -> Rule:
+def rule_of(temperature: float, top_p: float, typical: bool, seed: int) -> Rule:
     if not temperature:
         return Greedy()
-    return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed))
+    return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed), top_p)

@@ -65,7 +65,7 @@ def differences(
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences: 32 tokens, one window and a half, and 2.5 segments, as far as positions go."""
+    """Return the lengths of the sequences, as far as positions go: 32, one window and a half, and 2.5 segments."""
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
     most = last_position(model) or longest

@@ -47,7 +47,9 @@ class Greedy:
 class Sampling:
     """A token is drawn from the target's own distribution at every node, and a child is accepted if it is that token.
 
-    With `top_p`, that is the distribution cut to the fewest tokens that hold this mass. It is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft that is certain of its tokens: a child x is
+    With `top_p`, the distribution is cut to the fewest most probable tokens that hold this mass.
+
+    This is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft that is certain of its tokens: a child x is
     accepted with probability p(x), and where none is, the token is drawn from p without the children.
     """
 

@@ -42,7 +42,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare greedy decoding with drafts of every number of right tokens, and a stop within a tree, with plain decoding."""
+    """Compare drafts with every number of right tokens, and a stop within a tree, with plain decoding."""
     if subject.no_tree:
         return not_checked("drafts", subject.no_tree)
     prompts = subject.texts[:ROWS]

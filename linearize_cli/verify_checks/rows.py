@@ -1,9 +1,12 @@
 """Rows of a batch: each computes what it computes alone, whatever is beside it and whatever its cache went through."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from linearize_cli.decoder import alone, forward, marked, pad_left
 from linearize_cli.measure.equivalence import Comparison, compare_batch
@@ -77,7 +80,11 @@ def moved_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tensor:
-    """Return the logits `[T, vocab]` of a text and more tokens without a cache, as beside the pads that fill up `width`."""
+    """Return the logits `[T, vocab]` of a text and more tokens without a cache, as they must be behind pads.
+
+    Args:
+        width: tokens of the padded text.
+    """
     first, mask = alone(subject.model, text, width - len(text))
     whole = torch.cat([first, more[None]], 1)
     mask = pad(mask, (0, len(more)), value=1)
@@ -95,25 +102,28 @@ def reset_rows(subject: Subject, worst: Comparison) -> None:
         compare_batch(task, model, [text.flip(0) for text in reversed(texts)], turns, worst, cache)
 
 
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what the model's generation config does to scores: forced tokens, penalties, an end of text."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, return_dict_in_generate=True, output_scores=True
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def beams(subject: Subject, worst: Comparison) -> None:
     """The scores of the best beams that `generate` returns, against those of forwards without a cache."""
     model, length = subject.model, min(subject.size + 4, subject.context - NEW)
     if length < 1:
         return
     ids = subject.rows[:1, :length]
-    config = GenerationConfig(
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        num_beams=BEAMS,
-        num_return_sequences=2,
-        length_penalty=0.0,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    options = dict(num_beams=BEAMS, num_return_sequences=2, length_penalty=0.0, max_new_tokens=NEW)
+    with plain_generation(model):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     new = found.sequences[:, length:]
     logits = forward(model, found.sequences[:, :-1])[:, length - 1 :].float()
     scores = logits.log_softmax(-1).gather(-1, new[..., None]).sum((1, 2))
