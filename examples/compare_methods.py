@@ -18,11 +18,11 @@ from linearize_cli.console import Terminal
 from linearize_cli.demo import heldout_path
 from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.errors import UserError
+from linearize_cli.job import DEMO
 from linearize_cli.measure.recall import recall
 from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.options import calm_libraries
 from linearize_cli.recipe import parse_count
-from linearize_cli.recover.data import DEMO
 
 CONTROL = "window"
 COLUMNS = [

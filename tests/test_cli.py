@@ -144,7 +144,7 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["convert", "tiny", "-o", "x", "--no-train", "--medusa-heads", "3"], ["--medusa-heads"]),
         (["heads", "tiny"], ["linearize convert"]),
         (["heads", "tiny-augmented", "--data", "absent.txt"], ["absent.txt"]),
-        (["heads", "tiny-augmented", "--resume", "--force"], ["--resume", "--force"]),
+        (["heads", "tiny-augmented", "--resume", "--force"], ["nothing to resume", "--resume"]),
         (["convert", "tiny", "-o", "x", "--data", "absent.txt"], ["absent.txt"]),
         (["convert", "tiny", "-o", "x", "--no-train", "--colour"], ["--colour"]),
         (["verify", "tiny"], ["linearize convert"]),
