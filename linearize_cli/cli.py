@@ -280,15 +280,15 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
 @click.argument("name", required=False)
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:
-    """List the methods, or print the recipe NAME."""
-    from linearize_cli.methods import load_recipe, method_names
+    """List the methods, or print the recipe NAME (a method or a file). Code that a recipe names is not run."""
+    from linearize_cli.methods import method_names, read_recipe
     from linearize_cli.render import method_table
 
     if name:
-        recipe = load_recipe(name)
+        recipe = read_recipe(name)
         click.echo(recipe.dump(), nl=False)
         return recipe.to_dict()
-    recipes = [load_recipe(method) for method in method_names()]
+    recipes = [read_recipe(method) for method in method_names()]
     terminal.out.print(method_table(recipes))
     return [recipe.to_dict() for recipe in recipes]
 

@@ -81,7 +81,7 @@ def convert(
         CheckFailed: the converted model's forms do not agree; nothing is saved.
         KeyboardInterrupt: `<output>.partial` is left for `resume`.
     """
-    recipe = with_budget(load_recipe(method, overrides), tokens)
+    recipe = with_budget(load_recipe(method, overrides, trust_remote_code), tokens)
     if data:
         recipe = with_budget(recipe, data=", ".join(data))
     job = Job(

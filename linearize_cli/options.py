@@ -117,5 +117,5 @@ model_options = options(
     ),
 )
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that MODEL or ARTIFACT brings along."
+    "--trust-remote-code", is_flag=True, help="Run code that MODEL, ARTIFACT or the recipe brings along."
 )

@@ -187,7 +187,7 @@ def test_an_internal_error_ends_with_3_and_debug_shows_it(folder, monkeypatch, c
     def broken(*arguments):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(methods, "load_recipe", broken)
+    monkeypatch.setattr(methods, "read_recipe", broken)
     for arguments, shown in ((["methods"], False), (["--debug", "methods"], True)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
