@@ -159,6 +159,8 @@ def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     untouched = path.is_file() and path.read_text() == card(report, **name)
     report = {**report, "medusa": facts}
-    write_json(folder / "linearize.json", report)
-    if untouched:
+    if (
+        untouched
+    ):  # before linearize.json: a run that is killed in between does this again, and compares with that
         write_text(path, card(report, **name))
+    write_json(folder / "linearize.json", report)

@@ -11,7 +11,7 @@ import pytest
 from convert_case import make_teacher, run
 from fake_artifact import write_artifact
 
-from linearize_cli import conversion, convert
+from linearize_cli import conversion, convert, heads
 from linearize_cli.artifact.contents import foreign_files
 from linearize_cli.errors import UserError
 
@@ -239,6 +239,23 @@ def test_an_artifact_that_cannot_be_moved_is_put_back(teacher, monkeypatch):
     with pytest.raises(OSError):
         run(teacher, output, train=False, force=True)
     assert contents(output) == before
+
+
+def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
+    output, facts = teacher.folder / "told", {"heads": 1, "tree_nodes": 2, "expected_tokens_per_step": 1.5}
+    run(teacher, output, train=False)
+    report, write = json.loads((output / "linearize.json").read_text()), heads.write_json
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(heads, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        heads.tell(output, report, facts)
+    monkeypatch.setattr(heads, "write_json", write)
+    heads.tell(output, json.loads((output / "linearize.json").read_text()), facts)
+    assert "1.50 expected tokens" in (output / "README.md").read_text()
+    assert json.loads((output / "linearize.json").read_text())["medusa"] == facts
 
 
 def kill(folder, *moments):
