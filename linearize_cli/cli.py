@@ -65,7 +65,7 @@ def cli(context: click.Context, debug: bool) -> None:
     "--processes", type=click.IntRange(1), default=1, show_default=True, help="Of --dry-run: how many train."
 )
 @click.option("--flops", type=FLOPS, help="Of --dry-run: FLOP/s of one, such as 200T; measured if not given.")
-@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @trust_option
 @model_options
 @command_options
@@ -296,7 +296,8 @@ def methods(terminal: Terminal, name: str | None) -> Any:
 @cli.command()
 @click.option("-o", "--output", metavar="DIR", default="demo-augmented", show_default=True)
 @click.option("--tokens", type=TOKENS, help="Budget of recovery.")
-@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @model_options
 @command_options
 def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:

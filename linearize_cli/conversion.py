@@ -122,13 +122,13 @@ def run(
     report = engine.on_main(output.open, job, resume, force)
     if report is None:
         with engine.only_main(output.working), engine.watched():
-            report = made(job, output.path, folder, engine, terminal, trust_remote_code)
+            report = make_artifact(job, output.path, folder, engine, terminal, trust_remote_code)
             if engine.main:
                 output.put_in_place(job, report)
     return {**report, "output": str(folder)}
 
 
-def made(
+def make_artifact(
     job: Job, partial: Path, folder: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Write the artifact to `partial/artifact` and return its report.

@@ -96,7 +96,7 @@ def run(
     if facts is not None:
         return facts
     with engine.only_main(workspace.working), engine.watched():
-        made, dtype, facts = trained(job, folder, workspace.path, engine, terminal, trust_remote_code)
+        made, dtype, facts = train_heads(job, folder, workspace.path, engine, terminal, trust_remote_code)
         if engine.main:
             made.save(folder, dtype)
             with replacing(folder / LOG) as beside:
@@ -106,7 +106,7 @@ def run(
     return facts
 
 
-def trained(
+def train_heads(
     job: Job, folder: Path, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
 ) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
     """Train heads for the artifact in `folder`; return them, the model's dtype and the facts about them.

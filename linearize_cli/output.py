@@ -104,12 +104,13 @@ def precious(folder: Path, job: Job) -> str | None:
         return "is a mount point"
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         return "holds the working directory"
-    if shares_files(folder, job.model):
+    if shares_files(folder, local_path(job.model)):
         return f"holds files of the model {job.model}"
     for source in filter(None, (*job.data, job.eval_data)):
-        if shares_files(folder, source):
+        path = local_path(source)
+        if shares_files(folder, path):
             return f"holds data ({source})"
-        if folder.resolve().is_relative_to(Path(os.path.expanduser(source)).resolve()):
+        if path and path.resolve() in folder.resolve().parents:
             return f"lies in the data folder {source}"
     if foreign := list(foreign_files(folder)):
         return f"holds files that belong to no artifact ({first_five(foreign)})"
@@ -118,10 +119,15 @@ def precious(folder: Path, job: Job) -> str | None:
     return None
 
 
-def shares_files(folder: Path, source: str) -> bool:
-    """Return whether a folder holds a source (a local file or folder), or a file that the source links to."""
-    path = Path(os.path.expanduser(source))
-    if source in (DEMO, SELF) or not os.path.exists(path):
+def local_path(name: str) -> Path | None:
+    """Return the file or folder that a model or a source of text is, or None if it is none on this machine."""
+    path = Path(os.path.expanduser(name))
+    return path if name not in (DEMO, SELF) and os.path.exists(path) else None
+
+
+def shares_files(folder: Path, path: Path | None) -> bool:
+    """Return whether a folder holds a file or folder, or a file that the latter links to."""
+    if path is None:
         return False
     places = [path, *(file for file in path.glob("*") if file.is_file())]
     inside = {Path(os.path.abspath(path)), *(place.resolve() for place in places)}

@@ -143,11 +143,14 @@ class Workspace:
         """Raise UserError if the result may not be put where it belongs."""
 
     def save_state(self, state: dict[str, Any]) -> None:
+        """Write `job.json`."""
         self.state = state
         write_json(self.path / JOB, state)
 
     def clear(self) -> None:
-        """Delete the contents. A kill in between leaves a folder that is known as ours and has no half of a run."""
+        """Delete the contents: the checkpoint first, so that a kill in between leaves a run that starts anew, and
+        `job.json` last.
+        """
         self.restore()
         order = {CHECKPOINT: 0, JOB: 2}
         for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
@@ -193,11 +196,8 @@ class Workspace:
                     shutil.rmtree(self.path / NEW, ignore_errors=True)
                 else:
                     self.remove()
-            hint = (
-                f"What was trained is kept in {self.path}: go on with --resume."
-                if kept
-                else "Nothing was kept."
-            )
+            where = f"What was trained is kept in {self.path}: go on with --resume."
+            hint = where if kept else "Nothing was kept."
             if disk_is_full(error, self.path.parent):
                 raise UserError("the disk is full", f"Free some space. {hint}") from error
             if isinstance(error, UserError) and kept:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from linearize_cli import output as output_module
 from linearize_cli.errors import UserError
-from linearize_cli.files import replacing
+from linearize_cli.files import write_text
 from linearize_cli.job import Job
 from linearize_cli.output import Output
 from linearize_cli.recipe import Recipe
+from linearize_cli.workspace import Workspace
 
 OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "exchange")
 JOB = Job("demo", Recipe("augmented"), (), None, None, None, None, False, False, None, 0)
@@ -78,13 +79,29 @@ def convert(folder, resume=False, force=False):
     report = output.open(JOB, resume, force)
     if report is None:
         with output.working():
-            with replacing(output.path / "checkpoint.pt") as beside:
-                beside.write_text("trained")
+            write_text(output.path / "checkpoint.pt", "trained")
             shutil.rmtree(output.path / "artifact", ignore_errors=True)
             write_artifact(output.path / "artifact", "new")
             report = {"made": "new"}
             output.put_in_place(JOB, report)
     assert report == {"made": "new"}
+
+
+def heads(folder, resume=False, force=False):
+    """Do with the folders what the training of heads does, which adds files to an artifact."""
+    workspace = Workspace(folder.with_name("out.heads.partial"))
+    if workspace.open(JOB, resume, force) is None:
+        with workspace.working():
+            write_text(workspace.path / "checkpoint.pt", "trained")
+            write_text(folder / "medusa.safetensors", "new")
+            write_text(folder / "linearize.json", "new")
+            workspace.save_state({**workspace.state, "report": {"heads": 4}})
+
+
+def heads_of(folder):
+    """Return what an artifact's report holds."""
+    assert (folder / "model.safetensors").read_text() == "old"
+    return (folder / "linearize.json").read_text()
 
 
 def next_run(convert, folder, flag):
@@ -119,7 +136,7 @@ def kill_everywhere(convert, text_of, base, old, flag, moments=None):
         if old:
             shutil.copytree(old, folder)
         if not killed_at(moment, lambda: convert(folder, force=bool(old))):
-            assert moment > 10
+            assert moment > 8
             break
         if folder.exists():
             assert text_of(folder) in (before, "new"), moment
@@ -138,6 +155,7 @@ def every_case(base):
     for flag in (None, "resume", "force"):
         kill_everywhere(*common, None, flag)
         assert kill_everywhere(*common, base / "old", flag) == 0
+    assert kill_everywhere(heads, heads_of, base / "work", base / "old", "resume") == 0
     output_module.exchange = lambda *folders: False
     for flag in (None, "resume", "force"):
         assert kill_everywhere(*common, base / "old", flag) == 1
