@@ -1,6 +1,7 @@
 """The methods by name: recipes that come with the package, their augmented forms, and files of a user's own."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -158,16 +159,15 @@ def own_file(data: dict, where: str) -> Path:
     """
     file = feature_map_of(data).rpartition(":")[0]
     folder = Path(where).parent.resolve()
-    path = (folder / file).resolve()
-    what = None
+    path = Path(os.path.realpath(folder / file.replace("\0", "")))
     if not path.is_relative_to(folder):
-        what = f"{file} is outside {folder}, the folder of the recipe"
-    elif not path.is_file():
-        what = f"there is no file {path}"
-    if what:
-        hint = "FILE.py:CLASS names a Python file in the folder of the recipe."
-        raise UserError(f"{where}: attention.far.feature_map: {what}", hint)
-    return path
+        what = f"{file[:200]} is outside {folder}, the folder of the recipe"
+    elif not os.path.isfile(path):
+        what = f"there is no file {file[:200]} in {folder}"
+    else:
+        return path
+    hint = "FILE.py:CLASS names a Python file in the folder of the recipe."
+    raise UserError(f"{where}: attention.far.feature_map: {what}", hint)
 
 
 def enter_own_feature_map(data: dict, where: str, path: Path) -> None:

@@ -225,6 +225,12 @@ def test_a_recipes_code_is_inside_its_folder(own, tmp_path):
     assert not list(tmp_path.rglob("ran"))
 
 
+@pytest.mark.parametrize("file", ["absent.py", "n" * 300 + ".py", "a\0b.py", "", "sub"])
+def test_a_recipes_code_that_is_no_file_is_refused(file, own):
+    with pytest.raises(UserError, match="there is no file"):
+        read_recipe(own(f"{file.removesuffix('.py')}.py"))
+
+
 def test_a_recipe_with_code_is_checked_without_it(own):
     with pytest.raises(UserError, match="attention.sinks"):
         read_recipe(own(), ["attention.sinks=4"])

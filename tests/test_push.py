@@ -23,7 +23,7 @@ from linearize_cli.artifact import hub
 from linearize_cli.artifact.push import push
 from linearize_cli.errors import UserError
 if "stalled" in sys.argv:
-    hub.TIMEOUT, time.sleep = 0.3, lambda seconds: None
+    hub.TIMEOUT, time.sleep = dict.fromkeys(hub.TIMEOUT, 0.3), lambda seconds: None
 try:
     print(json.dumps(push(**json.loads(sys.argv[1]))))
 except UserError as error:
@@ -229,10 +229,10 @@ STALLS = [
 ]
 
 
-@pytest.mark.parametrize("endpoint", STALLS, ids=lambda endpoint: endpoint[1])
+@pytest.mark.parametrize("endpoint", [*STALLS, ("GET", "/api/models/")], ids=lambda endpoint: endpoint[1])
 def test_a_hub_that_does_not_answer_ends_a_push(push, hub, artifact, endpoint):
     hub.faults.append(Fault(*endpoint, times=100, stalled=True))
-    refused = push(artifact, "alice/tiny", stalled=True)
+    refused = push(artifact, "alice/tiny", stalled=True, private=False)
     assert refused.code == 2 and "timed out" in refused.data["what"] and "again" in refused.data["hint"]
     assert 2 <= sum(request[0] == endpoint[0] and endpoint[1] in request[1] for request in hub.requests) <= 6
     hub.faults.clear()

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import _http
 
 T = TypeVar("T")
-TIMEOUT = (10.0, 30.0, 30.0, 30.0)  # seconds to connect, for an answer, to send a part, for a free connection
+TIMEOUT = {"connect": 10.0, "read": 30.0, "write": 30.0, "pool": 30.0}  # seconds
 PAUSES = (1.0, 3.0)  # seconds before a request is sent again
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what reading an answer of another form raises
 
@@ -21,9 +21,15 @@ def limited_waits() -> Iterator[None]:
     """Limit how long `huggingface_hub` waits, which by itself waits without end."""
     factory = _http._GLOBAL_CLIENT_FACTORY
 
+    def limit(request: Any) -> None:
+        own = {
+            key: value for key, value in request.extensions.get("timeout", {}).items() if value is not None
+        }
+        request.extensions["timeout"] = {**TIMEOUT, **own}
+
     def limited() -> Any:
         client = factory()
-        client.timeout = TIMEOUT
+        client.event_hooks["request"].append(limit)
         return client
 
     set_client_factory(limited)
