@@ -18,11 +18,12 @@ from linearize_cli.console import Terminal
 from linearize_cli.demo import heldout_path
 from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.errors import UserError
+from linearize_cli.files import write_json
+from linearize_cli.job import DEMO
 from linearize_cli.measure.recall import recall
 from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.options import calm_libraries
 from linearize_cli.recipe import parse_count
-from linearize_cli.recover.data import DEMO
 
 CONTROL = "window"
 COLUMNS = [
@@ -89,7 +90,7 @@ def recalled(folder: Path) -> float:
     path = folder.with_name(folder.name + ".recall.json")
     if not path.exists():
         result = recall(*load(folder), list(generate_documents(HELDOUT_SEED, 100)))
-        path.write_text(json.dumps(result))
+        write_json(path, result)
     return json.loads(path.read_text())["accuracy"]
 
 

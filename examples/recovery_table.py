@@ -22,6 +22,7 @@ import yaml
 
 from linearize_cli import load
 from linearize_cli.checkpoint import load_teacher
+from linearize_cli.files import write_json
 from linearize_cli.versions import versions
 
 REPEATS = 12
@@ -85,7 +86,7 @@ def run(model: str, folder: Path, options: dict, seed: int, texts: list[str]) ->
         peak = None
     report = json.loads((folder / "linearize.json").read_text())
     report["speed"] = speeds(model, folder, int(options["seq-len"]), report) | {"peak_mb": peak}
-    record.write_text(json.dumps(report, indent=2))
+    write_json(record, report)
     return report
 
 

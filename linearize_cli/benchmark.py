@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
-from linearize_cli.console import Terminal, write_json
+from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
+from linearize_cli.files import check_writable, write_json
 from linearize_cli.measure import plots
 from linearize_cli.measure.speed import PHASES, measure, unmeasured
 from linearize_cli.measure.timing import machine, one_thread
@@ -75,10 +76,10 @@ def bench(
     base = teacher_name(folder, record, teacher)
     check_sizes(context, batch)
     figure = Path(plot).expanduser() if plot else folder / "bench.png"
-    if (folder / "bench.json").is_dir():
-        raise UserError(f"{folder / 'bench.json'} is a folder, where the report goes", "Move it away.")
-    if figure.is_dir() or not figure.absolute().parent.is_dir():
-        raise UserError(f"--plot {figure} is a folder, or in none", "Name a file in a folder that exists.")
+    if write:
+        check_writable(folder / "bench.json")
+    if write or plot:
+        check_writable(figure, "--plot" if plot else "")
     if figure.suffix.lower() != ".png":
         raise UserError(f"--plot {figure} is no PNG", "Name a file that ends in .png.")
     student, tokenizer = load(

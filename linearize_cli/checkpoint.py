@@ -142,7 +142,9 @@ def resolve_model(model: str, weights: bool = True) -> str:
         raise UserError(f"{path} is a file.", f"Name the folder it is in. {NAMES}")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{path}: no such folder.", NAMES)
-    with explained(model, "the checkpoint", FORMATS):
+    from linearize_cli.artifact.hub import limited_waits
+
+    with limited_waits(), explained(model, "the checkpoint", FORMATS):
         return _download(model, weights)
 
 

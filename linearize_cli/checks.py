@@ -1,16 +1,17 @@
 """What a conversion refuses before it starts."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.errors import UserError
-from linearize_cli.job import Job
+from linearize_cli.job import SELF, Job
 from linearize_cli.plan import Layer, measured_count
 from linearize_cli.recipe import Recipe
-from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import KEY, LayerBlocks
 from linearize_cli.recover.student import recomputable
@@ -84,7 +85,7 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
             f"--medusa-heads: {kind} is no causal language model, so it has no next tokens to draft",
             "Leave the option out.",
         )
-    if text.SELF in (*job.data, job.recipe.recover.data) and task is not CausalLM:
+    if SELF in (*job.data, job.recipe.recover.data) and task is not CausalLM:
         raise UserError(
             f"--data self: {kind} writes no text to learn from", "Pass --data with a file or a dataset."
         )
@@ -106,7 +107,7 @@ def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine
         UserError: the model is to write its own text, to be spread in shards, or to be distilled on a device that
             does not hold it.
     """
-    if text.SELF in (job.data or (job.recipe.recover.data,)):
+    if SELF in (job.data or (job.recipe.recover.data,)):
         raise UserError(
             f"--data self: a model that is on the device {by_block.size} layers at a time writes too slowly",
             f"Pass --data with a file or a dataset, or --set {KEY}=0.",
@@ -178,4 +179,27 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
         raise UserError(
             f"--keep-softmax {job.keep_softmax}: there is no text to measure the layers on",
             "Pass --eval-data or --data, leave out --no-train, or choose the layers with at:i,j,k.",
+        )
+
+
+def check_space(folder: Path, model: PreTrainedModel, hidden_states: int = 0) -> None:
+    """Refuse a disk that is too full for the artifact and for what training keeps meanwhile.
+
+    Args:
+        folder: the output folder.
+        hidden_states: bytes of the hidden states between two blocks of layers.
+
+    Raises:
+        UserError: how much is missing.
+    """
+    need = 2 * sum(p.nbytes for p in model.parameters()) + hidden_states + (64 << 20)
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
+        part = (
+            f" ({hidden_states >> 20} MB of them for hidden states between blocks)" if hidden_states else ""
+        )
+        raise UserError(
+            f"not enough disk space at {folder.parent.resolve().name or folder.parent}: "
+            f"{free >> 20} MB are free, about {need >> 20} MB are needed{part}",
+            "Free some space, or pass -o DIR on another disk.",
         )

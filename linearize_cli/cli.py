@@ -65,7 +65,7 @@ def cli(context: click.Context, debug: bool) -> None:
     "--processes", type=click.IntRange(1), default=1, show_default=True, help="Of --dry-run: how many train."
 )
 @click.option("--flops", type=FLOPS, help="Of --dry-run: FLOP/s of one, such as 200T; measured if not given.")
-@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @trust_option
 @model_options
 @command_options
@@ -307,15 +307,15 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
 @click.argument("name", required=False)
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:
-    """List the methods, or print the recipe NAME."""
-    from linearize_cli.methods import load_recipe, method_names
+    """List the methods, or print the recipe NAME (a method or a file). Code that a recipe names is not run."""
+    from linearize_cli.methods import method_names, read_recipe
     from linearize_cli.render import method_table
 
     if name:
-        recipe = load_recipe(name)
+        recipe = read_recipe(name)
         click.echo(recipe.dump(), nl=False)
         return recipe.to_dict()
-    recipes = [load_recipe(method) for method in method_names()]
+    recipes = [read_recipe(method) for method in method_names()]
     terminal.out.print(method_table(recipes))
     return [recipe.to_dict() for recipe in recipes]
 
@@ -323,7 +323,8 @@ def methods(terminal: Terminal, name: str | None) -> Any:
 @cli.command()
 @click.option("-o", "--output", metavar="DIR", default="demo-augmented", show_default=True)
 @click.option("--tokens", type=TOKENS, help="Budget of recovery.")
-@click.option("--force", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @model_options
 @command_options
 def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:

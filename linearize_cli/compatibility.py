@@ -9,7 +9,7 @@ from linearize_kernels.features import FEATURE_MAPS
 from linearize_kernels.local import SCORES, WEIGHTS
 from linearize_kernels.memory import MEMORIES
 
-from linearize_cli.recipe import Attention, Recipe
+from linearize_cli.recipe import Attention, Recipe, names_code
 
 LINEAR = "linear"
 REACHES = ("attention", "all")  # what LoRA may be on
@@ -86,7 +86,7 @@ def unknown_values(a: Attention) -> Iterable[str]:
     if a.local:
         choices.append(("attention.local.scope", a.local.scope, ("sliding", "group")))
         choices.append(("attention.local.score", a.local.score, SCORES))
-    if a.far:
+    if a.far and not names_code(a.far.feature_map):
         choices.append(("attention.far.feature_map", a.far.feature_map, [*FEATURE_MAPS, *FAR_PARTS]))
     for path, value, allowed in choices:
         if value not in allowed:
@@ -94,7 +94,8 @@ def unknown_values(a: Attention) -> Iterable[str]:
 
 
 def parts_at_odds(a: Attention) -> Iterable[str]:
-    if a.cross == LINEAR and not (a.far and getattr(FEATURE_MAPS.get(a.far.feature_map), "positive", False)):
+    positive = a.far and getattr(FEATURE_MAPS.get(a.far.feature_map), "positive", False)
+    if a.cross == LINEAR and not (positive or (a.far and names_code(a.far.feature_map))):
         yield (
             "attention.cross, attention.far.feature_map: linear attention to an encoder needs a feature map whose "
             "weights are positive"

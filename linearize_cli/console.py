@@ -1,17 +1,12 @@
 """What a person sees: results on standard output, progress and errors on standard error."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-
-from linearize_cli.errors import UserError
 
 Advance = Callable[[int], None]
 WIDTH = 120  # of results that go to a file or a pipe
@@ -49,22 +44,6 @@ class Terminal:
         with Progress(*columns, console=self.err, disable=self.quiet) as bar:
             task = bar.add_task(title, total=total, completed=done)
             yield lambda tokens: bar.advance(task, tokens)
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write data as JSON, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}", "Choose another place.") from None
 
 
 def fail(text: str) -> None:

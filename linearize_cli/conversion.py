@@ -1,6 +1,5 @@
 """`convert`: turn a softmax checkpoint into a linear-attention artifact."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from linearize_cli.checks import (
     check_budget,
     check_checkpointing,
     check_length,
+    check_space,
     check_task,
     hidden_bytes,
     with_batch_size,
@@ -22,8 +22,9 @@ from linearize_cli.compatibility import LINEAR
 from linearize_cli.console import Terminal
 from linearize_cli.costs import costs
 from linearize_cli.estimate import estimate, measured_flops
-from linearize_cli.job import Job, check_output, check_space, partial_folder
+from linearize_cli.job import DEMO, SELF, Job
 from linearize_cli.methods import load_recipe
+from linearize_cli.output import Output, output_folder
 from linearize_cli.phantom import Phantom
 from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
@@ -80,9 +81,7 @@ def convert(
         CheckFailed: the converted model's forms do not agree; nothing is saved.
         KeyboardInterrupt: `<output>.partial` is left for `resume`.
     """
-    folder = Path(output).expanduser() if output else default_output(model, method)
-    folder = folder if folder.name else folder.resolve()
-    recipe = with_budget(load_recipe(method, overrides), tokens)
+    recipe = with_budget(load_recipe(method, overrides, trust_remote_code), tokens)
     if data:
         recipe = with_budget(recipe, data=", ".join(data))
     job = Job(
@@ -101,6 +100,7 @@ def convert(
     )
     if dry_run:
         return plan_report(job, device, trust_remote_code, processes, flops)
+    folder = output_folder(output or default_output(model, method))
     engine = Engine(device, tracker, folder.parent / "runs")
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():
@@ -117,44 +117,52 @@ def run(
     force: bool,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """`convert` in one of its processes."""
-    recipe, partial = job.recipe, folder.with_name(folder.name + ".partial")
-    engine.on_main(check_output, folder, partial, job, resume, force)
+    """Run `convert` in one of its processes."""
+    output = Output(folder)
+    report = engine.on_main(output.open, job, resume, force)
+    if report is None:
+        with engine.only_main(output.working), engine.watched():
+            report = make_artifact(job, output.path, folder, engine, terminal, trust_remote_code)
+            if engine.main:
+                output.put_in_place(job, report)
+    return {**report, "output": str(folder)}
+
+
+def make_artifact(
+    job: Job, partial: Path, folder: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Write the artifact to `partial/artifact` and return its report.
+
+    Args:
+        folder: where the artifact will be.
+    """
     refuse_linearized(job.model)
     sources = open_sources(job)
     eval_text = text.open_source(job.eval_data) if job.eval_data else None
     texts = None if None in sources else train_and_eval(job, sources, eval_text)
     check_device(engine.device)
-    size = recipe.recover.transfer.block_layers
+    size = job.recipe.recover.transfer.block_layers
     home = "cpu" if size else engine.home
     teacher, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
     linear, softmax = planned(job, teacher)
     task = task_of(teacher, tokenizer)
     check_task(job, type(teacher).__name__, type(task), linear)
     check_checkpointing(job, teacher)
-    length = check_length(job.seq_len, recipe, teacher)
-    asked, job = job, with_batch_size(job, length)
+    length = check_length(job.seq_len, job.recipe, teacher)
+    job = with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     by_block = None
     if size:
         by_block = LayerBlocks.of(teacher, [layer.name for layer in linear], size, engine.device)
         check_blocks(job, teacher, by_block, engine)
     engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
-    with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
-        if texts is None:
-            writing = (teacher, tokenizer, partial / "self.jsonl")
-            sources = with_own_text(job, sources, *writing, length, terminal, engine)
-            texts = train_and_eval(job, sources, eval_text)
-        where = (length, partial, terminal, engine, by_block)
-        converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
-        report = converting.all(*texts, folder.name)
-        if engine.main:
-            if folder.exists():
-                shutil.rmtree(folder)
-            (partial / "artifact").rename(folder)
-    if engine.main:
-        shutil.rmtree(partial)
-    return {**report, "output": str(folder)}
+    if texts is None:
+        writing = (teacher, tokenizer, partial / "self.jsonl")
+        sources = with_own_text(job, sources, *writing, length, terminal, engine)
+        texts = train_and_eval(job, sources, eval_text)
+    where = (length, partial, terminal, engine, by_block)
+    converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
+    return converting.all(*texts, folder.name)
 
 
 def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
@@ -168,9 +176,9 @@ def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]
 
 def open_sources(job: Job) -> list[text.Source | None]:
     """What the job names as data; None stands for `self`, which is not written yet."""
-    names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
+    names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
-    return [None if name == text.SELF else text.open_source(name) for name in names] if needed else []
+    return [None if name == SELF else text.open_source(name) for name in names] if needed else []
 
 
 def with_own_text(

@@ -10,9 +10,11 @@ import torch
 
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
-from linearize_cli.console import Terminal, write_json
+from linearize_cli.console import Terminal
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
+from linearize_cli.files import check_writable, write_json
+from linearize_cli.job import DEMO, SELF
 from linearize_cli.measure import plots
 from linearize_cli.measure.beside import (
     Pair,
@@ -30,6 +32,7 @@ from linearize_cli.versions import versions
 SCHEMA = 1
 TIMES = 8  # the trained length: the longest context, if none is asked for
 SHORTEST = 8  # tokens of a block
+FIGURES = ("eval-perplexity.png", "eval-recall.png", "eval-transfer.png")
 
 
 def evaluate(
@@ -70,9 +73,12 @@ def evaluate(
     check_artifact(folder)
     record = read_record(folder)
     base = teacher_name(folder, record, teacher)
+    if write:
+        for name in ("eval.json", *FIGURES):
+            check_writable(folder / name)
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
-    demo = text.DEMO in (base, record.get("base_model"))
+    demo = DEMO in (base, record.get("base_model"))
     source = open_text(data, demo)
     harness = Harness(tasks) if tasks else None
     student, tokenizer = load(
@@ -122,7 +128,7 @@ def open_text(data: str | None, demo: bool) -> text.Source:
             "eval needs text that neither model was trained on",
             "Pass --data: a text, JSONL or parquet file, a folder of them, or a Hub dataset.",
         )
-    if data == text.SELF:
+    if data == SELF:
         raise UserError(
             "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
         )
@@ -156,11 +162,7 @@ def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> li
 
 
 def draw(folder: Path, report: dict[str, Any]) -> None:
-    figures = {
-        "perplexity": plots.by_position(report),
-        "recall": plots.by_distance(report),
-        "transfer": plots.transfer(folder / "log.jsonl"),
-    }
-    for name, figure in figures.items():
+    drawn = (plots.by_position(report), plots.by_distance(report), plots.transfer(folder / "log.jsonl"))
+    for name, figure in zip(FIGURES, drawn, strict=True):
         if figure is not None:
-            plots.save(figure, folder / f"eval-{name}.png")
+            plots.save(figure, folder / name)

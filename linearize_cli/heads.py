@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from linearize_cli.artifact.card import card
@@ -13,17 +14,19 @@ from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
-from linearize_cli.console import Terminal, write_json
+from linearize_cli.console import Terminal
 from linearize_cli.conversion import open_sources, train_and_eval, with_own_text
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
-from linearize_cli.job import Job, check_partial, partial_folder
+from linearize_cli.files import check_writable, replacing, write_json, write_text
+from linearize_cli.job import DEMO, Job
 from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.heads import LOG, check_heads, make_heads
-from linearize_cli.speculative.medusa import FILE
+from linearize_cli.speculative.medusa import FILE, MedusaHeads
 from linearize_cli.tasks import task_of
+from linearize_cli.workspace import Workspace
 
 HEADS = 4
 
@@ -64,8 +67,8 @@ def heads(
         raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
     report = json.loads((folder / "linearize.json").read_text())
     recipe = with_budget(saved_recipe(folder), tokens)
-    if report["base_model"] == text.DEMO:
-        data, eval_data = data or (text.DEMO,), eval_data or (None if data else str(heldout_path()))
+    if report["base_model"] == DEMO:
+        data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
@@ -87,9 +90,31 @@ def run(
     force: bool,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """`heads` in one of its processes."""
-    partial = folder.with_name(f"{folder.name}.heads.partial")
-    engine.on_main(check_partial, partial, job, resume, force)
+    """Run `heads` in one of its processes."""
+    workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
+    engine.on_main(check_writable, folder / FILE)
+    facts = engine.on_main(workspace.open, job, resume, force)
+    if facts is not None:
+        return facts
+    with engine.only_main(workspace.working), engine.watched():
+        made, dtype, facts = train_heads(job, folder, workspace.path, engine, terminal, trust_remote_code)
+        if engine.main:
+            made.save(folder, dtype)
+            with replacing(folder / LOG) as beside:
+                shutil.copy(workspace.path / LOG, beside)
+            tell(folder, report, facts)
+            workspace.save_state({**workspace.state, "report": facts})
+    return facts
+
+
+def train_heads(
+    job: Job, folder: Path, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
+) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
+    """Train heads for the artifact in `folder`; return them, the model's dtype and the facts about them.
+
+    Args:
+        partial: keeps the checkpoint and the log.
+    """
     sources = open_sources(job)
     eval_text = text.open_source(job.eval_data) if job.eval_data else None
     device = {"device": engine.home, "dtype": job.dtype}
@@ -97,27 +122,20 @@ def run(
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
     length = check_length(job.seq_len, job.recipe, model)
-    asked, job = job, with_batch_size(job, length)
+    job = with_batch_size(job, length)
     check_budget(job, length, engine.processes)
-    with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
-        writing = (model, tokenizer, partial / "self.jsonl")
-        sources = with_own_text(job, sources, *writing, length, terminal, engine)
-        train_text, eval_text = train_and_eval(job, sources, eval_text)
-        limit = None if job.eval_data else text.HELD_OUT_LIMIT
-        blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
+    writing = (model, tokenizer, partial / "self.jsonl")
+    sources = with_own_text(job, sources, *writing, length, terminal, engine)
+    train_text, eval_text = train_and_eval(job, sources, eval_text)
+    limit = None if job.eval_data else text.HELD_OUT_LIMIT
+    blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
 
-        def batches(done: int) -> Iterator[Batch]:
-            stream = text.stream(train_text, tokenizer, length, job.batch_size, job.recipe.recover, done)
-            return (task.batch(engine.share(rows)) for rows in stream)
+    def batches(done: int) -> Iterator[Batch]:
+        stream = text.stream(train_text, tokenizer, length, job.batch_size, job.recipe.recover, done)
+        return (task.batch(engine.share(rows)) for rows in stream)
 
-        made, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
-        if engine.main:
-            shutil.copy(partial / LOG, folder)
-            made.save(folder, model.dtype)
-            tell(folder, report, facts)
-    if engine.main:
-        shutil.rmtree(partial)
-    return facts
+    heads, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
+    return heads, model.dtype, facts
 
 
 def saved_recipe(folder: Path) -> Recipe:
@@ -144,6 +162,6 @@ def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     report = {**report, "medusa": facts}
     if isinstance(report.get("checksums"), dict):
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
+    if untouched:  # first: a run that is killed in between compares with linearize.json again
+        write_text(path, card(report, **name))
     write_json(folder / "linearize.json", report)
-    if untouched:
-        path.write_text(card(report, **name))

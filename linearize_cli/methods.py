@@ -1,6 +1,7 @@
 """The methods by name: recipes that come with the package, their augmented forms, and files of a user's own."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 
 from linearize_cli.compatibility import misfits
 from linearize_cli.errors import UserError
-from linearize_cli.recipe import Recipe, build
+from linearize_cli.recipe import Recipe, build, names_code
 from linearize_cli.runtime.bundle import load_own_code
 
 DEFAULT, DEFAULT_BASE = "augmented", "hedgehog"
@@ -25,16 +26,50 @@ def method_names() -> list[str]:
     return [DEFAULT, *bases, *(f"{DEFAULT}:{base}" for base in bases if base != DEFAULT_BASE)]
 
 
-def load_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it.
+def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it. Code that it names is not run.
 
     Raises:
         UserError: unknown method, unreadable file, unknown keys or unfit values (all of them at once).
     """
+    data, where = read_data(method, overrides)
+    if names_code(feature_map_of(data)):
+        own_file(data, where)
+    return checked(data, where)
+
+
+def load_recipe(method: str, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe as `read_recipe`, and enter a feature map of the user's own in the registry by running its code.
+
+    Raises:
+        UserError: as `read_recipe`; or the recipe names code and `trust_remote_code` is not given.
+    """
+    data, where = read_data(method, overrides)
+    if names_code(feature_map_of(data)):
+        path = own_file(data, where)
+        if not trust_remote_code:
+            raise UserError(
+                f"{where}: the code of its feature map is in {path}, which was not run",
+                "Read that code. If you trust it, add --trust-remote-code.",
+            )
+        enter_own_feature_map(data, where, path)
+    return checked(data, where)
+
+
+def read_data(method: str, overrides: Iterable[str]) -> tuple[dict, str]:
+    """Return a recipe as plain data with the overrides applied, and what to call it in messages."""
     data, where = _read(method)
     for override in overrides:
         _apply(data, override)
-    enter_own_feature_map(data, where)
+    return data, where
+
+
+def checked(data: dict, where: str) -> Recipe:
+    """Return the recipe of plain data.
+
+    Raises:
+        UserError: unknown keys, unfit values or parts that do not go together (all of them at once).
+    """
     problems: list[str] = []
     recipe = build(Recipe, data, "", problems)
     if not problems:
@@ -106,32 +141,55 @@ def _text(name: str) -> str:
     return _folder().joinpath(f"{name}.yaml").read_text()
 
 
-def enter_own_feature_map(data: dict, where: str) -> None:
-    """A recipe may name a feature map of the user's own as `FILE.py:CLASS`, the file beside the recipe: the class
-    enters itself in the registry, and the recipe then names it as that does.
+def feature_map_of(data: dict) -> object:
+    """Return `attention.far.feature_map` of a recipe that may have any form."""
+    for key in ("attention", "far", "feature_map"):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def own_file(data: dict, where: str) -> Path:
+    """Return the file of a feature map that a recipe names as `FILE.py:CLASS`.
+
+    FILE is relative to the folder of the recipe's file, or to the working directory where `--set` names it for a
+    method of ours.
 
     Raises:
-        UserError: there is no such file, it fails, or it has no such feature map.
+        UserError: there is no such file, or it is outside that folder.
     """
-    far = (data.get("attention") or {}).get("far") if isinstance(data.get("attention"), dict) else None
-    name = far.get("feature_map") if isinstance(far, dict) else None
-    if not (isinstance(name, str) and ".py:" in name):
-        return
-    file, _, cls = name.rpartition(":")
-    path = Path(where).parent / file
+    file = feature_map_of(data).rpartition(":")[0]
+    folder = Path(where).parent.resolve()
+    path = Path(os.path.realpath(folder / file.replace("\0", "")))
+    if not path.is_relative_to(folder):
+        what = f"{file[:200]} is outside {folder}, the folder of the recipe"
+    elif not os.path.isfile(path):
+        what = f"there is no file {file[:200]} in {folder}"
+    else:
+        return path
+    hint = "FILE.py:CLASS names a Python file in the folder of the recipe."
+    raise UserError(f"{where}: attention.far.feature_map: {what}", hint)
+
+
+def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
+    """Run a user's file: its class enters itself in the registry, and `data` then names it as the registry does.
+
+    Raises:
+        UserError: the file fails, or has no such feature map.
+    """
+    far, cls = data["attention"]["far"], feature_map_of(data).rpartition(":")[2]
     try:
         found = getattr(load_own_code(path), cls, None)
     except Exception as error:  # the user's code may raise anything
         raise UserError(
             f"{where}: attention.far.feature_map: {path} cannot be loaded: {error}",
-            "FILE.py:CLASS names a Python file beside the recipe and a subclass of FeatureMap in it.",
+            "FILE.py:CLASS names a Python file with a subclass of FeatureMap.",
         ) from error
     if not (isinstance(found, type) and issubclass(found, FeatureMap) and "name" in vars(found)):
         raise UserError(
             f"{where}: attention.far.feature_map: {path} has no feature map {cls}",
             "Write it as a subclass of linearize_kernels.features.FeatureMap, under @feature_map(NAME).",
         )
-    try_feature_map(found, far.get("feature_dim"), f"{where}: attention.far.feature_map: {name}")
+    try_feature_map(found, far.get("feature_dim"), f"{where}: attention.far.feature_map: {path.name}:{cls}")
     data["attention"]["far"] = {**far, "feature_map": found.name}
 
 

@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
 
-from linearize_cli.console import Terminal, write_json
-from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.console import Terminal
+from linearize_cli.errors import CheckFailed
+from linearize_cli.files import check_writable, write_json
 
 
 class TokenCount(click.ParamType):
@@ -77,12 +77,8 @@ def command_options(function: Callable) -> Callable:
 
     @wraps(function)
     def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
-        if json_file and not Path(json_file).absolute().parent.is_dir():
-            raise UserError(
-                f"--json {json_file}: its folder does not exist", "Create it, or choose another place."
-            )
-        if json_file and Path(json_file).is_dir():
-            raise UserError(f"--json {json_file} is a folder", "Name a file.")
+        if json_file:
+            check_writable(json_file, "--json")
         result = function(terminal=Terminal(quiet), **kwargs)
         if json_file:
             write_json(json_file, result)
@@ -121,5 +117,5 @@ model_options = options(
     ),
 )
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that MODEL or ARTIFACT brings along."
+    "--trust-remote-code", is_flag=True, help="Run code that MODEL, ARTIFACT or the recipe brings along."
 )

@@ -189,6 +189,11 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+def names_code(feature_map: object) -> bool:
+    """Return whether a feature map is a user's own, in Python code beside the recipe: `FILE.py:CLASS`."""
+    return isinstance(feature_map, str) and ".py:" in feature_map
+
+
 def parse_count(text: str | int) -> int:
     """A number of tokens: `650k`, `40M`, `1_000`.
 

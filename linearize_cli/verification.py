@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
 from linearize_cli.artifact.fingerprint import in_float32
 from linearize_cli.artifact.load import check_artifact
-from linearize_cli.console import write_json
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
+from linearize_cli.files import check_writable, write_json
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
 from linearize_cli.recover.read import Chat, read_jsonl
 from linearize_cli.render import table
@@ -306,6 +306,8 @@ def verify(
     """
     folder = Path(artifact).expanduser()
     check_artifact(folder)
+    if write:
+        check_writable(folder / "verify.json")
     texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)

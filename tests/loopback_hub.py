@@ -36,7 +36,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
-    pull_requests: int = 0
+    pull_requests: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
         self.commit("main", {".gitattributes": b"*.safetensors filter=lfs -text\n"}, "start")
@@ -54,13 +54,22 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Answers the next `times` requests of `method` whose path matches `path` with `status`."""
+    """Answers the next `times` requests of `method` whose path matches `path` with `status`.
+
+    Attributes:
+        body: is answered as it is, in place of an error with `message`.
+        stalled: no answer is given, and nothing is done.
+        lost: what was asked for is done, but the answer is `status`; none arrives if that is 0.
+    """
 
     method: str
     path: str
-    status: int
+    status: int = 0
     times: int = 1
     message: str = "injected fault"
+    body: bytes | None = None
+    stalled: bool = False
+    lost: bool = False
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -81,13 +90,14 @@ class LoopbackHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
-        self.lock = threading.Lock()
+        self.lock, self.closed = threading.Lock(), threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.closed.set()
         self.shutdown()
         self.server_close()
 
@@ -121,11 +131,20 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         url = urlsplit(self.path)
         self.query, path = parse_qs(url.query), unquote(url.path)
-        self.body = self.read_body()
+        self.body, self.lost = self.read_body(), None
+        fault = self.take_fault(path)
+        if fault and fault.stalled:
+            self.server.requests.append((self.command, path))
+            self.close_connection = self.server.closed.wait()
+            return
         with self.server.lock:
             self.server.requests.append((self.command, path))
             try:
-                self.raise_fault(path)
+                if fault and fault.body is not None:
+                    return self.reply(fault.body, fault.status)
+                if fault and not fault.lost:
+                    raise Refusal(fault.status, fault.message)
+                self.lost = fault
                 self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
                 self.user = self.server.tokens.get(self.token)
                 if self.token and not self.user:
@@ -149,14 +168,20 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def raise_fault(self, path: str):
+    def take_fault(self, path: str) -> Fault | None:
         for fault in self.server.faults:
             if fault.times and fault.method == self.command and re.search(fault.path, path):
                 fault.times -= 1
-                raise Refusal(fault.status, fault.message)
+                return fault
+        return None
 
     def reply(self, content, status: int = 200, headers: dict | None = None):
         """`content`: bytes as they are, anything else as JSON."""
+        if self.lost and not self.lost.status:
+            self.close_connection = True
+            return
+        if self.lost:
+            content, status = {"error": self.lost.message}, self.lost.status
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
@@ -218,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         """How each file is to be sent, and the id of the one that is there."""
         repo, commit = self.revision(name, revision)
         self.require_access(name, repo)
-        if "create_pr" not in self.query:
+        if "create_pr" not in self.query and not revision.startswith("refs/pr/"):
             self.require_write(name.split("/")[0])
         there = {path: object_id(path, content) for path, content in repo.commits[commit].items()}
         files = []
@@ -247,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, name, revision):
         repo, parent = self.revision(name, revision)
         as_pull_request = "create_pr" in self.query
-        if not as_pull_request:
+        if not as_pull_request and not revision.startswith("refs/pr/"):
             self.require_write(name.split("/")[0])
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         files = dict(repo.commits[parent])
@@ -263,11 +288,19 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(400, f"unknown operation {kind}")
         answer = {"success": True}
         if as_pull_request:
-            repo.pull_requests += 1
-            revision = f"refs/pr/{repo.pull_requests}"
-            answer["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{repo.pull_requests}"
+            number = len(repo.pull_requests) + 1
+            revision, title = f"refs/pr/{number}", header["value"]["summary"]
+            request = {"num": number, "title": title, "author": {"name": self.user}, "status": "open"}
+            where = {"repo": {"name": name, "type": "model"}, "createdAt": "2026-01-01T00:00:00.000Z"}
+            repo.pull_requests.append({**request, **where, "isPullRequest": True})
+            answer["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{number}"
         commit = repo.commit(revision, files, header["value"]["summary"])
         self.reply(answer | {"commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
+
+    @route("GET", "/api/models/REPO/discussions")
+    def discussions(self, name):
+        found = self.repo(name).pull_requests
+        self.reply({"discussions": found, "count": len(found), "start": 0})
 
     @route("GET", "/api/models/REPO")
     @route("GET", "/api/models/REPO/revision/REV")

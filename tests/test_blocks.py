@@ -241,7 +241,7 @@ def test_layers_in_two_lists_are_refused():
 def test_a_full_disk_is_told_before_the_start(teachers, monkeypatch):
     teacher, _ = teachers["llama"]
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("linearize_cli.job.shutil.disk_usage", lambda path: usage(1 << 40, 0, 1 << 30))
+    monkeypatch.setattr("linearize_cli.checks.shutil.disk_usage", lambda path: usage(1 << 40, 0, 1 << 30))
     wide = {**blocks(1), "tokens": 10**9}
     with pytest.raises(
         UserError, match=r"1024 MB are free, about \d+ MB .*\(122070 MB of them for hidden states"

@@ -24,6 +24,9 @@ import torch
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.errors import UserError
 torch.set_num_threads(1)
+if "stalled" in sys.argv:
+    from linearize_cli.artifact import hub
+    hub.TIMEOUT = dict.fromkeys(hub.TIMEOUT, 0.3)
 for model, token in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token
     try:
@@ -35,7 +38,9 @@ for model, token in json.loads(sys.argv[1]):
 """
 
 
-def load(endpoint: str, cache: Path, *models: tuple[str, str], offline: bool = False) -> list[dict]:
+def load(
+    endpoint: str, cache: Path, *models: tuple[str, str], offline: bool = False, stalled: bool = False
+) -> list[dict]:
     """What load_teacher gives for each (model, token): its name and token ids, or `what` and `hint`."""
     environment = {
         "HF_ENDPOINT": endpoint,
@@ -46,7 +51,7 @@ def load(endpoint: str, cache: Path, *models: tuple[str, str], offline: bool = F
         "NO_PROXY": "127.0.0.1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(models)],
+        [sys.executable, "-c", LOAD, json.dumps(models), *["stalled"] * stalled],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -166,3 +171,11 @@ def test_offline_mode(cache):
     )
     assert (meta["name"], tiny["name"]) == ("maker/meta", "maker/tiny")
     assert "HF_HUB_OFFLINE is set" in other["what"] and "a local folder" in other["hint"]
+
+
+def test_a_hub_that_does_not_answer(hub, tmp_path):
+    fault = Fault("GET", "/api/(models/maker/tiny|whoami)", stalled=True, times=10)
+    hub.faults.append(fault)
+    (said,) = load(hub.url, tmp_path, ("maker/tiny", TOKEN), stalled=True)
+    hub.faults.remove(fault)
+    assert "the Hub cannot be reached" in said["what"]

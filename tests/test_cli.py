@@ -144,7 +144,7 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["convert", "tiny", "-o", "x", "--no-train", "--medusa-heads", "3"], ["--medusa-heads"]),
         (["heads", "tiny"], ["linearize convert"]),
         (["heads", "tiny-augmented", "--data", "absent.txt"], ["absent.txt"]),
-        (["heads", "tiny-augmented", "--resume", "--force"], ["--resume", "--force"]),
+        (["heads", "tiny-augmented", "--resume", "--force"], ["nothing to resume", "--resume"]),
         (["convert", "tiny", "-o", "x", "--data", "absent.txt"], ["absent.txt"]),
         (["convert", "tiny", "-o", "x", "--no-train", "--colour"], ["--colour"]),
         (["verify", "tiny"], ["linearize convert"]),
@@ -189,7 +189,7 @@ def test_an_internal_error_ends_with_3_and_debug_shows_it(folder, monkeypatch, c
     def broken(*arguments):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(methods, "load_recipe", broken)
+    monkeypatch.setattr(methods, "read_recipe", broken)
     for arguments, shown in ((["methods"], False), (["--debug", "methods"], True)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

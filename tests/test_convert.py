@@ -14,6 +14,7 @@ from linearize_cli.measure.perplexity import perplexity
 from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.recover import data
 from linearize_cli.verification import verify_model
+from linearize_cli.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +121,18 @@ def test_layers_are_kept_and_the_adapter_too(teacher):
 
 
 def test_the_teacher_writes_its_own_corpus(teacher, monkeypatch):
-    output, texts = teacher.folder / "self", []
-    monkeypatch.setattr(shutil, "rmtree", keep_corpus(shutil.rmtree, texts))
+    output, texts, clear = teacher.folder / "self", [], Workspace.clear
+
+    def keep_corpus(self):
+        corpus = self.path / "self.jsonl"
+        texts.extend(corpus.read_text().splitlines() if corpus.exists() else ())
+        clear(self)
+
+    monkeypatch.setattr(Workspace, "clear", keep_corpus)
     changes = {**SMALL, "data": ("self",), "eval_data": teacher.text, "batch_size": 4}
     report = convert(teacher.path, output, **changes)
     assert report["perplexity"]["recovered"] > 0
     assert sum(json.loads(text)["tokens"] for text in texts) >= SMALL["tokens"] and len(set(texts)) > 8
-
-
-def keep_corpus(rmtree, texts):
-    def remove(path, *arguments, **keywords):
-        corpus = path / "self.jsonl"
-        if corpus.exists():
-            texts.extend(corpus.read_text().splitlines())
-        rmtree(path, *arguments, **keywords)
-
-    return remove
 
 
 def test_a_dry_run_writes_nothing(teacher):
@@ -150,10 +147,10 @@ def test_an_existing_folder_needs_force(teacher, whole):
     run(teacher, output, train=False)
     with pytest.raises(UserError, match="--force"):
         run(teacher, output, train=False)
-    marker = output / "marker"
-    marker.write_text("old")
-    run(teacher, output, train=False, force=True)
-    assert not marker.exists()
+    old = (output / "linearize.json").read_text()
+    run(teacher, output, train=False, keep_softmax="at:1", force=True)
+    assert (output / "linearize.json").read_text() != old
+    assert not output.with_name("again.partial").exists()
 
 
 def test_force_deletes_artifacts_and_nothing_else(teacher):
@@ -199,7 +196,7 @@ def test_a_model_whose_forms_disagree_is_refused(teacher, monkeypatch):
         (dict(overrides=("attention.conv.width=5000",)), "attention.conv.width 5000"),
         (dict(train=False, keep_adapter=True), "--keep-adapter"),
         (dict(tokens=10, dry_run=True), "less than one batch"),
-        (dict(resume=True, force=True), "--resume"),
+        (dict(resume=True, force=True), "nothing to resume"),
         (dict(data=("",)), "SRC is empty"),
         (dict(device="meta"), "meta"),
         (dict(dtype="int8"), "int8"),

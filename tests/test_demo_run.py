@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from linearize_cli import conversion
+from linearize_cli.cli import main
+from linearize_cli.demo import run
 from linearize_cli.demo.run import demo
 
 
@@ -18,6 +21,23 @@ def test_demo_reports_all_that_its_table_shows(tmp_path):
     assert json.loads((tmp_path / "out" / "verify.json").read_text())["verdict"] == report["verdict"]
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == report["bench"]
     assert all(row["seconds"] > 0 for row in report["bench"]["rows"])
+
+
+def test_an_interrupted_demo_can_be_resumed(tmp_path, monkeypatch, capsys):
+    """As its message says: with --resume."""
+
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    arguments = ["demo", "-o", str(tmp_path / "out"), "--tokens", "8k", "-q"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(conversion.Run, "recover", interrupted)
+        main(arguments)
+    assert ended.value.code == 130 and "go on with --resume" in capsys.readouterr().err
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(run, "evaluate", interrupted)
+        main([*arguments, "--resume"])
+    assert ended.value.code == 130 and (tmp_path / "out" / "linearize.json").exists()
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def killing_save(*arguments, **keywords):
     global count
     count += 1
     if moment.startswith("in-save") and count == int(moment.split("-")[-1]):
-        arguments[1].with_suffix(".new").write_bytes(b"half")
+        arguments[1].write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save(*arguments, **keywords)
     if moment.startswith("after-save") and count == int(moment.split("-")[-1]):

@@ -13,8 +13,9 @@ from torch.nn.functional import kl_div
 
 from linearize_cli.artifact.load import load
 from linearize_cli.checkpoint import load_teacher
+from linearize_cli.cli import main
 from linearize_cli.errors import UserError
-from linearize_cli.methods import load_recipe, method_names
+from linearize_cli.methods import load_recipe, method_names, read_recipe
 from linearize_cli.runtime.tree import read_tree
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,7 +42,7 @@ def teacher(tmp_path_factory):
 
 def small(method: str) -> tuple[str, ...]:
     """Overrides that cross windows, groups and the conv many times in a short text."""
-    attention, sizes = load_recipe(method).attention, []
+    attention, sizes = read_recipe(method).attention, []
     if attention.local:
         sizes.append("attention.local.size=4")
     if attention.conv.width:
@@ -113,7 +114,7 @@ def test_a_new_feature_map_is_one_class_and_travels_along(teacher, tmp_path):
     """examples/softplus.py and its recipe: the artifact loads where neither they nor this package are known."""
     recipe = str(EXAMPLES / "softplus.yaml")
     out = tmp_path / "out"
-    run(teacher, out, method=recipe, overrides=small(recipe))
+    run(teacher, out, method=recipe, overrides=small(recipe), trust_remote_code=True)
     assert (out / "linearize_own_softplus.py").exists()
     model, _ = load(out)
     check_trees(model)
@@ -141,7 +142,8 @@ model.save_pretrained({str(tmp_path / "again")!r})
 
 def test_a_feature_map_in_an_artifact_runs_only_if_trusted(teacher, tmp_path, monkeypatch):
     recipe = str(EXAMPLES / "softplus.yaml")
-    run(teacher, tmp_path / "out", method=recipe, overrides=small(recipe), train=False)
+    trusted = dict(train=False, trust_remote_code=True)
+    run(teacher, tmp_path / "out", method=recipe, overrides=small(recipe), **trusted)
     monkeypatch.delitem(FEATURE_MAPS, "softplus")
     with pytest.raises(UserError, match="linearize_own_softplus.py, which was not run"):
         load(tmp_path / "out")
@@ -151,7 +153,7 @@ def test_a_feature_map_in_an_artifact_runs_only_if_trusted(teacher, tmp_path, mo
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (None, "cannot be loaded"),
+        (None, "there is no file"),
         ("import nothing_of_this_name", "nothing_of_this_name"),
         ("class Mine: ...", "has no feature map Mine"),
         ("from linearize_kernels.features import FeatureMap as Mine", "has no feature map Mine"),
@@ -168,4 +170,67 @@ def test_a_feature_map_that_is_not_there_is_refused(code, words, tmp_path):
     recipe = {"name": "mine", "attention": {"far": {"feature_map": "mine.py:Mine"}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=words):
-        load_recipe(str(tmp_path / "mine.yaml"))
+        load_recipe(str(tmp_path / "mine.yaml"), trust_remote_code=True)
+
+
+RUNS = """
+from pathlib import Path
+Path(__file__).with_name("ran").write_text("ran")
+""" + MINE.format("return x.exp()")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Return a function that writes a recipe with code of its own and names the file; the code leaves a mark."""
+    code = tmp_path / "inside" / "sub" / "mine.py"
+    code.parent.mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(RUNS)
+    code.write_text(RUNS)
+
+    def own(file="sub/mine.py"):
+        recipe = {"name": "mine", "attention": {"far": {"feature_map": f"{file}:Mine"}}}
+        path = tmp_path / "inside" / "mine.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return str(path)
+
+    yield own
+    FEATURE_MAPS.pop("mine", None)
+
+
+def test_a_recipes_code_is_never_run_unasked(own, teacher, tmp_path, monkeypatch, capsys):
+    recipe, code = own(), "attention.far.feature_map=mine.py:Mine"
+    monkeypatch.chdir(tmp_path)
+    for method, overrides in ((recipe, ()), ("hedgehog", (code,)), (recipe, ("attention.sinks=0",))):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match="mine.py, which was not run\n.*--trust-remote-code"):
+                run(teacher, tmp_path / "out", method=method, overrides=overrides, dry_run=dry_run)
+    with pytest.raises(SystemExit) as ended:
+        main(["methods", recipe])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert not ended.value.code and printed["attention"]["far"]["feature_map"] == "sub/mine.py:Mine"
+    assert not list(tmp_path.rglob("ran"))
+
+    assert load_recipe(recipe, (), True).attention.far.feature_map == "mine"
+    assert load_recipe("hedgehog", (code,), True).attention.far.feature_map == "mine"
+    assert len(list(tmp_path.rglob("ran"))) == 2
+
+
+def test_a_recipes_code_is_inside_its_folder(own, tmp_path):
+    (tmp_path / "inside" / "link.py").symlink_to(tmp_path / "mine.py")
+    (tmp_path / "inside" / "folder").symlink_to(tmp_path)
+    for file in ("../mine.py", str(tmp_path / "mine.py"), "link.py", "folder/mine.py", "sub/../../mine.py"):
+        for read in (read_recipe, lambda recipe: load_recipe(recipe, (), True)):
+            with pytest.raises(UserError, match="is outside .*inside, the folder of the recipe"):
+                read(own(file))
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("file", ["absent.py", "n" * 300 + ".py", "a\0b.py", "", "sub"])
+def test_a_recipes_code_that_is_no_file_is_refused(file, own):
+    with pytest.raises(UserError, match="there is no file"):
+        read_recipe(own(f"{file.removesuffix('.py')}.py"))
+
+
+def test_a_recipe_with_code_is_checked_without_it(own):
+    with pytest.raises(UserError, match="attention.sinks"):
+        read_recipe(own(), ["attention.sinks=4"])

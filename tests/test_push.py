@@ -18,9 +18,12 @@ READ_TOKEN = "hf_readReadReadReadReadReadReadRea"
 
 # huggingface_hub reads HF_ENDPOINT and HF_HUB_DISABLE_XET when it is imported, hence a process for each push.
 PUSH = """
-import json, sys, traceback
+import json, sys, time, traceback
+from linearize_cli.artifact import hub
 from linearize_cli.artifact.push import push
 from linearize_cli.errors import UserError
+if "stalled" in sys.argv:
+    hub.TIMEOUT, time.sleep = dict.fromkeys(hub.TIMEOUT, 0.3), lambda seconds: None
 try:
     print(json.dumps(push(**json.loads(sys.argv[1]))))
 except UserError as error:
@@ -50,7 +53,7 @@ def hub(monkeypatch):
 def push(hub, tmp_path):
     """push(artifact, repo_id, ..., environment={}, cwd=None) -> Pushed; signed in as alice by default."""
 
-    def run(*names, environment=None, cwd=None, **options) -> Pushed:
+    def run(*names, environment=None, cwd=None, stalled=False, **options) -> Pushed:
         options |= dict(zip(("artifact", "repo_id"), map(str, names), strict=False))
         hub_environment = {
             "HF_ENDPOINT": hub.url,
@@ -62,7 +65,7 @@ def push(hub, tmp_path):
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         done = subprocess.run(
-            [sys.executable, "-c", PUSH, json.dumps(options)],
+            [sys.executable, "-c", PUSH, json.dumps(options), *["stalled"] * stalled],
             cwd=cwd,
             env=os.environ | hub_environment | (environment or {}),
             capture_output=True,
@@ -214,6 +217,85 @@ def test_dry_run_writes_nothing(push, hub, artifact):
 def test_a_passing_fault_is_retried(push, hub, artifact):
     hub.faults.append(Fault("PUT", "/lfs/", 503))
     assert push(artifact, "alice/tiny").code == 0
+
+
+STALLS = [
+    ("POST", "/repos/create"),
+    ("POST", "/validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "/objects/batch"),
+    ("PUT", "/lfs/"),
+    ("POST", "/commit/"),
+]
+
+
+@pytest.mark.parametrize("endpoint", [*STALLS, ("GET", "/api/models/")], ids=lambda endpoint: endpoint[1])
+def test_a_hub_that_does_not_answer_ends_a_push(push, hub, artifact, endpoint):
+    hub.faults.append(Fault(*endpoint, times=100, stalled=True))
+    refused = push(artifact, "alice/tiny", stalled=True, private=False)
+    assert refused.code == 2 and "timed out" in refused.data["what"] and "again" in refused.data["hint"]
+    assert 2 <= sum(request[0] == endpoint[0] and endpoint[1] in request[1] for request in hub.requests) <= 6
+    hub.faults.clear()
+    assert push(artifact, "alice/tiny").code == 0
+
+
+@pytest.mark.parametrize("endpoint", STALLS, ids=lambda endpoint: endpoint[1])
+def test_a_hub_that_stalls_once_is_asked_again(push, hub, artifact, endpoint):
+    hub.faults.append(Fault(*endpoint, stalled=True))
+    assert push(artifact, "alice/tiny", stalled=True).code == 0
+    assert "model.safetensors" in hub.repos["alice/tiny"].files()
+
+
+def test_a_commit_whose_reply_was_lost_is_not_made_again(push, hub, artifact):
+    hub.faults.append(Fault("POST", "/commit/", lost=True))
+    pushed = push(artifact, "alice/tiny", stalled=True)
+    assert pushed.code == 0 and pushed.data["commit"] == hub.repos["alice/tiny"].refs["main"]
+    assert len(hub.repos["alice/tiny"].messages) == 2
+
+
+@pytest.mark.parametrize("fault", [{"lost": True}, {"status": 504, "lost": True}], ids=str)
+def test_a_pull_request_whose_reply_was_lost_is_not_opened_again(push, hub, artifact, fault):
+    repo = hub.repos["bob/tiny"] = Repo()
+    assert push(artifact, "bob/tiny", create_pr=True).data["pull_request"].endswith("/1")
+    hub.faults.append(Fault("POST", "/commit/", **fault))
+    pushed = push(artifact, "bob/tiny", create_pr=True, stalled=True)
+    assert pushed.code == 0, pushed.output
+    assert pushed.data["pull_request"] == f"{hub.url}/bob/tiny/discussions/2"
+    assert pushed.data["commit"] == repo.refs["refs/pr/2"] and len(repo.pull_requests) == 2
+
+
+def test_a_pull_request_that_may_be_open_is_told(push, hub, artifact):
+    repo = hub.repos["bob/tiny"] = Repo()
+    hub.faults.append(Fault("POST", "/commit/", times=100, stalled=True))
+    refused = push(artifact, "bob/tiny", create_pr=True, stalled=True)
+    assert refused.code == 2 and "bob/tiny/discussions first" in refused.data["hint"]
+    assert sum("/commit/" in path for _, path in hub.requests) == 1 and not repo.pull_requests
+
+
+def test_a_repository_that_exists_needs_no_address(push, hub, artifact):
+    hub.repos["alice/tiny"] = Repo()
+    hub.faults.append(Fault("POST", "/create", 409, body=b'{"error": "You already created this model repo"}'))
+    assert push(artifact, "alice/tiny").code == 0
+
+
+HTML = b"<html>Sign in to the network</html>"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        *(
+            ("POST", path, HTML)
+            for path in ("/create", "/validate-yaml", "/preupload/", "/batch", "/commit/")
+        ),
+        *(("GET", "/whoami", HTML), ("POST", "/create", b"[]"), ("POST", "/preupload/", b"{}")),
+        ("POST", "/commit/", b""),
+    ],
+)
+def test_an_answer_that_is_not_the_hubs_is_told(push, hub, artifact, method, path, body):
+    hub.faults.append(Fault(method, path, 200, times=100, body=body))
+    refused = push(artifact, "tiny" if path == "/whoami" else "alice/tiny")
+    assert refused.code == 2 and "again" in refused.data["hint"], refused.output
 
 
 def wrong(what, hint, environment=None, **options):

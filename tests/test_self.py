@@ -141,10 +141,10 @@ def test_another_teacher_writes_its_own(model, tokenizer, tmp_path, cache):
 
 def test_half_a_corpus_is_never_kept(model, tokenizer, tmp_path, cache, monkeypatch):
     def full(source, target):
-        target.write(b"half")
+        target.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(sample.shutil, "copyfileobj", full)
+    monkeypatch.setattr(sample.shutil, "copyfile", full)
     assert write(model, tokenizer, tmp_path / "a.jsonl", 100)
     assert list(cache.iterdir()) == []
 

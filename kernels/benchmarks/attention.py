@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from linearize_cli.checkpoint import check_device
-from linearize_cli.console import write_json
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
+from linearize_cli.files import write_json
 from linearize_cli.measure import plots
 from linearize_cli.measure.timing import Run, interleaved, machine, peak_bytes
 from linearize_cli.options import TokenCounts

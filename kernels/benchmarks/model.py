@@ -27,10 +27,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from linearize_cli.checkpoint import check_device
-from linearize_cli.console import write_json
 from linearize_cli.decoder import forward
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
+from linearize_cli.files import write_json
 from linearize_cli.graphs import Captured
 from linearize_cli.measure.timing import Run, interleaved, machine
 from linearize_cli.methods import load_recipe

@@ -19,6 +19,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from linearize_cli.artifact.hub import (
+    MALFORMED,
+    create_repository,
+    limited_waits,
+    persistent,
+    timed_out,
+    upload,
+)
 from linearize_cli.errors import UserError
 
 REQUIRED = ("config.json", "linearize.json", "recipe.yaml", "README.md", "tokenizer_config.json")
@@ -75,24 +83,26 @@ def push(
         )
     token = (token or get_token() or "").strip()
     api = HfApi(token=token or False)
+    commit = pull_request = None
     try:
-        repo_id = _full_repo_id(api, repo_id or folder.resolve().name)
-        commit = pull_request = None
-        if not dry_run:
-            _require_sign_in(token)
-            _prepare_repo(api, repo_id, private, revision, create_pr)
-            info = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload linearized model",
-                allow_patterns=[glob.escape(file["path"]) for file in files],
-                delete_patterns=list(STALE),
-            )
-            commit, pull_request = info.oid, info.pr_url
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _explain(error, api.endpoint, repo_id, revision, token) from error
+        with limited_waits():
+            repo_id = _full_repo_id(api, repo_id or folder.resolve().name)
+            if not dry_run:
+                _require_sign_in(token)
+                _prepare_repo(api, repo_id, private, revision, create_pr)
+                info, pull_request = upload(
+                    api,
+                    repo_id,
+                    revision,
+                    create_pr,
+                    folder_path=folder,
+                    commit_message=commit_message or "Upload linearized model",
+                    allow_patterns=[glob.escape(file["path"]) for file in files],
+                    delete_patterns=list(STALE),
+                )
+                commit = info.oid
+    except (HTTPError, OSError, RuntimeError, *MALFORMED) as error:
+        raise _explain(error, api.endpoint, repo_id, revision, token, create_pr) from error
     return {
         "repo_id": repo_id,
         "url": f"{api.endpoint}/{repo_id}" + ("" if revision == "main" else f"/tree/{revision}"),
@@ -185,7 +195,7 @@ def _full_repo_id(api: HfApi, repo_id: str) -> str:
     if "/" in repo_id:
         return repo_id
     _require_sign_in(api.token)
-    return f"{api.whoami()['name']}/{repo_id}"
+    return f"{persistent(api.whoami)['name']}/{repo_id}"
 
 
 def _require_sign_in(token: str | bool) -> None:
@@ -202,10 +212,10 @@ def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str,
 
     A missing revision is not made: upload_folder lists the files there first, and refuses.
     """
-    if revision == "main" and not (create_pr and api.repo_exists(repo_id)):
-        api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision == "main" and not (create_pr and persistent(lambda: api.repo_exists(repo_id))):
+        create_repository(api, repo_id, private)
     # create_repo leaves an existing repository's visibility as it is: never publish what was to be private.
-    if private is not None and api.repo_info(repo_id).private != private:
+    if private is not None and persistent(lambda: api.repo_info(repo_id)).private != private:
         raise UserError(
             f"{repo_id} exists already and is {'public' if private else 'private'}",
             f"Change that in {api.endpoint}/{repo_id}/settings, or push to another name,\n"
@@ -213,7 +223,9 @@ def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str,
         )
 
 
-def _explain(error: Exception, endpoint: str, repo_id: str | None, revision: str, token: str) -> UserError:
+def _explain(
+    error: Exception, endpoint: str, repo_id: str | None, revision: str, token: str, create_pr: bool
+) -> UserError:
     """What went wrong on the way to the Hub, and what to do about it; no token in it nor in its causes."""
 
     def redact(text: str) -> str:
@@ -231,6 +243,8 @@ def _explain(error: Exception, endpoint: str, repo_id: str | None, revision: str
     said = f"HTTP {status}, {said}" if status else said
     again = "Run the same command again: a push is one commit, and what has arrived is not sent twice."
     repo, url = repo_id or "the repository", f"{endpoint}/{repo_id}"
+    if create_pr and not isinstance(error, RuntimeError):
+        again = f"See {url}/discussions first: the pull request may be open. Else run the same command again."
 
     if isinstance(error, RuntimeError):
         what, hint = f"the upload to {repo} broke off: {error} ({said})", again
@@ -257,9 +271,17 @@ def _explain(error: Exception, endpoint: str, repo_id: str | None, revision: str
         hint = "Correct that, then run the same command again."
         if status == 429 or status >= 500:
             hint = f"The Hub is busy or in trouble: wait.\n{again}"
+    elif any(timed_out(link) for link in chain):
+        what = f"the Hub at {endpoint} does not answer ({said})"
+        hint = f"It is in trouble, or the network is: wait.\n{again}"
     elif any(isinstance(link, (HTTPError, ConnectionError)) for link in chain):
         what = f"the connection to the Hub at {endpoint} failed ({said})"
         hint = f"Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.\n{again}"
+    elif isinstance(error, MALFORMED):
+        what = (
+            f"the Hub at {endpoint} answered in a form that is not the Hub's ({type(error).__name__}: {said})"
+        )
+        hint = f"Check HF_ENDPOINT, and whether a proxy or a login page answers in its place.\n{again}"
     else:
         what, hint = f"the push to {repo} failed ({said})", "--debug shows where."
     return UserError(" ".join(redact(what).split()), redact(hint))

@@ -1,12 +1,12 @@
 """Writing an artifact: weights, config, code, tokenizer, recipe, report and card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.card import card
+from linearize_cli.files import write_json, write_text
 from linearize_cli.recipe import Recipe
 
 
@@ -20,12 +20,12 @@ def save_artifact(
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(recipe.dump())
+    write_text(folder / "recipe.yaml", recipe.dump())
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:
     """Write `linearize.json` and the card, README.md."""
-    (folder / "linearize.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    (folder / "README.md").write_text(card(report, repo_name=name, recipe=recipe.to_dict()))
+    write_json(folder / "linearize.json", report)
+    write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))

@@ -8,7 +8,7 @@ from linearize_cli.console import Terminal
 from linearize_cli.conversion import convert
 from linearize_cli.demo import heldout_path
 from linearize_cli.evaluation import evaluate
-from linearize_cli.recover.data import DEMO
+from linearize_cli.job import DEMO
 from linearize_cli.verification import verify
 
 WINDOW = 32  # well below the distances over which the demo's text must be recalled
@@ -24,6 +24,7 @@ def demo(
     output: str | Path,
     *,
     tokens: int | None = None,
+    resume: bool = False,
     force: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
@@ -43,6 +44,7 @@ def demo(
         eval_data=str(heldout_path()),
         tokens=tokens or TOKENS,
         seq_len=SEQ_LEN,
+        resume=resume,
         force=force,
         device=device,
         dtype=dtype,

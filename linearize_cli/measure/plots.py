@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from linearize_cli.errors import UserError
+from linearize_cli.files import cannot_write, replacing
 
 TEACHER, STUDENT = {"color": "0.45", "linestyle": "--"}, {"color": "C0"}
 MARKERS = "os^vDP"
@@ -33,13 +33,11 @@ def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
 
 def save(drawing: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
     try:
-        drawing.savefig(beside, format="png", dpi=150)
-        beside.replace(path)
+        with replacing(path) as beside:
+            drawing.savefig(beside, format="png", dpi=150)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}", "Choose another place.") from None
+        raise cannot_write(path, error) from error
 
 
 def by_position(report: dict[str, Any]) -> Figure | None:

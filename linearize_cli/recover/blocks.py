@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize_cli.batch import Batch
+from linearize_cli.files import replacing
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import LayerBlocks, alone, leaving, returned
 from linearize_cli.recover.objective import Objective
@@ -102,11 +103,10 @@ class HiddenStates:
 
 
 def save_whole(content: dict[str, Tensor], file: Path) -> None:
-    """Write beside, then rename."""
+    """Write tensors to a file, whole or not at all. Several processes may write the same one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")  # several processes may write the same row
-    save_file({name: x.contiguous() for name, x in content.items()}, beside)
-    beside.replace(file)
+    with replacing(file, f".{os.getpid()}", sync=False) as beside:
+        save_file({name: x.contiguous() for name, x in content.items()}, beside)
 
 
 class BlockTransfer(Objective):

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.batch import Blocks
 from linearize_cli.errors import UserError
+from linearize_cli.job import DEMO
 from linearize_cli.recipe import Recover
 from linearize_cli.recover.encode import encode
 from linearize_cli.recover.read import READERS, Document, documents
 
-DEMO, SELF = "demo", "self"
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 HELD_OUT_SHARE = 0.01
 HELD_OUT_LIMIT = 500_000  # tokens held out at most, so that measuring stays a small part of a long run

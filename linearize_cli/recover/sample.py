@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 from huggingface_hub import cached_assets_path
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.console import Terminal
+from linearize_cli.files import replacing
 
 ROWS = 32  # documents sampled at once
 LIBRARY, NAMESPACE = "linearize", "self"
@@ -75,13 +75,8 @@ def keep(path: Path, cached: Path, terminal: Terminal) -> None:
     if cached.exists() and cached.stat().st_size >= path.stat().st_size:
         return
     try:
-        with NamedTemporaryFile("wb", dir=cached.parent, delete=False) as beside, path.open("rb") as corpus:
-            try:
-                shutil.copyfileobj(corpus, beside)
-                beside.close()
-                os.replace(beside.name, cached)
-            finally:
-                Path(beside.name).unlink(missing_ok=True)
+        with replacing(cached, f".{os.getpid()}") as beside:
+            shutil.copyfile(path, beside)
     except OSError as error:
         terminal.note(f"the text is not kept for another conversion: {error}")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
+from linearize_cli.files import replacing
 from linearize_cli.recipe import Stage
 from linearize_cli.recover.engine import Engine, mean_of
 from linearize_cli.recover.objective import Best, Objective
@@ -44,12 +45,8 @@ class Checkpoint:
     log_bytes: int = 0
 
     def save(self, path: Path) -> None:
-        beside = path.with_suffix(".new")
-        try:
+        with replacing(path) as beside:
             torch.save(self.__dict__, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from linearize_cli.errors import UserError
+from linearize_cli.files import replacing
 from linearize_cli.speculative.drafts import Draft
 from linearize_cli.speculative.trees import Choices, Rates, chain, is_choices
 
@@ -75,13 +76,9 @@ class MedusaHeads(nn.Module):
         tensors = {name: x.detach().to(dtype).contiguous().cpu() for name, x in self.named_parameters()}
         tree = [list(path) for path in self.tree.paths]
         facts = {"heads": len(self), "acceptance": self.acceptance, "tree": tree}
-        beside = folder / f"{FILE}.partial"
-        try:
+        with replacing(folder / FILE) as beside:
             save_file(tensors, beside, {key: json.dumps(value) for key, value in facts.items()})
             beside.chmod((folder / "config.json").stat().st_mode)  # else readable for its owner alone
-            beside.replace(folder / FILE)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Which files belong to an artifact."""
+
+import json
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from linearize_cli.files import SUFFIX
+
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+CODE = ("configuration_linearized.py", "modeling_linearized.py", "linearize_*.py")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("tokenizer.model", "spiece.model", "spm*.model", "sentencepiece*.model", "source.spm", "target.spm"),
+    *(
+        "vocab.json",
+        "vocab-src.json",
+        "vocab-tgt.json",
+        "target_vocab.json",
+        "entity_vocab.json",
+        "vocab.txt",
+    ),
+    *("merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer"),
+    *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
+)
+HEADS = ("medusa.safetensors", "medusa.jsonl")
+ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png")
+# What the commands write into an artifact, and what Python adds when it imports the code.
+WRITTEN = (
+    *(*WEIGHTS, *CODE, *TOKENIZER, *HEADS, *ADAPTER, *REPORTS),
+    *("config.json", "generation_config.json", "linearize.json", "recipe.yaml", "README.md", "log.jsonl"),
+    "__pycache__/*.pyc",
+)
+
+
+def foreign_files(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of the files and links in an artifact's folder that no command has written.
+
+    A file that `linearize.json` lists among its checksums belongs to the artifact, whatever its name.
+    """
+    patterns = [pattern.split("/") for name in WRITTEN for pattern in (name, name + SUFFIX)]
+    named = recorded(folder)
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in (*files, *links):
+            path = Path(place, name).relative_to(folder)
+            if path.as_posix() not in named and not any(matches(path.parts, p) for p in patterns):
+                yield path.as_posix()
+
+
+def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
+    """Return whether a path matches a pattern, folder by folder: `*` matches no `/`."""
+    return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
+
+
+def recorded(folder: Path) -> set[str]:
+    """Return the names under `checksums` in `linearize.json`, if it has any."""
+    try:
+        checksums = json.loads((folder / "linearize.json").read_text())["checksums"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return set(checksums) if isinstance(checksums, dict) else set()
