@@ -3,11 +3,9 @@
 import hashlib
 from pathlib import Path
 
+from linearize_cli.artifact.contents import LOADED, matches
 from linearize_cli.errors import first_five
 
-# What the commands write beside the artifact, and what people may edit: not loaded.
-REPORTS = ("linearize.json", "verify.json", "eval.json", "bench.json")
-LOADED = (".safetensors", ".json", ".py", ".yaml", ".model", ".jinja")
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -21,9 +19,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def is_loaded(path: Path) -> bool:
     """Return whether loading reads a file, by its path inside the artifact."""
-    hidden = any(part.startswith((".", "__")) for part in path.parts)
-    text = path.suffix == ".txt" and path.name != "requirements.txt"
-    return not hidden and path.name not in REPORTS and (text or path.suffix in LOADED)
+    return any(matches(path.parts, pattern.split("/")) for pattern in LOADED)
 
 
 def sha256(path: Path) -> str:

@@ -28,10 +28,15 @@ TOKENIZER = (
 HEADS = ("medusa.safetensors", "medusa.jsonl")
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png")
+# What loading an artifact reads, and what its checksums are of.
+LOADED = (
+    *(*WEIGHTS, *CODE, *TOKENIZER, *ADAPTER),
+    *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),
+)
 # What the commands write into an artifact, and what Python adds when it imports the code.
 WRITTEN = (
-    *(*WEIGHTS, *CODE, *TOKENIZER, *HEADS, *ADAPTER, *REPORTS),
-    *("config.json", "generation_config.json", "linearize.json", "recipe.yaml", "README.md", "log.jsonl"),
+    *(*LOADED, *HEADS, *REPORTS),
+    *("linearize.json", "README.md", "log.jsonl"),
     "__pycache__/*.pyc",
 )
 

@@ -7,8 +7,8 @@ from linearize_cli.artifact.checksums import changed, checksums
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.teacher import read_record
-from linearize_cli.files import write_json
 from linearize_cli.errors import UserError
+from linearize_cli.files import write_json
 from linearize_cli.tasks import task_of
 
 
