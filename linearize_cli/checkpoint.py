@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.explain import NAMES, brief, explained
+from linearize_cli.inputs import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def resolve_model(model: str, weights: bool = True) -> str:
         from linearize_cli.demo import teacher_path
 
         return str(teacher_path())
-    path = Path(model).expanduser()
+    path = user_path(model, NAMES)
     if path.is_dir():
         _require_checkpoint(path, path)
         return str(path)

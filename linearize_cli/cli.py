@@ -8,7 +8,8 @@ import click
 
 from linearize_cli import __version__
 from linearize_cli.console import Terminal, fail
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, shortened
+from linearize_cli.inputs import mended
 from linearize_cli.options import (
     FLOPS,
     TOKENS,
@@ -310,6 +311,18 @@ def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     return result
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """
+    Raises:
+        UserError: an argument is not text that a file or a tokenizer can take.
+    """
+    for number, argument in enumerate(arguments, 1):
+        if "\0" in argument or argument != mended(argument):
+            raise UserError(
+                f"argument {number} is not valid UTF-8 text: {argument!r}", "Correct its characters."
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script: runs a command and turns what goes wrong into the contract's exit codes."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -317,11 +330,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--debug" in arguments[: next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)]
     )
     try:
+        check_arguments(arguments)
         sys.exit(cli.main(arguments, prog_name="linearize", standalone_mode=False) and 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
+        error.message = shortened(error.message)
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as interrupt:
@@ -337,6 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         fail(
-            f"internal: {type(error).__name__}: {error}\nA fault of linearize; `linearize --debug ...` shows where."
+            shortened(f"internal: {type(error).__name__}: {error}")
+            + "\nA fault of linearize; `linearize --debug ...` shows where."
         )
         sys.exit(3)

@@ -28,8 +28,8 @@ class Terminal:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.out = Console(width=None if sys.stdout.isatty() else WIDTH)
-        self.err = Console(stderr=True)
+        self.out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+        self.err = Console(stderr=True, markup=False)
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
@@ -60,7 +60,7 @@ def write_json(path: str | Path, data: Any) -> None:
     path = Path(path)
     beside = path.with_name(path.name + ".partial")
     try:
-        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

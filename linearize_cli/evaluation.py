@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
+from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.console import Terminal, write_json
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import user_path
 from linearize_cli.measure import plots
 from linearize_cli.measure.beside import (
     Pair,
@@ -66,7 +68,7 @@ def evaluate(
     Raises:
         UserError: anything the caller can mend. Nothing half-written is left.
     """
-    terminal, folder = terminal or Terminal(quiet=True), Path(artifact).expanduser()
+    terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
     record = read_record(folder)
     base = teacher_name(folder, record, teacher)
@@ -127,7 +129,7 @@ def open_text(data: str | None, demo: bool) -> text.Source:
             "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
         )
     source = text.open_source(data)
-    local = Path(data).expanduser()
+    local = user_path(data)
     return replace(source, name=local.resolve().name) if local.exists() else source
 
 

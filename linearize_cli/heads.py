@@ -1,21 +1,20 @@
 """`heads`: Medusa heads for an artifact."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.load import load
+from linearize_cli.artifact.record import read_record
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
 from linearize_cli.console import Terminal, write_json
 from linearize_cli.conversion import open_sources, train_and_eval, with_own_text
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.job import Job, check_partial, partial_folder
 from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.recover import data as text
@@ -54,14 +53,14 @@ def heads(
         UserError: anything the caller can mend. Nothing half-written is left.
         KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
     """
-    folder = Path(artifact).expanduser().resolve()
+    folder = user_path(artifact).resolve()
     if not (folder / "linearize.json").is_file():
         raise UserError(
             f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
         )
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
-    report = json.loads((folder / "linearize.json").read_text())
+    report = read_record(folder, whole=True)
     recipe = with_budget(saved_recipe(folder), tokens)
     if report["base_model"] == text.DEMO:
         data, eval_data = data or (text.DEMO,), eval_data or (None if data else str(heldout_path()))
@@ -127,9 +126,9 @@ def saved_recipe(folder: Path) -> Recipe:
     """
     problems: list[str] = []
     try:
-        recipe = build(Recipe, yaml.safe_load((folder / "recipe.yaml").read_text()), "", problems)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(str(error))
+        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
+    except UserError as error:
+        problems.append(error.what)
     if problems:
         what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
         raise UserError(what, "Convert the model again, or fetch the artifact again.")

@@ -7,7 +7,6 @@ both get a context of 4096 tokens, though the original saw 2048 (`max_seq_len` i
 """
 
 import base64
-import json
 import pickle
 import re
 from itertools import count
@@ -21,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrain
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.inputs import read_object
 
 Shards = dict[Path, dict[str, torch.Tensor]]
 
@@ -81,12 +81,8 @@ def meta_llama_config(path: str | Path) -> LlamaConfig:
 
 
 def _read_params(file: Path) -> dict:
-    try:
-        params = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}", DOWNLOAD_AGAIN) from error
-    missing = REQUIRED - params.keys() if isinstance(params, dict) else REQUIRED
-    if missing:
+    params = read_object(file, DOWNLOAD_AGAIN)
+    if missing := REQUIRED - params.keys():
         raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
     unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
     if unknown:

@@ -1,15 +1,17 @@
 """What the commands' options have in common."""
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
 
 from linearize_cli.console import Terminal, write_json
-from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.errors import CheckFailed, Notice, UserError, shortened
+from linearize_cli.inputs import user_path
 
 
 class TokenCount(click.ParamType):
@@ -37,7 +39,8 @@ class Counts(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
-        counts = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
+        parts = [part.strip() for part in value.split(",")]
+        counts = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in parts]
         if 0 in counts:
             self.fail(f"{value!r} is not a list of whole numbers such as 1,8", param, ctx)
         return counts
@@ -77,15 +80,17 @@ def command_options(function: Callable) -> Callable:
 
     @wraps(function)
     def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
-        if json_file and not Path(json_file).absolute().parent.is_dir():
+        if json_file and not user_path(f"{json_file}.partial").absolute().parent.is_dir():
             raise UserError(
                 f"--json {json_file}: its folder does not exist", "Create it, or choose another place."
             )
-        if json_file and Path(json_file).is_dir():
+        if json_file and user_path(json_file).is_dir():
             raise UserError(f"--json {json_file} is a folder", "Name a file.")
-        result = function(terminal=Terminal(quiet), **kwargs)
+        terminal = Terminal(quiet)
+        with notices(terminal):
+            result = function(terminal=terminal, **kwargs)
         if json_file:
-            write_json(json_file, result)
+            write_json(user_path(json_file), result)
         if isinstance(result, dict) and result.get("verdict") == "FAIL":
             sys.exit(CheckFailed.exit_code)
 
@@ -94,10 +99,25 @@ def command_options(function: Callable) -> Callable:
     return json_option(quiet_option(run))
 
 
+@contextmanager
+def notices(terminal: Terminal) -> Iterator[None]:
+    """While open, show each Notice as a line on the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        default = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, Notice):
+                terminal.note(shortened(str(message)))
+            else:
+                default(message, category, *where)
+
+        warnings.showwarning = show
+        yield
+
+
 def calm_libraries() -> None:
     """Only our own progress and errors are shown."""
-    import warnings
-
     import datasets
     import huggingface_hub
     import transformers

@@ -14,6 +14,7 @@ from linearize_cli.artifact.load import check_artifact
 from linearize_cli.console import write_json
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import user_path
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
 from linearize_cli.recover.read import Chat, read_jsonl
 from linearize_cli.render import table
@@ -231,9 +232,9 @@ def verify(
         UserError: the folder is no linearized artifact or not whole, or the prompts, the tree or the drafter cannot
             be used.
     """
-    folder = Path(artifact).expanduser()
+    folder = user_path(artifact)
     check_artifact(folder)
-    texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
+    texts = None if prompts is None else read_prompts(user_path(prompts))
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
     report = verify_model(

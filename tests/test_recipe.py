@@ -122,7 +122,7 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_recipe(str(file))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_recipe(str(tmp_path / "absent.yaml"))
 
 

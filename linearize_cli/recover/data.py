@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.batch import Blocks
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import user_path
 from linearize_cli.recipe import Recover
 from linearize_cli.recover.encode import encode
 from linearize_cli.recover.read import READERS, Document, documents
@@ -45,7 +46,7 @@ def open_source(name: str) -> Source:
         )
     if name == DEMO:
         return demo_source()
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return local_source(name, path)
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
