@@ -18,6 +18,7 @@ from linearize_cli.options import (
     calm_libraries,
     command_options,
     model_options,
+    skip_option,
     trust_option,
 )
 
@@ -41,6 +42,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Layers to keep as they are; auto: by KL.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; may be repeated.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
+@skip_option
 @click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
 @click.option(
@@ -124,6 +126,7 @@ def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.argument("artifact", default=".")
 @click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
 @click.option("--data", metavar="SRC", help="Text to measure on; a demo artifact has its own.")
+@skip_option
 @click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens of a block, such as 1k,8k.")
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval (an extra: linearize-cli[eval]), by commas.")
 @trust_option
@@ -237,6 +240,7 @@ def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.option("--heads", type=click.IntRange(1), default=4, show_default=True, metavar="K", help="How many.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; the conversion's if not given.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
+@skip_option
 @click.option("--tokens", type=TOKENS, help="Budget, such as 650k; that of the recovery if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; the conversion's if not given.")
 @click.option("--batch-size", type=click.IntRange(1), help="Blocks per step; by the budget if not given.")

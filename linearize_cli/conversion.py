@@ -22,6 +22,7 @@ from linearize_cli.compatibility import LINEAR
 from linearize_cli.console import Terminal
 from linearize_cli.costs import costs
 from linearize_cli.estimate import estimate, measured_flops
+from linearize_cli.inputs import user_path
 from linearize_cli.job import Job, check_output, check_space, partial_folder
 from linearize_cli.methods import load_recipe
 from linearize_cli.phantom import Phantom
@@ -32,7 +33,7 @@ from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.sample import write_corpus
-from linearize_cli.tasks import task_class, task_of
+from linearize_cli.tasks import Task, task_class, task_of
 
 
 def default_output(model: str, method: str) -> Path:
@@ -50,6 +51,7 @@ def convert(
     keep_softmax: str | None = None,
     data: tuple[str, ...] = (),
     eval_data: str | None = None,
+    skip_bad_rows: int = 0,
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -80,8 +82,9 @@ def convert(
         CheckFailed: the converted model's forms do not agree; nothing is saved.
         KeyboardInterrupt: `<output>.partial` is left for `resume`.
     """
-    folder = Path(output).expanduser() if output else default_output(model, method)
+    folder = user_path(output or default_output(model, method))
     folder = folder if folder.name else folder.resolve()
+    user_path(folder.with_name(f"{folder.name}.partial"))
     recipe = with_budget(load_recipe(method, overrides), tokens)
     if data:
         recipe = with_budget(recipe, data=", ".join(data))
@@ -98,6 +101,7 @@ def convert(
         dtype,
         seed,
         medusa_heads,
+        skip_bad_rows=skip_bad_rows,
     )
     if dry_run:
         return plan_report(job, device, trust_remote_code, processes, flops)
@@ -121,8 +125,9 @@ def run(
     recipe, partial = job.recipe, folder.with_name(folder.name + ".partial")
     engine.on_main(check_output, folder, partial, job, resume, force)
     refuse_linearized(job.model)
-    sources = open_sources(job)
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    bad = text.BadRows(job.skip_bad_rows)
+    sources = open_sources(job, bad)
+    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
     texts = None if None in sources else train_and_eval(job, sources, eval_text)
     check_device(engine.device)
     size = recipe.recover.transfer.block_layers
@@ -131,6 +136,7 @@ def run(
     linear, softmax = planned(job, teacher)
     task = task_of(teacher, tokenizer)
     check_task(job, type(teacher).__name__, type(task), linear)
+    read_through([*sources, eval_text], tokenizer, task, terminal)
     check_checkpointing(job, teacher)
     length = check_length(job.seq_len, recipe, teacher)
     asked, job = job, with_batch_size(job, length)
@@ -154,6 +160,8 @@ def run(
             (partial / "artifact").rename(folder)
     if engine.main:
         shutil.rmtree(partial)
+    if bad.skipped:
+        terminal.note(str(bad))
     return {**report, "output": str(folder)}
 
 
@@ -166,11 +174,22 @@ def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]
     return linear, softmax
 
 
-def open_sources(job: Job) -> list[text.Source | None]:
+def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
     """What the job names as data; None stands for `self`, which is not written yet."""
     names = job.data or ((text.DEMO,) if job.model == text.DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
-    return [None if name == text.SELF else text.open_source(name) for name in names] if needed else []
+    return [None if name == text.SELF else text.open_source(name, bad) for name in names] if needed else []
+
+
+def read_through(
+    sources: list[text.Source | None], tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal
+) -> None:
+    """Read local text once before the start, and say how many rows are left out. Raises as `text.read_through`."""
+    found = [source for source in sources if source is not None]
+    for source in found:
+        text.read_through(source, tokenizer, task)
+    if found and found[0].bad.skipped:
+        terminal.note(str(found[0].bad))
 
 
 def with_own_text(
@@ -211,7 +230,7 @@ def plan_report(
     refuse_linearized(job.model)
     check_device(device)
     if job.data:
-        open_sources(job)
+        open_sources(job, text.BadRows(job.skip_bad_rows))
     model = load_shape(job.model, job.dtype, trust_remote_code)
     with Phantom():
         linear, softmax = planned(job, model)

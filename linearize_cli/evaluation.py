@@ -39,6 +39,7 @@ def evaluate(
     *,
     teacher: str | None = None,
     data: str | None = None,
+    skip_bad_rows: int = 0,
     context: Sequence[int] = (),
     tasks: Sequence[str] = (),
     tokens: int | None = None,
@@ -54,6 +55,7 @@ def evaluate(
     Args:
         teacher: the model it was made from; None: the one that its linearize.json names.
         data: text to measure on, as of `convert`; None: the demo's, of a demo artifact.
+        skip_bad_rows: rows of it that may be left out because they cannot be used.
         context: tokens of a block; the first is that of the overall numbers, the longest that of those by
             position. Empty: the length it was trained at, and up to 8 times that, as far as the model's
             positions and the text allow.
@@ -75,7 +77,7 @@ def evaluate(
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
     demo = text.DEMO in (base, record.get("base_model"))
-    source = open_text(data, demo)
+    source = open_text(data, demo, text.BadRows(skip_bad_rows))
     harness = Harness(tasks) if tasks else None
     student, tokenizer = load(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -84,8 +86,12 @@ def evaluate(
     task = task_of(student, tokenizer)
     if harness and not isinstance(task, CausalLM):
         raise UserError(f"--tasks: {task.kind} is no causal language model", "Leave the option out.")
+    text.read_through(source, tokenizer, task)
     limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
     ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
+    task.check_tokens(ids)
+    if source.bad.skipped:
+        terminal.note(str(source.bad))
     pair = Pair(original, student, tokenizer, task, ids, terminal, seed)
     trained = record.get("seq_len") or min(1024, context_length(student))
     contexts = choose_contexts(pair, list(dict.fromkeys(context)), trained, source.name)
@@ -115,7 +121,7 @@ def evaluate(
     return report
 
 
-def open_text(data: str | None, demo: bool) -> text.Source:
+def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
     """The text to measure on; a local one by its name alone, for a report may be published."""
     if data is None and demo:
         return replace(text.open_source(str(heldout_path())), name="held-out text of the demo")
@@ -128,7 +134,7 @@ def open_text(data: str | None, demo: bool) -> text.Source:
         raise UserError(
             "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
         )
-    source = text.open_source(data)
+    source = text.open_source(data, bad)
     local = user_path(data)
     return replace(source, name=local.resolve().name) if local.exists() else source
 

@@ -11,7 +11,7 @@ from linearize_cli.artifact.record import read_record
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
 from linearize_cli.console import Terminal, write_json
-from linearize_cli.conversion import open_sources, train_and_eval, with_own_text
+from linearize_cli.conversion import open_sources, read_through, train_and_eval, with_own_text
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_yaml, user_path
@@ -32,6 +32,7 @@ def heads(
     heads: int = HEADS,
     data: tuple[str, ...] = (),
     eval_data: str | None = None,
+    skip_bad_rows: int = 0,
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -67,7 +68,7 @@ def heads(
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
-    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr)
+    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():
@@ -88,12 +89,14 @@ def run(
     """`heads` in one of its processes."""
     partial = folder.with_name(f"{folder.name}.heads.partial")
     engine.on_main(check_partial, partial, job, resume, force)
-    sources = open_sources(job)
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    bad = text.BadRows(job.skip_bad_rows)
+    sources = open_sources(job, bad)
+    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
     device = {"device": engine.home, "dtype": job.dtype}
     model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
+    read_through([*sources, eval_text], tokenizer, task, terminal)
     length = check_length(job.seq_len, job.recipe, model)
     asked, job = job, with_batch_size(job, length)
     check_budget(job, length, engine.processes)

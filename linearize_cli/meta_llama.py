@@ -142,6 +142,12 @@ def _config(params: dict, shards: Shards) -> LlamaConfig:
             f"{file.parent / 'params.json'}: vocab_size {params['vocab_size']} is {vocab} in {file.name}.",
             DOWNLOAD_AGAIN,
         )
+    layers = {int(name.split(".")[1]) for name in first if re.match(r"layers\.\d+\.", name)}
+    if params["n_layers"] != len(layers):
+        raise UserError(
+            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, and {file.name} holds {len(layers)}.",
+            "params.json and the shards must be of one model.",
+        )
     theta = params.get("rope_theta") or 10_000
     context = CONTEXT_BY_ROPE_THETA.get(theta, 4096)
     rope = {"rope_type": "default", "rope_theta": float(theta)}

@@ -140,6 +140,13 @@ model_options = options(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
     ),
 )
+skip_option = click.option(
+    "--skip-bad-rows",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Leave out up to N rows of text that cannot be used; else the first is an error.",
+)
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run code that MODEL or ARTIFACT brings along."
 )
