@@ -35,7 +35,7 @@ def shortened(message: str) -> str:
     lines = message.strip().splitlines()
     if len(lines) > LINES:
         lines = [*lines[: LINES - 2], f"... ({len(lines) - LINES + 1} more lines)", lines[-1]]
-    half = WIDTH // 2 - 2
+    half = WIDTH // 2 - 3
     return "\n".join(x if len(x) <= WIDTH else f"{x[:half]} ... {x[-half:]}" for x in lines)
 
 

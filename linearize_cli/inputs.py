@@ -99,7 +99,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: the text is not YAML, or has aliases, too many levels or a number that is too long.
     """
     try:
-        return mended(yaml.load(text, _Loader))
+        found = mended(yaml.load(text, _Loader))
+        repr(found)  # a message may quote it: Python refuses to write out integers of thousands of digits
+        return found
     except (
         yaml.YAMLError,
         ValueError,

@@ -26,6 +26,7 @@ Shards = dict[Path, dict[str, torch.Tensor]]
 
 REQUIRED = {"dim", "n_layers", "n_heads", "norm_eps"}
 OPTIONAL = {"n_kv_heads", "vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len"}
+NUMBERS = REQUIRED | OPTIONAL - {"use_scaled_rope"}
 UNUSED = {"multiple_of", "ffn_dim_multiplier", "max_batch_size"}  # the MLP's width comes from its tensors
 
 CONTEXT_BY_ROPE_THETA = {500_000: 8192, 1_000_000: 16384}  # Llama 3, Code Llama
@@ -84,6 +85,9 @@ def _read_params(file: Path) -> dict:
     params = read_object(file, DOWNLOAD_AGAIN)
     if missing := REQUIRED - params.keys():
         raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
+    odd = {key for key in NUMBERS if not isinstance(params.get(key, 1), int | float | None)}
+    if odd:
+        raise UserError(f"{file}: {first_five(odd)} must be a number.", DOWNLOAD_AGAIN)
     unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
     if unknown:
         raise UserError(

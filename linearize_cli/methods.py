@@ -11,7 +11,7 @@ from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 
 from linearize_cli.compatibility import misfits
 from linearize_cli.errors import UserError
-from linearize_cli.inputs import parse_yaml, read_yaml, user_path
+from linearize_cli.inputs import DEEPEST, parse_yaml, read_yaml, user_path
 from linearize_cli.recipe import Recipe, build
 from linearize_cli.runtime.bundle import load_own_code
 
@@ -165,6 +165,8 @@ def _apply(data: dict, override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: expected KEY=VALUE", "For example --set attention.local.size=32.")
     *path, last = key.split(".")
+    if len(path) > DEEPEST:
+        raise UserError(f"--set {override}: the key has more than {DEEPEST} levels", ALL_KEYS)
     for part in path:
         if not isinstance(data.get(part), dict):
             data[part] = {}

@@ -56,7 +56,7 @@ def check_files(model: str, folder: str | Path) -> None:
             if isinstance(shards, dict) and all(map(hashable, shards.values()))
             else {None}
         )
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
             raise UserError(
                 f"{index} names a file outside its folder, or no file.",
                 "Its weight_map must map the name of each weight to the name of a file beside it.",

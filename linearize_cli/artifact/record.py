@@ -62,7 +62,8 @@ def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
 def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
     """Return what is wrong with the contents of `linearize.json`, a phrase for each fault."""
     faults = misfits(record, FIELDS)
-    if not faults and not 1 <= (record.get("seq_len") or 1) <= LARGEST:
+    length = record.get("seq_len")
+    if not faults and length is not None and not 1 <= length <= LARGEST:
         faults.append("seq_len is not a number of tokens")
     if whole and not faults:
         missing = FIELDS.keys() - record.keys() - {*OPTIONAL}
@@ -122,4 +123,6 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(fits(entry, kind[""]) for entry in value.values())
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(entry, kind[0]) for entry in value)
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind in (int, NUMBER))
+    if isinstance(value, bool) and kind in (int, NUMBER):
+        return False
+    return isinstance(value, kind) and not (kind is str and "\0" in value)

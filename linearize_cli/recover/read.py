@@ -127,12 +127,14 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
 
 def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
     def pieces() -> Iterator[str]:
-        with file.open(encoding="utf-8-sig") as stream:
-            try:
+        try:
+            with file.open(encoding="utf-8-sig") as stream:
                 while piece := stream.read(PIECE):
                     yield piece + stream.readline()  # end at a line, so that no word is cut
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file} is no UTF-8 text: {error}", "Convert it to UTF-8.") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is no UTF-8 text: {error}", "Convert it to UTF-8.") from None
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}", "Check its rights.") from None
 
     if file.stat().st_size:
         yield pieces()
