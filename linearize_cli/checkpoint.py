@@ -86,17 +86,14 @@ def _shape(
     import transformers
 
     with torch.device("meta"):
-        return (
-            getattr(transformers, auto_class)
-            .from_config(
-                config,
-                dtype=dtype or config.dtype or torch.float32,
-                attn_implementation=None,  # see _load_hugging_face
-                trust_remote_code=trust_remote_code,
-                experts_implementation="eager",  # the one that takes any dtype there
-            )
-            .eval()
+        model = getattr(transformers, auto_class).from_config(
+            config,
+            dtype=dtype or config.dtype or torch.float32,
+            attn_implementation=None,  # see _load_hugging_face
+            trust_remote_code=trust_remote_code,
+            experts_implementation="eager",  # the one that takes any dtype there
         )
+    return model.eval()
 
 
 def check_device(device: str) -> None:

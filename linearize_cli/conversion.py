@@ -136,7 +136,8 @@ def run(
     linear, softmax = planned(job, teacher)
     task = task_of(teacher, tokenizer)
     check_task(job, type(teacher).__name__, type(task), linear)
-    read_through([*sources, eval_text], tokenizer, task, terminal)
+    read_through([*sources, eval_text], tokenizer, task)
+    bad.report(terminal)
     check_checkpointing(job, teacher)
     length = check_length(job.seq_len, recipe, teacher)
     asked, job = job, with_batch_size(job, length)
@@ -149,7 +150,7 @@ def run(
     with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
         if texts is None:
             writing = (teacher, tokenizer, partial / "self.jsonl")
-            sources = with_own_text(job, sources, *writing, length, terminal, engine)
+            sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
             texts = train_and_eval(job, sources, eval_text)
         where = (length, partial, terminal, engine, by_block)
         converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
@@ -160,8 +161,7 @@ def run(
             (partial / "artifact").rename(folder)
     if engine.main:
         shutil.rmtree(partial)
-    if bad.skipped:
-        terminal.note(str(bad))
+    bad.report(terminal)
     return {**report, "output": str(folder)}
 
 
@@ -181,20 +181,16 @@ def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
     return [None if name == text.SELF else text.open_source(name, bad) for name in names] if needed else []
 
 
-def read_through(
-    sources: list[text.Source | None], tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal
-) -> None:
-    """Read local text once before the start, and say how many rows are left out. Raises as `text.read_through`."""
-    found = [source for source in sources if source is not None]
-    for source in found:
+def read_through(sources: list[text.Source | None], tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Read local text once before the start. Raises as `text.read_through`."""
+    for source in filter(None, sources):
         text.read_through(source, tokenizer, task)
-    if found and found[0].bad.skipped:
-        terminal.note(str(found[0].bad))
 
 
 def with_own_text(
     job: Job,
     sources: list[text.Source | None],
+    bad: text.BadRows,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Path,
@@ -206,7 +202,7 @@ def with_own_text(
     if None in sources:
         share = -(-job.recipe.recover.tokens // len(sources))
         engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
-    return [source or text.open_source(str(corpus)) for source in sources]
+    return [source or text.open_source(str(corpus), bad) for source in sources]
 
 
 def train_and_eval(

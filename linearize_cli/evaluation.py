@@ -90,8 +90,7 @@ def evaluate(
     limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
     ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
     task.check_tokens(ids)
-    if source.bad.skipped:
-        terminal.note(str(source.bad))
+    source.bad.report(terminal)
     pair = Pair(original, student, tokenizer, task, ids, terminal, seed)
     trained = record.get("seq_len") or min(1024, context_length(student))
     contexts = choose_contexts(pair, list(dict.fromkeys(context)), trained, source.name)

@@ -96,13 +96,14 @@ def run(
     model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
-    read_through([*sources, eval_text], tokenizer, task, terminal)
+    read_through([*sources, eval_text], tokenizer, task)
+    bad.report(terminal)
     length = check_length(job.seq_len, job.recipe, model)
     asked, job = job, with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     with engine.only_main(partial_folder, partial, asked, resume), engine.watched():
         writing = (model, tokenizer, partial / "self.jsonl")
-        sources = with_own_text(job, sources, *writing, length, terminal, engine)
+        sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
         train_text, eval_text = train_and_eval(job, sources, eval_text)
         limit = None if job.eval_data else text.HELD_OUT_LIMIT
         blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
@@ -118,6 +119,7 @@ def run(
             tell(folder, report, facts)
     if engine.main:
         shutil.rmtree(partial)
+    bad.report(terminal)
     return facts
 
 

@@ -115,6 +115,17 @@ def targets(folder: Path) -> dict[str, Target]:
     return {
         "config.json": target(Path(teacher.path) / "config.json", inspect, swap()),
         "artifact": target(artifact / "config.json", generate),
+        "tokenizer": target(
+            Path(teacher.path) / "tokenizer.json", inspect, swap("--eval-data", teacher.text)
+        ),
+        "tokenizer_config": target(Path(teacher.path) / "tokenizer_config.json", inspect),
+        "heads": target(
+            artifact / "medusa.safetensors",
+            lambda i: [*generate(i), "--speculative", "medusa"],
+            load=read_header,
+            dump=write_header,
+        ),
+        "log": target(artifact / "log.jsonl", evaluate, load=read_rows, dump=write_rows),
         "recipe": target(
             recipe,
             lambda i: ["methods", str(recipe), "-q"],

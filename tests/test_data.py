@@ -8,6 +8,7 @@ import torch
 from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 from transformers import AutoTokenizer
 
+from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.recover import data
 from linearize_cli.recover import read as readers
@@ -90,7 +91,7 @@ def test_what_is_held_out_of_a_stream(tmp_path, length, eval_documents):
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", [f"text {i}" for i in range(length)])
-    train, held = data.hold_out(data.hub_source(str(folder)))
+    train, held = data.hold_out(data.hub_source(str(folder), BadRows()))
     assert read(held) == [f"text {i}" for i in eval_documents]
     assert set(read(train)) == {f"text {i}" for i in range(length)} - set(read(held))
     assert read(train) == read(train)  # every pass is the same
@@ -105,7 +106,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", ["x", "y"])
-    source = data.hub_source(f"{folder}::train")
+    source = data.hub_source(f"{folder}::train", BadRows())
     assert read(source) == ["x", "y"] and source.count is None
 
 
@@ -174,12 +175,12 @@ def test_chats_of_every_kind_of_row(tmp_path):
     assert list(data.open_source(str(tmp_path / "b.parquet")).documents()) == [CHAT]
     (tmp_path / "set").mkdir()
     chats(tmp_path / "set" / "train.jsonl", {"messages": CHAT})
-    assert list(data.hub_source(str(tmp_path / "set")).documents()) == [CHAT]
+    assert list(data.hub_source(str(tmp_path / "set"), BadRows()).documents()) == [CHAT]
     (tmp_path / "other").mkdir()
     jsonl(tmp_path / "other" / "a.txt", [])
     (tmp_path / "other" / "train.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match="the dataset .*no row with a `text`"):
-        list(data.hub_source(str(tmp_path / "other")).documents())
+        list(data.hub_source(str(tmp_path / "other"), BadRows()).documents())
 
 
 @pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
@@ -267,11 +268,13 @@ def bad_rows(path):
     return str(path)
 
 
-def test_bad_rows_are_left_out_only_as_many_as_is_said(tmp_path):
+def test_bad_rows_are_left_out_only_as_many_as_is_said(tmp_path, capsys):
     name, bad = bad_rows(tmp_path / "a.jsonl"), BadRows(3)
     source = data.open_source(name, bad)
     assert read(source) == read(source) == ["a", "fox"] and source.count == 2
-    assert "3" in str(bad) and all(f"line {number}" in str(bad) for number in (2, 3, 5))
+    bad.report(Terminal()), bad.report(Terminal())
+    said = capsys.readouterr().err
+    assert said.count("used: 3") == 1 and all(f"line {number}" in said for number in (2, 3, 5))
     with pytest.raises(BadRow, match="a.jsonl, line 5.*\n.*--skip-bad-rows"):
         data.open_source(name, BadRows(2))
     shared = BadRows(4)
@@ -295,7 +298,7 @@ def test_a_bad_row_of_a_table_or_a_stream_is_named(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     with pytest.raises(BadRow, match="the dataset .*, row 1"):
-        list(data.hub_source(str(tmp_path / "set")).documents())
+        list(data.hub_source(str(tmp_path / "set"), BadRows()).documents())
     source = data.hub_source(str(tmp_path / "set"), BadRows(2))
     assert not list(source.documents()) and len(source.bad.skipped) == 2
 
@@ -329,7 +332,7 @@ def test_a_chat_of_a_stream_that_the_template_refuses(tmp_path, tokenizer, task)
     tokenizer.chat_template = TEMPLATE
     (tmp_path / "set").mkdir()
     chats(tmp_path / "set" / "train.jsonl", {"messages": REFUSED}, {"messages": CHAT})
-    source = data.hub_source(str(tmp_path / "set"))
+    source = data.hub_source(str(tmp_path / "set"), BadRows())
     data.read_through(source, tokenizer, task)  # what is not local is not read
     with pytest.raises(BadRow, match="row 1: .*who"):
         list(data.tokens(source, tokenizer))

@@ -136,9 +136,9 @@ def test_rows_that_cannot_be_used_stop_a_run_before_it_starts_or_are_left_out(te
             cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "1"])
         assert end.value.code == 2 and "bad.jsonl, line 20" in capsys.readouterr().err
         assert first != "convert" or not list(teacher.folder.glob("skipping*"))
-        with pytest.raises(SystemExit) as end:
-            cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "2"])
-        assert (
-            not end.value.code and "rows left out because they cannot be used: 2" in capsys.readouterr().err
-        )
+        if first == "convert":
+            with pytest.raises(SystemExit) as end:
+                cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "2"])
+            said = capsys.readouterr().err
+            assert not end.value.code and said.count("rows left out because they cannot be used: 2") == 1
     assert losses(output) == run(teacher, "clean", data=(str(clean),), tokens=1280)[1]

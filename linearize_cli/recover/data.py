@@ -47,8 +47,11 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
     """A text file (one document), JSONL or parquet (`text` field, or a chat in `messages`), a folder of them, or a
     Hub dataset `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
 
+    Args:
+        bad: the rows of the run that cannot be used; None allows none.
+
     Raises:
-        UserError: nothing is there, the form is unknown, or it holds no text.
+        UserError: nothing is there, the form is unknown, it holds no text, or a row cannot be used.
     """
     bad = bad or BadRows()
     if not name.strip():
@@ -56,7 +59,7 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
             "SRC is empty", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset."
         )
     if name == DEMO:
-        return demo_source()
+        return demo_source(bad)
     path = user_path(name)
     if path.exists():
         return local_source(name, path, bad)
@@ -93,16 +96,16 @@ def local_source(name: str, path: Path, bad: BadRows) -> Source:
     return Source(name, read, total, bad, local=True)
 
 
-def demo_source() -> Source:
+def demo_source(bad: BadRows) -> Source:
     from linearize_cli.demo.corpus import generate_documents
 
     def read() -> Iterator[Document]:
         return ([document.text] for document in generate_documents(DEMO_SEED, DEMO_DOCUMENTS))
 
-    return Source(DEMO, read, DEMO_DOCUMENTS)
+    return Source(DEMO, read, DEMO_DOCUMENTS, bad)
 
 
-def hub_source(name: str, bad: BadRows | None = None) -> Source:
+def hub_source(name: str, bad: BadRows) -> Source:
     """A streamed Hub dataset `name[:config][:split]`, split `train` unless named."""
     import datasets
 
@@ -116,7 +119,6 @@ def hub_source(name: str, bad: BadRows | None = None) -> Source:
             f"cannot open the dataset {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "Check the name and the network, or pass --data FILE with text of your own, or --data self.",
         ) from None
-    bad = bad or BadRows()
 
     def read() -> Iterator[Document]:
         where = (f"the dataset {name}, row {number}" for number in count(1))

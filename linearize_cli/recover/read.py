@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import mended
 
@@ -35,10 +36,12 @@ class BadRows:
     Attributes:
         allowed: how many of them are left out; one more is an error.
         skipped: where those are that were left out, each once, however often it is read.
+        reported: how many of them the user knows of.
     """
 
     allowed: int = 0
     skipped: set[str] = field(default_factory=set)
+    reported: int = 0
 
     def skip(self, error: BadRow) -> None:
         """Leave a row out. Raises BadRow: too many are left out already."""
@@ -46,8 +49,12 @@ class BadRows:
             raise error
         self.skipped.add(error.where)
 
-    def __str__(self) -> str:
-        return f"rows left out because they cannot be used: {len(self.skipped)} ({first_five(self.skipped)})"
+    def report(self, terminal: Terminal) -> None:
+        """Write how many rows are left out, if more are than before."""
+        if len(self.skipped) > self.reported:
+            self.reported = len(self.skipped)
+            where = first_five(self.skipped)
+            terminal.note(f"rows left out because they cannot be used: {self.reported} ({where})")
 
 
 class Row(list):
