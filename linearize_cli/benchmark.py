@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
+from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import user_path
 from linearize_cli.measure import plots
 from linearize_cli.measure.speed import PHASES, measure, unmeasured
 from linearize_cli.measure.timing import machine, one_thread
@@ -70,12 +72,12 @@ def bench(
     Raises:
         UserError: anything the caller can mend. Nothing half-written is left.
     """
-    terminal, folder = terminal or Terminal(quiet=True), Path(artifact).expanduser()
+    terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
     record = read_record(folder)
     base = teacher_name(folder, record, teacher)
     check_sizes(context, batch)
-    figure = Path(plot).expanduser() if plot else folder / "bench.png"
+    figure = user_path(plot) if plot else folder / "bench.png"
     if write:
         check_writable(folder / "bench.json")
     if write or plot:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize_cli.errors import UserError, first_five
+from linearize_cli.errors import UserError
 from linearize_cli.explain import NAMES, brief, explained
+from linearize_cli.inputs import user_path
+from linearize_cli.weights import check_files, check_loaded, check_sizes, check_total
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,8 @@ FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
     "and consolidated.*.pth (Meta). A LoRA adapter must first be merged into its base model."
 )
-WEIGHT_FILES = "Download the checkpoint again: a file of it is missing or damaged."
+CONFIG_FILE = "Correct it, or take it again from where the model came from."
+WEIGHT_FILES = "config.json and the weight files must be of one model that this transformers supports."
 TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model) beside config.json."
 
 
@@ -71,24 +74,33 @@ def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = F
     """The model that `model` names without its weights: on the meta device, made from its config alone. A folder
     in Meta's format must have its weights too: they tell the sizes. See `load_teacher`.
     """
-    import torch
-    import transformers
-
     from linearize_cli.meta_llama import is_meta_folder, meta_llama_config
 
     source, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
-    with explained(model, "its config", FORMATS), torch.device("meta"):
+    with explained(model, "its config", CONFIG_FILE):
         if is_meta_folder(source):
             config, auto_class = meta_llama_config(source), "AutoModelForCausalLM"
         else:
             config, auto_class = _load_config(model, source, trust_remote_code)
-        shape = getattr(transformers, auto_class).from_config(
+        return _shape(config, auto_class, wanted, trust_remote_code)
+
+
+def _shape(
+    config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return the model of a config on the meta device, in eval mode."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(
             config,
-            dtype=wanted or config.dtype or torch.float32,
+            dtype=dtype or config.dtype or torch.float32,
+            attn_implementation=None,  # see _load_hugging_face
             trust_remote_code=trust_remote_code,
             experts_implementation="eager",  # the one that takes any dtype there
         )
-    return shape.eval()
+    return model.eval()
 
 
 def check_device(device: str) -> None:
@@ -134,7 +146,7 @@ def resolve_model(model: str, weights: bool = True) -> str:
         from linearize_cli.demo import teacher_path
 
         return str(teacher_path())
-    path = Path(model).expanduser()
+    path = user_path(model, NAMES)
     if path.is_dir():
         _require_checkpoint(path, path)
         return str(path)
@@ -197,8 +209,10 @@ def _load_hugging_face(
     import transformers
     from transformers import AutoTokenizer
 
-    with explained(model, "its config.json", FORMATS):
+    with explained(model, "its config.json", CONFIG_FILE):
         config, auto_class = _load_config(model, source, trust_remote_code)
+        check_files(model, source)
+        check_total(model, _shape(config, auto_class, dtype, trust_remote_code), source)
         if own_code:
             config = _own_config(config, source)
     with explained(model, "its tokenizer", TOKENIZER_FILES):
@@ -214,9 +228,9 @@ def _load_hugging_face(
             attn_implementation=None,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # _check_weights refuses them
+            ignore_mismatched_sizes=True,  # check_loaded refuses them
         )
-    _check_weights(model, loaded, info)
+    check_loaded(model, loaded, info)
     return loaded.eval(), tokenizer
 
 
@@ -225,6 +239,7 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)
+    check_sizes(model, raw)
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind is None and not own_code:
         raise UserError(f"{model}: config.json has no model_type.", FORMATS)
@@ -274,21 +289,9 @@ def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"{model} has no tokenizer files.", TOKENIZER_FILES)
 
 
-def _check_weights(model: str, loaded: PreTrainedModel, info: dict) -> None:
-    """transformers fills weights that are missing, or of another shape, with random numbers."""
-    hint = f"{WEIGHT_FILES} Or config.json is another model's."
-    if info["missing_keys"]:
-        raise UserError(f"{model} lacks the weights {first_five(info['missing_keys'])}.", hint)
-    if info["mismatched_keys"]:
-        shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
-        raise UserError(f"{model}, by config.json, has wrong shapes: {first_five(shapes)}.", hint)
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise UserError(f"{model} has a LoRA adapter beside it.", "Merge it with peft's merge_and_unload().")
-
-
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silences transformers' table of missing weights: _check_weights makes it an error."""
+    """Silences transformers' table of missing weights: check_loaded makes it an error."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -8,7 +8,8 @@ import click
 
 from linearize_cli import __version__
 from linearize_cli.console import Terminal, fail
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, shortened
+from linearize_cli.inputs import mended
 from linearize_cli.options import (
     FLOPS,
     TOKENS,
@@ -17,6 +18,7 @@ from linearize_cli.options import (
     calm_libraries,
     command_options,
     model_options,
+    skip_option,
     trust_option,
 )
 
@@ -40,6 +42,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Layers to keep as they are; auto: by KL.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; may be repeated.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
+@skip_option
 @click.option("--tokens", type=TOKENS, help="Budget of recovery, such as 650k; the recipe's if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; at most 1024 if not given.")
 @click.option(
@@ -144,6 +147,7 @@ def seal(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.argument("artifact", default=".")
 @click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
 @click.option("--data", metavar="SRC", help="Text to measure on; a demo artifact has its own.")
+@skip_option
 @click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens of a block, such as 1k,8k.")
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval (an extra: linearize-cli[eval]), by commas.")
 @trust_option
@@ -263,6 +267,7 @@ def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 @click.option("--heads", type=click.IntRange(1), default=4, show_default=True, metavar="K", help="How many.")
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on; the conversion's if not given.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on; else 1% of documents.")
+@skip_option
 @click.option("--tokens", type=TOKENS, help="Budget, such as 650k; that of the recovery if not given.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block; the conversion's if not given.")
 @click.option("--batch-size", type=click.IntRange(1), help="Blocks per step; by the budget if not given.")
@@ -338,6 +343,18 @@ def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     return result
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """
+    Raises:
+        UserError: an argument is not text that a file or a tokenizer can take.
+    """
+    for number, argument in enumerate(arguments, 1):
+        if "\0" in argument or argument != mended(argument):
+            raise UserError(
+                f"argument {number} is not valid UTF-8 text: {argument!r}", "Correct its characters."
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script: runs a command and turns what goes wrong into the contract's exit codes."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -345,11 +362,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--debug" in arguments[: next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)]
     )
     try:
+        check_arguments(arguments)
         sys.exit(cli.main(arguments, prog_name="linearize", standalone_mode=False) and 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
+        error.message = shortened(error.message)
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as interrupt:
@@ -365,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         fail(
-            f"internal: {type(error).__name__}: {error}\nA fault of linearize; `linearize --debug ...` shows where."
+            shortened(f"internal: {type(error).__name__}: {error}")
+            + "\nA fault of linearize; `linearize --debug ...` shows where."
         )
         sys.exit(3)

@@ -13,7 +13,7 @@ from linearize_cli.recipe import Attention, Recipe, names_code
 
 LINEAR = "linear"
 REACHES = ("attention", "all")  # what LoRA may be on
-MOST_FEATURES = 8192  # a state as large as a context that softmax would keep
+MOST = 8192  # features, sinks or ranks: more would be as large as the cache or the weights they stand for
 
 
 def misfits(recipe: Recipe) -> Iterable[str]:
@@ -21,14 +21,15 @@ def misfits(recipe: Recipe) -> Iterable[str]:
     a, r = recipe.attention, recipe.recover
     yield from unknown_values(a)
     at_least = [("attention.conv.width", a.conv.width, 0), ("attention.sinks", a.sinks, 0)]
+    at_most = [("attention.sinks", a.sinks)]
     if a.local:
         at_least.append(("attention.local.size", a.local.size, 1))
     if a.far and a.far.feature_dim is not None:
         at_least.append(("attention.far.feature_dim", a.far.feature_dim, 1))
-        if a.far.feature_dim > MOST_FEATURES:
-            yield f"attention.far.feature_dim: {a.far.feature_dim} is more than {MOST_FEATURES}"
+        at_most.append(("attention.far.feature_dim", a.far.feature_dim))
     if r.distill.lora:
         at_least.append(("recover.distill.lora.rank", r.distill.lora.rank, 1))
+        at_most.append(("recover.distill.lora.rank", r.distill.lora.rank))
     for name, stage in (("transfer", r.transfer), ("distill", r.distill)):
         if stage.early_stop is not None:
             at_least.append((f"recover.{name}.early_stop", stage.early_stop, 1))
@@ -36,6 +37,9 @@ def misfits(recipe: Recipe) -> Iterable[str]:
     for path, value, least in at_least:
         if value < least:
             yield f"{path}: {value} is less than {least}"
+    for path, value in at_most:
+        if value > MOST:
+            yield f"{path}: {value} is more than {MOST}"
     if not a.local and not a.far:
         yield "attention: neither local nor far: nothing would be attended to"
     else:

@@ -23,8 +23,8 @@ class Terminal:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.out = Console(width=None if sys.stdout.isatty() else WIDTH)
-        self.err = Console(stderr=True)
+        self.out = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+        self.err = Console(stderr=True, markup=False)
 
     def note(self, text: str) -> None:
         """A line about what is going on."""

@@ -33,7 +33,7 @@ from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import LayerBlocks
 from linearize_cli.recover.sample import write_corpus
-from linearize_cli.tasks import task_class, task_of
+from linearize_cli.tasks import Task, task_class, task_of
 
 
 def default_output(model: str, method: str) -> Path:
@@ -51,6 +51,7 @@ def convert(
     keep_softmax: str | None = None,
     data: tuple[str, ...] = (),
     eval_data: str | None = None,
+    skip_bad_rows: int = 0,
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -97,6 +98,7 @@ def convert(
         dtype,
         seed,
         medusa_heads,
+        skip_bad_rows=skip_bad_rows,
     )
     if dry_run:
         return plan_report(job, device, trust_remote_code, processes, flops)
@@ -137,8 +139,9 @@ def make_artifact(
         folder: where the artifact will be.
     """
     refuse_linearized(job.model)
-    sources = open_sources(job)
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    bad = text.BadRows(job.skip_bad_rows)
+    sources = open_sources(job, bad)
+    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
     texts = None if None in sources else train_and_eval(job, sources, eval_text)
     check_device(engine.device)
     size = job.recipe.recover.transfer.block_layers
@@ -147,6 +150,8 @@ def make_artifact(
     linear, softmax = planned(job, teacher)
     task = task_of(teacher, tokenizer)
     check_task(job, type(teacher).__name__, type(task), linear)
+    read_through([*sources, eval_text], tokenizer, task)
+    bad.report(terminal)
     check_checkpointing(job, teacher)
     length = check_length(job.seq_len, job.recipe, teacher)
     job = with_batch_size(job, length)
@@ -158,11 +163,13 @@ def make_artifact(
     engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
     if texts is None:
         writing = (teacher, tokenizer, partial / "self.jsonl")
-        sources = with_own_text(job, sources, *writing, length, terminal, engine)
+        sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
         texts = train_and_eval(job, sources, eval_text)
     where = (length, partial, terminal, engine, by_block)
     converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
-    return converting.all(*texts, folder.name)
+    report = converting.all(*texts, folder.name)
+    bad.report(terminal)
+    return report
 
 
 def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
@@ -174,16 +181,23 @@ def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]
     return linear, softmax
 
 
-def open_sources(job: Job) -> list[text.Source | None]:
+def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
     """What the job names as data; None stands for `self`, which is not written yet."""
     names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
-    return [None if name == SELF else text.open_source(name) for name in names] if needed else []
+    return [None if name == SELF else text.open_source(name, bad) for name in names] if needed else []
+
+
+def read_through(sources: list[text.Source | None], tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Read local text once before the start. Raises as `text.read_through`."""
+    for source in filter(None, sources):
+        text.read_through(source, tokenizer, task)
 
 
 def with_own_text(
     job: Job,
     sources: list[text.Source | None],
+    bad: text.BadRows,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Path,
@@ -195,7 +209,7 @@ def with_own_text(
     if None in sources:
         share = -(-job.recipe.recover.tokens // len(sources))
         engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
-    return [source or text.open_source(str(corpus)) for source in sources]
+    return [source or text.open_source(str(corpus), bad) for source in sources]
 
 
 def train_and_eval(
@@ -219,7 +233,7 @@ def plan_report(
     refuse_linearized(job.model)
     check_device(device)
     if job.data:
-        open_sources(job)
+        open_sources(job, text.BadRows(job.skip_bad_rows))
     model = load_shape(job.model, job.dtype, trust_remote_code)
     with Phantom():
         linear, softmax = planned(job, model)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.teacher import original_model, read_record, teacher_name
+from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.console import Terminal
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import user_path
 from linearize_cli.job import DEMO, SELF
 from linearize_cli.measure import plots
 from linearize_cli.measure.beside import (
@@ -40,6 +42,7 @@ def evaluate(
     *,
     teacher: str | None = None,
     data: str | None = None,
+    skip_bad_rows: int = 0,
     context: Sequence[int] = (),
     tasks: Sequence[str] = (),
     tokens: int | None = None,
@@ -55,6 +58,7 @@ def evaluate(
     Args:
         teacher: the model it was made from; None: the one that its linearize.json names.
         data: text to measure on, as of `convert`; None: the demo's, of a demo artifact.
+        skip_bad_rows: rows of it that may be left out because they cannot be used.
         context: tokens of a block; the first is that of the overall numbers, the longest that of those by
             position. Empty: the length it was trained at, and up to 8 times that, as far as the model's
             positions and the text allow.
@@ -69,7 +73,7 @@ def evaluate(
     Raises:
         UserError: anything the caller can mend. Nothing half-written is left.
     """
-    terminal, folder = terminal or Terminal(quiet=True), Path(artifact).expanduser()
+    terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
     record = read_record(folder)
     base = teacher_name(folder, record, teacher)
@@ -79,7 +83,7 @@ def evaluate(
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
     demo = DEMO in (base, record.get("base_model"))
-    source = open_text(data, demo)
+    source = open_text(data, demo, text.BadRows(skip_bad_rows))
     harness = Harness(tasks) if tasks else None
     student, tokenizer = load(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -88,8 +92,11 @@ def evaluate(
     task = task_of(student, tokenizer)
     if harness and not isinstance(task, CausalLM):
         raise UserError(f"--tasks: {task.kind} is no causal language model", "Leave the option out.")
+    text.read_through(source, tokenizer, task)
     limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
     ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
+    task.check_tokens(ids)
+    source.bad.report(terminal)
     pair = Pair(original, student, tokenizer, task, ids, terminal, seed)
     trained = record.get("seq_len") or min(1024, context_length(student))
     contexts = choose_contexts(pair, list(dict.fromkeys(context)), trained, source.name)
@@ -119,7 +126,7 @@ def evaluate(
     return report
 
 
-def open_text(data: str | None, demo: bool) -> text.Source:
+def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
     """The text to measure on; a local one by its name alone, for a report may be published."""
     if data is None and demo:
         return replace(text.open_source(str(heldout_path())), name="held-out text of the demo")
@@ -132,8 +139,8 @@ def open_text(data: str | None, demo: bool) -> text.Source:
         raise UserError(
             "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
         )
-    source = text.open_source(data)
-    local = Path(data).expanduser()
+    source = text.open_source(data, bad)
+    local = user_path(data)
     return replace(source, name=local.resolve().name) if local.exists() else source
 
 

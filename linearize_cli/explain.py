@@ -4,9 +4,9 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from linearize_cli.errors import UserError
+from linearize_cli.weights import weight_files
 
 NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
 
@@ -27,9 +27,11 @@ def explained(model: str, part: str, hint: str, source: str | None = None) -> It
     except torch.OutOfMemoryError as error:
         raise UserError(f"{model} does not fit into the device's memory.", "Try --dtype bfloat16.") from error
     except Exception as error:
-        known = _known_cause(error, model) or (_unreadable_file(source) if source else None)
+        known = _known_cause(error, model)
         if isinstance(error, ImportError):
             hint = "Install the package that it names."
+        elif source:
+            known = known or _unreadable_file(source)
         raise known or UserError(f"{model}: {part} cannot be loaded: {brief(error)}", hint) from error
 
 
@@ -83,7 +85,7 @@ def _unreadable_file(source: str) -> UserError | None:
     import torch
     from safetensors import safe_open
 
-    for file in sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]):
+    for file in weight_files(source):
         try:
             if file.suffix == ".bin":
                 torch.load(file, map_location="meta", weights_only=True)

@@ -63,6 +63,7 @@ def generate(
         raise UserError(
             "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
         )
+    task.check_tokens(ids)
     ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_special_tokens=True)
     if speculative:
         check_heads(model, type(task))

@@ -1,24 +1,24 @@
 """`heads`: Medusa heads for an artifact."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
+from linearize_cli.artifact.record import read_record
 from linearize_cli.batch import Batch
 from linearize_cli.checks import check_budget, check_length, with_batch_size
 from linearize_cli.console import Terminal
-from linearize_cli.conversion import open_sources, train_and_eval, with_own_text
+from linearize_cli.conversion import open_sources, read_through, train_and_eval, with_own_text
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
+from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.job import DEMO, Job
 from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.recover import data as text
@@ -37,6 +37,7 @@ def heads(
     heads: int = HEADS,
     data: tuple[str, ...] = (),
     eval_data: str | None = None,
+    skip_bad_rows: int = 0,
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -58,21 +59,21 @@ def heads(
         UserError: anything the caller can mend. Nothing half-written is left.
         KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
     """
-    folder = Path(artifact).expanduser().resolve()
+    folder = user_path(artifact).resolve()
     if not (folder / "linearize.json").is_file():
         raise UserError(
             f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
         )
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
-    report = json.loads((folder / "linearize.json").read_text())
+    report = read_record(folder, whole=True)
     recipe = with_budget(saved_recipe(folder), tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
-    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr)
+    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():
@@ -115,17 +116,20 @@ def train_heads(
     Args:
         partial: keeps the checkpoint and the log.
     """
-    sources = open_sources(job)
-    eval_text = text.open_source(job.eval_data) if job.eval_data else None
+    bad = text.BadRows(job.skip_bad_rows)
+    sources = open_sources(job, bad)
+    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
     device = {"device": engine.home, "dtype": job.dtype}
     model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
+    read_through([*sources, eval_text], tokenizer, task)
+    bad.report(terminal)
     length = check_length(job.seq_len, job.recipe, model)
     job = with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     writing = (model, tokenizer, partial / "self.jsonl")
-    sources = with_own_text(job, sources, *writing, length, terminal, engine)
+    sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
     train_text, eval_text = train_and_eval(job, sources, eval_text)
     limit = None if job.eval_data else text.HELD_OUT_LIMIT
     blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
@@ -135,6 +139,7 @@ def train_heads(
         return (task.batch(engine.share(rows)) for rows in stream)
 
     heads, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
+    bad.report(terminal)
     return heads, model.dtype, facts
 
 
@@ -146,9 +151,9 @@ def saved_recipe(folder: Path) -> Recipe:
     """
     problems: list[str] = []
     try:
-        recipe = build(Recipe, yaml.safe_load((folder / "recipe.yaml").read_text()), "", problems)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(str(error))
+        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
+    except UserError as error:
+        problems.append(error.what)
     if problems:
         what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
         raise UserError(what, "Convert the model again, or fetch the artifact again.")
@@ -160,7 +165,7 @@ def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     untouched = path.is_file() and path.read_text() == card(report, **name)
     report = {**report, "medusa": facts}
-    if isinstance(report.get("checksums"), dict):
+    if report.get("checksums"):
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
     if untouched:  # first: a run that is killed in between compares with linearize.json again
         write_text(path, card(report, **name))

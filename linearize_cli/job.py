@@ -25,6 +25,7 @@ class Job:
     seed: int
     medusa_heads: int = 0
     medusa_lr: float | str = HeadStage.lr
+    skip_bad_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}

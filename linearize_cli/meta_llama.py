@@ -7,7 +7,6 @@ both get a context of 4096 tokens, though the original saw 2048 (`max_seq_len` i
 """
 
 import base64
-import json
 import pickle
 import re
 from itertools import count
@@ -21,11 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrain
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.inputs import read_object
 
 Shards = dict[Path, dict[str, torch.Tensor]]
 
 REQUIRED = {"dim", "n_layers", "n_heads", "norm_eps"}
 OPTIONAL = {"n_kv_heads", "vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len"}
+NUMBERS = REQUIRED | OPTIONAL - {"use_scaled_rope"}
 UNUSED = {"multiple_of", "ffn_dim_multiplier", "max_batch_size"}  # the MLP's width comes from its tensors
 
 CONTEXT_BY_ROPE_THETA = {500_000: 8192, 1_000_000: 16384}  # Llama 3, Code Llama
@@ -81,13 +82,12 @@ def meta_llama_config(path: str | Path) -> LlamaConfig:
 
 
 def _read_params(file: Path) -> dict:
-    try:
-        params = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}", DOWNLOAD_AGAIN) from error
-    missing = REQUIRED - params.keys() if isinstance(params, dict) else REQUIRED
-    if missing:
+    params = read_object(file, DOWNLOAD_AGAIN)
+    if missing := REQUIRED - params.keys():
         raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
+    odd = {key for key in NUMBERS if not isinstance(params.get(key, 1), int | float | None)}
+    if odd:
+        raise UserError(f"{file}: {first_five(odd)} must be a number.", DOWNLOAD_AGAIN)
     unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
     if unknown:
         raise UserError(
@@ -145,6 +145,12 @@ def _config(params: dict, shards: Shards) -> LlamaConfig:
         raise UserError(
             f"{file.parent / 'params.json'}: vocab_size {params['vocab_size']} is {vocab} in {file.name}.",
             DOWNLOAD_AGAIN,
+        )
+    layers = {int(name.split(".")[1]) for name in first if re.match(r"layers\.\d+\.", name)}
+    if params["n_layers"] != len(layers):
+        raise UserError(
+            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, and {file.name} holds {len(layers)}.",
+            "params.json and the shards must be of one model.",
         )
     theta = params.get("rope_theta") or 10_000
     context = CONTEXT_BY_ROPE_THETA.get(theta, 4096)

@@ -12,6 +12,7 @@ from linearize_kernels.features import FEATURE_MAPS, FeatureMap
 
 from linearize_cli.compatibility import misfits
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import DEEPEST, parse_yaml, read_yaml, user_path
 from linearize_cli.recipe import Recipe, build, names_code
 from linearize_cli.runtime.bundle import load_own_code
 
@@ -110,16 +111,7 @@ def _folder():
 def _read(method: str) -> tuple[dict, str]:
     """A recipe as plain data, and what to call it in messages."""
     if method.endswith((".yaml", ".yml")):
-        try:
-            data = yaml.safe_load(Path(method).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read the recipe {method}: {error}", "Name a YAML file, or a method."
-            ) from None
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"{method} is not valid YAML: {error}", "Mend the file, or name a method."
-            ) from None
+        data = read_yaml(user_path(method), "Correct the file, or name a method.")
         if not isinstance(data, dict):
             raise UserError(
                 f"{method} holds no recipe", "A recipe is a mapping with a name and an attention part."
@@ -231,13 +223,15 @@ def _apply(data: dict, override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: expected KEY=VALUE", "For example --set attention.local.size=32.")
     *path, last = key.split(".")
+    if len(path) > DEEPEST:
+        raise UserError(f"--set {override}: the key has more than {DEEPEST} levels", ALL_KEYS)
     for part in path:
         if not isinstance(data.get(part), dict):
             data[part] = {}
         data = data[part]
     try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        data[last] = parse_yaml(value)
+    except ValueError as error:
         raise UserError(
-            f"--set {override}: {value!r} is not valid YAML", "Mend its brackets or quotes."
+            f"--set {override}: {value!r} is not valid YAML: {error}", "Correct its brackets or quotes."
         ) from None

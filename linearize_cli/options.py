@@ -1,15 +1,18 @@
 """What the commands' options have in common."""
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import click
 
 from linearize_cli.console import Terminal
-from linearize_cli.errors import CheckFailed
+from linearize_cli.errors import CheckFailed, Notice, shortened
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import user_path
 
 
 class TokenCount(click.ParamType):
@@ -37,7 +40,8 @@ class Counts(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
-        counts = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
+        parts = [part.strip() for part in value.split(",")]
+        counts = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in parts]
         if 0 in counts:
             self.fail(f"{value!r} is not a list of whole numbers such as 1,8", param, ctx)
         return counts
@@ -78,10 +82,12 @@ def command_options(function: Callable) -> Callable:
     @wraps(function)
     def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
         if json_file:
-            check_writable(json_file, "--json")
-        result = function(terminal=Terminal(quiet), **kwargs)
+            check_writable(user_path(json_file), "--json")
+        terminal = Terminal(quiet)
+        with notices(terminal):
+            result = function(terminal=terminal, **kwargs)
         if json_file:
-            write_json(json_file, result)
+            write_json(user_path(json_file), result)
         if isinstance(result, dict) and result.get("verdict") == "FAIL":
             sys.exit(CheckFailed.exit_code)
 
@@ -90,10 +96,25 @@ def command_options(function: Callable) -> Callable:
     return json_option(quiet_option(run))
 
 
+@contextmanager
+def notices(terminal: Terminal) -> Iterator[None]:
+    """While open, show each Notice as a line on the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        default = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, Notice):
+                terminal.note(shortened(str(message)))
+            else:
+                default(message, category, *where)
+
+        warnings.showwarning = show
+        yield
+
+
 def calm_libraries() -> None:
     """Only our own progress and errors are shown."""
-    import warnings
-
     import datasets
     import huggingface_hub
     import transformers
@@ -115,6 +136,13 @@ model_options = options(
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
     ),
+)
+skip_option = click.option(
+    "--skip-bad-rows",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Leave out up to N rows of text that cannot be used; else the first is an error.",
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run code that MODEL, ARTIFACT or the recipe brings along."

@@ -16,6 +16,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.runtime.dispatch import find_cache
 
 PROBE = "linearize_probe"
+ALONE = "it does not run on tokens alone"
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
@@ -81,20 +82,15 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
     inputs = inputs_of(model, torch.arange(1, 4, device=model.device)[None])
     with recording(model, recorder):
         try:
-            model(**inputs, use_cache=False)
+            with running(model, ALONE):
+                model(**inputs, use_cache=False)
             if not recorder.calls:
                 return {}
             for module in recorder.calls:
                 hooks.append(module.register_forward_pre_hook(send_marker, with_kwargs=True))
             recorder.calls.clear()
-            try:
+            with running(model, "it does not run with transformers' DynamicCache"):
                 output = model(**inputs, **own_cache(model), use_cache=True)
-            except (AttributeError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{type(model).__name__} cannot be converted: it does not run with transformers' DynamicCache "
-                    f"({error})",
-                    "Choose a model that does.",
-                ) from error
             if getattr(output, "past_key_values", None) is None:
                 for call in recorder.calls.values():
                     call.extra.pop("linearize_state", None)
@@ -102,6 +98,18 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
             for hook in hooks:
                 hook.remove()
     return recorder.calls
+
+
+@contextmanager
+def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
+    """Turn what a model's own code raises into a UserError: that of some types fails with the sizes of some configs."""
+    try:
+        yield
+    except Exception as error:  # other people's code, which may raise anything
+        raise UserError(
+            f"{type(model).__name__} cannot be converted: {otherwise} ({type(error).__name__}: {error})",
+            "Choose a model that does.",
+        ) from error
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
@@ -229,7 +237,7 @@ def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.requires_grad_(False)
-        with recording(model, recorder), torch.enable_grad():
+        with recording(model, recorder), torch.enable_grad(), running(model, ALONE):
             model(**inputs_of(model, ids), use_cache=False)
     finally:
         hook.remove()

@@ -4,11 +4,14 @@ A recipe is a YAML file that states deviations from the defaults below.
 """
 
 import difflib
+import math
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Union, get_args, get_origin
 
 import yaml
+
+LARGEST = 2**31 - 1  # of a whole number in a recipe
 
 
 @dataclass(frozen=True)
@@ -194,18 +197,19 @@ def names_code(feature_map: object) -> bool:
     return isinstance(feature_map, str) and ".py:" in feature_map
 
 
-def parse_count(text: str | int) -> int:
+def parse_count(text: Any) -> int:
     """A number of tokens: `650k`, `40M`, `1_000`.
 
     Raises:
         ValueError: not such a number, or not positive.
     """
-    if isinstance(text, int):
-        return text
-    scales = {"k": 10**3, "m": 10**6, "b": 10**9}
-    digits = text.strip().lower().replace("_", "").replace(",", "")
-    scale = scales.get(digits[-1:], 1)
-    number = float(digits[:-1] if scale > 1 else digits) * scale
+    if isinstance(text, str):
+        scales = {"k": 10**3, "m": 10**6, "b": 10**9}
+        digits = text.strip().lower().replace("_", "").replace(",", "")
+        scale = scales.get(digits[-1:], 1)
+        number = float(digits[:-1] if scale > 1 else digits) * scale
+    else:
+        number = text if isinstance(text, int | float) and not isinstance(text, bool) else 0
     if not 1 <= number < 1e18 or number != int(number):
         raise ValueError(text)
     return int(number)
@@ -242,14 +246,20 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         try:
             return parse_count(value)
         except ValueError:
-            pass
+            problems.append(f"{path}: expected a number of tokens such as 650k, got {value!r}")
+            return None
     if float in options and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as text
-        except (TypeError, ValueError):
+            number = float(value)  # YAML 1.1 reads 1e-3 as text
+            if math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
             pass
-    if any(type(value) is option for option in options):
-        return value
+    if any(type(value) is option for option in options if option is not float):
+        if type(value) is not int or abs(value) <= LARGEST:
+            return value
+        problems.append(f"{path}: the number is beyond {LARGEST}")
+        return None
     names = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
     problems.append(f"{path}: expected {names}, got {value!r}")
     return None

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from linearize_cli.recipe import Recipe
 
@@ -120,7 +121,7 @@ def estimated(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         if line["section"] != section:
             section = line["section"]
-            rows.add_row(f"[bold]{section}[/bold]")
+            rows.add_row(Text(section, style="bold"))
         rows.add_row(f"  {line['what']}", line["arithmetic"], quantity(line["value"], line["unit"]))
     return rows
 

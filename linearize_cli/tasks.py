@@ -4,11 +4,12 @@ and continues rows of tokens. The kind follows from the Auto class that loads th
 
 from collections.abc import Sequence
 from itertools import count, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.batch import IGNORED, Batch, Blocks, causal_batch
 from linearize_cli.corruption import NOISE, chance, fill, spans
@@ -24,6 +25,16 @@ from linearize_cli.decoder import (
 )
 from linearize_cli.errors import UserError
 from linearize_cli.runtime.config import PREFIX, auto_class
+
+
+class TokenBeyond(UserError):
+    """A token of the tokenizer that the model has no embedding for."""
+
+
+def config_value(config: PreTrainedConfig, name: str) -> Any:
+    """Return a value of a config, or of the part of it that describes the text model. None if neither has it."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)
 
 
 class Task:
@@ -46,13 +57,33 @@ class Task:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Raises UserError: the model or its tokenizer lacks what the task needs."""
         self.kind = type(model).__name__.removeprefix(PREFIX)
-        self.pad_id = model.config.pad_token_id
+        self.pad_id = config_value(model.config, "pad_token_id")
+        self.embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        self.beyond = {
+            token: name for token, name in names.items() if self.embeddings and token >= self.embeddings
+        }
 
     def batch(self, blocks: Blocks | Tensor) -> Batch:
         """The inputs and answers of blocks, or of ids `[B, L]` without marks. The same row always gives the same
         ones.
         """
-        return self.ask(blocks if isinstance(blocks, Blocks) else Blocks(blocks))
+        blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+        self.check_tokens(blocks.ids)
+        return self.ask(blocks)
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """
+        Raises:
+            TokenBeyond: one of the tokens has no row in the model's embeddings.
+        """
+        if self.beyond and ids.numel() and (token := int(ids.max())) >= self.embeddings:
+            raise TokenBeyond(
+                f"the token {token} ({self.beyond.get(token)!r}) has no row in the model's embeddings (0 to "
+                f"{self.embeddings - 1})",
+                "The tokenizer was extended without the model: save the model after resize_token_embeddings, or "
+                "take the token out of the tokenizer's files.",
+            )
 
     def ask(self, blocks: Blocks) -> Batch:
         """As `batch`; only causal language models read the marks."""
@@ -199,7 +230,9 @@ class Seq2SeqLM(Task):
         missing = f"{self.kind} has no {{}} in its config.json"
         require(self.pad_id, missing.format("pad_token_id"), "Add the tokenizer's.")
         self.start_id = require(
-            model.config.decoder_start_token_id, missing.format("decoder_start_token_id"), "Add it."
+            config_value(model.config, "decoder_start_token_id"),
+            missing.format("decoder_start_token_id"),
+            "Add it.",
         )
         self.before = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
         self.after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -16,8 +16,9 @@ from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import read_text, user_path
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
-from linearize_cli.recover.read import Chat, read_jsonl
+from linearize_cli.recover.read import BadRows, Chat, read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
@@ -143,7 +144,10 @@ def verify_model(
         )
     task = task_of(model, tokenizer)
     progress("noise")
-    subject = subject_of(task, model, tokenize(model, tokenizer, prompts, max_new), max_new, seed)
+    texts = tokenize(model, tokenizer, prompts, max_new)
+    for ids in texts:
+        task.check_tokens(torch.tensor(ids))
+    subject = subject_of(task, model, texts, max_new, seed)
     subject = replace(subject, quick=quick, tokenizer=tokenizer, artifact=artifact)
     if subject.no_tree is None:
         drafter = drafter or Lookup()
@@ -304,11 +308,11 @@ def verify(
         UserError: the folder is no linearized artifact or not whole, or the prompts, the tree or the drafter cannot
             be used.
     """
-    folder = Path(artifact).expanduser()
+    folder = user_path(artifact)
     check_artifact(folder)
     if write:
         check_writable(folder / "verify.json")
-    texts = None if prompts is None else read_prompts(Path(prompts).expanduser())
+    texts = None if prompts is None else read_prompts(user_path(prompts))
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
     measured = dict(prompts=texts, max_new=max_new, seed=seed, quick=quick, progress=progress)
@@ -322,15 +326,12 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
     if path.suffix == ".jsonl":
-        documents = list(read_jsonl(path))
+        documents = list(read_jsonl(path, BadRows()))
         if any(isinstance(document, Chat) for document in documents):
             raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
         texts = ["".join(document) for document in documents]
     else:
-        try:
-            texts = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no text: {error}", "Write a prompt a line, in UTF-8.") from None
+        texts = read_text(path, "Write a prompt a line, in UTF-8.").splitlines()
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} holds no prompt", 'Write a prompt a line, or JSONL: {"text": "..."}.')

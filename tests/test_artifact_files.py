@@ -34,7 +34,7 @@ def text(name, content):
         (missing("modeling_linearized.py"), "no modeling_linearized.py, which auto_map names"),
         (text("config.json", '{"model_type": "llama"}'), "model_type 'llama', not 'linearized'"),
         (text("config.json", '{"model_type": "linearized"}'), "no auto_map for AutoModelForCausalLM"),
-        (text("linearize.json", "{"), "linearize.json is not readable JSON"),
+        (text("linearize.json", "{"), "linearize.json is not valid JSON"),
         (text("linearize.json", "[]"), "linearize.json is not a JSON object"),
         (text("medusa.safetensors", ""), "medusa.safetensors is broken"),
         (lambda artifact: os.truncate(artifact / "model.safetensors", 9000), "model.safetensors is broken"),

@@ -1,21 +1,24 @@
 """Every local checkpoint that a user can name loads, or is refused with the file and what to do."""
 
+import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import Malicious, edit_json, save_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import linearize_cli.demo
-from linearize_cli.checkpoint import load_teacher, resolve_model
-from linearize_cli.errors import UserError
+from linearize_cli.checkpoint import load_shape, load_teacher, resolve_model
+from linearize_cli.errors import Notice, UserError
 
 STORIES = Path(__file__).parents[2] / "shared/checkpoints/stories260k-llama"
 
@@ -145,6 +148,109 @@ def test_weights_of_another_shape_are_not_made_up(folder):
     assert (
         "model.layers.0.mlp.down_proj.weight is [16, 24], not [16, 26]" in message and str(folder) in message
     )
+
+
+def add_weights(folder: Path, *names: str) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(16) for name in names}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.self_attn.q_proj.weight",  # a layer more
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.bias",  # a bias that the config switches off
+        "model.layers.1.mlp.down_proj.bias",
+        "lm_head.bias",
+    ],
+)
+def test_a_layer_or_bias_is_never_left_out(folder, name):
+    add_weights(folder, name)
+    message = refusal(folder)
+    assert name in message and str(folder) in message and "config.json" in message
+
+
+def test_a_layer_too_few(folder):
+    edit_json(folder / "config.json", num_hidden_layers=1)
+    assert "model.layers.1.input_layernorm.weight" in refusal(folder)
+
+
+def test_other_weights_are_left_out_with_a_notice(folder):
+    add_weights(folder, "v_head.summary.weight", "vision_tower.layers.0.q_proj.weight")
+    with pytest.warns(Notice, match="left out: v_head.summary.weight, vision_tower"):
+        load_teacher(str(folder))
+
+
+def test_weights_that_every_checkpoint_may_hold_are_no_notice(folder, recwarn):
+    add_weights(folder, "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    load_teacher(str(folder))
+    assert not [warning for warning in recwarn if issubclass(warning.category, Notice)]
+
+
+def test_a_trainer_s_other_files_are_not_blamed(folder):
+    torch.save(Malicious(folder / "marker"), folder / "training_args.bin")
+    (folder / "optimizer.bin").write_bytes(b"")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    message = refusal(folder)
+    assert "no weights" in message and "weights.safetensors" in message and "training_args" not in message
+    (folder / "weights.safetensors").rename(folder / "model.safetensors")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refusal(folder)
+    assert "training_args" not in message and "optimizer.bin" not in message and "Download" not in message
+
+
+@pytest.mark.parametrize(("kind", "named"), [("bert", "BertModel"), ("llama", "LlamaModel")])
+def test_a_model_without_a_head_is_called_so(tmp_path, kind, named):
+    tiny_model(kind, is_decoder=False).base_model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    message = refusal(tmp_path)
+    assert f"is a {named} without the head" in message and "Download" not in message
+
+
+def test_an_index_stays_in_its_folder(folder, shards, tmp_path):
+    shards[0].rename(tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "", None, [], 3):
+        weight_map = {
+            key: name if value == shards[0].name else value for key, value in whole["weight_map"].items()
+        }
+        index.write_text(json.dumps(whole | {"weight_map": weight_map}))
+        assert "outside its folder" in refusal(folder)
+    for weight_map in ([], None, "x"):
+        index.write_text(json.dumps(whole | {"weight_map": weight_map}))
+        assert str(index) in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("mixtral", "num_local_experts"),
+        ("bart", "encoder_layers"),
+    ],
+)
+def test_a_million_layers_are_refused_at_once(tmp_path, kind, key):
+    tiny_model(kind).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    edit_json(tmp_path / "config.json", **{key: 10**6})
+    started = time.monotonic()
+    assert key in refusal(tmp_path) and time.monotonic() - started < 1
+    with pytest.raises(UserError, match=key):
+        load_shape(str(tmp_path))
+
+
+def test_sizes_beyond_the_weight_files_are_refused_at_once(folder):
+    edit_json(folder / "config.json", hidden_size=2**20, vocab_size=2**20, num_attention_heads=2**13)
+    assert "config.json asks for" in refusal(folder)
+
+
+def test_a_config_that_is_not_utf_8(folder):
+    text = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(text.replace(b"llama", b"ll\xffama"))
+    assert "config.json" in refusal(folder)
 
 
 def test_load_report_of_transformers_is_not_shown(folder):

@@ -5,14 +5,16 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny_checkpoint import save_tokenizer
+from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 from transformers import AutoTokenizer
 
+from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.recover import data
 from linearize_cli.recover import read as readers
-from linearize_cli.recover.encode import encode, marks_assistant
-from linearize_cli.recover.read import Chat
+from linearize_cli.recover.encode import at_most, encode, marks_assistant
+from linearize_cli.recover.read import BadRow, BadRows, Chat
+from linearize_cli.tasks import TokenBeyond, task_of
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_what_is_held_out_of_a_stream(tmp_path, length, eval_documents):
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", [f"text {i}" for i in range(length)])
-    train, held = data.hold_out(data.hub_source(str(folder)))
+    train, held = data.hold_out(data.hub_source(str(folder), BadRows()))
     assert read(held) == [f"text {i}" for i in eval_documents]
     assert set(read(train)) == {f"text {i}" for i in range(length)} - set(read(held))
     assert read(train) == read(train)  # every pass is the same
@@ -104,7 +106,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     jsonl(folder / "train.jsonl", ["x", "y"])
-    source = data.hub_source(f"{folder}::train")
+    source = data.hub_source(f"{folder}::train", BadRows())
     assert read(source) == ["x", "y"] and source.count is None
 
 
@@ -118,7 +120,11 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path):
         ('{"messages": [{"from": "gpt"}]}\n', ["line 1", "`role`"]),
         ('{"text": ""}\n', ["holds no text"]),
         ('{"text": "a"}\n{"body": "b"}\n', ["line 2", "`text`"]),
-        ("not json\n", ["line 1"]),
+        ("not json\n", ["line 1", "JSON"]),
+        ('{"text": "a"}\n{"text": "a\n', ["line 2", "JSON"]),
+        ('{"text": ' + "[" * 100_000, ["line 1", "JSON"]),
+        ('{"text": ' + "9" * 5000 + "}", ["line 1", "JSON"]),
+        ('{"text": "a"}\n{"messages": [{"from": [], "value": "a"}, 3]}\n', ["line 2", "`role`"]),
         ('{"text": 3}\n', ["line 1", "no string"]),
         ("[1]\n", ["line 1"]),
     ],
@@ -169,12 +175,12 @@ def test_chats_of_every_kind_of_row(tmp_path):
     assert list(data.open_source(str(tmp_path / "b.parquet")).documents()) == [CHAT]
     (tmp_path / "set").mkdir()
     chats(tmp_path / "set" / "train.jsonl", {"messages": CHAT})
-    assert list(data.hub_source(str(tmp_path / "set")).documents()) == [CHAT]
+    assert list(data.hub_source(str(tmp_path / "set"), BadRows()).documents()) == [CHAT]
     (tmp_path / "other").mkdir()
     jsonl(tmp_path / "other" / "a.txt", [])
     (tmp_path / "other" / "train.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match="the dataset .*no row with a `text`"):
-        list(data.hub_source(str(tmp_path / "other")).documents())
+        list(data.hub_source(str(tmp_path / "other"), BadRows()).documents())
 
 
 @pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
@@ -230,9 +236,9 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
     }.items():
         with pytest.raises(UserError, match=words):
             data.open_source(str(tmp_path / name))
-    (tmp_path / "late.txt").write_bytes(b"a fox\n" * 300_000 + b"\xff")  # beyond what is read on opening it
+    (tmp_path / "late.txt").write_bytes(b"a fox\n" * 300_000 + b"\xff")  # found before the start, too
     with pytest.raises(UserError, match="no UTF-8 text"):
-        list(next(data.open_source(str(tmp_path / "late.txt")).documents()))
+        data.open_source(str(tmp_path / "late.txt"))
     one = data.open_source(str(tmp_path / "one.jsonl"))
     with pytest.raises(UserError, match="single document"):
         data.hold_out(one)
@@ -240,3 +246,135 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
         data.evaluation_blocks(one, tokenizer, 64)
     with pytest.raises(UserError, match="shorter than one block of 64"):
         next(data.batches(one, tokenizer, 64, 2))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in {"a.jsonl": b'{"text": "a fox"}\n', "b.txt": b"a fox"}.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert read(data.open_source(str(tmp_path))) == ["a fox", "a fox"]
+
+
+def test_lone_surrogates_become_the_replacement_character(tmp_path):
+    chat = [{"role": "user", "content": "fox \ud83d"}]
+    jsonl(tmp_path / "a.jsonl", ["cut \ud83d", "whole \U0001f98a"])
+    assert read(data.open_source(str(tmp_path / "a.jsonl"))) == ["cut \ufffd", "whole \U0001f98a"]
+    (document,) = chats(tmp_path / "b.jsonl", {"messages": chat}).documents()
+    assert document == [{"role": "user", "content": "fox \ufffd"}]
+
+
+def bad_rows(path):
+    """Five rows; the second, third and fifth cannot be used."""
+    path.write_bytes(b'{"text": "a"}\n{"text": 3}\n\xff\n{"text": "fox"}\n{"text": "sat"\n')
+    return str(path)
+
+
+def test_bad_rows_are_left_out_only_as_many_as_is_said(tmp_path, capsys):
+    name, bad = bad_rows(tmp_path / "a.jsonl"), BadRows(3)
+    source = data.open_source(name, bad)
+    assert read(source) == read(source) == ["a", "fox"] and source.count == 2
+    bad.report(Terminal()), bad.report(Terminal())
+    said = capsys.readouterr().err
+    assert said.count("used: 3") == 1 and all(f"line {number}" in said for number in (2, 3, 5))
+    with pytest.raises(BadRow, match="a.jsonl, line 5.*\n.*--skip-bad-rows"):
+        data.open_source(name, BadRows(2))
+    shared = BadRows(4)
+    data.open_source(name, shared)
+    with pytest.raises(BadRow, match="b.jsonl, line 3"):
+        data.open_source(bad_rows(tmp_path / "b.jsonl"), shared)
+
+
+def test_a_bad_row_of_a_table_or_a_stream_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [[{"role": "user"}], [{"role": None}], []]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"messages": rows, "text": ["", "", "a"]}), tmp_path / "a.parquet"
+    )
+    assert len(list(data.open_source(str(tmp_path / "a.parquet")).documents())) == 3
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(BadRow, match="b.parquet, row 1"):
+        data.open_source(str(tmp_path / "b.parquet"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+    with pytest.raises(BadRow, match="the dataset .*, row 1"):
+        list(data.hub_source(str(tmp_path / "set"), BadRows()).documents())
+    source = data.hub_source(str(tmp_path / "set"), BadRows(2))
+    assert not list(source.documents()) and len(source.bad.skipped) == 2
+
+
+def test_local_text_that_cannot_be_opened(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(UserError, match="cannot read .*a.txt"):
+        data.open_source(str(tmp_path))
+
+
+REFUSED = [{"role": "narrator", "content": "a"}]
+
+
+@pytest.fixture
+def task(tokenizer):
+    return task_of(tiny_model(), tokenizer)
+
+
+def test_a_chat_that_the_template_refuses_is_found_before_the_start(tmp_path, tokenizer, task):
+    tokenizer.chat_template = TEMPLATE
+    rows = ({"messages": CHAT}, {"messages": REFUSED}, {"text": "fox"})
+    with pytest.raises(BadRow, match="a.jsonl, line 2: .*who"):
+        data.read_through(chats(tmp_path / "a.jsonl", *rows), tokenizer, task)
+    source = data.open_source(str(tmp_path / "a.jsonl"), BadRows(1))
+    data.read_through(source, tokenizer, task)
+    assert len(source.bad.skipped) == 1
+    assert list(data.tokens(source, tokenizer)) == [CHAT_IDS, [BOS], [FOX]]
+
+
+def test_a_chat_of_a_stream_that_the_template_refuses(tmp_path, tokenizer, task):
+    tokenizer.chat_template = TEMPLATE
+    (tmp_path / "set").mkdir()
+    chats(tmp_path / "set" / "train.jsonl", {"messages": REFUSED}, {"messages": CHAT})
+    source = data.hub_source(str(tmp_path / "set"), BadRows())
+    data.read_through(source, tokenizer, task)  # what is not local is not read
+    with pytest.raises(BadRow, match="row 1: .*who"):
+        list(data.tokens(source, tokenizer))
+    assert list(data.tokens(data.hub_source(str(tmp_path / "set"), BadRows(1)), tokenizer)) == [CHAT_IDS]
+
+
+def test_a_template_that_fails_in_any_way_refuses_the_chat(tokenizer):
+    for template in ("{{ 1 / 0 }}", "{{ messages.a.b.c }}", "{% if %}", "{{ messages[0].content + 1 }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(BadRow, match="the row: the model's chat template refuses"):
+            list(encode(Chat(CHAT), tokenizer))
+
+
+def test_a_template_that_does_not_end(tokenizer, monkeypatch):
+    monkeypatch.setattr("linearize_cli.recover.encode.RENDER_SECONDS", 0.2)
+    loop = "{% for i in range(90000) %}{% for j in range(90000) %}{{ j }}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loop
+    with pytest.raises(UserError, match="did not end within"):
+        list(encode(Chat(CHAT), tokenizer))
+    with at_most(0.01, TimeoutError()):
+        pass
+
+
+def test_a_token_beyond_the_embeddings_is_refused_where_text_has_it(tmp_path, tokenizer):
+    tokenizer.add_tokens(["new"])
+    task, beyond = task_of(tiny_model(), tokenizer), len(WORDS)
+    assert task.beyond == {beyond: "new"}
+    jsonl(tmp_path / "a.jsonl", ["a fox", "a new fox"])
+    source = data.open_source(str(tmp_path / "a.jsonl"))
+    with pytest.raises(
+        BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no row.*0 to {beyond - 1}"
+    ):
+        data.read_through(source, tokenizer, task)
+    with pytest.raises(TokenBeyond, match="resize_token_embeddings"):
+        task.batch(torch.tensor([[FOX, beyond]]))
+    source = data.open_source(str(tmp_path / "a.jsonl"), BadRows(1))
+    data.read_through(source, tokenizer, task)
+    assert list(data.tokens(source, tokenizer)) == [[BOS], [A, FOX]]
+
+
+def test_a_token_beyond_that_no_text_has_is_no_fault(tmp_path, tokenizer):
+    tokenizer.add_tokens(["new"])
+    task = task_of(tiny_model(), tokenizer)
+    data.read_through(data.open_source(str(jsonl(tmp_path / "a.jsonl", ["a fox"]))), tokenizer, task)
+    task.batch(torch.tensor([[FOX, A]]))

@@ -226,8 +226,8 @@ def test_wrong_shape(folder):
     ("change", "said"),
     [
         ({"n_kv_heads": 4}, "attention.wk.weight"),
-        ({"n_layers": 3}, "layers.2.attention"),
-        ({"n_layers": 1}, "layers.1.attention"),
+        ({"n_layers": 3}, "n_layers is 3"),
+        ({"n_layers": 1}, "n_layers is 1"),
         ({"dim": 40}, "tok_embeddings.weight"),
         ({"vocab_size": 49}, "vocab_size 49"),
     ],

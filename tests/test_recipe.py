@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from linearize_cli.errors import UserError
+from linearize_cli.errors import LINES, WIDTH, UserError
 from linearize_cli.methods import load_recipe, method_names
 from linearize_cli.recipe import Distill, Transfer, learning_rates, parse_count, transfer_rate
 
@@ -99,6 +99,24 @@ def test_all_unknown_keys_are_named_at_once(tmp_path):
         ("augmented", "recover.tokens=-5", ["recover.tokens"]),
         ("augmented", "attention.far.feature_dim=100000", ["attention.far.feature_dim", "8192"]),
         ("augmented", "attention.local={", ["attention.local", "YAML"]),
+        ("augmented", "recover.tokens=[1]", ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens={a: 1}", ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens=true", ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens=.inf", ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens=1" + "0" * 30, ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens=2020-01-01", ["recover.tokens", "650k"]),
+        ("augmented", "recover.tokens=" + "9" * 5000, ["recover.tokens", "YAML"]),
+        ("augmented", "attention.local.size=[4]", ["attention.local.size", "int"]),
+        ("augmented", "attention.local.size=1" + "0" * 30, ["attention.local.size", "beyond"]),
+        ("augmented", "attention.sinks=10000000", ["attention.sinks", "8192"]),
+        ("augmented", "recover.distill.lora.rank=10000000", ["lora.rank", "8192"]),
+        ("augmented", "recover.distill.lora.alpha=.inf", ["lora.alpha", "float"]),
+        ("augmented", "recover.distill.kl=1" + "0" * 400, ["recover.distill.kl", "float"]),
+        ("augmented", "recover.distill.kl=[1]", ["recover.distill.kl", "float"]),
+        ("augmented", "recover.transfer.clip=2020-01-01", ["recover.transfer.clip", "float"]),
+        ("augmented", "name=&a [*a]", ["name", "alias"]),
+        ("augmented", "name=" + "[" * 6000, ["name", "levels"]),
+        ("augmented", "name" + ".a" * 6000 + "=1", ["--set", "levels"]),
         ("augmented", "recover.transfer.share=2", ["share"]),
         ("augmented", "attention", ["KEY=VALUE"]),
     ],
@@ -106,7 +124,9 @@ def test_all_unknown_keys_are_named_at_once(tmp_path):
 def test_misfits_are_refused_with_their_keys(method, override, words):
     with pytest.raises(UserError) as error:
         load_recipe(method, [override])
-    assert all(word in str(error.value) for word in words)
+    message = str(error.value)
+    assert all(word in message for word in words)
+    assert len(message.splitlines()) <= LINES and max(map(len, message.splitlines())) <= WIDTH
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_and_the_list():
@@ -122,18 +142,20 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_recipe(str(file))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_recipe(str(tmp_path / "absent.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("650k", 650_000), ("40M", 40_000_000), ("1_000", 1000), ("1.5k", 1500)]
+    ("text", "count"), [("650k", 650_000), ("40M", 40_000_000), ("1_000", 1000), ("1.5k", 1500), (2e3, 2000)]
 )
 def test_counts(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "k", "-3", "0", "1.5", "many", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "-3", "0", "1.5", "many", "nan", "inf", [1], True, None, 10**30, 1.5]
+)
 def test_no_counts(text):
     with pytest.raises(ValueError):
         parse_count(text)

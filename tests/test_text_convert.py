@@ -3,13 +3,14 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from convert_case import SMALL, losses, make_teacher
 from transformers import AutoTokenizer
 
-from linearize_cli import convert
+from linearize_cli import cli, convert
 from linearize_cli.console import Terminal
 from linearize_cli.errors import UserError
 from linearize_cli.recover import data
@@ -112,3 +113,32 @@ def test_a_resumed_run_reads_on_where_it_stopped(teacher):
             again = next(data.batches(source, tokenizer, 64, 16, skip=step, **options))
             for name in ("ids", "starts", "counted"):
                 assert torch.equal(getattr(batch, name), getattr(again, name))
+
+
+def test_rows_that_cannot_be_used_stop_a_run_before_it_starts_or_are_left_out(teacher, capsys):
+    """In every command that reads text: no row of them is trained or measured on, and their number is said."""
+    lines = Path(teacher.text).read_text().splitlines()
+    bad, clean, output = (
+        teacher.folder / "bad.jsonl",
+        teacher.folder / "clean.jsonl",
+        teacher.folder / "skipping",
+    )
+    clean.write_text("\n".join(lines))
+    bad.write_text("\n".join([*lines[:90], '{"text": 3}', *lines[90:], '{"text": ["a"]}']))
+    sizes = [part for size in SMALL["overrides"] for part in ("--set", size)]
+    budget = ["--tokens", "1280", "--seq-len", "16", "--batch-size", "4"]
+    for first, *rest in (
+        ("convert", teacher.path, "-o", str(output), *sizes, *budget),
+        ("heads", str(output), "--heads", "1", *budget),
+        ("eval", str(output), "--context", "16"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "1"])
+        assert end.value.code == 2 and "bad.jsonl, line 20" in capsys.readouterr().err
+        assert first != "convert" or not list(teacher.folder.glob("skipping*"))
+        if first == "convert":
+            with pytest.raises(SystemExit) as end:
+                cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "2"])
+            said = capsys.readouterr().err
+            assert not end.value.code and said.count("rows left out because they cannot be used: 2") == 1
+    assert losses(output) == run(teacher, "clean", data=(str(clean),), tokens=1280)[1]

@@ -100,8 +100,8 @@ def test_trees_by_name_and_by_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[[0], [0", "no JSON"),
-        ("[" * 100_000 + "]" * 100_000, "no JSON"),
+        ("[[0], [0", "not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not valid JSON"),
         ('{"0": 1}', "list of lists"),
         ("[[0], [true]]", "list of lists"),
         ("[[0], [-1]]", "list of lists"),

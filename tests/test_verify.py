@@ -281,7 +281,7 @@ def test_what_is_no_artifact_is_refused(artifact, tmp_path, tokenizer):
     said = refusal(tmp_path)
     assert "config.json is that of a llama model" in said and "linearize convert" in said
     (tmp_path / "config.json").write_text("[]")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "config.json is not a JSON object" in refusal(tmp_path)
 
 
 def test_broken_weights_are_refused(artifact, tmp_path):

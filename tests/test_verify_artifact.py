@@ -137,8 +137,6 @@ def test_reports_and_figures_are_no_part_of_the_seal(artifact):
     "record, failed",
     [
         ("{}", []),
-        ("not JSON", []),
-        ('{"fingerprint": 5, "checksums": "no"}', []),
         ('{"fingerprint": {"dtype": "float32"}}', ["fingerprint"]),
         ('{"fingerprint": {"dtype": "int8"}}', ["fingerprint"]),
         (
@@ -150,6 +148,13 @@ def test_reports_and_figures_are_no_part_of_the_seal(artifact):
 def test_records_that_are_not_whole(artifact, record, failed):
     (artifact / "linearize.json").write_text(record)
     assert verified(artifact) == failed
+
+
+@pytest.mark.parametrize("record", ["not JSON", '{"fingerprint": 5}', '{"checksums": {"config.json": 3}}'])
+def test_records_of_another_form_are_refused(artifact, record):
+    (artifact / "linearize.json").write_text(record)
+    with pytest.raises(UserError, match="linearize.json"):
+        verified(artifact)
 
 
 def test_rounded_weights_have_another_fingerprint(artifact):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linearize_cli.artifact.record import CONFIG, read_config
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.inputs import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,29 +49,25 @@ def load(
 
 def artifact_name(path: str | Path) -> str:
     """A folder's whole name, for one called `demo` is no embedded teacher; a Hub id as it is."""
-    return str(Path(path).resolve() if Path(path).is_dir() else path)
+    folder = user_path(path)
+    return str(folder.resolve() if folder.is_dir() else path)
 
 
 def check_artifact(folder: Path) -> None:
     """Refuse what is no folder or no artifact, and say what it is."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder", "Name the folder that `linearize convert` wrote.")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError:
+    if not (folder / CONFIG).exists():
         hint = "Name the folder that `linearize convert` wrote."
-        raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "Convert again.") from None
-    modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
-    missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
-    if missing:
-        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
+        raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint)
+    config = read_config(folder)
     if "linearize" not in config:
         what = f"{folder} is no linearized artifact: its config.json is that of a {config.get('model_type')} model"
         raise UserError(what, f"Convert it first: linearize convert {folder}")
+    modules = {name.partition(".")[0] for name in (config.get("auto_map") or {}).values() if name}
+    missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
+    if missing:
+        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
 
 
 def refuse_linearized(model: str) -> None:
@@ -80,8 +77,7 @@ def refuse_linearized(model: str) -> None:
     """
     from linearize_cli.checkpoint import resolve_model
 
-    config = Path(resolve_model(model, weights=False)) / "config.json"  # Meta's format has none
-    if config.is_file() and '"linearize"' in config.read_text():
+    if "linearize" in read_config(Path(resolve_model(model, weights=False))):
         raise UserError(f"{model} is a linearized model already", "Name the softmax model it was made from.")
 
 
@@ -93,14 +89,12 @@ def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
     """
     from linearize_kernels.far import FAR_PARTS
     from linearize_kernels.features import FEATURE_MAPS
-    from transformers import PreTrainedConfig
 
     from linearize_cli.checkpoint import resolve_model
     from linearize_cli.runtime.bundle import OWN, load_own_code
 
     folder = resolve_model(path)
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    far = config.get("linearize", {}).get("attention", {}).get("far") or {}
+    far = read_config(Path(folder)).get("linearize", {}).get("attention", {}).get("far") or {}
     name = far.get("feature_map")
     if name is None or name in FEATURE_MAPS or name in FAR_PARTS:
         return

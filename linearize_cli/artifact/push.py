@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from pathlib import Path
 
@@ -27,7 +26,9 @@ from linearize_cli.artifact.hub import (
     timed_out,
     upload,
 )
+from linearize_cli.artifact.record import report_faults
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import read_object, user_path
 
 REQUIRED = ("config.json", "linearize.json", "recipe.yaml", "README.md", "tokenizer_config.json")
 VOCABULARY = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
@@ -73,7 +74,7 @@ def push(
     Raises:
         UserError: the folder is not a whole artifact, or the Hub or the network said no.
     """
-    folder = Path(artifact)
+    folder = user_path(artifact)
     files = [{"path": name, "size": (folder / name).stat().st_size} for name in artifact_files(folder)]
     revision = revision or "main"
     if create_pr and revision != "main":
@@ -150,25 +151,23 @@ def _faults(folder: Path, names: set[str]) -> list[str]:
     contents = {}
     for name in (name for name in json_names if name in names):
         try:
-            contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            faults.append(f"{name} is not readable JSON ({error})")
-        else:
-            if not isinstance(contents[name], dict):
-                faults.append(f"{name} is not a JSON object")
-                del contents[name]
+            contents[name] = read_object(folder / name)
+        except UserError as error:
+            faults.append(error.what.removeprefix(f"{folder}/"))
 
     if (config := contents.get("config.json")) is not None:
         if config.get("model_type") != "linearized":
             faults.append(f"config.json has model_type {config.get('model_type')!r}, not 'linearized'")
-        auto_map = config.get("auto_map") or {}
+        auto_map = config.get("auto_map")
+        auto_map = auto_map if isinstance(auto_map, dict) else {}
         if not any(name.startswith("AutoModel") for name in auto_map):
             faults.append("config.json has no auto_map for AutoModelForCausalLM or the like")
         modules = {f"{target.split('.')[0]}.py" for target in auto_map.values() if isinstance(target, str)}
         faults += [f"no {module}, which auto_map names" for module in sorted(modules - names)]
 
-    index = contents.get("model.safetensors.index.json", {})
-    shards = set(index.get("weight_map", {}).values())
+    faults += [f"linearize.json: {fault}" for fault in report_faults(contents.get("linearize.json", {}))]
+    shards = contents.get("model.safetensors.index.json", {}).get("weight_map", {})
+    shards = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
     faults += [f"no {shard}, which the index names" for shard in sorted(shards - names)]
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     if not any(name.startswith("model") for name in weights):

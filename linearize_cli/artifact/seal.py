@@ -6,9 +6,10 @@ from typing import Any
 from linearize_cli.artifact.checksums import changed, checksums
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.teacher import read_record
+from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
+from linearize_cli.inputs import user_path
 from linearize_cli.tasks import task_of
 
 
@@ -29,7 +30,7 @@ def seal(
     Raises:
         UserError: the folder is no whole artifact.
     """
-    folder = Path(artifact).expanduser()
+    folder = user_path(artifact)
     check_artifact(folder)
     report = read_record(folder)
     if not report:
@@ -40,7 +41,7 @@ def seal(
     facts = {
         "artifact": str(artifact),
         "files": len(sealed),
-        "changed": changed(before, folder) if isinstance(before, dict) else "",
+        "changed": changed(before, folder) if before else "",
     }
     exact = in_float32(model) or model
     report["checksums"] = sealed

@@ -1,6 +1,5 @@
 """The softmax model that an artifact was made from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,6 @@ from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.checkpoint import load_teacher
 from linearize_cli.errors import UserError
 from linearize_cli.tasks import task_of
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """`linearize.json`, or nothing where there is none."""
-    path = folder / "linearize.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Convert again, or remove the file.") from None
-    if not isinstance(record, dict) or not isinstance(record.get("base_model", ""), str | None):
-        raise UserError(f"{path} is no report of a conversion", "Convert again, or remove the file.")
-    return record
 
 
 def teacher_name(folder: Path, record: dict[str, Any], asked: str | None) -> str:

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.inputs import user_path
 
 
 class Harness:
@@ -33,7 +33,7 @@ class Harness:
         self.evaluate, self.model, self.names = lm_eval.simple_evaluate, HFLM, list(names)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.manager = TaskManager()
-        files = {name for name in names if name.endswith((".yaml", ".yml")) and Path(name).is_file()}
+        files = {name for name in names if name.endswith((".yaml", ".yml")) and user_path(name).is_file()}
         unknown = {*names} - files - {*self.manager.all_tasks}
         if unknown:
             raise UserError(

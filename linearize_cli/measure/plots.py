@@ -82,12 +82,14 @@ def by_distance(report: dict[str, Any]) -> Figure | None:
 def transfer(log: Path) -> Figure | None:
     """The loss of every layer over the steps of transfer, from the log of the conversion."""
     curves = defaultdict(list)
-    if log.is_file():
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        for record in records:
+    try:
+        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+            record = json.loads(line)
             if record.get("stage") == "transfer":
                 for layer, loss in record.get("layers", {}).items():
-                    curves[layer].append((record["step"], loss))
+                    curves[layer].append((int(record["step"]), float(loss)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # a damaged log is no reason to lose what was measured
     if not curves:
         return None
     drawing, axes = figure("transfer, layer by layer", "step", "relative error of the layer's output")

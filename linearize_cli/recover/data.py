@@ -1,8 +1,8 @@
 """Text sources as streams of documents, and documents as blocks of tokens."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.batch import Blocks
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import user_path
 from linearize_cli.job import DEMO
 from linearize_cli.recipe import Recover
-from linearize_cli.recover.encode import encode
-from linearize_cli.recover.read import READERS, Document, documents
+from linearize_cli.recover.encode import check_chat, encode
+from linearize_cli.recover.read import READERS, BadRow, BadRows, Chat, Document, documents
+from linearize_cli.tasks import Task, TokenBeyond
 
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 HELD_OUT_SHARE = 0.01
@@ -25,37 +27,50 @@ SUFFIXES = tuple(READERS)
 
 @dataclass(frozen=True)
 class Source:
-    """A named text source. `documents()` starts a new pass; `count` is the number of documents, if known."""
+    """A named text source.
+
+    Attributes:
+        documents: starts a new pass.
+        count: the number of documents, if known.
+        bad: the rows that cannot be used; sources of one run share it.
+        local: whether all of it is at hand, so that it can be read through before the start.
+    """
 
     name: str
     documents: Callable[[], Iterator[Document]]
     count: int | None = None
+    bad: BadRows = field(default_factory=BadRows)
+    local: bool = False
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, bad: BadRows | None = None) -> Source:
     """A text file (one document), JSONL or parquet (`text` field, or a chat in `messages`), a folder of them, or a
     Hub dataset `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
 
+    Args:
+        bad: the rows of the run that cannot be used; None allows none.
+
     Raises:
-        UserError: nothing is there, the form is unknown, or it holds no text.
+        UserError: nothing is there, the form is unknown, it holds no text, or a row cannot be used.
     """
+    bad = bad or BadRows()
     if not name.strip():
         raise UserError(
             "SRC is empty", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset."
         )
     if name == DEMO:
-        return demo_source()
-    path = Path(name).expanduser()
+        return demo_source(bad)
+    path = user_path(name)
     if path.exists():
-        return local_source(name, path)
+        return local_source(name, path, bad)
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
         raise UserError(
             f"no such data: {name}", "Name a text, JSONL or parquet file, a folder of them, or a Hub dataset."
         )
-    return hub_source(name)
+    return hub_source(name, bad)
 
 
-def local_source(name: str, path: Path) -> Source:
+def local_source(name: str, path: Path, bad: BadRows) -> Source:
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UserError(f"the folder {name} holds no {', '.join(SUFFIXES)} file", "Name one that does.")
@@ -67,29 +82,30 @@ def local_source(name: str, path: Path) -> Source:
 
     def read() -> Iterator[Document]:
         for file in files:
-            yield from READERS[file.suffix](file)
+            try:
+                yield from READERS[file.suffix](file, bad)
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {file}: {error.strerror or error}", "Check its rights."
+                ) from None
 
-    try:
-        count = sum(1 for document in read() for _ in islice(document, 1))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} holds a file that is no UTF-8 text: {error}", "Convert it to UTF-8."
-        ) from None
-    if count == 0:
+    # All of it is decoded and parsed here: a fault at the end must not show after hours of training.
+    total = sum(any([True for _ in document]) for document in read())
+    if total == 0:
         raise UserError(f"{name} holds no text", "Name data with at least one document that is not empty.")
-    return Source(name, read, count)
+    return Source(name, read, total, bad, local=True)
 
 
-def demo_source() -> Source:
+def demo_source(bad: BadRows) -> Source:
     from linearize_cli.demo.corpus import generate_documents
 
     def read() -> Iterator[Document]:
         return ([document.text] for document in generate_documents(DEMO_SEED, DEMO_DOCUMENTS))
 
-    return Source(DEMO, read, DEMO_DOCUMENTS)
+    return Source(DEMO, read, DEMO_DOCUMENTS, bad)
 
 
-def hub_source(name: str) -> Source:
+def hub_source(name: str, bad: BadRows) -> Source:
     """A streamed Hub dataset `name[:config][:split]`, split `train` unless named."""
     import datasets
 
@@ -103,7 +119,12 @@ def hub_source(name: str) -> Source:
             f"cannot open the dataset {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "Check the name and the network, or pass --data FILE with text of your own, or --data self.",
         ) from None
-    return Source(name, lambda: documents(stream, f"the dataset {name}"))
+
+    def read() -> Iterator[Document]:
+        where = (f"the dataset {name}, row {number}" for number in count(1))
+        return documents(zip(where, stream, strict=False), bad)
+
+    return Source(name, read, bad=bad)
 
 
 def joined(sources: Iterable[Source]) -> Source:
@@ -120,7 +141,9 @@ def joined(sources: Iterable[Source]) -> Source:
                 else:
                     yield document
 
-    return Source(", ".join(s.name for s in sources), read, None if None in counts else sum(counts))
+    total = None if None in counts else sum(counts)
+    names, local = ", ".join(s.name for s in sources), all(s.local for s in sources)
+    return Source(names, read, total, sources[0].bad, local)
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
@@ -130,30 +153,64 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     Raises:
         UserError: there is only one.
     """
-    count, limit = source.count, 2 * HELD_OUT_OF_STREAM
-    if count is None:
-        count = sum(1 for _ in islice(source.documents(), limit))
-        if count == limit:
+    total, limit = source.count, 2 * HELD_OUT_OF_STREAM
+    if total is None:
+        total = sum(1 for _ in islice(source.documents(), limit))
+        if total == limit:
             return part(source, HELD_OUT_OF_STREAM, None), part(source, 0, HELD_OUT_OF_STREAM)
-    if count < 2:
+    if total < 2:
         raise UserError(
             f"{source.name} holds a single document, so nothing can be held out of it",
             "Pass --eval-data with text to measure on.",
         )
-    kept = count - max(1, round(count * HELD_OUT_SHARE))
-    return part(source, 0, kept), part(source, kept, count)
+    kept = total - max(1, round(total * HELD_OUT_SHARE))
+    return part(source, 0, kept), part(source, kept, total)
 
 
 def part(source: Source, first: int, end: int | None) -> Source:
     """The documents of a source from `first` on, before `end`."""
     name = source.name if first == 0 else f"{source.name} from document {first + 1} on"
     name += "" if end is None else f", {end - first} documents"
-    return Source(name, lambda: islice(source.documents(), first, end), None if end is None else end - first)
+    rest = None if end is None else end - first
+    return replace(source, name=name, documents=lambda: islice(source.documents(), first, end), count=rest)
 
 
 def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of the joined documents, a piece at a time; each document starts with BOS if there is one."""
-    return (piece[0].tolist() for document in source.documents() for piece in encode(document, tokenizer))
+    return (piece[0].tolist() for piece in encoded(source, tokenizer))
+
+
+def encoded(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+    """Yield the documents as tokens, a piece at a time, as `encode` does, without those that are bad rows."""
+    for document in source.documents():
+        if getattr(document, "where", None) in source.bad.skipped:
+            continue
+        try:
+            yield from encode(document, tokenizer)
+        except BadRow as error:
+            source.bad.skip(error)
+
+
+def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Find the rows of local text that cannot be used, before a run starts: chats that the template refuses and,
+    where the tokenizer has tokens that the model has no embeddings for, text with such tokens. What comes from
+    the Hub is checked as it is read.
+
+    Raises:
+        BadRow: there are more such rows than may be left out.
+    """
+    for document in source.documents() if source.local else ():
+        where = getattr(document, "where", source.name)
+        try:
+            if task.beyond:
+                for piece in encode(document, tokenizer):
+                    task.check_tokens(piece[0])
+            elif isinstance(document, Chat):
+                check_chat(document, tokenizer)
+        except TokenBeyond as error:
+            source.bad.skip(BadRow(where, error.what, error.hint))
+        except BadRow as error:
+            source.bad.skip(error)
 
 
 def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
@@ -161,13 +218,12 @@ def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: i
     is dropped.
     """
     pending = torch.empty(3, 0, dtype=torch.long)
-    for document in source.documents():
-        for piece in encode(document, tokenizer):
-            pending = torch.cat([pending, piece], 1)
-            whole = pending.shape[1] // length * length
-            for first in range(0, whole, length):
-                yield pending[:, first : first + length]
-            pending = pending[:, whole:]
+    for piece in encoded(source, tokenizer):
+        pending = torch.cat([pending, piece], 1)
+        whole = pending.shape[1] // length * length
+        for first in range(0, whole, length):
+            yield pending[:, first : first + length]
+        pending = pending[:, whole:]
 
 
 def blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:

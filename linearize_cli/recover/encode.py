@@ -1,17 +1,21 @@
 """Documents as tokens: text by the tokenizer, chats by its chat template."""
 
 import re
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from linearize_cli.errors import UserError
-from linearize_cli.recover.read import Chat, Document
+from linearize_cli.recover.read import BadRow, Chat, Document
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what transformers looks for
+
+RENDER_SECONDS = 5  # of one chat at most
 
 # Token ids, and for each 1 if it counts as something to learn to say.
 Tokens = tuple[list[int], list[int]]
@@ -22,7 +26,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
     a token that counts as something to learn to say, and 1 for the document's first.
 
     Raises:
-        UserError: the tokenizer has no chat template for a chat, or the template refuses it.
+        UserError: see `check_chat`.
     """
     first = 1
     for ids, counted in (chat_tokens if isinstance(document, Chat) else text_tokens)(document, tokenizer):
@@ -39,28 +43,63 @@ def text_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> Itera
         yield ids, [1] * len(ids)
 
 
-def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+def check_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render a chat by the template of the tokenizer.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template does not end.
+        BadRow: the template refuses the chat.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "the data holds chats (`messages`), and the model's tokenizer has no chat template",
             "Use data with a `text` field, or a model that was trained on chats.",
         )
-    marks = marks_assistant(tokenizer)
+    what = f"{chat.where}: the model's chat template did not end within {RENDER_SECONDS} seconds"
     try:
-        read = tokenizer.apply_chat_template(
-            list(chat),
-            return_dict=True,
-            return_assistant_tokens_mask=marks,
-            tokenizer_kwargs={"verbose": False},
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the model's chat template refuses a chat: {error}", f"Mend or remove it: {str(chat)[:100]}"
-        ) from None
+        with at_most(
+            RENDER_SECONDS, UserError(what, "Correct the chat template in the folder of the model.")
+        ):
+            tokenizer.apply_chat_template(list(chat), tokenize=False)
+    except UserError:
+        raise
+    except Exception as error:  # a template is code, which may raise anything
+        said = f"the model's chat template refuses the chat: {error}"
+        raise BadRow(chat.where, said, f"Correct or remove it: {str(chat)[:100]} ...") from None
+
+
+def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    check_chat(chat, tokenizer)
+    marks = marks_assistant(tokenizer)
+    read = tokenizer.apply_chat_template(
+        list(chat),
+        return_dict=True,
+        return_assistant_tokens_mask=marks,
+        tokenizer_kwargs={"verbose": False},
+    )
     ids = read["input_ids"]
     counted = read["assistant_masks"] if marks else [1] * len(ids)
     bos = [] if tokenizer.bos_token_id in (None, *ids[:1]) else [tokenizer.bos_token_id]
     yield bos + ids, [0] * len(bos) + counted
+
+
+@contextmanager
+def at_most(seconds: float, error: Exception) -> Iterator[None]:
+    """Raise an error if what runs inside takes longer. Only the main thread can be interrupted, and not on Windows."""
+
+    def stop(*unused: object) -> None:
+        raise error
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:

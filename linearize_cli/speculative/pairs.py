@@ -9,10 +9,10 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import artifact_name, enter_own_feature_map, load, refuse_linearized
-from linearize_cli.artifact.teacher import read_record
+from linearize_cli.artifact.record import read_config, read_record
 from linearize_cli.checkpoint import load_teacher, resolve_model
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.explain import explained
@@ -78,7 +78,7 @@ def drafting_for_teacher(
     """
     enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     folder = Path(resolve_model(artifact_name(artifact)))
-    config, _ = PreTrainedConfig.get_config_dict(folder)
+    config = read_config(folder)
     record = config.get("linearize")
     if record is None:
         what = f"{artifact} is a {config.get('model_type')} model, not a linearized one"

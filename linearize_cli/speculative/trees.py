@@ -1,14 +1,13 @@
 """Token trees as choices: which candidate of which head every node is, and which tree is worth its cost."""
 
 import heapq
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from linearize_cli.errors import UserError
+from linearize_cli.inputs import read_json, user_path
 
 CHAIN, AUTO = "chain", "auto"
 NODES = 64  # of an optimised tree at most, its root included
@@ -115,14 +114,10 @@ def read_choices(file: str, known: Iterable[str]) -> Choices:
         UserError: it is not there, or is no tree.
     """
     hint = "It is a list of choices, a list of ranks each, such as [[0], [1], [0, 0]]."
-    try:
-        paths = json.loads(Path(file).expanduser().read_text())
-    except OSError as error:
-        raise UserError(
-            f"--tree {file}: {error.strerror or error}", f"Name {', '.join(known)}, or a file of choices."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--tree {file} is no JSON: {error}", hint) from None
+    path = user_path(file)
+    if not path.is_file():
+        raise UserError(f"--tree {file}: no such file", f"Name {', '.join(known)}, or a file of choices.")
+    paths = read_json(path, hint)
     if not is_choices(paths):
         raise UserError(f"--tree {file} is no list of lists of ranks, which are whole numbers from 0", hint)
     try:

@@ -1,14 +1,13 @@
 """The artifact's folder: whose code is measured, whether its files are those that were saved, and its fingerprint."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import differences, in_float32
+from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import first_five
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.runtime.bundle import sources
@@ -37,8 +36,8 @@ def content(path: Path) -> str | None:
 
 def files(subject: Subject) -> Finding:
     """Compare the files with the checksums that were taken when the artifact was saved."""
-    recorded = record(subject).get("checksums")
-    if not isinstance(recorded, dict):
+    recorded = read_record(subject.artifact).get("checksums")
+    if recorded is None:
         return not_checked("files", "linearize.json has no checksums; `linearize seal` adds them")
     differing = changed(recorded, subject.artifact)
     said = f"{differing} changed since it was saved" if differing else f"{len(recorded)} as they were saved"
@@ -47,8 +46,8 @@ def files(subject: Subject) -> Finding:
 
 def fingerprint(subject: Subject) -> Finding:
     """Compare logits of fixed sequences, and the tokens of a fixed text, with those of the saved artifact."""
-    recorded = record(subject).get("fingerprint")
-    if not isinstance(recorded, dict):
+    recorded = read_record(subject.artifact).get("fingerprint")
+    if recorded is None:
         return not_checked("fingerprint", "linearize.json has none; `linearize seal` adds it")
     model = subject.model
     if torch.finfo(model.dtype).eps > torch.finfo(saved_dtype(subject)).eps:
@@ -77,12 +76,3 @@ def saved_dtype(subject: Subject) -> torch.dtype:
     """Return the dtype of the saved weights, as config.json has it."""
     config, _ = PreTrainedConfig.get_config_dict(subject.artifact)
     return getattr(torch, str(config.get("dtype")), subject.model.dtype)
-
-
-def record(subject: Subject) -> dict[str, Any]:
-    """Return the contents of `linearize.json`; empty where it cannot be read."""
-    try:
-        found = json.loads((subject.artifact / "linearize.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
