@@ -41,7 +41,7 @@ class Counts(click.ParamType):
         if isinstance(value, list):
             return value
         parts = [part.strip() for part in value.split(",")]
-        counts = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in parts]
+        counts = [int(part) if part.isdecimal() and len(part) < 19 else 0 for part in parts]
         if 0 in counts:
             self.fail(f"{value!r} is not a list of whole numbers such as 1,8", param, ctx)
         return counts

@@ -131,6 +131,10 @@ def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[st
 
 def _is_own(name: str, loaded: PreTrainedModel) -> bool:
     """Return whether a weight is one more layer of a kind that the model has, or one more part of such a layer."""
+    text, index = loaded.config.get_text_config(decoder=True), re.search(r"\.layers\.(\d+)\.", name)
+    drafting = getattr(text, "num_nextn_predict_layers", None) or 0
+    if index and drafting and 0 <= int(index[1]) - text.num_hidden_layers < drafting:
+        return False  # it only drafts (multi-token prediction), as the config says
     kinds = {_kind(key) for key in loaded.state_dict()}
     owner, _, _ = _kind(name).rpartition(".")
     return _kind(name) in kinds or f"{owner}.weight" in kinds

@@ -119,13 +119,9 @@ def targets(folder: Path) -> dict[str, Target]:
             Path(teacher.path) / "tokenizer.json", inspect, swap("--eval-data", teacher.text)
         ),
         "tokenizer_config": target(Path(teacher.path) / "tokenizer_config.json", inspect),
-        "heads": target(
-            artifact / "medusa.safetensors",
-            lambda i: [*generate(i), "--speculative", "medusa"],
-            load=read_header,
-            dump=write_header,
+        "heads": safetensors(
+            artifact / "medusa.safetensors", lambda i: [*generate(i), "--speculative", "medusa"]
         ),
-        "log": target(artifact / "log.jsonl", evaluate, load=read_rows, dump=write_rows),
         "recipe": target(
             recipe,
             lambda i: ["methods", str(recipe), "-q"],
@@ -137,9 +133,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "tree": target(tree, drafted),
         "linearize.json": target(artifact / "linearize.json", push, evaluate, push, heads),
         "rows": target(rows, swap("--eval-data", str(rows)), load=read_rows, dump=write_rows),
-        "header": target(
-            Path(teacher.path) / "model.safetensors", inspect, load=read_header, dump=write_header
-        ),
+        "header": safetensors(Path(teacher.path) / "model.safetensors", inspect),
     }
 
 
@@ -151,18 +145,16 @@ def write_rows(rows: list) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def read_header(content: bytes) -> list:
-    """The header of a safetensors file, and the bytes behind it as text."""
+def safetensors(path: Path, *commands: Callable[[int], list[str]]) -> Target:
+    """A file of weights, of which the header is data."""
+    content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    return [json.loads(content[8 : 8 + size]), content[8 + size :].hex()]
 
+    def dump(header: object) -> bytes:
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
-def write_header(parts: list) -> bytes:
-    header, rest = (
-        json.dumps(parts[0]).encode(),
-        bytes.fromhex(parts[1]) if isinstance(parts[1], str) else b"",
-    )
-    return len(header).to_bytes(8, "little") + header + rest
+    return Target(path, content, commands, lambda whole: json.loads(whole[8 : 8 + size]), dump)
 
 
 def mutated(target: Target, chance: random.Random) -> bytes:

@@ -182,6 +182,15 @@ def test_other_weights_are_left_out_with_a_notice(folder):
         load_teacher(str(folder))
 
 
+def test_layers_that_only_draft_are_left_out_with_a_notice(folder):
+    edit_json(folder / "config.json", num_nextn_predict_layers=1)
+    add_weights(folder, "model.layers.2.eh_proj.weight", "model.layers.2.input_layernorm.weight")
+    with pytest.warns(Notice, match="left out: model.layers.2.eh_proj.weight"):
+        load_teacher(str(folder))
+    add_weights(folder, "model.layers.3.input_layernorm.weight")
+    assert "no place for: model.layers.3.input_layernorm.weight" in refusal(folder)
+
+
 def test_weights_that_every_checkpoint_may_hold_are_no_notice(folder, recwarn):
     add_weights(folder, "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq")
     load_teacher(str(folder))

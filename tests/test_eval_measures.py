@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from transformers import GenerationConfig
 
 from linearize_cli.demo import teacher_path
-from linearize_cli.measure import synthetic
+from linearize_cli.measure import plots, synthetic
 from linearize_cli.measure.generation import agreed, continued, generation, greedy, repetition, sampling
 from linearize_cli.tasks import CausalLM
 
@@ -117,3 +117,15 @@ def test_a_model_beside_itself_writes_the_same():
     for way in ("greedy", "sampled"):
         assert report["repetition"][way]["teacher"] == report["repetition"][way]["student"]
     assert report["repetition"]["text"] == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", "3", '{"stage": "transfer", "layers": {"a": "x"}}', '{"stage": "transfer", "layers": 3}'],
+)
+def test_a_damaged_log_draws_no_figure(line, tmp_path):
+    whole = '{"stage": "transfer", "step": 1, "layers": {"a": 0.5}}\n'
+    (tmp_path / "log.jsonl").write_text(whole)
+    assert plots.transfer(tmp_path / "log.jsonl") is not None
+    (tmp_path / "log.jsonl").write_text(whole + line)
+    assert plots.transfer(tmp_path / "log.jsonl") is None
