@@ -81,19 +81,27 @@ class Output(Workspace):
         Raises:
             UserError: what is in the way of it.
         """
-        new, old = self.path / NEW, self.path / OLD
+        new = self.path / NEW
         self.check(job, self.state["force"])  # the run may have taken hours
         self.save_state({**self.state, "report": report, "inode": inode(new)})
-        if not os.path.lexists(self.folder):
-            os.rename(new, self.folder)
-        elif not exchange(new, self.folder):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.folder, old)
-            try:
+        try:
+            if not os.path.lexists(self.folder):
                 os.rename(new, self.folder)
-            except BaseException:
-                self.restore()
-                raise
+            elif not exchange(new, self.folder):
+                self.replace_in_two_steps(new)
+        except OSError as error:
+            raise UserError(f"cannot replace {self.folder}: {error.strerror}", "Move it away.") from error
+
+    def replace_in_two_steps(self, new: Path) -> None:
+        """Give a folder the name DIR, and put the old one back if that fails."""
+        old = self.path / OLD
+        shutil.rmtree(old, ignore_errors=True)  # of a killed run that had put its artifact in place
+        os.rename(self.folder, old)
+        try:
+            os.rename(new, self.folder)
+        except BaseException:
+            self.restore()
+            raise
 
 
 def precious(folder: Path, job: Job) -> str | None:

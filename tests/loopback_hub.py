@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_aliceAliceAliceAliceAliceAlice"
+READ_TOKEN = "hf_readReadReadReadReadReadReadRea"
+
 
 def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".png", ".model"))

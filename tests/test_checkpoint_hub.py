@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import Fault, LoopbackHub, Repo
+from loopback_hub import TOKEN, Fault, LoopbackHub, Repo
 from meta_format import meta_shards, tiny_llama, write_byte_tokenizer, write_meta
 
 from linearize_cli.meta_llama import load_meta_tokenizer
 
-TOKEN = "hf_aliceAliceAliceAliceAliceAlice"
 BAD_TOKEN = "hf_noneNoneNoneNoneNoneNone"
 
 # huggingface_hub reads HF_ENDPOINT when it is imported, hence a process of its own.

@@ -236,7 +236,7 @@ def test_an_artifact_that_cannot_be_moved_is_put_back(teacher, monkeypatch):
 
     monkeypatch.setattr(module, "exchange", lambda *folders: False)
     monkeypatch.setattr(os, "rename", stuck)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot replace .*stuck: Device or resource busy"):
         run(teacher, output, train=False, force=True)
     assert contents(output) == before
 

@@ -242,7 +242,7 @@ def _explain(
     said = f"HTTP {status}, {said}" if status else said
     again = "Run the same command again: a push is one commit, and what has arrived is not sent twice."
     repo, url = repo_id or "the repository", f"{endpoint}/{repo_id}"
-    if create_pr and not isinstance(error, RuntimeError):
+    if create_pr:
         again = f"See {url}/discussions first: the pull request may be open. Else run the same command again."
 
     if isinstance(error, RuntimeError):
