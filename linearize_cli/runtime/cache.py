@@ -16,6 +16,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from linearize_cli.runtime.offload import loaded
+
 # Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
 ROLLBACK = 256
 
@@ -145,7 +147,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             return self.snapshot
         k, v, valid = self.trail
         valid = valid[:, :length]
-        with torch.no_grad():
+        with torch.no_grad(), loaded(attention):
             return commit(
                 attention,
                 self.snapshot,

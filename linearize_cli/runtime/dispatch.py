@@ -7,6 +7,7 @@ functions only call what the module itself carries.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from linearize_kernels.attention import LinearAttention
@@ -15,6 +16,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+
+from linearize_cli.runtime.masks import is_compact
+from linearize_cli.runtime.packed import document_starts
 
 IMPLEMENTATION = "linearize"
 
@@ -26,9 +30,15 @@ def attention_forward(
 
 
 def compact_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """All that linear attention needs of a mask, O(T): `[B, 1, T, 1]` int8, 0 for pads; None without pads."""
+    """Return a mask of pads, `[B, 1, T, 1]` int8 and 0 for pads, or None without pads.
+
+    Raises:
+        ValueError: the mask is none of pads.
+    """
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2:
+        raise ValueError(f"an attention mask has 2 or 4 dimensions, not {attention_mask.dim()}")
     mask = attention_mask[:, -q_length:]
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
@@ -47,6 +57,27 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if cache is None:
         return None
     return args, {**kwargs, "linearize_state": module.linear_attention.place(cache, module.layer_idx)}
+
+
+def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of the model, for torch.compile: let masks and positions that may hold documents be read.
+
+    Compiled code cannot read them, and takes a row as one document.
+    """
+    if not torch.compiler.is_compiling():
+        return None
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        apart = not is_compact(mask) and mask.shape[-2] > 1
+    else:
+        apart = mask is None and positions is not None and starts_again(positions)
+    return (args, {**kwargs, "linearize_eagerly": True}) if apart else None
+
+
+@torch.compiler.disable
+def starts_again(positions: Tensor) -> bool:
+    """True if positions hold several documents in a row."""
+    return document_starts(positions, 1) is not None
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
@@ -76,11 +107,27 @@ def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
         module.linear_attention = linear_attention.to(device, torch.float32)
         own = copy.copy(module.config)
         own._attn_implementation_internal = IMPLEMENTATION
+        linear_attention.mask_limit = mask_limit(model, module, id(module.config) in kept)
         set_config(module, own)
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(examine, with_kwargs=True)
     for config in configs:
         if id(config) not in kept:
             config._attn_implementation_internal = IMPLEMENTATION
+
+
+def mask_limit(model: nn.Module, module: nn.Module, beside_softmax: bool) -> float:
+    """Return the number of columns up to which the base model's own masks for a module are causal, or a window.
+
+    Args:
+        beside_softmax: the module gets the masks of softmax layers.
+    """
+    if getattr(module, "native_mask", False) or (beside_softmax and hasattr(model.config, "vision_config")):
+        return 0
+    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    if beside_softmax and types and index is not None and types[index : index + 1] == ["chunked_attention"]:
+        return module.config.attention_chunk_size
+    return inf
 
 
 def set_config(module: nn.Module, config: PreTrainedConfig) -> None:

@@ -51,7 +51,9 @@ class LinearizeMixin:
         # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
         for module in self.modules():
             if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
-                if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                # Tensors on meta stay on disk; what was loaded beside them must stay too.
+                tensors = (x for x in (*module.parameters(), *module.buffers()) if not x.is_meta)
+                if not all(getattr(x, "_is_hf_initialized", False) for x in tensors):
                     module.reset_parameters()
                 for part in module.modules():
                     part._is_hf_initialized = True

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.offload import loaded
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class LinearBranch(LinearCacheLayer):
         return nodes(attention, self.state, q, k, v, self.shape.parents, sink_logits).to(q.dtype)
 
     def commit(self, path: Tensor, valid: Tensor | None) -> None:
-        k, v = (take(x, path) for x in self.new)
+        with loaded(self.attention):
+            self.append_path(*(take(x, path) for x in self.new), valid)
+
+    def append_path(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Append an accepted path's keys and values to the prefix."""
         if self.prefix.writes(self.attention, k, None):
             commit_(self.attention, self.prefix.state, k, v, valid)
             self.prefix.seen += k.shape[-2]
