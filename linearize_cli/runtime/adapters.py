@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from linearize_cli.runtime.cache import of_self_attention
+from linearize_cli.runtime.places import of_self_attention
 
 _state: ContextVar = ContextVar("linearize_state", default=None)
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from linearize_cli.runtime.cache import MappedRows
 from linearize_cli.runtime.masks import shown
 from linearize_cli.runtime.offload import loaded
+from linearize_cli.runtime.places import check_empty
 
 
 class CrossCacheLayer(MappedRows, DynamicLayer):
@@ -89,10 +90,10 @@ class LinearizedCrossAttention(LinearAttention):
         return encode(self, key, value, seen[:, 0, 0].expand(key.shape[0], -1))
 
     def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
-        """The cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
+        """Return the cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
 
         Raises:
-            RuntimeError: the layer already holds keys and values of softmax attention.
+            RuntimeError: the layer holds something else already.
         """
         cache = cache.cross_attention_cache
         if cache.layer_class_to_replicate is not None:
@@ -100,8 +101,7 @@ class LinearizedCrossAttention(LinearAttention):
                 cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[index]
         if not isinstance(layer, CrossCacheLayer):
-            if layer.is_initialized and int(layer.get_seq_length()) > 0:
-                raise RuntimeError(f"the cache's layer {index} holds keys and values of softmax attention")
+            check_empty(layer, index)
             layer = cache.layers[index] = CrossCacheLayer()
         return layer
 

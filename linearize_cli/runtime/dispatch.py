@@ -13,12 +13,12 @@ import torch
 from linearize_kernels.attention import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from linearize_cli.runtime.masks import is_compact
 from linearize_cli.runtime.packed import document_starts
+from linearize_cli.runtime.places import check_softmax, find_cache
 
 IMPLEMENTATION = "linearize"
 
@@ -80,11 +80,6 @@ def starts_again(positions: Tensor) -> bool:
     return document_starts(positions, 1) is not None
 
 
-def find_cache(args: tuple, kwargs: dict) -> Cache | None:
-    """The cache among a module's arguments: models differ in what they call it."""
-    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-
-
 def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
     """Give each named attention module its linear attention. Kept softmax layers stay native.
 
@@ -110,6 +105,8 @@ def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
         linear_attention.mask_limit = mask_limit(model, module, id(module.config) in kept)
         set_config(module, own)
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
+    for name in record["softmax"]:
+        model.get_submodule(name).register_forward_pre_hook(check_softmax, with_kwargs=True)
     model.base_model.register_forward_pre_hook(examine, with_kwargs=True)
     for config in configs:
         if id(config) not in kept:

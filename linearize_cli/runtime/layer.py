@@ -10,11 +10,17 @@ from linearize_kernels.varlen import runs
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from linearize_cli.runtime.cache import LinearCacheLayer, cache_layer
+from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
 from linearize_cli.runtime.masks import is_compact, masked_documents, valid_tokens
 from linearize_cli.runtime.offload import loaded
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
+from linearize_cli.runtime.places import cache_layer
+
+NO_PAGES = (
+    "continuous batching (generate_batch, serve --continuous-batching) pages keys and values, and a linearized model "
+    "keeps a state: use model.generate()"
+)
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
@@ -80,10 +86,7 @@ class LinearizedAttention(LinearAttention):
             linearize_eagerly: the mask or the positions may hold documents; torch.compile then leaves this call out.
         """
         if cache is not None:
-            raise NotImplementedError(
-                "a linearized model cannot run under continuous batching, which pages keys and values: use "
-                "model.generate()"
-            )
+            raise NotImplementedError(NO_PAGES)
         heads = query, key, value
         sink_logits = s_aux if self.equation.score == "softmax" else None
         attend = self.attend_eagerly if linearize_eagerly else self.attend

@@ -16,10 +16,10 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
-from linearize_cli.runtime.cache import has_layer
 from linearize_cli.runtime.config import LinearizedConfig, auto_class, base_of
 from linearize_cli.runtime.dispatch import attach
-from linearize_cli.runtime.layer import linearized
+from linearize_cli.runtime.layer import NO_PAGES, linearized
+from linearize_cli.runtime.places import has_layer
 from linearize_cli.runtime.tree import Tree, read_tree
 
 _classes: dict[type, type] = {}
@@ -70,6 +70,9 @@ class LinearizeMixin:
     def read_tree(self, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
         """As `tree.read_tree`."""
         return read_tree(self, cache, ids, parents)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(NO_PAGES)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

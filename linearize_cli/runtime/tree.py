@@ -191,7 +191,8 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
         raise ValueError(
             f"parents {list(parents)} are no tree of {ids.shape[1]} nodes, parents before children"
         )
-    strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in BRANCHES}
+    kinds = {type(layer) for layer in cache.layers} - BRANCHES.keys()
+    strange = {f"{kind.__name__} of {kind.__module__}" for kind in kinds}
     if strange:
         raise NotImplementedError(f"a tree cannot branch off what the cache holds: {', '.join(strange)}")
     # Where positions are a bias on distances, converted layers need none from the model.
