@@ -13,6 +13,7 @@ from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.student import add_lora
 from linearize_cli.recover.transfer import transferring
+from linearize_cli.runtime import dispatch
 from linearize_cli.runtime import layer as layer_module
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
@@ -112,11 +113,11 @@ def test_pads_and_a_cache_are_no_documents():
 )
 def test_compiled_documents_are_apart(keep, inner):
     """By positions and by a mask, before and after rows of one document."""
-    model, ids = swapped("llama", keep=keep, num_hidden_layers=1 + keep), packed()[0].ids[:1, :20]
+    model, ids = swapped("llama", keep=keep, num_hidden_layers=1 + keep), packed()[0].ids[:, :20]
     module = model.model if inner else model
-    positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
-    number = (positions == 0).cumsum(-1)[0]
-    mask = (number[:, None] == number).tril()[None, None]
+    positions = torch.stack([torch.arange(20) % 7, torch.arange(20)])
+    number = (positions == 0).cumsum(-1)[:, None]
+    mask = (number[..., None] == number[:, :, None]).tril()
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="eager")
     for given in ({"position_ids": positions}, {}, {"position_ids": positions, "attention_mask": mask}):
@@ -126,12 +127,12 @@ def test_compiled_documents_are_apart(keep, inner):
 
 
 def test_positions_that_pack_nothing():
-    assert document_starts(None, 2) is None
-    assert document_starts(torch.arange(5, 11)[None], 2) is None
-    assert document_starts(torch.zeros(3, 2, 7), 2) is None
-    starts = document_starts(torch.tensor([[0, 1, 0, 0, 1]]), 2)
-    assert starts.tolist() == [[True, False, True, True, False]] * 2
-    assert torch.equal(document_starts(document_positions(starts), 2), starts)
+    assert document_starts(None) is None
+    assert document_starts(torch.arange(5, 11)[None]) is None
+    assert document_starts(torch.zeros(3, 2, 7)) is None
+    starts = document_starts(torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 0, 1]]))
+    assert starts.tolist() == [[True, False, True, True, False], [True, False, False, True, False]]
+    assert torch.equal(document_starts(document_positions(starts)), starts)
 
 
 def test_documents_are_batched_by_length():
@@ -266,12 +267,26 @@ def test_what_does_not_count_teaches_nothing():
         assert (whole - loss).abs() > 1e-4
 
 
+# Their layers get no position_ids.
 @pytest.mark.parametrize(
-    ("family", "who"), [("gpt-j", "converted"), ("qwen3-next", "base"), ("bloom", "takes no")]
+    "family", ["codegen", "gpt-bigcode", "gpt-j", "gpt-neo", "gpt-neox-japanese", "llama4", "deepseek-v3.2"]
 )
-def test_a_model_that_cannot_is_refused(family, who):
+def test_documents_are_apart_where_layers_get_no_positions(family):
     model = tiny_model(family)
     native = model.config._attn_implementation
     swap(model, AUGMENTED)
+    check_apart(model, native)
+
+
+@pytest.mark.parametrize(
+    ("family", "who"), [("llama", "converted"), ("qwen3-next", "base"), ("bloom", "takes no")]
+)
+def test_a_model_that_cannot_is_refused(family, who, monkeypatch):
+    model = tiny_model(family)
+    native = model.config._attn_implementation
+    swap(model, AUGMENTED)
+    if who == "converted":
+        for module in (layer_module, dispatch):
+            monkeypatch.setattr(module, "document_starts", lambda *given: None)
     with pytest.raises(UserError, match=who):
         check_apart(model, native)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
-from linearize_cli.runtime.masks import is_compact, masked_documents, valid_tokens
+from linearize_cli.runtime.masks import exporting, is_compact, masked_documents, starts_of, valid_tokens
 from linearize_cli.runtime.offload import loaded
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
 from linearize_cli.runtime.places import cache_layer
@@ -87,6 +87,10 @@ class LinearizedAttention(LinearAttention):
         """
         if cache is not None:
             raise NotImplementedError(NO_PAGES)
+        if isinstance(query.shape[-2], torch.SymInt) and exporting():
+            raise ValueError(
+                "export a linearized model with a fixed number of tokens: it cuts them into chunks"
+            )
         heads = query, key, value
         sink_logits = s_aux if self.equation.score == "softmax" else None
         attend = self.attend_eagerly if linearize_eagerly else self.attend
@@ -109,9 +113,11 @@ class LinearizedAttention(LinearAttention):
         readable = mask is not None and not is_compact(mask) and mask.shape[-1] <= self.mask_limit
         if readable and not torch.compiler.is_compiling():
             count = None if state is None or state.state is None else state.state.count
-            starts = masked_documents(mask, valid, query.shape[-2], past, count, self.equation.causal, window)
+            starts = masked_documents(mask, query.shape[-2], past, count, self.equation.causal, window)
         if starts is None and valid is None and state is None and self.equation.causal:
-            starts = document_starts(position_ids, query.shape[0])
+            starts = starts_of(mask)
+            if starts is None:
+                starts = document_starts(position_ids)
         with loaded(self):
             apart = None if starts is None else self.attend_documents(starts, heads, valid, sink_logits)
             if state is not None:  # which takes in the whole row

@@ -8,12 +8,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+HIDES_PAST = (
+    "the attention mask hides tokens that are in the cache, and the state of a linear-attention layer holds them all: "
+    "begin with an empty cache"
+)
 HIDDEN = -9_999.0  # an additive mask hides a token by this or less: by -1e4, -1e9 or the lowest number
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 cannot tell
 
 
 def is_compact(mask: Tensor) -> bool:
-    """True for a mask that holds nothing but pads: `[B, T]`, or that of `dispatch.compact_mask`."""
-    return mask.dim() == 2 or (mask.dtype == torch.int8 and mask.shape[-1] == 1)
+    """True for a mask of pads, `[B, T]` or that of `dispatch.compact_mask`, and for a `document_mask`."""
+    return mask.dim() == 2 or (mask.dtype in (torch.int8, torch.int32) and mask.shape[-1] == 1)
+
+
+def document_mask(starts: Tensor) -> Tensor:
+    """Return a mask of documents by positions, `[B, 1, T, 1]` int32: each token's document, counted from 1."""
+    return starts.cumsum(-1, dtype=torch.int32)[:, None, :, None]
+
+
+def starts_of(mask: Tensor | None) -> Tensor | None:
+    """Return where documents begin in a `document_mask`, `[B, T]` bool, or None for another mask."""
+    if mask is None or mask.dtype != torch.int32 or not is_compact(mask) or mask.dim() == 2:
+        return None
+    return pad(mask[:, 0, :, 0].diff(dim=-1) != 0, (1, 0), value=True)
 
 
 def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
@@ -23,12 +40,12 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
     """
     if mask is None:
         return None
-    if mask.dim() == 2:
-        return mask[:, -length:].bool()
-    if is_compact(mask):
-        return mask[:, 0, :, 0].bool()
-    seen = shown(mask[:, 0])
     start = first_column(mask, length, past)
+    if mask.dim() == 2:
+        return mask[:, start : start + length].bool()
+    if is_compact(mask):
+        return mask[:, 0, :, 0].bool() if mask.dtype == torch.int8 else None
+    seen = shown(mask[:, 0])
     if seen.shape[1] == 1:  # one row for all queries
         valid = seen[:, 0, start : start + length].expand(batch, -1)
     else:
@@ -48,7 +65,6 @@ def first_column(mask: Tensor, length: int, past: int) -> int:
 
 def masked_documents(
     mask: Tensor,
-    valid: Tensor | None,
     length: int,
     past: int,
     count: Tensor | None,
@@ -59,7 +75,6 @@ def masked_documents(
 
     Args:
         mask: `[B, heads or 1, T, N]`, boolean or additive.
-        valid: as `valid_tokens` returns it.
         past: tokens in the cache, pads counted.
         count: `[B]`, tokens in the cache that are no pads; None without a cache.
         window: the base model may hide tokens that are as many slots away, or None.
@@ -76,15 +91,12 @@ def masked_documents(
     seen, start = shown(mask[:, 0, -length:]), first_column(mask, length, past)
     if seen.shape[1] < length:  # one row for all queries hides pads alone
         return None
-    there = seen.new_ones(1, length) if valid is None else valid
+    own, rest = seen[..., start : start + length], seen[..., start + length :]
+    there = own.diagonal(dim1=1, dim2=2)  # no pads
     if past and start == past and window is None:
         sees_all = seen[..., :past].sum(-1) == (past if count is None else count[:, None])
         if not bool((sees_all | ~there).all()):
-            raise ValueError(
-                "this 4-D attention mask hides tokens that are in the cache; the state of a linear-attention layer "
-                "holds them all"
-            )
-    own, rest = seen[..., start : start + length], seen[..., start + length :]
+            raise ValueError(HIDES_PAST)
     starts = first_tokens(own, there, window)
     distance = torch.arange(length, device=mask.device)
     distance = distance[:, None] - distance
@@ -106,16 +118,13 @@ def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
     """Return the tokens that begin a document, `[B, T]`: those that do not see the valid token before them.
 
     Args:
-        own: `[B or 1, T, T]` bool, what the tokens see of each other.
-        there: `[B or 1, T]` bool, false for pads.
+        own: `[B, T, T]` bool, what the tokens see of each other; there: `[B, T]` bool, false for pads.
         window: tokens this far away say nothing.
     """
     slot = torch.arange(own.shape[-1], device=own.device)
     latest = torch.where(there, slot, -1).cummax(-1).values
     previous = pad(latest[:, :-1], (1, 0), value=-1)
-    rows = max(len(own), len(there))
-    index = previous.clamp_min(0).expand(rows, -1)[..., None]
-    sees_previous = own.expand(rows, -1, -1).gather(2, index).squeeze(-1)
+    sees_previous = own.gather(2, previous.clamp_min(0)[..., None]).squeeze(-1)
     near = slot - previous < (window or own.shape[-1] + 1)
     return there & ((previous < 0) | (near & ~sees_previous))
 

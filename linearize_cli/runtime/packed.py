@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 SHORT = 64  # documents shorter than this go together
 
 
-def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
-    """Return where documents begin, `[B, T]` bool, or None if every row is one document.
+def document_starts(position_ids: Tensor | None) -> Tensor | None:
+    """Return where documents begin, `[B or 1, T]` bool, or None if every row is one document.
 
     A position that does not follow the one before it begins a document, as in transformers
     (`masking_utils.find_packed_sequence_indices`). Compiled code takes every row as one document: `dispatch.examine`
@@ -24,7 +24,7 @@ def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
     if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
         return None
     jumps = position_ids.diff(dim=-1) != 1
-    return pad(jumps, (1, 0), value=True).expand(batch, -1) if bool(jumps.any()) else None
+    return pad(jumps, (1, 0), value=True) if bool(jumps.any()) else None
 
 
 def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) -> Tensor:
