@@ -23,7 +23,7 @@ from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
 from linearize_cli.tasks import task_class
 
-# The places in a cache that a converted layer can take: `runtime.cache.cache_layer`.
+# The places in a cache that a converted layer can take: `runtime.places.cache_layer`.
 PLACES = (
     DynamicLayer,
     DynamicSlidingWindowLayer,

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 assert all(importlib.util.find_spec(name) is None for name in ("linearize_cli", "linearize_kernels", "peft"))
 torch.set_num_threads(1)
-result = []
+result, caches = [], []
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -33,6 +33,14 @@ for folder in sys.argv[1:]:
     model(tokens[:, :12], past_key_values=cache)
     chain = model.read_tree(cache, tokens[:, 12:20], range(-1, 7)).logits
     assert (chain - logits[:, 12:20]).abs().max() < 1e-4
+    for other in caches:
+        try:
+            model(tokens, past_key_values=other)
+        except RuntimeError as e:
+            assert "of the cache holds a state" in str(e), e
+        else:
+            raise AssertionError("a cache of another copy was taken")
+    caches.append(cache)
     result.append({"tokens": tokens[0].tolist(), "logits": logits[0].tolist()})
     model.save_pretrained(folder + "-again")
 print(json.dumps(result))

@@ -1,6 +1,7 @@
 """The state in a transformers cache: its size, rollback, and what it refuses."""
 
 import copy
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import swapped
 from test_swap import close, generate, incremental, tokens
 from transformers import DynamicCache
 
+from linearize_cli.runtime import cache as cache_module
 from linearize_cli.runtime.cache import ROLLBACK, LinearCacheLayer
 from linearize_cli.runtime.dispatch import attention_implementation
 
@@ -112,8 +114,34 @@ def test_a_cache_of_softmax_attention_is_refused():
     with attention_implementation(model, "sdpa"):
         teacher = model(ids, use_cache=True)
     assert not any(isinstance(layer, LinearCacheLayer) for layer in teacher.past_key_values.layers)
-    with pytest.raises(RuntimeError, match="a cache of its own"):
+    with pytest.raises(
+        RuntimeError, match="layer 0 .* keys and values, of another model or of prefix tuning"
+    ):
         feed(model, teacher.past_key_values, ids[:, :1])
+
+
+def test_a_cache_of_another_conversion_is_refused():
+    """Each way round: where one model keeps a state, the other keeps keys and values."""
+    models, ids = (swapped("llama"), swapped("llama", keep=1)), tokens()
+    for model, other in (models, models[::-1]):
+        with pytest.raises(
+            RuntimeError, match="layer 3 of the cache holds (a state|keys and values), of another model"
+        ):
+            feed(model, other(ids, use_cache=True).past_key_values, ids[:, :1])
+
+
+def test_a_cache_of_another_copy_of_the_code_is_refused():
+    """As of two artifacts, each of which runs the code that it carries."""
+    spec = spec_from_file_location("another_copy", cache_module.__file__)
+    other = module_from_spec(spec)
+    spec.loader.exec_module(other)
+    model, ids = swapped("llama"), tokens()
+    cache = model(ids, use_cache=True).past_key_values
+    cache.layers[0].__class__ = other.LinearCacheLayer
+    with pytest.raises(RuntimeError, match=r"a state of another copy of the linearize code \(another_copy\)"):
+        feed(model, cache, ids[:, :1])
+    with pytest.raises(NotImplementedError, match="LinearCacheLayer of another_copy"):
+        model.read_tree(cache, ids[:, :1], [-1])
 
 
 def test_a_reset_cache_starts_anew():

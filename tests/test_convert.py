@@ -51,10 +51,8 @@ def test_an_artifact_is_whole(whole, teacher):
     assert saved["tokens"] == {"transfer": 8 * 64, "distill": 12 * 64}
     assert saved["kv_bytes_per_token"] == 2 * 2 * 8 * 4  # layers, k and v, one head of 8, fp32
     config = json.loads((output / "config.json").read_text())
-    assert config["model_type"] == "linearized" and set(config["auto_map"]) == {
-        "AutoConfig",
-        "AutoModelForCausalLM",
-    }
+    assert config["model_type"] == "linearized"
+    assert {"AutoConfig", "AutoModelForCausalLM"} <= set(config["auto_map"])
 
 
 def test_its_numbers_are_those_of_the_saved_model(whole, teacher):

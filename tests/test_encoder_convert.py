@@ -95,7 +95,7 @@ def test_the_artifact_says_what_loads_it(converted):
     family, output, report = converted
     auto_class = KINDS[family]
     config = json.loads((output / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", auto_class}
+    assert {"AutoConfig", auto_class} <= set(config["auto_map"])
     card = (output / "README.md").read_text()
     assert f"from transformers import {auto_class}, AutoTokenizer" in card
     assert f"pipeline_tag: {report['task']}" in card

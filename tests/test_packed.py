@@ -13,12 +13,14 @@ from linearize_cli.recover.apart import check_apart
 from linearize_cli.recover.distill import Distillation
 from linearize_cli.recover.student import add_lora
 from linearize_cli.recover.transfer import transferring
+from linearize_cli.runtime import dispatch
 from linearize_cli.runtime import layer as layer_module
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
 
 # Two rows of as many tokens: shorter and longer than the window of 8, alone in their size and not.
 ROWS = ([1, 37, 5, 70, 3, 29], [145])
+SLOW = pytest.mark.slow
 CUT = ("attention.conv.width=4",)
 NEAR = ("attention.local.size=8", *CUT)
 METHODS = {
@@ -106,13 +108,31 @@ def test_pads_and_a_cache_are_no_documents():
     assert (cached - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("keep", "inner"), [(0, False), pytest.param(1, False, marks=SLOW), pytest.param(0, True, marks=SLOW)]
+)
+def test_compiled_documents_are_apart(keep, inner):
+    """By positions and by a mask, before and after rows of one document."""
+    model, ids = swapped("llama", keep=keep, num_hidden_layers=1 + keep), packed()[0].ids[:, :20]
+    module = model.model if inner else model
+    positions = torch.stack([torch.arange(20) % 7, torch.arange(20)])
+    number = (positions == 0).cumsum(-1)[:, None]
+    mask = (number[..., None] == number[:, :, None]).tril()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager")
+    for given in ({"position_ids": positions}, {}, {"position_ids": positions, "attention_mask": mask}):
+        with torch.no_grad():
+            expected = module(ids, use_cache=False, **given)[0]
+            torch.testing.assert_close(compiled(ids, use_cache=False, **given)[0], expected)
+
+
 def test_positions_that_pack_nothing():
-    assert document_starts(None, 2) is None
-    assert document_starts(torch.arange(5, 11)[None], 2) is None
-    assert document_starts(torch.zeros(3, 2, 7), 2) is None
-    starts = document_starts(torch.tensor([[0, 1, 0, 0, 1]]), 2)
-    assert starts.tolist() == [[True, False, True, True, False]] * 2
-    assert torch.equal(document_starts(document_positions(starts), 2), starts)
+    assert document_starts(None) is None
+    assert document_starts(torch.arange(5, 11)[None]) is None
+    assert document_starts(torch.zeros(3, 2, 7)) is None
+    starts = document_starts(torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 0, 1]]))
+    assert starts.tolist() == [[True, False, True, True, False], [True, False, False, True, False]]
+    assert torch.equal(document_starts(document_positions(starts)), starts)
 
 
 def test_documents_are_batched_by_length():
@@ -122,14 +142,14 @@ def test_documents_are_batched_by_length():
     starts[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
     q, k, v = torch.randn(3, 1, 2, sum(lengths), 5).unbind()
 
-    def attend(q, k, v):
+    def attend(q, k, v, valid):
         sizes.append(q.shape[0] * q.shape[2])
         return (q * k).cumsum(-2) + v
 
     expected = [
         (a * b).cumsum(-2) + c for a, b, c in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
     ]
-    torch.testing.assert_close(attend_apart(attend, starts, q, k, v), torch.cat(expected, 2))
+    torch.testing.assert_close(attend_apart(attend, starts, None, q, k, v), torch.cat(expected, 2))
     assert sizes == [3 * 17, 2 * 127, 128, 2 * 300]
 
 
@@ -141,7 +161,7 @@ def test_packed_documents_lie_as_they_did():
     layer = model.model.layers[0].self_attn.linear_attention
     eq = layer.equation
     q, k, v = (torch.randn(2, n, 9, eq.key_dim).double() for n in (eq.heads, eq.kv_heads, eq.kv_heads))
-    expected = attend_apart(lambda *heads: chunked(layer, None, *heads)[0], starts, q, k, v)
+    expected = attend_apart(lambda *heads: chunked(layer, None, *heads)[0], starts, None, q, k, v)
     torch.testing.assert_close(attend_packed(layer, starts, q, k, v), expected)
 
 
@@ -247,12 +267,26 @@ def test_what_does_not_count_teaches_nothing():
         assert (whole - loss).abs() > 1e-4
 
 
+# Their layers get no position_ids.
 @pytest.mark.parametrize(
-    ("family", "who"), [("gpt-j", "converted"), ("qwen3-next", "base"), ("bloom", "takes no")]
+    "family", ["codegen", "gpt-bigcode", "gpt-j", "gpt-neo", "gpt-neox-japanese", "llama4", "deepseek-v3.2"]
 )
-def test_a_model_that_cannot_is_refused(family, who):
+def test_documents_are_apart_where_layers_get_no_positions(family):
     model = tiny_model(family)
     native = model.config._attn_implementation
     swap(model, AUGMENTED)
+    check_apart(model, native)
+
+
+@pytest.mark.parametrize(
+    ("family", "who"), [("llama", "converted"), ("qwen3-next", "base"), ("bloom", "takes no")]
+)
+def test_a_model_that_cannot_is_refused(family, who, monkeypatch):
+    model = tiny_model(family)
+    native = model.config._attn_implementation
+    swap(model, AUGMENTED)
+    if who == "converted":
+        for module in (layer_module, dispatch):
+            monkeypatch.setattr(module, "document_starts", lambda *given: None)
     with pytest.raises(UserError, match=who):
         check_apart(model, native)

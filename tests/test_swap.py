@@ -273,5 +273,12 @@ def test_new_parameters_stay_fp32(tmp_path):
 
 
 def test_continuous_batching_is_refused():
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        swapped("llama")(tokens(), cache=object())
+    for keep in (0, 2):
+        model = swapped("llama", keep=keep)
+        for attempt in (
+            lambda model: model(tokens(), cache=object()),
+            lambda model: model.generate_batch(tokens().tolist()),
+            lambda model: model.init_continuous_batching(),
+        ):
+            with pytest.raises(NotImplementedError, match="continuous batching .* use model.generate()"):
+                attempt(model)

@@ -215,10 +215,11 @@ def test_attention_without_masks_is_refused():
     AttentionInterface.register("maskless", ALL_ATTENTION_FUNCTIONS["sdpa"])
     model = swapped("llama", keep=1)
     cache = short_prefix(model)
+    hooks = dict(model.model.layers[-1].self_attn._forward_pre_hooks)
     model.config._attn_implementation_internal = "maskless"
     try:
         with pytest.raises(NotImplementedError, match="LlamaAttention attends without a 4-D mask"):
             read_tree(model, cache, random_ids(2, 3), [-1, 0, 0])
     finally:
         AttentionInterface._global_mapping.pop("maskless")
-    assert not model.model.layers[-1].self_attn._forward_pre_hooks
+    assert model.model.layers[-1].self_attn._forward_pre_hooks == hooks

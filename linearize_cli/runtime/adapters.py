@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from linearize_cli.runtime.cache import of_self_attention
+from linearize_cli.runtime.places import of_self_attention
 
 _state: ContextVar = ContextVar("linearize_state", default=None)
 
@@ -25,11 +25,13 @@ class Adapter:
     Attributes:
         native_mask: the model's own code works on the mask, so it must be of the base model's kind.
         mask_is_all: the base model's attention hides and biases by its mask alone.
+        mask_has_biases: the model adds its position bias to its mask.
     """
 
     is_causal = True
     native_mask = False
     mask_is_all = True
+    mask_has_biases = False
 
     def selected(self) -> bool:
         return self.config._attn_implementation.startswith("linearize")
@@ -119,6 +121,8 @@ class Falcon(Adapter):
     @property
     def native_mask(self) -> bool:
         return self.config.alibi
+
+    mask_has_biases = native_mask
 
     def forward(self, hidden_states, alibi, attention_mask, *args, **kwargs):
         if not self.selected():

@@ -24,14 +24,12 @@ FLAT = {
 OWN = "linearize_own_"  # modules with a user's feature map
 
 
-def auto_map(model_class: type) -> dict[str, str]:
-    """What config.json tells the Auto classes; model_class: one of `model.AUTO_MODELS`."""
-    return {
-        # Named from the model's file: of a folder, transformers keys a module by all the files that it imports, and a
-        # config class that another artifact shares would bring that one's model class along.
-        "AutoConfig": "modeling_linearized.LinearizedConfig",
-        model_class.auto_class: f"modeling_linearized.{model_class.__name__}",
-    }
+def auto_map(*model_classes: type) -> dict[str, str]:
+    """Return what config.json tells the Auto classes of these `model.AUTO_MODELS`."""
+    models = {cls.auto_class: f"modeling_linearized.{cls.__name__}" for cls in model_classes}
+    # The config class is named from the model's file: of a folder, transformers keys a module by all the files that it
+    # imports, and a config class that another artifact shares would bring that one's model class along.
+    return {"AutoConfig": "modeling_linearized.LinearizedConfig", **models}
 
 
 def flat_name(module: str) -> str:

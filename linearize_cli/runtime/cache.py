@@ -9,12 +9,12 @@ from linearize_kernels.state import State
 from linearize_kernels.triton_nodes import decode_one_token, why_not
 from torch import Tensor
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
-    EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
+
+from linearize_cli.runtime.offload import loaded
 
 # Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
 ROLLBACK = 256
@@ -145,7 +145,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             return self.snapshot
         k, v, valid = self.trail
         valid = valid[:, :length]
-        with torch.no_grad():
+        with torch.no_grad(), loaded(attention):
             return commit(
                 attention,
                 self.snapshot,
@@ -246,38 +246,3 @@ class HybridCacheLayer(LinearCacheLayer):
         super().map(function)
         for states in (self.conv_states, self.recurrent_states):
             states.update({i: function(x) for i, x in states.items() if x is not None})
-
-
-def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
-    """The cache's layer `index`, turned into a `LinearCacheLayer` while it is still empty.
-
-    Raises:
-        RuntimeError: the layer already holds keys and values of softmax attention.
-    """
-    cache = of_self_attention(cache)
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
-    if not isinstance(layer, LinearCacheLayer):
-        if layer.is_initialized and int(layer.get_seq_length()) > 0:
-            raise RuntimeError(
-                f"the cache's layer {index} holds keys and values of softmax attention; a linearized model "
-                "needs a cache of its own from the first token on"
-            )
-        if isinstance(layer, LinearAttentionLayer):
-            layer = HybridCacheLayer(layer)
-        else:
-            layer = LinearCacheLayer(getattr(layer, "record_past", False))
-        cache.layers[index] = layer
-    return layer
-
-
-def has_layer(cache: Cache, index: int) -> bool:
-    """Whether there is a layer `index`, or will be: a draft that exits early has a cache for the first layers alone."""
-    cache = of_self_attention(cache)
-    return cache.layer_class_to_replicate is not None or index < len(cache.layers)
-
-
-def of_self_attention(cache: Cache) -> Cache:
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

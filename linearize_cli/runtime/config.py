@@ -1,5 +1,7 @@
 """The config of a linearized model: its base model's config with a `linearize` record."""
 
+import copy
+
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -14,6 +16,14 @@ AUTO_CLASSES: dict[str, dict[str, str]] = {
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+# Auto class -> as above: a converted model of another kind loads as these, with a head of theirs that may be new.
+HEADS: dict[str, dict[str, str]] = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 _concrete: dict[str, type[PreTrainedConfig]] = {}
 _registered: list[type] = []
@@ -70,6 +80,32 @@ def base_of(name: str) -> type:
 def auto_class(base_class: str) -> str | None:
     """The name of the Auto class that loads models of this class of transformers; None: none that we know."""
     return next((name for name, classes in AUTO_CLASSES.items() if base_class in classes.values()), None)
+
+
+def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """Return the config of the same linearized model behind the head that an Auto class loads.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    record = config.linearize
+    base, own = record["base_class"], auto_class(record["base_class"])
+    wanted = HEADS.get(name, {}).get(record["base_model_type"])
+    if name == own or wanted == base:
+        return config
+    refusal = ValueError(f"this is a linearized {base}: load it with {own}")
+    if not isinstance(wanted, str):
+        raise refusal
+    before, after = (getattr(transformers, cls).base_model_prefix + "." for cls in (base, wanted))
+    if name == "AutoModel":
+        after = ""
+    elif after != before:  # transformers would not load the weights of the body
+        raise refusal
+    config, record = copy.copy(config), dict(record, base_class=wanted)
+    record["layers"] = {after + k.removeprefix(before): geometry for k, geometry in record["layers"].items()}
+    record["softmax"] = [after + k.removeprefix(before) for k in record["softmax"]]
+    config.linearize, config.architectures = record, [PREFIX + wanted]
+    return config
 
 
 def register(*model_classes: type) -> None:

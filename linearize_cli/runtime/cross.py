@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from linearize_cli.runtime.cache import MappedRows
+from linearize_cli.runtime.masks import shown
+from linearize_cli.runtime.offload import loaded
+from linearize_cli.runtime.places import check_empty
 
 
 class CrossCacheLayer(MappedRows, DynamicLayer):
@@ -56,31 +59,41 @@ class LinearizedCrossAttention(LinearAttention):
         linearize_state: CrossCacheLayer | None = None,
         **unused: object,
     ) -> Tensor:
-        """query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` in query's dtype.
+        """Map query `[B, heads, T, D]`, key and value `[B, kv, N, D]` to `[B, T, heads, Dv]` in query's dtype.
 
         Args:
             attention_mask: `[B, 1, T, N]`, boolean or additive, from which the source's pads are read; None: none.
             linearize_state: the layer's place in the cache; once it holds a source, key and value are not read.
         """
         state = None if linearize_state is None else linearize_state.state
-        if state is None:
-            state = self.read(key, value, attention_mask)
-        if linearize_state is not None:
-            linearize_state.state = state
-        return cross(self, query, *state).transpose(1, 2).contiguous()
+        with loaded(self):
+            if state is None:
+                state = self.read(key, value, attention_mask)
+            if linearize_state is not None:
+                linearize_state.state = state
+            return cross(self, query, *state).transpose(1, 2).contiguous()
 
     def read(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """S and z of the source."""
+        """Return S and z of the source.
+
+        Raises:
+            ValueError: the mask hides tokens of the source from some queries only.
+        """
         if mask is None:
             return encode(self, key, value)
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = shown(mask)
+        if not torch.compiler.is_compiling() and not bool((seen == seen[:, :1, :1]).all()):
+            raise ValueError(
+                "a linear attention to an encoder cannot follow this 4-D attention mask: it takes one that hides the "
+                "same tokens of the encoder from every query and head"
+            )
         return encode(self, key, value, seen[:, 0, 0].expand(key.shape[0], -1))
 
     def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
-        """The cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
+        """Return the cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
 
         Raises:
-            RuntimeError: the layer already holds keys and values of softmax attention.
+            RuntimeError: the layer holds something else already.
         """
         cache = cache.cross_attention_cache
         if cache.layer_class_to_replicate is not None:
@@ -88,8 +101,7 @@ class LinearizedCrossAttention(LinearAttention):
                 cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[index]
         if not isinstance(layer, CrossCacheLayer):
-            if layer.is_initialized and int(layer.get_seq_length()) > 0:
-                raise RuntimeError(f"the cache's layer {index} holds keys and values of softmax attention")
+            check_empty(layer, index)
             layer = cache.layers[index] = CrossCacheLayer()
         return layer
 

@@ -7,14 +7,18 @@ functions only call what the module itself carries.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from linearize_kernels.attention import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+
+from linearize_cli.runtime.masks import document_mask, exporting, first_column, is_compact
+from linearize_cli.runtime.packed import document_starts
+from linearize_cli.runtime.places import check_past, check_softmax, find_cache
 
 IMPLEMENTATION = "linearize"
 
@@ -25,11 +29,28 @@ def attention_forward(
     return module.linear_attention(query, key, value, attention_mask, **kwargs), None
 
 
-def compact_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """All that linear attention needs of a mask, O(T): `[B, 1, T, 1]` int8, 0 for pads; None without pads."""
+def compact_mask(
+    q_length: int, q_offset: int | Tensor = 0, attention_mask: Tensor | None = None, **kwargs
+) -> Tensor | None:
+    """Return a mask of pads, `[B, 1, T, 1]` int8 and 0 for pads, or None without pads.
+
+    Args:
+        q_offset: tokens in the cache; a tensor if the cache is one of static buffers, still empty.
+        attention_mask: `[B, N]`, of the tokens in the cache, the new ones and any number behind them.
+
+    Raises:
+        ValueError: the mask is none of pads, or too short.
+    """
     if attention_mask is None:
         return None
-    mask = attention_mask[:, -q_length:]
+    if attention_mask.dim() != 2:
+        raise ValueError(f"an attention mask has 2 or 4 dimensions, not {attention_mask.dim()}")
+    if attention_mask.shape[-1] < q_length:
+        raise ValueError(
+            f"an attention mask of {attention_mask.shape[-1]} tokens is too short for {q_length}"
+        )
+    start = first_column(attention_mask, q_length, 0 if isinstance(q_offset, Tensor) else q_offset)
+    mask = attention_mask[:, start : start + q_length]
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return mask.to(torch.int8)[:, None, :, None]
@@ -49,9 +70,44 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     return args, {**kwargs, "linearize_state": module.linear_attention.place(cache, module.layer_idx)}
 
 
-def find_cache(args: tuple, kwargs: dict) -> Cache | None:
-    """The cache among a module's arguments: models differ in what they call it."""
-    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of the model: pass on documents as a mask, and refuse a mask that hides what states hold.
+
+    Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
+    Compiled code cannot read masks and positions, and takes a row as one document: where they may hold several, the
+    layers are told to run outside of it.
+    """
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if not torch.compiler.is_compiling():
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            check_past(find_cache(args, kwargs), mask)
+        if mask is None and is_linearized_config(module.config):
+            starts = document_starts(positions)
+            return None if starts is None else (args, {**kwargs, "attention_mask": document_mask(starts)})
+        return None
+    if exporting():
+        check_export(mask, positions)
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        apart = not is_compact(mask) and mask.shape[-2] > 1
+    else:
+        apart = mask is None and positions is not None and starts_again(positions)
+    return (args, {**kwargs, "linearize_eagerly": True}) if apart else None
+
+
+def check_export(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Refuse several documents in a row of a model that is being exported, now or when it runs."""
+    if isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1:
+        raise ValueError("export a linearized model with an attention mask of 2 dimensions, or none")
+    if mask is None and positions is not None and positions.dim() == 2:
+        message = "an exported linearized model takes one document a row: position_ids must not start again"
+        torch._assert_async((positions.diff(dim=-1) == 1).all(), message)
+
+
+@torch.compiler.disable
+def starts_again(positions: Tensor) -> bool:
+    """True if positions hold several documents in a row."""
+    return document_starts(positions) is not None
 
 
 def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
@@ -76,11 +132,31 @@ def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
         module.linear_attention = linear_attention.to(device, torch.float32)
         own = copy.copy(module.config)
         own._attn_implementation_internal = IMPLEMENTATION
+        linear_attention.mask_limit = mask_limit(model, module, id(module.config) in kept)
         set_config(module, own)
         module.register_forward_pre_hook(pass_state, with_kwargs=True)
+    for name in record["softmax"]:
+        model.get_submodule(name).register_forward_pre_hook(check_softmax, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(examine, with_kwargs=True)
     for config in configs:
         if id(config) not in kept:
             config._attn_implementation_internal = IMPLEMENTATION
+
+
+def mask_limit(model: nn.Module, module: nn.Module, beside_softmax: bool) -> float:
+    """Return the number of columns up to which the base model's own masks for a module are causal, or a window.
+
+    Args:
+        beside_softmax: the module gets the masks of softmax layers.
+    """
+    if getattr(module, "mask_has_biases", False) or (
+        beside_softmax and hasattr(model.config, "vision_config")
+    ):
+        return 0
+    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    if beside_softmax and types and index is not None and types[index : index + 1] == ["chunked_attention"]:
+        return module.config.attention_chunk_size
+    return inf
 
 
 def set_config(module: nn.Module, config: PreTrainedConfig) -> None:

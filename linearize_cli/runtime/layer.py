@@ -1,5 +1,7 @@
 """A converted layer's attention: masks, pads and state around the equation."""
 
+from math import inf
+
 import torch
 from linearize_kernels.attention import Equation, LinearAttention
 from linearize_kernels.bidirectional import bidirectional
@@ -8,9 +10,17 @@ from linearize_kernels.varlen import runs
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from linearize_cli.runtime.cache import LinearCacheLayer, cache_layer
+from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
+from linearize_cli.runtime.masks import exporting, is_compact, masked_documents, starts_of, valid_tokens
+from linearize_cli.runtime.offload import loaded
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
+from linearize_cli.runtime.places import cache_layer
+
+NO_PAGES = (
+    "continuous batching (generate_batch, serve --continuous-batching) pages keys and values, and a linearized model "
+    "keeps a state: use model.generate()"
+)
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
@@ -38,7 +48,14 @@ def equation(attention: dict, geometry: dict) -> Equation:
 
 
 class LinearizedAttention(LinearAttention):
-    """What stands behind the attention interface of transformers in a converted layer."""
+    """A converted layer's attention, as the attention interface of transformers calls it.
+
+    Attributes:
+        mask_limit: 4-D masks with more columns hold what only the base model's own masks do (biases, image blocks,
+            chunks), and only pads are read from them.
+    """
+
+    mask_limit: float = inf
 
     def forward(
         self,
@@ -50,76 +67,101 @@ class LinearizedAttention(LinearAttention):
         s_aux: Tensor | None = None,
         cache: object = None,
         position_ids: Tensor | None = None,
+        sliding_window: int | None = None,
+        linearize_eagerly: bool = False,
         **unused: object,
     ) -> Tensor:
-        """query `[B, heads, T, D]`, key and value `[B, kv, T, D]` -> `[B, T, heads, Dv]` in query's dtype.
+        """Map query `[B, heads, T, D]`, key and value `[B, kv, T, D]` to `[B, T, heads, Dv]` in query's dtype.
 
         Args:
-            attention_mask: any mask that transformers makes: None, 2-D, 4-D boolean or additive, or the
-                compact one of `dispatch.compact_mask`. Only pads are read from it: causality and the window
-                are the equation's.
-            linearize_state: the layer's place in the cache, or None without one.
+            attention_mask: any mask that transformers makes: None, 2-D, 4-D boolean or additive, or the compact one of
+                `dispatch.compact_mask`. Pads and documents are read from it; causality and the window are the
+                equation's.
+            linearize_state: the layer's place in the cache, or None without a cache.
             s_aux: `[heads]` learned sink logits (gpt-oss).
             cache: the paged cache of continuous batching, which holds no state.
-            position_ids: `[B or 1, T]`, of which documents are read that are packed into one row, where there
-                are neither pads nor a cache; None: a row is one.
+            position_ids: `[B or 1, T]`. Documents begin where positions start again, as in transformers: only without
+                pads and without a cache.
+            sliding_window: the window of the base model's own mask.
+            linearize_eagerly: the mask or the positions may hold documents; torch.compile then leaves this call out.
         """
         if cache is not None:
-            raise NotImplementedError(
-                "continuous batching pages keys and values; a linearized layer keeps a state instead. "
-                "Use model.generate()."
+            raise NotImplementedError(NO_PAGES)
+        if isinstance(query.shape[-2], torch.SymInt) and exporting():
+            raise ValueError(
+                "export a linearized model with a fixed number of tokens: it cuts them into chunks"
             )
-        past = 0 if linearize_state is None else linearize_state.seen
-        valid = valid_tokens(attention_mask, query.shape[0], query.shape[-2], past)
+        heads = query, key, value
         sink_logits = s_aux if self.equation.score == "softmax" else None
-        if not self.equation.causal:
-            out = bidirectional(self, query, key, value, valid, sink_logits)
-        elif linearize_state is not None:
-            out = linearize_state.attend(self, query, key, value, valid, sink_logits)
-        else:
-            starts = None if valid is not None else document_starts(position_ids, query.shape[0])
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return chunked(self, None, q, k, v, valid, sink_logits)[0]
-
-            heads = (query, key, value)
-            if starts is None:
-                out = attend(*heads)
-            elif runs(self, *heads, sink_logits is not None):
-                out = attend_packed(self, starts, *heads)
-            else:
-                out = attend_apart(attend, starts, *heads)
+        attend = self.attend_eagerly if linearize_eagerly else self.attend
+        out = attend(heads, attention_mask, linearize_state, sink_logits, position_ids, sliding_window)
         return out.transpose(1, 2).contiguous()
 
+    def attend(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        state: LinearCacheLayer | None,
+        sink_logits: Tensor | None,
+        position_ids: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        """Return outputs `[B, heads, T, Dv]`; arguments as of `forward`."""
+        query, past = heads[0], 0 if state is None else state.seen
+        valid = valid_tokens(mask, query.shape[0], query.shape[-2], past)
+        starts = None
+        readable = mask is not None and not is_compact(mask) and mask.shape[-1] <= self.mask_limit
+        if readable and not torch.compiler.is_compiling():
+            count = None if state is None or state.state is None else state.state.count
+            starts = masked_documents(mask, query.shape[-2], past, count, self.equation.causal, window)
+        if starts is None and valid is None and state is None and self.equation.causal:
+            starts = starts_of(mask)
+            if starts is None:
+                starts = document_starts(position_ids)
+        with loaded(self):
+            apart = None if starts is None else self.attend_documents(starts, heads, valid, sink_logits)
+            if state is not None:  # which takes in the whole row
+                joined = state.attend(self, *heads, valid, sink_logits)
+            elif apart is None:
+                joined = self.attend_rows(*heads, valid, sink_logits)
+        return joined if apart is None else apart
+
+    attend_eagerly = torch.compiler.disable(attend)
+
+    def attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Return outputs of rows from an empty state."""
+        if self.equation.causal:
+            return chunked(self, None, q, k, v, valid, sink_logits)[0]
+        return bidirectional(self, q, k, v, valid, sink_logits)
+
+    def attend_documents(
+        self,
+        starts: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        valid: Tensor | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Return outputs of documents that begin at `starts [B, T]`, each from an empty state."""
+        starts = starts.expand(heads[0].shape[0], -1)
+        if self.equation.causal and valid is None and runs(self, *heads, sink_logits is not None):
+            return attend_packed(self, starts, *heads)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, own: Tensor) -> Tensor:
+            return self.attend_rows(q, k, v, own, sink_logits)
+
+        if valid is None and not self.equation.causal:
+            valid = torch.ones_like(starts)
+        return attend_apart(attend, starts, valid, *heads)
+
     def place(self, cache: Cache, index: int) -> LinearCacheLayer:
-        """The layer's place in a cache."""
+        """Return the layer's place in a cache."""
         return cache_layer(cache, index)
 
 
 def linearized(attention: dict, geometry: dict) -> LinearAttention:
-    """What converts one layer: see `equation`, and `cross_equation` where the geometry says `cross`."""
+    """Return what converts one layer: see `equation`, and `cross_equation` where the geometry says `cross`."""
     if "cross" in geometry:
         return LinearizedCrossAttention(cross_equation(attention, geometry))
     return LinearizedAttention(equation(attention, geometry))
-
-
-def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
-    """Which of the T new tokens are not pads, `[B, T]` bool; None: all.
-
-    In a 4-D mask a token is a pad if it may not see itself.
-    """
-    if mask is None:
-        return None
-    if mask.dim() == 2:
-        return mask[:, -length:].bool()
-    if mask.dtype == torch.int8:  # compact_mask
-        return mask[:, 0, :, 0].bool()
-    mask = mask[:, 0]
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    start = past if mask.shape[-1] >= past + length else mask.shape[-1] - length
-    if mask.shape[1] == 1:  # one row for all queries
-        valid = mask[:, 0, start : start + length].expand(batch, -1)
-    else:
-        valid = mask[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
-    return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid

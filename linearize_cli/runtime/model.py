@@ -16,10 +16,10 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
-from linearize_cli.runtime.cache import has_layer
-from linearize_cli.runtime.config import LinearizedConfig, auto_class, base_of
+from linearize_cli.runtime.config import HEADS, LinearizedConfig, auto_class, base_of, with_head
 from linearize_cli.runtime.dispatch import attach
-from linearize_cli.runtime.layer import linearized
+from linearize_cli.runtime.layer import NO_PAGES, linearized
+from linearize_cli.runtime.places import has_layer
 from linearize_cli.runtime.tree import Tree, read_tree
 
 _classes: dict[type, type] = {}
@@ -36,6 +36,12 @@ class LinearizeMixin:
     def attach_linear_attention(self) -> None:
         record = self.config.linearize
         adapt(self)
+        names = {name for name, _ in self.named_modules()}
+        missing = [name for name in (*record["layers"], *record["softmax"]) if name not in names]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} does not fit this linearized model: it has no {missing[0]}"
+            )
         attach(
             self,
             {name: linearized(record["attention"], geometry) for name, geometry in record["layers"].items()},
@@ -51,7 +57,9 @@ class LinearizeMixin:
         # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
         for module in self.modules():
             if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
-                if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                # Tensors on meta stay on disk; what was loaded beside them must stay too.
+                tensors = (x for x in (*module.parameters(), *module.buffers()) if not x.is_meta)
+                if not all(getattr(x, "_is_hf_initialized", False) for x in tensors):
                     module.reset_parameters()
                 for part in module.modules():
                     part._is_hf_initialized = True
@@ -59,7 +67,7 @@ class LinearizeMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, and the code that loads it where `linearize` is not installed."""
-        self.config.auto_map = auto_map(AUTO_MODELS[auto_class(self.config.linearize["base_class"])])
+        self.config.auto_map = auto_map(*auto_models(self.config))
         result = super().save_pretrained(save_directory, *args, **kwargs)
         far = self.config.linearize["attention"].get("far") or {}
         copy_code(Path(save_directory), far.get("feature_map"))
@@ -68,6 +76,9 @@ class LinearizeMixin:
     def read_tree(self, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
         """As `tree.read_tree`."""
         return read_tree(self, cache, ids, parents)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(NO_PAGES)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -132,25 +143,15 @@ class AutoLinearized:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         if config is None:
             config = LinearizedConfig.from_pretrained(pretrained_model_name_or_path)
-        return cls.resolve(config).from_pretrained(
+        config = with_head(config, cls.auto_class)
+        return concrete_model(config).from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        return cls.resolve(config)._from_config(config, **kwargs)
-
-    @classmethod
-    def resolve(cls, config) -> type[PreTrainedModel]:
-        """The model class for a config.
-
-        Raises:
-            ValueError: another Auto class loads such models.
-        """
-        base = config.linearize["base_class"]
-        if auto_class(base) != cls.auto_class:
-            raise ValueError(f"this is a linearized {base}: load it with {auto_class(base)}")
-        return concrete_model(config)
+        config = with_head(config, cls.auto_class)
+        return concrete_model(config)._from_config(config, **kwargs)
 
 
 class LinearizedForCausalLM(AutoLinearized):
@@ -169,6 +170,22 @@ class LinearizedForSequenceClassification(AutoLinearized):
     auto_class = "AutoModelForSequenceClassification"
 
 
+class LinearizedModel(AutoLinearized):
+    auto_class = "AutoModel"
+
+
+class LinearizedForTokenClassification(AutoLinearized):
+    auto_class = "AutoModelForTokenClassification"
+
+
+class LinearizedForQuestionAnswering(AutoLinearized):
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class LinearizedForImageTextToText(AutoLinearized):
+    auto_class = "AutoModelForImageTextToText"
+
+
 AUTO_MODELS: dict[str, type[AutoLinearized]] = {
     model.auto_class: model
     for model in (
@@ -176,8 +193,20 @@ AUTO_MODELS: dict[str, type[AutoLinearized]] = {
         LinearizedForSeq2SeqLM,
         LinearizedForMaskedLM,
         LinearizedForSequenceClassification,
+        LinearizedModel,
+        LinearizedForTokenClassification,
+        LinearizedForQuestionAnswering,
+        LinearizedForImageTextToText,
     )
 }
+
+
+def auto_models(config) -> list[type[AutoLinearized]]:
+    """Return those that load a linearized model: its own, and those with another head."""
+    record = config.linearize
+    own = auto_class(record["base_class"])
+    others = [name for name, classes in HEADS.items() if record["base_model_type"] in classes]
+    return [AUTO_MODELS[name] for name in dict.fromkeys([own, *others]) if name is not None]
 
 
 def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Several documents packed into one row: each is a sequence of its own."""
+"""Several documents packed into one row, each of them a sequence of its own."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,12 @@ from torch.nn.functional import pad
 SHORT = 64  # documents shorter than this go together
 
 
-def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
-    """Where documents begin, `[B, T]` bool, or None where every row is one.
+def document_starts(position_ids: Tensor | None) -> Tensor | None:
+    """Return where documents begin, `[B or 1, T]` bool, or None if every row is one document.
 
-    As transformers finds them (`masking_utils.find_packed_sequence_indices`): a position that does not follow
-    the one before it begins a document. Compiled code cannot look, and takes every row as one.
+    A position that does not follow the one before it begins a document, as in transformers
+    (`masking_utils.find_packed_sequence_indices`). Compiled code takes every row as one document: `dispatch.examine`
+    keeps rows with more of them out of it.
 
     Args:
         position_ids: `[B or 1, T]`; positions of another form (of images, say) pack nothing.
@@ -23,26 +24,34 @@ def document_starts(position_ids: Tensor | None, batch: int) -> Tensor | None:
     if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
         return None
     jumps = position_ids.diff(dim=-1) != 1
-    return pad(jumps, (1, 0), value=True).expand(batch, -1) if bool(jumps.any()) else None
+    return pad(jumps, (1, 0), value=True) if bool(jumps.any()) else None
 
 
 def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) -> Tensor:
-    """Every document by itself, without pads: `varlen` of all rows, one behind the other. As `attend_apart`."""
+    """Return outputs of documents without pads, by `varlen` of all rows, one behind the other.
+
+    Args and result are those of `attend_apart`.
+    """
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in heads)  # [heads, B T, D]
     first = starts.flatten().cpu().nonzero().squeeze(-1)
     out = varlen(attention, q, k, v, torch.cat([first, first.new_tensor([starts.numel()])]))
     return out.unflatten(1, starts.shape).transpose(0, 1)
 
 
-def attend_apart(attend: Callable[..., Tensor], starts: Tensor, *heads: Tensor) -> Tensor:
-    """A causal attention of every document by itself.
+def attend_apart(
+    attend: Callable[..., Tensor], starts: Tensor, there: Tensor | None, *heads: Tensor
+) -> Tensor:
+    """Return outputs of documents, each attended to by itself.
 
-    Documents become rows with pads on their right, which a causal attention does not see; those of about the
-    same length make one batch, so that no more than half of one is pads (but among the short).
+    Documents become rows with pads on their right. Those of about the same length make one batch, so that at most half
+    of a batch is pads (short documents aside).
 
     Args:
-        attend: q, k, v `[N, heads, T, D]` -> `[N, heads, T, Dv]`.
-        starts: `[B, T]` bool, true where a document begins; heads: q, k, v `[B, heads, T, D]`.
+        attend: maps q, k, v `[N, heads, T, D]` and what is no pad, `[N, T]` bool or None, to `[N, heads, T, Dv]`.
+        starts: `[B, T]` bool, true where a document begins.
+        there: `[B, T]` bool, false for pads among the tokens; or None if there are none and the attention is causal,
+            which needs no mask for pads on the right.
+        heads: q, k, v `[B, heads, T, D]`.
 
     Returns:
         `[B, heads, T, Dv]`.
@@ -57,7 +66,8 @@ def attend_apart(attend: Callable[..., Tensor], starts: Tensor, *heads: Tensor) 
         place = torch.arange(int(length.max()), device=length.device)
         index = first[kinds == kind, None] + place.minimum(length - 1)  # a pad repeats the last token
         own = place < length
-        out = attend(*(x[index].transpose(1, 2) for x in tokens))
+        valid = None if there is None else own & there.flatten()[index]
+        out = attend(*(x[index].transpose(1, 2) for x in tokens), valid)
         outputs.append(out.transpose(1, 2)[own])
         slots.append(index[own])
     order = torch.cat(slots).argsort()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.offload import loaded
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class LinearBranch(LinearCacheLayer):
         return nodes(attention, self.state, q, k, v, self.shape.parents, sink_logits).to(q.dtype)
 
     def commit(self, path: Tensor, valid: Tensor | None) -> None:
-        k, v = (take(x, path) for x in self.new)
+        with loaded(self.attention):
+            self.append_path(*(take(x, path) for x in self.new), valid)
+
+    def append_path(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Append an accepted path's keys and values to the prefix."""
         if self.prefix.writes(self.attention, k, None):
             commit_(self.attention, self.prefix.state, k, v, valid)
             self.prefix.seen += k.shape[-2]
@@ -186,7 +191,8 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
         raise ValueError(
             f"parents {list(parents)} are no tree of {ids.shape[1]} nodes, parents before children"
         )
-    strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in BRANCHES}
+    kinds = {type(layer) for layer in cache.layers} - BRANCHES.keys()
+    strange = {f"{kind.__name__} of {kind.__module__}" for kind in kinds}
     if strange:
         raise NotImplementedError(f"a tree cannot branch off what the cache holds: {', '.join(strange)}")
     # Where positions are a bias on distances, converted layers need none from the model.
