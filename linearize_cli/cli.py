@@ -12,6 +12,7 @@ from linearize_cli.errors import UserError, shortened
 from linearize_cli.inputs import mended
 from linearize_cli.options import (
     FLOPS,
+    METHOD,
     TOKENS,
     Counts,
     TokenCounts,
@@ -36,7 +37,12 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="Where to; ./MODEL-METHOD if not given.")
 @click.option(
-    "--method", default="augmented", show_default=True, help="NAME[:BASE] or FILE.yaml; see `methods`."
+    "--method",
+    type=METHOD,
+    metavar="NAME",
+    default="augmented",
+    show_default=True,
+    help="NAME[:BASE] or FILE.yaml; see `methods`.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option("--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Layers to keep as they are; auto: by KL.")
@@ -309,7 +315,7 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", type=METHOD, required=False)
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:
     """List the methods, or print the recipe NAME (a method or a file). Code that a recipe names is not run."""

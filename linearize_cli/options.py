@@ -12,7 +12,7 @@ import click
 from linearize_cli.console import Terminal
 from linearize_cli.errors import CheckFailed, Notice, shortened
 from linearize_cli.files import check_writable, write_json
-from linearize_cli.inputs import user_path
+from linearize_cli.inputs import read_yaml, user_path
 
 
 class TokenCount(click.ParamType):
@@ -32,6 +32,17 @@ class TokenCounts(TokenCount):
 
     def convert(self, value, param, ctx):
         return [super(TokenCounts, self).convert(part.strip(), param, ctx) for part in value.split(",")]
+
+
+class Method(click.ParamType):
+    """A method's name, or a recipe's file, which is read before anything heavy is imported."""
+
+    name = "NAME|FILE"
+
+    def convert(self, value, param, ctx):
+        if value.endswith((".yaml", ".yml")):
+            read_yaml(user_path(value), "Correct the file, or name a method.")
+        return value
 
 
 class Counts(click.ParamType):
@@ -62,7 +73,7 @@ class Flops(click.ParamType):
         return number
 
 
-TOKENS, FLOPS = TokenCount(), Flops()
+TOKENS, FLOPS, METHOD = TokenCount(), Flops(), Method()
 
 
 def options(*decorators: Callable) -> Callable[[Callable], Callable]:

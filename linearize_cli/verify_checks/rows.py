@@ -69,6 +69,8 @@ def moved_rows(subject: Subject, worst: Comparison) -> None:
         ("batch_select_indices", torch.tensor([4, 1, 0]), [4, 1, 0]),
     ]
     for step, (name, argument, order) in enumerate(moves):
+        if not all(hasattr(layer, name) for layer in cache.layers):
+            continue  # recurrent layers of the base model cannot be moved in every way
         getattr(cache, name)(argument)
         texts, tokens, mask = [texts[i] for i in order], tokens[order], mask[order]
         for column in (2 * step, 2 * step + 1):
