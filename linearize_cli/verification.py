@@ -16,9 +16,8 @@ from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
 from linearize_cli.files import check_writable, write_json
-from linearize_cli.inputs import read_text, user_path
+from linearize_cli.inputs import user_path
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
-from linearize_cli.recover.read import BadRows, Chat, read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
@@ -32,6 +31,7 @@ from linearize_cli.verify_checks.drift import drift
 from linearize_cli.verify_checks.forms import forms, padding, reload
 from linearize_cli.verify_checks.greedy import greedy
 from linearize_cli.verify_checks.long import long
+from linearize_cli.verify_checks.prompts import read_prompts, tokenize
 from linearize_cli.verify_checks.rollback import rollback
 from linearize_cli.verify_checks.rows import rows
 from linearize_cli.verify_checks.sampling import sampling
@@ -39,16 +39,6 @@ from linearize_cli.verify_checks.speculation import DEFAULT_TREE, Speculation, b
 from linearize_cli.verify_checks.tree import tree
 from linearize_cli.versions import versions
 
-PROMPTS = (
-    "Once upon a time, there was a little girl",
-    "The",
-    "Water boils when",
-    "Tom had a red ball. Sue had a blue kite. One day they met in the park, and Tom asked Sue for her",
-    "A list of things to buy: bread, milk, eggs,",
-    "The quick brown fox jumps over the lazy dog. The quick brown fox",
-    "Dear Sir or Madam, I am writing to ask whether",
-    "1, 2, 3, 4,",
-)
 Check = Callable[[Subject], Finding]
 # Of an artifact in a folder.
 SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
@@ -226,27 +216,6 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
     )
 
 
-def tokenize(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_new: int
-) -> list[list[int]]:
-    """The tokens of prompts, the last ones cut off where max_new more would not fit the context.
-
-    Raises:
-        UserError: no prompt has a token, or max_new does not fit.
-    """
-    context = context_length(model)
-    if not 1 <= max_new < context:
-        what = f"cannot generate {max_new} tokens: the model's context is {context}"
-        raise UserError(what, f"Pass --max-new between 1 and {context - 1}.")
-    texts = [
-        tokenizer(text, verbose=False)["input_ids"] for text in (PROMPTS if prompts is None else prompts)
-    ]
-    texts = [ids[: context - max_new] for ids in texts if ids]
-    if not texts:
-        raise UserError("the tokenizer finds no token in any prompt", "Pass other --prompts.")
-    return texts
-
-
 def subject_of(
     task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
 ) -> Subject:
@@ -320,22 +289,6 @@ def verify(
     if write:
         write_json(folder / "verify.json", report)
     return report
-
-
-def read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
-    if path.suffix == ".jsonl":
-        documents = list(read_jsonl(path, BadRows()))
-        if any(isinstance(document, Chat) for document in documents):
-            raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
-        texts = ["".join(document) for document in documents]
-    else:
-        texts = read_text(path, "Write a prompt a line, in UTF-8.").splitlines()
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise UserError(f"{path} holds no prompt", 'Write a prompt a line, or JSONL: {"text": "..."}.')
-    return texts
 
 
 def render(report: dict[str, Any]) -> RenderableType:

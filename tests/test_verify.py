@@ -18,7 +18,8 @@ from linearize_cli import verification
 from linearize_cli.errors import UserError
 from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.runtime.cache import LinearCacheLayer
-from linearize_cli.verification import read_prompts, render, verify, verify_model
+from linearize_cli.verification import render, verify, verify_model
+from linearize_cli.verify_checks.prompts import read_prompts
 
 PROMPTS = ["The cat sat on the mat", "A", "1, 2,"]
 KEYS = {
