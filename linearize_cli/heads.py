@@ -1,5 +1,7 @@
 """`heads`: Medusa heads for an artifact."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +96,7 @@ def run(
     """Run `heads` in one of its processes."""
     workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
     engine.on_main(check_writable, folder / FILE)
-    facts = engine.on_main(workspace.open, job, resume, force)
+    facts = engine.on_main(workspace.open, job, resume, force, identity(report))
     if facts is not None:
         return facts
     with engine.only_main(workspace.working), engine.watched():
@@ -141,6 +143,12 @@ def train_heads(
     heads, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
     bad.report(terminal)
     return heads, model.dtype, facts
+
+
+def identity(report: dict[str, Any]) -> str:
+    """Identify an artifact by its `linearize.json`, whatever heads it has."""
+    rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def saved_recipe(folder: Path) -> Recipe:

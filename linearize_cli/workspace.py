@@ -38,8 +38,11 @@ class Workspace:
     def __init__(self, path: Path):
         self.path, self.state, self.lock = path, {}, None
 
-    def open(self, job: Job, resume: bool, force: bool) -> dict[str, Any] | None:
+    def open(self, job: Job, resume: bool, force: bool, artifact: str = "") -> dict[str, Any] | None:
         """Create and lock the folder, or take over the one that an interrupted run left.
+
+        Args:
+            artifact: identifies the artifact that the run adds to, if there is one.
 
         Returns:
             The report of the interrupted run if only the deletion of this folder was left to do, else None.
@@ -47,11 +50,11 @@ class Workspace:
         Raises:
             UserError: the run cannot start. Nothing has changed.
         """
-        before = self.claim()
+        before, asked = self.claim(), {**job.to_dict(), "artifact": artifact}
         try:
             self.restore()
             if resume:
-                self.require_same(job, before)
+                self.require_same(asked, before)
             report = self.finished(before)
             if report is not None and resume:
                 self.remove()
@@ -67,7 +70,7 @@ class Workspace:
             self.check(job, force)
             if not resume:
                 self.clear()
-            self.save_state({**job.to_dict(), "force": force})
+            self.save_state({**asked, "force": force})
             return None
         except BaseException:
             with suppress(OSError):
@@ -120,11 +123,11 @@ class Workspace:
         except OSError:
             pass  # this file system has no locks
 
-    def require_same(self, job: Job, before: dict[str, Any] | None) -> None:
-        """Raise UserError unless `before` is the state of an interrupted run of the same configuration."""
+    def require_same(self, asked: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Raise UserError unless `before` is the state of an interrupted run with the same configuration."""
         if before is None:
             raise UserError(f"nothing to resume: there is no {self.path}", "Run without --resume.")
-        now = json.loads(json.dumps(job.to_dict()))
+        now = json.loads(json.dumps(asked))
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(

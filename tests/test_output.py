@@ -258,6 +258,22 @@ def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
     assert json.loads((output / "linearize.json").read_text())["medusa"] == facts
 
 
+def test_heads_of_an_artifact_that_was_replaced_are_not_resumed(teacher, monkeypatch):
+    output = teacher.folder / "other"
+    run(teacher, output, train=False)
+
+    def interrupted(job, folder, partial, *arguments):
+        (partial / "checkpoint.pt").write_text("trained")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="--resume"):
+        patched.setattr(heads, "train_heads", interrupted)
+        heads.heads(output)
+    run(teacher, output, train=False, keep_softmax="at:1", force=True)
+    with pytest.raises(UserError, match="of a run with another artifact"):
+        heads.heads(output, resume=True)
+
+
 def kill(folder, *moments):
     command = [sys.executable, TESTS / "output_case.py", folder, *map(str, moments)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
