@@ -16,7 +16,7 @@ from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_text, user_path
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
-from linearize_cli.recover.read import BadRows, Chat, read_jsonl
+from linearize_cli.recover.read import BadRow, BadRows, Chat, read_jsonl
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
@@ -252,7 +252,10 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
     if path.suffix == ".jsonl":
-        documents = list(read_jsonl(path, BadRows()))
+        try:
+            documents = list(read_jsonl(path, BadRows()))
+        except BadRow as error:
+            raise UserError(error.what, "Correct or remove the line.") from None
         if any(isinstance(document, Chat) for document in documents):
             raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
         texts = ["".join(document) for document in documents]
