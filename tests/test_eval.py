@@ -195,7 +195,7 @@ def test_an_artifact_without_its_teacher_asks_for_it(teacher, copy):
     report = evaluate(copy, teacher=teacher.path, data=teacher.text, context=(16,), tokens=300)
     assert report["teacher"] == teacher.path
     (copy / "linearize.json").write_text(json.dumps({**record, "base_model": 5}))
-    with pytest.raises(UserError, match="no report of a conversion"):
+    with pytest.raises(UserError, match="not a report of a conversion"):
         evaluate(copy, data=teacher.text)
     (copy / "linearize.json").unlink()
     with pytest.raises(UserError, match="names its teacher"):

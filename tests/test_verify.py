@@ -298,7 +298,12 @@ def test_prompts(tmp_path, artifact):
     file.write_text('{"text": "one\\ntwo"}\n{"text": "three"}\n')
     assert read_prompts(file) == ["one\ntwo", "three"]
     file.write_text('{"prompt": "one"}\n')
-    assert "line 1" in refusal(artifact, prompts=file)
+    said = refusal(artifact, prompts=file)
+    assert "line 1" in said and "--skip-bad-rows" not in said
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"text": "cut \\ud83d"}\n')
+    assert read_prompts(file) == ["cut \ufffd"]
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert read_prompts(tmp_path / "bom.txt") == ["one"]
     assert "no such file" in refusal(artifact, prompts=tmp_path / "absent.txt")
     (tmp_path / "empty.txt").write_text(" \n\n")
     assert "holds no prompt" in refusal(artifact, prompts=tmp_path / "empty.txt")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_text
-from linearize_cli.recover.read import BadRows, Chat, read_jsonl
+from linearize_cli.recover.read import BadRow, BadRows, Chat, read_jsonl
 from linearize_cli.tasks import context_length
 
 PROMPTS = (
@@ -52,7 +52,10 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
     if path.suffix == ".jsonl":
-        documents = list(read_jsonl(path, BadRows()))
+        try:
+            documents = list(read_jsonl(path, BadRows()))
+        except BadRow as error:
+            raise UserError(error.what, "Correct or remove the line.") from None
         if any(isinstance(document, Chat) for document in documents):
             raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
         texts = ["".join(document) for document in documents]
