@@ -26,9 +26,13 @@ def document_mask(starts: Tensor) -> Tensor:
     return starts.cumsum(-1, dtype=torch.int32)[:, None, :, None]
 
 
+def is_document_mask(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == 1
+
+
 def starts_of(mask: Tensor | None) -> Tensor | None:
     """Return where documents begin in a `document_mask`, `[B, T]` bool, or None for another mask."""
-    if mask is None or mask.dtype != torch.int32 or not is_compact(mask) or mask.dim() == 2:
+    if not is_document_mask(mask):
         return None
     return pad(mask[:, 0, :, 0].diff(dim=-1) != 0, (1, 0), value=True)
 
