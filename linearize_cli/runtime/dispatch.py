@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from linearize_cli.runtime.masks import document_mask, exporting, first_column, is_compact
 from linearize_cli.runtime.packed import document_starts
-from linearize_cli.runtime.places import check_past, check_softmax, find_cache
+from linearize_cli.runtime.places import check_softmax, find_cache
 
 IMPLEMENTATION = "linearize"
 
@@ -71,7 +71,7 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of the model: pass on documents as a mask, and refuse a mask that hides what states hold.
+    """Forward pre-hook of the model: pass on documents, which positions tell, as a mask.
 
     Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
     Compiled code cannot read masks, and takes a row as one document: where there may be several, the layers are told to
@@ -91,8 +91,6 @@ def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
             return args, {**kwargs, "attention_mask": document_mask(starts)}
         if starts is not None and compiling:
             return args, {**kwargs, "linearize_eagerly": True}
-    elif isinstance(mask, Tensor) and mask.dim() == 2 and not compiling:
-        check_past(cache, mask)
     elif compiling and is_custom(mask):
         return args, {**kwargs, "linearize_eagerly": True}
     return None
