@@ -286,7 +286,7 @@ def test_a_model_that_cannot_is_refused(family, who, monkeypatch):
     native = model.config._attn_implementation
     swap(model, AUGMENTED)
     if who == "converted":
-        for module in (layer_module, dispatch):
-            monkeypatch.setattr(module, "document_starts", lambda *given: None)
+        for module, name in ((layer_module, "document_starts"), (dispatch, "starts_in")):
+            monkeypatch.setattr(module, name, lambda *given: None)
     with pytest.raises(UserError, match=who):
         check_apart(model, native)

@@ -255,13 +255,3 @@ def test_masks_longer_than_the_text(keep):
     for part in (slice(0, 12), slice(12, None)):
         given = dict(attention_mask=mask, position_ids=places[:, part], past_key_values=cache)
         close(run(model, ids[:, part], **given), expected[:, part])
-
-
-@KEEP
-def test_a_mask_that_hides_what_is_in_the_cache_is_refused(keep):
-    model, ids = swapped("llama", keep=keep), tokens()
-    cache = model(ids, use_cache=True).past_key_values
-    mask = torch.ones(2, ids.shape[1] + 1, dtype=torch.long)
-    mask[0, 3:5] = 0
-    with pytest.raises(ValueError, match="hides tokens that are in the cache"):
-        run(model, ids[:, :1], attention_mask=mask, past_key_values=cache)

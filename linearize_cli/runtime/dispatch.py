@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from linearize_cli.runtime.masks import document_mask, exporting, first_column, is_compact
 from linearize_cli.runtime.packed import document_starts
-from linearize_cli.runtime.places import check_past, check_softmax, find_cache
+from linearize_cli.runtime.places import check_softmax, find_cache
 
 IMPLEMENTATION = "linearize"
 
@@ -71,43 +71,46 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of the model: pass on documents as a mask, and refuse a mask that hides what states hold.
+    """Forward pre-hook of the model: pass on documents, which positions tell, as a mask.
 
     Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
-    Compiled code cannot read masks and positions, and takes a row as one document: where they may hold several, the
-    layers are told to run outside of it.
+    Compiled code cannot read masks, and takes a row as one document: where there may be several, the layers are told to
+    run outside of it.
     """
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if not torch.compiler.is_compiling():
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            check_past(find_cache(args, kwargs), mask)
-        if mask is None and is_linearized_config(module.config):
-            starts = document_starts(positions)
-            return None if starts is None else (args, {**kwargs, "attention_mask": document_mask(starts)})
-        return None
+    mask, positions, cache = (
+        kwargs.get("attention_mask"),
+        kwargs.get("position_ids"),
+        find_cache(args, kwargs),
+    )
+    compiling = torch.compiler.is_compiling()
     if exporting():
         check_export(mask, positions)
-        return None
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        apart = not is_compact(mask) and mask.shape[-2] > 1
-    else:
-        apart = mask is None and positions is not None and starts_again(positions)
-    return (args, {**kwargs, "linearize_eagerly": True}) if apart else None
+    elif mask is None and positions is not None and cache is None:
+        starts = starts_in(positions)
+        if starts is not None and is_linearized_config(module.config):
+            return args, {**kwargs, "attention_mask": document_mask(starts)}
+        if starts is not None and compiling:
+            return args, {**kwargs, "linearize_eagerly": True}
+    elif compiling and is_custom(mask):
+        return args, {**kwargs, "linearize_eagerly": True}
+    return None
+
+
+def is_custom(mask: Tensor | None) -> bool:
+    """True for a 4-D mask that the model was given, of several new tokens."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1
 
 
 def check_export(mask: Tensor | None, positions: Tensor | None) -> None:
     """Refuse several documents in a row of a model that is being exported, now or when it runs."""
-    if isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1:
+    if is_custom(mask):
         raise ValueError("export a linearized model with an attention mask of 2 dimensions, or none")
     if mask is None and positions is not None and positions.dim() == 2:
         message = "an exported linearized model takes one document a row: position_ids must not start again"
         torch._assert_async((positions.diff(dim=-1) == 1).all(), message)
 
 
-@torch.compiler.disable
-def starts_again(positions: Tensor) -> bool:
-    """True if positions hold several documents in a row."""
-    return document_starts(positions) is not None
+starts_in = torch.compiler.disable(document_starts)
 
 
 def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:

@@ -12,7 +12,14 @@ from transformers.cache_utils import Cache
 
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.cross import LinearizedCrossAttention, cross_equation
-from linearize_cli.runtime.masks import exporting, is_compact, masked_documents, starts_of, valid_tokens
+from linearize_cli.runtime.masks import (
+    exporting,
+    is_compact,
+    is_document_mask,
+    masked_documents,
+    starts_of,
+    valid_tokens,
+)
 from linearize_cli.runtime.offload import loaded
 from linearize_cli.runtime.packed import attend_apart, attend_packed, document_starts
 from linearize_cli.runtime.places import cache_layer
@@ -93,7 +100,8 @@ class LinearizedAttention(LinearAttention):
             )
         heads = query, key, value
         sink_logits = s_aux if self.equation.score == "softmax" else None
-        attend = self.attend_eagerly if linearize_eagerly else self.attend
+        outside = linearize_eagerly or is_document_mask(attention_mask)
+        attend = self.attend_eagerly if outside else self.attend
         out = attend(heads, attention_mask, linearize_state, sink_logits, position_ids, sliding_window)
         return out.transpose(1, 2).contiguous()
 

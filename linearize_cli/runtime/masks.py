@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-HIDES_PAST = (
-    "the attention mask hides tokens that are in the cache, and the state of a linear-attention layer holds them all: "
-    "begin with an empty cache"
-)
 HIDDEN = -9_999.0  # an additive mask hides a token by this or less: by -1e4, -1e9 or the lowest number
 exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 cannot tell
 
@@ -26,9 +22,13 @@ def document_mask(starts: Tensor) -> Tensor:
     return starts.cumsum(-1, dtype=torch.int32)[:, None, :, None]
 
 
+def is_document_mask(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == 1
+
+
 def starts_of(mask: Tensor | None) -> Tensor | None:
     """Return where documents begin in a `document_mask`, `[B, T]` bool, or None for another mask."""
-    if mask is None or mask.dtype != torch.int32 or not is_compact(mask) or mask.dim() == 2:
+    if not is_document_mask(mask):
         return None
     return pad(mask[:, 0, :, 0].diff(dim=-1) != 0, (1, 0), value=True)
 
@@ -96,7 +96,10 @@ def masked_documents(
     if past and start == past and window is None:
         sees_all = seen[..., :past].sum(-1) == (past if count is None else count[:, None])
         if not bool((sees_all | ~there).all()):
-            raise ValueError(HIDES_PAST)
+            raise ValueError(
+                "the attention mask hides tokens that are in the cache, and the state of a linear-attention layer "
+                "holds them all: begin with an empty cache"
+            )
     starts = first_tokens(own, there, window)
     distance = torch.arange(length, device=mask.device)
     distance = distance[:, None] - distance

@@ -1,11 +1,9 @@
 """The places of a model's layers in a transformers cache: which of them hold a state."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionLayer
 
 from linearize_cli.runtime.cache import HybridCacheLayer, LinearCacheLayer
-from linearize_cli.runtime.masks import HIDES_PAST
 
 
 def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
@@ -69,17 +67,6 @@ def check_softmax(module: nn.Module, args: tuple, kwargs: dict) -> None:
             f"layer {index} of the cache holds a state, of another model, where this model keeps keys and values: "
             "begin with an empty cache"
         )
-
-
-def check_past(cache: Cache | None, mask: Tensor) -> None:
-    """Raise ValueError if a mask `[B, N]` hides tokens that the cache's states hold."""
-    layers = [] if cache is None or isinstance(cache, EncoderDecoderCache) else cache.layers
-    layer = next((x for x in layers if isinstance(x, LinearCacheLayer) and x.state is not None), None)
-    if layer is None or mask.shape[-1] <= layer.seen:
-        return
-    shown = (mask[:, : layer.seen] != 0).sum(-1)
-    if not torch.equal(shown.to(layer.state.count.device), layer.state.count):
-        raise ValueError(HIDES_PAST)
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
