@@ -40,7 +40,7 @@ from linearize_cli.verify_checks.tree import tree
 from linearize_cli.versions import versions
 
 Check = Callable[[Subject], Finding]
-# Of an artifact in a folder.
+# Checks of an artifact's folder.
 SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
 READING: dict[str, Check] = {"padding": padding, "reload": reload}
 DECODING: dict[str, Check] = {
@@ -51,14 +51,14 @@ DECODING: dict[str, Check] = {
     "padding": padding,
     "drift": drift,
 }
-# These take as long again as the others: --quick leaves them out.
+# Checks that take long: --quick leaves them out.
 THOROUGH: dict[str, Check] = {
     "rows": rows,
     "drafts": drafts,
     "definition": definition,
     "long": long,
 }
-# In half precision the same is checked beside in fp32: there, nothing hides in rounding.
+# Checks that are repeated on a copy in fp32 for a model in half precision, where rounding hides faults.
 STRICT: dict[str, Check] = {
     "tree": tree,
     "forms": forms,

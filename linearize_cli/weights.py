@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weight files and its config.json belong together, before and after they are loaded."""
+"""Checks that the weight files of a checkpoint fit its config.json, before and after loading."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ FORMATS = ("model*.safetensors", "pytorch_model*.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Keys of a config that count what is built in turn, and a number that no model comes near (Doge has 16,384 experts).
 COUNTS = {re.compile(r"(layers?|blocks?|depth)$"): 2048, re.compile(r"experts?$"): 1 << 15}
-PER_BYTE, FEW = (
-    8,
-    1 << 28,
-)  # weights that a byte can hold, of one bit each; weights that any machine has memory for
+PER_BYTE = 8  # weights that a byte can hold, of one bit each
+FEW = 1 << 28  # weights that any machine has memory for
 ONE_MODEL = "config.json and the weight files must be of one model, and all the weight files be there."
 
 
@@ -118,7 +116,7 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
 
 
 def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[str, str]:
-    """What is missing, and what to do. A model without a head lacks just that."""
+    """Return what is missing and what to do. A model without a head lacks its head alone."""
     named = next(iter(loaded.config.architectures or ()), None)
     body = f"{loaded.base_model_prefix}."
     if named and named != type(loaded).__name__ and not any(name.startswith(body) for name in missing):

@@ -1,4 +1,4 @@
-"""Which files belong to an artifact."""
+"""The files that belong to an artifact."""
 
 import json
 import os
@@ -28,7 +28,7 @@ TOKENIZER = (
 HEADS = ("medusa.safetensors", "medusa.jsonl")
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png")
-# What loading an artifact reads, and what its checksums are of.
+# Files that loading an artifact reads; the checksums cover these.
 LOADED = (
     *(*WEIGHTS, *CODE, *TOKENIZER, *ADAPTER),
     *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),

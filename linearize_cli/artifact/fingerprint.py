@@ -1,4 +1,4 @@
-"""What an artifact computed when it was saved: a few logits, by which a change that all its forms share is found."""
+"""The fingerprint of an artifact: logits that it computed when it was saved. They show a change that all forms share."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from linearize_cli.tasks import CausalLM, Task, last_position
 
 SEED, BEST = 20240608, 8
 LONGEST = 5_120  # tokens: 2.5 segments of 2,048
-LONGEST_READ = 1_024  # of models that read both sides, at the cost of softmax in encoder-decoders
+LONGEST_READ = 1_024  # tokens of encoders and encoder-decoders, whose kept attention costs more
 TEXT = "The quick brown fox jumps over 13 lazy dogs; naïve façade, 東京, 1.5e-3\n\tend"
 
 
@@ -53,7 +53,7 @@ def differences(
         for own in recorded["sequences"]:
             logits = last_logits(task, model, sequence(model, own["length"], recorded["seed"]))
             expected = torch.tensor(own["logits"], dtype=torch.float64)
-            # The recorded tokens' logits, and the best ones now: a vocabulary in another order keeps the latter alone.
+            # Compare by token and by rank: a vocabulary in another order changes the first comparison alone.
             for actual in (logits[own["tokens"]], logits.topk(len(expected)).values):
                 gap = (actual.double().cpu() - expected).abs().nan_to_num(nan=torch.inf)
                 worst = max(worst, gap.max().item())

@@ -60,12 +60,12 @@ class Subject:
 
     @property
     def half(self) -> bool:
-        """Whether the model computes in half precision."""
+        """True if the model computes in half precision."""
         return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:
-        """Return an empty comparison of logits: by the dtype's tolerance, in half precision by the measured noise where
-        that is less.
+        """Return an empty comparison of logits. Its tolerance is the dtype's, or in half precision that of the measured
+        noise if that is less.
         """
         tolerance = TOLERANCE[self.model.dtype]
         if self.half:
