@@ -1,4 +1,4 @@
-"""The fingerprint of an artifact: logits that it computed when it was saved. They show a change that all forms share."""
+"""The fingerprint of an artifact: logits that it computed when it was saved, to find a change that all forms share."""
 
 import copy
 from typing import Any
