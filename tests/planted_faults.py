@@ -195,15 +195,15 @@ FAULTS = [
     Fault(
         "pads that are read from the wrong end of the mask",
         "linearize_cli.runtime.dispatch:compact_mask",
-        "attention_mask[:, -q_length:]",
+        "attention_mask[:, start : start + q_length]",
         "attention_mask[:, :q_length]",
         "rows",
     ),
     Fault(
         "pads that a hybrid reads from the mask's first columns",
-        f"{LAYER}:valid_tokens",
-        "start = past if",
-        "start = 0 if",
+        "linearize_cli.runtime.masks:valid_tokens",
+        "start = first_column(mask, length, past)",
+        "start = 0",
         "rows",
         keep=1,
     ),
@@ -231,7 +231,7 @@ FAULTS = [
     ),
     Fault(
         "a path of three nodes that is not committed",
-        f"{TREE}:LinearBranch.commit",
+        f"{TREE}:LinearBranch.append_path",
         "self.prefix.append(self.attention, state, k, v, valid)",
         "self.prefix.append(self.attention, self.prefix.state if k.shape[-2] == 3 else state, k, v, valid)",
         "rollback",
