@@ -102,7 +102,7 @@ def convert(
     )
     if dry_run:
         return plan_report(job, device, trust_remote_code, processes, flops)
-    folder = output_folder(output or default_output(model, method))
+    folder = output_folder(default_output(model, method) if output is None else output)
     engine = Engine(device, tracker, folder.parent / "runs")
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():

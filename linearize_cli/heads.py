@@ -147,7 +147,7 @@ def train_heads(
 
 def identity(report: dict[str, Any]) -> str:
     """Identify an artifact by its `linearize.json`, whatever heads it has."""
-    rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums")}
+    rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -177,4 +177,5 @@ def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
     if untouched:  # first: a run that is killed in between compares with linearize.json again
         write_text(path, card(report, **name))
+        report["card"] = sha256(path)
     write_json(folder / "linearize.json", report)

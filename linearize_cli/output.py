@@ -1,12 +1,14 @@
 """The output folder of a conversion: what may be replaced, and how the new artifact takes the place of the old."""
 
 import ctypes
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.files import SUFFIX
@@ -120,11 +122,22 @@ def precious(folder: Path, job: Job) -> str | None:
             return f"holds data ({source})"
         if path and path.resolve() in folder.resolve().parents:
             return f"lies in the data folder {source}"
+    if edited_card(folder):
+        return "holds a README.md that was edited"
     if foreign := list(foreign_files(folder)):
         return f"holds files that belong to no artifact ({first_five(foreign)})"
     if os.listdir(folder) and not (folder / "linearize.json").is_file():
         return "is no artifact"
     return None
+
+
+def edited_card(folder: Path) -> bool:
+    """Return whether an artifact's card is another than the one that was written, as `linearize.json` has its sum."""
+    try:
+        written = json.loads((folder / "linearize.json").read_text(encoding="utf-8")).get("card")
+        return written is not None and sha256(folder / "README.md") != written
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def local_path(name: str) -> Path | None:

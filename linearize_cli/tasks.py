@@ -328,6 +328,14 @@ def last_position(model: PreTrainedModel) -> int | None:
     return context_length(model) if any(limit <= size <= limit + 8 for size in sizes) else None
 
 
+def reach(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a converted model can read. None: any number, for states and computed positions have no
+    end. A layer that stays softmax may have a table of its own, as long as the context.
+    """
+    last = last_position(model)
+    return context_length(model) if last is None and model.config.linearize["softmax"] else last
+
+
 def require(token: int | None, what: str, hint: str) -> int:
     if token is None:
         raise UserError(what, hint)

@@ -10,21 +10,33 @@ from rich.console import Group, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
+from linearize_cli.artifact.checksums import changed, checksums
 from linearize_cli.artifact.fingerprint import in_float32
 from linearize_cli.artifact.load import check_artifact
+from linearize_cli.artifact.record import read_record
 from linearize_cli.decoder import Decoder
 from linearize_cli.errors import UserError
 from linearize_cli.explain import brief
 from linearize_cli.files import check_writable, write_json
 from linearize_cli.inputs import user_path
 from linearize_cli.measure.equivalence import rounding_noise, sample_rows
+from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.render import table
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.tasks import Task, context_length, task_of
 from linearize_cli.verify_checks import speed
 from linearize_cli.verify_checks.artifact import code, files, fingerprint
-from linearize_cli.verify_checks.check import FAIL, TIE, Finding, Line, Subject, no_tree_of, not_checked
+from linearize_cli.verify_checks.check import (
+    FAIL,
+    TIE,
+    Finding,
+    Line,
+    Subject,
+    compared,
+    no_tree_of,
+    not_checked,
+)
 from linearize_cli.verify_checks.definition import definition
 from linearize_cli.verify_checks.drafts import drafts
 from linearize_cli.verify_checks.drift import drift
@@ -70,12 +82,18 @@ STRICT: dict[str, Check] = {
 }
 # These measure what only a sound model has.
 MEASURING: dict[str, Check] = {"sampling": sampling, "speed": speed.speed}
+# What to do where a check of the folder failed.
+ADVICE = {
+    "code": "To verify the code that the artifact carries, read it and add --trust-remote-code.",
+    "files": "Fetch or convert the artifact again; after changes of your own, `linearize seal` records them.",
+}
 PARTS = {
     "tree": None,
     "forms": {"prefill_vs_decode": None, "chunked_vs_decode": None},
     "greedy": None,
     "rollback": {"max_abs_diff": None},
     "padding": {"max_abs_diff": None},
+    "reload": None,
     "drift": None,
     "rows": None,
     "drafts": None,
@@ -137,22 +155,27 @@ def verify_model(
     texts = tokenize(model, tokenizer, prompts, max_new)
     for ids in texts:
         task.check_tokens(torch.tensor(ids))
-    subject = subject_of(task, model, texts, max_new, seed)
+    try:
+        subject = subject_of(task, model, texts, max_new, seed)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return report_of([stopped("noise", error)], model, None, seed)
     subject = replace(subject, quick=quick, tokenizer=tokenizer, artifact=artifact)
     if subject.no_tree is None:
         drafter = drafter or Lookup()
         speculation = speculation or by_trees(model, drafter)
-        noise, target = subject.noise, speculation.target
+        own, target = subject.noise, speculation.target
         if target is not model:
-            noise, _ = rounding_noise(Decoder(target), subject.rows, target.dtype)
+            own, _ = rounding_noise(Decoder(target), subject.rows, target.dtype)
         subject = replace(
             subject,
             drafter=drafter,
             parents=parents or DEFAULT_TREE,
             speculation=speculation,
-            target_noise=noise,
+            target_noise=own,
         )
-    found: list[Finding] = []
+    found = [noise(subject)]
     checks = (SAVED if artifact else {}) | (DECODING if task.decodes else READING)
     for name, check in (checks | (THOROUGH if task.decodes and not quick else {})).items():
         progress(name)
@@ -166,14 +189,18 @@ def verify_model(
             continue
         progress(name)
         found.append(run(name, check, subject))
-    failed = failures(found)
     if not task.decodes:
         found += [
             not_checked(name, f"{task.kind} writes no text")
             for name in (*DECODING, *MEASURING)
             if name not in READING
         ]
-    lines = [line for finding in found for line in finding.lines]
+    return report_of(found, model, subject.noise, seed)
+
+
+def report_of(found: list[Finding], model: PreTrainedModel, noise: float | None, seed: int) -> dict[str, Any]:
+    """Return the contents of `verify.json`."""
+    lines, failed = [line for finding in found for line in finding.lines], failures(found)
     ties = any(line.verdict == TIE for line in lines)
     return {
         "verdict": FAIL if failed else "NUMERICAL_TIE" if ties else "EXACT",
@@ -182,11 +209,17 @@ def verify_model(
         **{key: value for finding in found for key, value in finding.data.items()},
         "checks": [asdict(line) for line in lines],
         "limits": {name: limit for finding in found for name, limit in finding.limits.items()},
-        "noise": subject.noise,
+        "noise": noise,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": seed,
         "versions": versions(),
     }
+
+
+def noise(subject: Subject) -> Finding:
+    """Judge the rounding noise: rows together and alone, without a cache, may differ by no more than other forms."""
+    limit = TOLERANCE[subject.model.dtype] * max(1.0, subject.largest)
+    return compared("noise", subject.noise, limit, {})
 
 
 def run(name: str, check: Check, subject: Subject) -> Finding:
@@ -196,7 +229,12 @@ def run(name: str, check: Check, subject: Subject) -> Finding:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        return Finding(lines=[Line(name, f"stopped by {type(error).__name__}: {brief(error)}", "", FAIL)])
+        return stopped(name, error)
+
+
+def stopped(name: str, error: Exception) -> Finding:
+    """Return the finding of a check in which the model's code raised an error."""
+    return Finding(lines=[Line(name, f"stopped by {type(error).__name__}: {brief(error)}", "", FAIL)])
 
 
 def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
@@ -283,7 +321,12 @@ def verify(
         check_writable(folder / "verify.json")
     texts = None if prompts is None else read_prompts(user_path(prompts))
     options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
+    try:
+        model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
+    except UserError as error:
+        since = changed(read_record(folder).get("checksums") or checksums(folder), folder)
+        hint = f"Since the artifact was saved, {since}." if since else ""
+        raise UserError(error.what, f"{error.hint}\n{hint}".strip()) from error
     measured = dict(prompts=texts, max_new=max_new, seed=seed, quick=quick, progress=progress)
     report = verify_model(model, tokenizer, artifact=folder, **measured, **ways)
     if write:
@@ -304,8 +347,11 @@ def sentence(report: dict[str, Any]) -> str:
     """The verdict, in words."""
     if report["verdict"] == FAIL:
         names = ", ".join(name.replace("_", " ") for name in report["failed"])
-        return f"these checks failed: {names}."
+        advice = [text for name, text in ADVICE.items() if name in report["failed"]]
+        return " ".join([f"these checks failed: {names}.", *advice])
     agree = f"all forms of the model agree within the rounding of {report['dtype']}"
+    if report["code"] and not report["files"]:
+        agree = f"its files could not be compared with what was saved; {agree}"
     greedy = report["greedy"]
     if greedy is None:
         return f"{agree}."

@@ -84,6 +84,8 @@ class Workspace:
         Raises:
             UserError: the folder cannot be written, another run has it, or it is not ours.
         """
+        if not self.path.parent.is_dir():
+            raise UserError(f"there is no folder {self.path.parent}", "Create it, or choose another folder.")
         try:
             self.path.mkdir(exist_ok=True)
             self.lock = os.open(self.path, os.O_RDONLY) if fcntl else None

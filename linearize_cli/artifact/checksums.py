@@ -31,6 +31,11 @@ def sha256(path: Path) -> str:
 
 
 def changed(recorded: dict[str, str], folder: Path) -> str:
-    """Name the files that are not as recorded: another content, missing, or new. Empty if there are none."""
+    """Name the files that are not as recorded: changed, missing or new. Empty if all are."""
     now = checksums(folder)
-    return first_five(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    kinds = {
+        "changed": [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]],
+        "missing": recorded.keys() - now.keys(),
+        "new": now.keys() - recorded.keys(),
+    }
+    return "; ".join(f"{kind}: {first_five(names)}" for kind, names in kinds.items() if names)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.runtime.dispatch import converted
-from linearize_cli.tasks import CausalLM, Task, last_position
+from linearize_cli.tasks import CausalLM, Task, reach
 
 SEED, BEST = 20240608, 8
 LONGEST = 5_120  # tokens: 2.5 segments of 2,048
@@ -68,7 +68,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
     """Return the lengths of the sequences, as far as positions go: 32, one window and a half, and 2.5 segments."""
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
-    most = last_position(model) or longest
+    most = reach(model) or longest
     return [min(length, most) for length in (32, max(size + size // 2, 1), longest)]
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.hub import (
     MALFORMED,
     create_repository,
@@ -166,6 +167,11 @@ def _faults(folder: Path, names: set[str]) -> list[str]:
         faults += [f"no {module}, which auto_map names" for module in sorted(modules - names)]
 
     faults += [f"linearize.json: {fault}" for fault in report_faults(contents.get("linearize.json", {}))]
+    if recorded := contents.get("linearize.json", {}).get("checksums"):
+        since = changed(recorded, folder) if isinstance(recorded, dict) else ""
+        faults += (
+            [f"since it was saved, {since} (`linearize seal` records changes of your own)"] if since else []
+        )
     shards = contents.get("model.safetensors.index.json", {}).get("weight_map", {})
     shards = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
     faults += [f"no {shard}, which the index names" for shard in sorted(shards - names)]

@@ -30,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "task": str,
     "checksums": {"": str},
     "fingerprint": {"": object},
+    "card": str,
 }
 CONVERSION: dict[str, Any] = {
     "base_class": str,
@@ -40,7 +41,7 @@ CONVERSION: dict[str, Any] = {
     "softmax": [str],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
-OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint")
+OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:

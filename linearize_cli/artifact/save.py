@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.card import card
+from linearize_cli.artifact.checksums import sha256
 from linearize_cli.files import write_json, write_text
 from linearize_cli.recipe import Recipe
 
@@ -26,6 +27,7 @@ def save_artifact(
 
 
 def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:
-    """Write `linearize.json` and the card, README.md."""
-    write_json(folder / "linearize.json", report)
+    """Write `linearize.json` and the card, README.md, whose SHA-256 sum the former holds."""
     write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))
+    report["card"] = sha256(folder / "README.md")
+    write_json(folder / "linearize.json", report)

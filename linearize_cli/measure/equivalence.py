@@ -46,10 +46,6 @@ class Comparison:
         if other.diff / other.limit > self.diff / self.limit:
             self.diff, self.limit = other.diff, other.limit
 
-    @property
-    def failed(self) -> bool:
-        return self.diff > self.limit
-
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest absolute difference; a NaN counts as the largest number of the type, equal infinities as 0."""

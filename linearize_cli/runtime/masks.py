@@ -100,6 +100,8 @@ def masked_documents(
                 "the attention mask hides tokens that are in the cache, and the state of a linear-attention layer "
                 "holds them all: begin with an empty cache"
             )
+    if length == 1 and not rest.shape[-1]:  # a single token separates nothing
+        return None
     starts = first_tokens(own, there, window)
     distance = torch.arange(length, device=mask.device)
     distance = distance[:, None] - distance

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import differences, in_float32
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import REPORT, read_record
 from linearize_cli.errors import first_five
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.runtime.bundle import sources
@@ -18,11 +18,11 @@ def code(subject: Subject) -> Finding:
     """Say whose code is measured. This package's code must be the same as what the artifact carries."""
     if not type(subject.model).__module__.startswith("linearize_cli."):
         return Finding({"code": {"ran": "artifact", "differs": []}}, [Line("code", "the artifact's own")])
-    differs = [name for name, text in sources().items() if content(subject.artifact / name) != text]
+    differs = sorted(name for name, text in sources().items() if content(subject.artifact / name) != text)
     data = {"code": {"ran": "package", "differs": differs}}
     if not differs:
         return Finding(data, [Line("code", "this package's; the artifact's is the same", "", OK)])
-    said = f"this package's; the artifact carries another {first_five(differs)}: see --trust-remote-code"
+    said = f"this package's; the artifact's differs: {first_five(differs)}"
     return Finding(data, [Line("code", said, "", FAIL)])
 
 
@@ -36,11 +36,14 @@ def content(path: Path) -> str | None:
 
 def files(subject: Subject) -> Finding:
     """Compare the files with the checksums that were taken when the artifact was saved."""
+    if not (subject.artifact / REPORT).exists():
+        said = "linearize.json is missing: fetch the artifact again, or convert again"
+        return Finding(lines=[Line("files", said, "", FAIL)])
     recorded = read_record(subject.artifact).get("checksums")
     if recorded is None:
         return not_checked("files", "linearize.json has no checksums; `linearize seal` adds them")
     differing = changed(recorded, subject.artifact)
-    said = f"{differing} changed since it was saved" if differing else f"{len(recorded)} as they were saved"
+    said = f"since it was saved, {differing}" if differing else f"{len(recorded)} as they were saved"
     return Finding({"files": {"changed": differing}}, [Line("files", said, "", FAIL if differing else OK)])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize_cli.decoder import forward
 from linearize_cli.measure.equivalence import Comparison
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.speculative.decode import why_no_tree
@@ -29,12 +31,13 @@ class Subject:
         rows: `[2, L]` tokens, more than three windows or groups where the context has room.
         size: tokens from one edge of a window or group to the next.
         context: positions that the model has.
-        noise: how far rounding moves a logit; largest: the largest logit.
-        parents: of the tree's nodes.
-        drafter: of the trees that the model itself reads.
-        speculation: what is compared with plain decoding; None: there is none.
-        target_noise: as noise, of the speculation's target.
-        no_tree: why no token tree can be read; None: it can.
+        noise: the largest change of a logit through rounding.
+        largest: the largest absolute logit.
+        parents: the parent of each tree node, -1 for none.
+        drafter: drafts the trees that the model itself reads.
+        speculation: what is compared with plain decoding, or None.
+        target_noise: the noise of the speculation's target.
+        no_tree: why the model reads no token tree, or None if it does.
         quick: whether to leave out what takes long.
         tokenizer: of the model; artifact: the folder it was loaded from, where it was.
     """
@@ -104,8 +107,13 @@ def is_linear(layer: object) -> bool:
     return hasattr(layer, "trail")
 
 
+def is_plain(layer: object) -> bool:
+    """Return whether a cache layer keeps a converted layer's state and no other, as of a conv beside it."""
+    return is_linear(layer) and all(x is None for x in getattr(layer, "conv_states", {}).values())
+
+
 def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: str = "") -> Finding:
-    """Of a check that has one number and one limit."""
+    """Build the finding of a check that has one number and one limit."""
     line = Line(name, f"{diff:.1e}{more}", f"{limit:.1e}", OK if diff <= limit else FAIL)
     return Finding(data, [line], {name: limit})
 
@@ -114,8 +122,21 @@ def not_checked(name: str, why: str) -> Finding:
     return Finding(lines=[Line(name, f"not possible: {why}")])
 
 
+def refused(subject: Subject, name: str, why: str) -> Finding:
+    """Return the finding of a check that a model does not allow. A causal model that keeps nothing but states and takes
+    positions has no reason to refuse a check: it fails.
+    """
+    if not isinstance(subject.task, CausalLM):
+        return not_checked(name, why)
+    cache = subject.task.start(subject.model, list(subject.rows[:1]))[0].new_cache()
+    forward(subject.model, subject.rows[:1, :2], cache)
+    if all(map(is_plain, cache.layers)) and "position_ids" in signature(subject.model.forward).parameters:
+        return Finding(lines=[Line(name, f"not possible: {why}", "", FAIL)])
+    return not_checked(name, why)
+
+
 def no_tree_of(task: Task, model: PreTrainedModel) -> str | None:
-    """Why no token tree can be read of a model; None: it can."""
+    """Return why a model reads no token tree, or None if it does."""
     if not isinstance(task, CausalLM):
         return f"{task.kind} has no text of its own that a tree could follow"
     return why_no_tree(model)

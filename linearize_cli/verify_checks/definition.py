@@ -25,9 +25,10 @@ def definition(subject: Subject) -> Finding:
 
 
 def causal_layers(subject: Subject) -> list[nn.Module]:
-    """Return the converted layers that attend to their own past."""
-    modules = [module.linear_attention for module in converted(subject.model).values()]
-    return [x for x in modules if x.equation.causal and hasattr(x, "empty_state")]
+    """Return the converted layers that attend to their own past, not to an encoder."""
+    geometries = subject.model.config.linearize["layers"]
+    layers = {name: module.linear_attention for name, module in converted(subject.model).items()}
+    return [x for name, x in layers.items() if x.equation.causal and "cross" not in geometries[name]]
 
 
 def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ...], dict, Tensor]:

@@ -42,7 +42,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare drafts with every number of right tokens, and a stop within a tree, with plain decoding."""
+    """Compare drafts of every number of right tokens, a stop and the context's end within one, with plain decoding."""
     if subject.no_tree:
         return not_checked("drafts", subject.no_tree)
     prompts = subject.texts[:ROWS]
@@ -59,11 +59,15 @@ def drafts(subject: Subject) -> Finding:
     ends = [row[: row.index(stop) + 1] if stop in row else row for row in continued]
     ended = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, stop=[stop])
     found += differing(written(ended), ends, margins)
+    context = max(map(len, prompts)) + DEPTH + 3  # it ends within a draft
+    room = [row[: context - len(prompt)] for row, prompt in zip(continued, prompts, strict=True)]
+    full = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, context=context)
+    found += differing(written(full), room, margins)
     limit = TIES * subject.noise
     tied = all(x["margin"] < limit for x in found)
     verdict = FAIL if wrong_depths or not tied else TIE if found else OK
-    said = f"{len(found)} of {2 * len(prompts)} texts differ, {wrong_depths} accepted depths"
-    data = {"texts": 2 * len(prompts), "mismatches": len(found), "wrong_depths": wrong_depths}
+    said = f"{len(found)} of {3 * len(prompts)} texts differ, {wrong_depths} drafts are accepted to another depth"
+    data = {"texts": 3 * len(prompts), "mismatches": len(found), "wrong_depths": wrong_depths}
     return Finding(
         {"drafts": data}, [Line("drafts", said, f"margin {limit:.1e}", verdict)], {"drafts": limit}
     )

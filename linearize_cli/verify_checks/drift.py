@@ -64,6 +64,12 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
             S, z = exact.fold_one(S, z, *(x[0, :, position].double() for x in (k, v)), position)
         folded = length - eq.recent
         pairs = (layer.state.S[0], S), (layer.state.z[0], z)
-        error = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).max()
+        error = torch.stack([relative(x.double() - y, y) for x, y in pairs]).max()
         found.append({"length": length, "state_rel_error": error.nan_to_num(nan=1.0, posinf=1.0).item()})
     return found
+
+
+def relative(error: Tensor, expected: Tensor) -> Tensor:
+    """Return the norm of an error as a share of what was expected; 0 if both are zero, as of a pruned layer."""
+    size = error.norm()
+    return torch.where(size == 0, size, size / expected.norm())

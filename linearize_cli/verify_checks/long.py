@@ -5,14 +5,14 @@ from itertools import cycle
 
 import torch
 from linearize_kernels.blocked import segment_of, tokens_at_once
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from linearize_cli.decoder import Decoder
 from linearize_cli.measure.equivalence import Comparison
-from linearize_cli.runtime.dispatch import converted
-from linearize_cli.tasks import CausalLM, last_position
+from linearize_cli.tasks import CausalLM, reach
 from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
+from linearize_cli.verify_checks.definition import causal_layers
 
 SINGLE = 16  # tokens that come one by one at the end
 PIECES = (1031, 64, 1, 613, 257, 2049, 7)  # tokens of the pieces before them, taken in turns
@@ -20,15 +20,16 @@ TOKENS = 5_300  # of the whole model: positions beyond 2,048, and 2.5 times as m
 
 
 def long(subject: Subject) -> Finding:
-    """Compare the last tokens of a long row, by the whole model, and of more than two segments by one of its layers."""
+    """Compare the last tokens of a long row by the whole model, and of 2.5 segments by a layer of each kind."""
     if not isinstance(subject.task, CausalLM):
         return not_checked("long", f"{subject.task.kind} has no long text of its own")
     worst = subject.comparison()
-    length = min(TOKENS, last_position(subject.model) or TOKENS)
+    length = min(TOKENS, reach(subject.model) or TOKENS)
     compare_model(subject, length, worst)
-    segments = compare_layer(subject, worst)
+    layers = {x.equation: x for x in causal_layers(subject)}
+    segments = max(compare_layer(subject, attention, worst) for attention in layers.values())
     data = {"long": {"max_abs_diff": worst.diff, "tokens": length, "layer_tokens": segments}}
-    said = f" at {length:,} tokens; one layer at {segments:,}"
+    said = f" at {length:,} tokens; layers at {segments:,}"
     return compared("long", worst.diff, worst.limit, data, said)
 
 
@@ -54,14 +55,12 @@ def pieces(length: int) -> Iterator[int]:
 
 
 @torch.inference_mode()
-def compare_layer(subject: Subject, worst: Comparison) -> int:
-    """One layer that has a far part, on q, k and v as it sees them, over 2.5 segments of its implementation.
+def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> int:
+    """One layer, on q, k and v as it sees them, over 2.5 segments of its implementation.
 
     Returns:
         The tokens of the row.
     """
-    modules = [module.linear_attention for module in converted(subject.model).values()]
-    attention = next((x for x in modules if x.far is not None), modules[0])
     q, k, v = inputs_of(subject, attention)
     segment = tokens_at_once(segment_of(attention, 0, 1 << 20, False), q)
     length = 2 * segment + segment // 2 + 5
@@ -85,7 +84,7 @@ def compare_layer(subject: Subject, worst: Comparison) -> int:
     return length
 
 
-def inputs_of(subject: Subject, attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v `[1, heads, T, D]` as the layer sees them in the rows."""
     seen: list[tuple[Tensor, ...]] = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))

@@ -6,14 +6,15 @@ All that the layers keep is compared with a fresh run over the tokens that staye
 import torch
 from linearize_kernels.layout import ancestors
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from linearize_cli.decoder import Decoder, forward, pad_left
 from linearize_cli.measure.equivalence import Comparison, run
 from linearize_cli.runtime.cache import ROLLBACK
-from linearize_cli.tasks import last_position
-from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear, not_checked
+from linearize_cli.tasks import reach
+from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear, refused
 
 STEPS = 3  # single tokens after an accepted path
 
@@ -23,9 +24,11 @@ def rollback(subject: Subject) -> Finding:
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):
-        return not_checked("rollback", "some layers cannot take tokens back")
+        return refused(subject, "rollback", "some layers cannot take tokens back")
     if not subject.quick:
         compare_long_drafts(subject, decoder, worst)
+        if subject.no_tree is None:
+            compare_padded_drafts(subject, worst)
     more = ""
     if subject.no_tree is None:
         compare_trees(subject, worst)
@@ -79,10 +82,10 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
     """Draft more tokens than a cache records, in several forwards, and take back some of the last. Taking back more
     than is recorded must raise.
     """
-    length = min(ROLLBACK + subject.size + 24, last_position(subject.model) or 1 << 30)
-    ids = subject.random_tokens(1, length)
+    length = min(ROLLBACK + subject.size + 24, reach(subject.model) or 1 << 30)
     if length < ROLLBACK + 12:
         return
+    ids = subject.random_tokens(1, length)
     start = length - ROLLBACK - 9
     for rejected in (7, ROLLBACK - 3):
         cache, fresh = decoder.new_cache(), decoder.new_cache()
@@ -100,28 +103,63 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
     decoder.own(cache).activate_past_recording()
     decoder(ids[:, 1:], cache)
     if any(is_linear(layer) for layer in decoder.own(cache).layers):
-        try:
-            cache.crop(1 - length)
-        except RuntimeError:
-            return
-        worst.add(torch.tensor(torch.nan), torch.tensor(0.0))
+        must_raise(cache, 1 - length, worst)
+
+
+def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
+    """Record drafts behind pads, put their rows in another order, and take back some tokens. Nothing can be taken back
+    after a reset.
+    """
+    lengths, order, drafted, rejected = (subject.size + 2, 3, 9), [2, 0, 1, 0], 6, 2
+    if max(lengths) + drafted > subject.context:
+        return
+    ids = subject.random_tokens(3, max(lengths) + drafted)
+    texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    (prompt, mask), draft = pad_left(texts), ids[:, -drafted:]
+    cache, cut = (
+        DynamicCache(config=subject.model.config),
+        prompt.shape[1] - 5,
+    )  # short rows still have pads there
+    forward(subject.model, prompt[:, :cut], cache, mask[:, :cut])
+    cache.activate_past_recording()
+    forward(subject.model, prompt[:, cut:], cache, mask)
+    forward(subject.model, draft, cache, pad(mask, (0, drafted), value=1))
+    cache.batch_select_indices(torch.tensor(order))
+    cache.crop(-rejected)
+    for row, source in enumerate(order):
+        text = torch.cat([texts[source], draft[source, : drafted - rejected]])
+        fresh_run(subject, text, cache, row, worst)
+    linear = all(is_linear(layer) for layer in cache.layers)
+    if linear:  # a softmax layer keeps its length when it is reset
+        forward(subject.model, draft[order], cache, pad(mask[order], (0, 2 * drafted - rejected), value=1))
+        cache.reset()
+        must_raise(cache, -1, worst)
+
+
+def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
+    """Count it as a difference if a cache takes back tokens that it does not hold."""
+    try:
+        cache.crop(tokens)
+    except RuntimeError:
+        return
+    worst.add(torch.tensor(torch.nan), torch.tensor(0.0))
 
 
 def compare_single_trees(subject: Subject, worst: Comparison) -> None:
-    """One row alone accepts the first nodes of the deepest path, from none to all, then continues."""
+    """Two rows in step accept the first nodes of the deepest path, from none to all, given once; then they continue."""
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
-    nodes, follow = subject.random_tokens(1, len(subject.parents)), subject.random_tokens(1, STEPS)
+    nodes, follow = subject.random_tokens(2, len(subject.parents)), subject.random_tokens(2, STEPS)
     start = min(starts_around(subject.size)[-1], subject.context - len(deepest) - STEPS - 1)
     if start < 1:
         return
     for accepted in range(len(deepest) + 1):
         path = deepest[:accepted]
         cache, fresh = (DynamicCache(config=subject.model.config) for _ in range(2))
-        forward(subject.model, subject.rows[:1, :start], cache)
+        forward(subject.model, subject.rows[:, :start], cache)
         subject.model.read_tree(cache, nodes, subject.parents).commit(path)
-        forward(subject.model, torch.cat([subject.rows[:1, :start], nodes[:, path]], 1), fresh)
-        compare_states(cache, fresh, 1, worst)
+        forward(subject.model, torch.cat([subject.rows[:, :start], nodes[:, path]], 1), fresh)
+        compare_states(cache, fresh, 2, worst)
         worst.add(*(forward(subject.model, follow, either) for either in (cache, fresh)))
 
 

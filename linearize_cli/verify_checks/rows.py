@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
-from linearize_cli.decoder import alone, forward, marked, pad_left
+from linearize_cli.decoder import alone, counts_pads, forward, marked, pad_left, pad_right
 from linearize_cli.measure.equivalence import Comparison, compare_batch
 from linearize_cli.measure.selfcheck import TOLERANCE
 from linearize_cli.tasks import CausalLM
 from linearize_cli.verify_checks.check import Finding, Subject, compared, is_linear
 
 SHORT, BEAMS, NEW = 5, 3, 12  # tokens of a short row, beams, and tokens that these write
+MANY = 24  # rows of a wide batch
 
 
 def rows(subject: Subject) -> Finding:
@@ -23,8 +24,10 @@ def rows(subject: Subject) -> Finding:
     for compare in (equal_rows, uneven_rows, long_turns):
         compare(subject, worst)
     if isinstance(subject.task, CausalLM):
-        for compare in (moved_rows, reset_rows, beams):
+        for compare in (many_rows, moved_rows, reset_rows, beams):
             compare(subject, worst)
+        if subject.no_tree is None:  # recurrent layers of a base model may not follow pads elsewhere
+            pads_elsewhere(subject, worst)
     return compared("rows", worst.diff, worst.limit, {"rows": {"max_abs_diff": worst.diff}})
 
 
@@ -54,6 +57,27 @@ def long_turns(subject: Subject, worst: Comparison) -> None:
     texts, follow = texts_of(subject, (3, subject.size + 5, 9), sum(turns))
     if follow.shape[1] + 3 <= subject.context:
         compare_batch(subject.task, subject.model, texts, follow.split(turns, 1), worst)
+
+
+def many_rows(subject: Subject, worst: Comparison) -> None:
+    """Many rows in one forward without a cache."""
+    ids = subject.random_tokens(MANY, min(9, subject.context))
+    together = forward(subject.model, ids)
+    for row in (0, MANY // 2, MANY - 1):
+        worst.add(together[row], forward(subject.model, ids[row, None])[0])
+
+
+def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
+    """Pads behind the rows, and between their tokens."""
+    texts, _ = texts_of(subject, (subject.size + 9, SHORT, 3), 4)
+    ids, mask = pad_right(texts, extra=2)
+    masks = [mask]
+    if not counts_pads(subject.model):
+        masks.append(mask * (torch.arange(mask.shape[1], device=mask.device) % 4 != 1))
+    for own in masks:
+        logits = marked(forward(subject.model, ids, None, own), own)
+        for row, actual in enumerate(logits):
+            worst.add(actual, forward(subject.model, ids[row, own[row].bool()][None])[0])
 
 
 def moved_rows(subject: Subject, worst: Comparison) -> None:

@@ -68,7 +68,8 @@ def sampling(subject: Subject) -> Finding:
         verdict = OK if part["p_value"] >= limit else FAIL
         lines.append(Line("sampling", said, f"p {limit:.1e}", verdict))
     data = {**found["texts"], "rule": found["rule"]}
-    return Finding({"sampling": data}, lines, {"sampling": IMPROBABLE})
+    limit = IMPROBABLE / max(part["settings"] for part in found.values())
+    return Finding({"sampling": data}, lines, {"sampling": limit})
 
 
 def worst(places: list[Tensor]) -> dict[str, Any]:

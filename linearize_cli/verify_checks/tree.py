@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from linearize_kernels.layout import ancestors
+from linearize_kernels.layout import ancestors, chain
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 from transformers import Cache, DynamicCache
@@ -15,10 +15,11 @@ from linearize_cli.measure.equivalence import difference
 from linearize_cli.measure.memory import state_bytes
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.tree import Shape
-from linearize_cli.verify_checks.check import Finding, Subject, compared, not_checked
+from linearize_cli.verify_checks.check import Finding, Subject, compared, refused
 
 BYTES, ROWS = 1 << 29, 16  # of states, and rows of a tree, that lie in memory at once
 FLOOR = 2  # times the noise, in half precision
+DEEPEST = 65  # nodes of a chain that is deeper than the window
 
 
 @dataclass
@@ -51,7 +52,7 @@ def tree(subject: Subject) -> Finding:
     limit is twice the noise: what single tokens (M = 1) and the same paths as chunks (M = k) differ by.
     """
     if subject.no_tree:
-        return not_checked("tree", subject.no_tree)
+        return refused(subject, "tree", subject.no_tree)
     visible, depth = ancestors(tuple(subject.parents))
     lengths = swept(subject.size, subject.context - int(depth.max()) - 1)
     paths = leaf_paths(visible, depth)
@@ -59,6 +60,10 @@ def tree(subject: Subject) -> Finding:
     gap = Gap()
     for first in range(0, len(lengths), batch):
         compare(subject, lengths[first : first + batch], paths, gap)
+    deep = chain(min(subject.size + 1, DEEPEST))
+    start = subject.size + 3
+    if not subject.quick and start + len(deep) < subject.context:
+        compare(replace(subject, parents=deep), [start], leaf_paths(*ancestors(deep)), gap)
     largest = max(x for x in (gap.inside, gap.crossing) if x is not None)
     limit = subject.comparison().limit
     if subject.half:
