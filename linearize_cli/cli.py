@@ -144,7 +144,7 @@ def seal(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
 
     calm_libraries()
     result = run(**arguments)
-    changed = f"; changed: {result['changed']}" if result["changed"] else ""
+    changed = f"; {result['changed']}" if result["changed"] else ""
     terminal.out.print(f"sealed {result['files']} files of {result['artifact']}{changed}")
     return result
 

@@ -171,11 +171,12 @@ def saved_recipe(folder: Path) -> Recipe:
 def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write the facts into `linearize.json`, and into the card unless somebody has edited it."""
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
-    untouched = path.is_file() and path.read_text() == card(report, **name)
-    report = {**report, "medusa": facts}
+    before, report = card(report, **name), {**report, "medusa": facts}
+    # A run that was killed may have written the new card already.
+    untouched = path.is_file() and path.read_text() in (before, card(report, **name))
     if report.get("checksums"):
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
-    if untouched:  # first: a run that is killed in between compares with linearize.json again
+    if untouched:  # before linearize.json: a run that is killed in between does this again
         write_text(path, card(report, **name))
         report["card"] = sha256(path)
     write_json(folder / "linearize.json", report)

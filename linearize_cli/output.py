@@ -12,6 +12,7 @@ from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.files import SUFFIX
+from linearize_cli.inputs import user_path
 from linearize_cli.job import DEMO, SELF, Job
 from linearize_cli.workspace import NEW, OLD, Workspace
 
@@ -25,10 +26,7 @@ def output_folder(name: str | Path) -> Path:
     Raises:
         UserError: it cannot name an artifact.
     """
-    try:
-        folder = Path(name).expanduser()
-    except RuntimeError as error:  # ~nosuchuser
-        raise UserError(f"-o {name}: {error}", ELSEWHERE) from None
+    folder = user_path(name, ELSEWHERE)
     if folder.is_symlink():
         if not folder.exists():
             target = os.readlink(folder)

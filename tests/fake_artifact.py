@@ -13,7 +13,17 @@ def write_artifact(folder: Path) -> Path:
         "AutoConfig": "configuration_linearized.LinearizedConfig",
         "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
     }
-    write_json(folder / "config.json", {"model_type": "linearized", "auto_map": auto_map, "linearize": {}})
+    record = {
+        "base_class": "LlamaForCausalLM",
+        "base_model_type": "llama",
+        "method": "augmented",
+        "attention": {"far": {"feature_map": "relu"}},
+        "layers": {},
+        "softmax": [],
+    }
+    write_json(
+        folder / "config.json", {"model_type": "linearized", "auto_map": auto_map, "linearize": record}
+    )
     write_json(folder / "linearize.json", {"schema": 1, "base_model": "demo", "method": "augmented"})
     write_json(folder / "tokenizer.json", {"model": {"vocab": {"a": 0}}})
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -351,11 +352,13 @@ class OwnModel(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own_code(folder, tmp_path, monkeypatch) -> Path:
+def own_code(folder, tmp_path, monkeypatch) -> Iterator[Path]:
     """The marker file that the checkpoint's own.py would write."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (folder / "own.py").write_text(OWN_MODEL.format(marker=str(tmp_path / "marker")))
-    return tmp_path / "marker"
+    yield tmp_path / "marker"
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]  # the package of the folder above: others would look for their code there
 
 
 @pytest.mark.parametrize(

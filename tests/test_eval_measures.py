@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import encoders
 import pytest
 import torch
 from families import swapped, tiny_model
@@ -100,7 +101,7 @@ def test_agreement_counts_up_to_the_first_difference():
 
 def test_continuations_are_those_of_generate():
     model = swapped("llama", num_hidden_layers=2)
-    task, rows = CausalLM(model, None), torch.randint(3, 99, (3, 11), generator=chance())
+    task, rows = CausalLM(model, encoders.tokenizer()), torch.randint(3, 99, (3, 11), generator=chance())
     ours = continued(task, model, rows, 9, greedy)
     settings = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0)
     theirs = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
@@ -112,7 +113,7 @@ def test_continuations_are_those_of_generate():
 def test_a_model_beside_itself_writes_the_same():
     model, text = tiny_model("llama"), torch.randint(3, 99, (4, 20), generator=chance())
     twins = {"teacher": model, "student": model}
-    report = generation(CausalLM(model, None), twins, text, 8, 0, lambda tokens: None)
+    report = generation(CausalLM(model, encoders.tokenizer()), twins, text, 8, 0, lambda tokens: None)
     assert report["exact_match"] == {"mean": 12.0, "of": 12}
     for way in ("greedy", "sampled"):
         assert report["repetition"][way]["teacher"] == report["repetition"][way]["student"]

@@ -12,6 +12,7 @@ from convert_case import make_teacher, run
 from fake_artifact import write_artifact
 
 from linearize_cli import conversion, convert, heads
+from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
 from linearize_cli.errors import UserError
 
@@ -125,6 +126,18 @@ def test_force_replaces_an_artifact_alone(refused, tmp_path, monkeypatch):
     assert "mount point" in refused("out")
 
 
+def test_an_edited_card_is_not_replaced(teacher, tmp_path):
+    """A card that one has written is not deleted with its artifact; one that nobody touched is."""
+    folder = tmp_path / "out"
+    convert(str(teacher.folder / "teacher"), folder, train=False)
+    convert(str(teacher.folder / "teacher"), folder, train=False, force=True)
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "my own words")
+    with pytest.raises(UserError, match="README.md that was edited"):
+        convert(str(teacher.folder / "teacher"), folder, train=False, force=True)
+    assert card.read_text().endswith("my own words")
+
+
 def test_a_place_that_cannot_be_written_is_refused(refused, tmp_path, monkeypatch):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     assert "nowhere, which is not there" in refused("dangling")
@@ -132,8 +145,8 @@ def test_a_place_that_cannot_be_written_is_refused(refused, tmp_path, monkeypatc
     assert "loop" in refused("loop")
     assert "cannot be an artifact's folder" in refused("/")
     assert "name too long" in refused("n" * 250).lower()
-    assert "not a directory" in refused("text.txt/out").lower()
-    assert "no such file" in refused("absent/out").lower()
+    assert "there is no folder" in refused("text.txt/out")
+    assert "there is no folder" in refused("absent/out")
     assert "nosuchuser" in refused_home(tmp_path)
 
     def denied(path, *arguments, **keywords):
@@ -244,6 +257,7 @@ def test_an_artifact_that_cannot_be_moved_is_put_back(teacher, monkeypatch):
 def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
     output, facts = teacher.folder / "told", {"heads": 1, "tree_nodes": 2, "expected_tokens_per_step": 1.5}
     run(teacher, output, train=False)
+    (output / heads.FILE).write_text("heads")
     report, write = json.loads((output / "linearize.json").read_text()), heads.write_json
 
     def interrupted(*arguments):
@@ -255,7 +269,9 @@ def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
     monkeypatch.setattr(heads, "write_json", write)
     heads.tell(output, json.loads((output / "linearize.json").read_text()), facts)
     assert "1.50 expected tokens" in (output / "README.md").read_text()
-    assert json.loads((output / "linearize.json").read_text())["medusa"] == facts
+    told = json.loads((output / "linearize.json").read_text())
+    assert told["medusa"] == facts and told["card"] == sha256(output / "README.md")
+    assert told["checksums"][heads.FILE] == sha256(output / heads.FILE)
 
 
 def test_heads_of_an_artifact_that_was_replaced_are_not_resumed(teacher, monkeypatch):

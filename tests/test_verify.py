@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import encoders
 import pytest
 import torch
 from families import AUGMENTED, swapped, tiny_model
@@ -25,7 +26,7 @@ PROMPTS = ["The cat sat on the mat", "A", "1, 2,"]
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),
     *("versions", "noise", "dtype", "failed", "limits", "sampling", "checks", "rows", "drafts", "definition"),
-    *("long", "code", "files", "fingerprint", "float32"),
+    *("long", "code", "files", "fingerprint", "float32", "reload"),
 }
 append = LinearCacheLayer.append
 
@@ -100,6 +101,22 @@ def test_honest_families(tokenizer):
     """With a kept softmax layer, learned positions, and a window of the base model's own."""
     for family, keep in (("llama", 1), ("gpt2", 0), ("mistral", 1)):
         report = check(swapped(family, keep=keep, num_hidden_layers=2), tokenizer)
+        assert (report["verdict"], report["failed"]) == ("EXACT", []), family
+
+
+def test_honest_models_of_odd_kinds(tokenizer):
+    """A pruned layer, whose state stays zero; a kept layer with a table of positions; attention to an encoder."""
+    pruned = swapped("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        pruned.model.layers[0].self_attn.v_proj.weight.zero_()
+    report = check(pruned, tokenizer)
+    assert (report["verdict"], report["failed"]) == ("EXACT", [])
+    report = check(swapped("mpt", keep=1), tokenizer, quick=False)
+    assert (report["verdict"], report["failed"]) == ("EXACT", [])
+    for family in ("bart", "t5"):
+        model = encoders.swapped(family, {**AUGMENTED, "cross": "linear"})
+        words = encoders.tokenizer(sentinels=True)
+        report = check(model, words, prompts=["word1 word2 word3", "word7"], quick=False)
         assert (report["verdict"], report["failed"]) == ("EXACT", []), family
 
 
@@ -251,6 +268,7 @@ def artifact(tmp_path_factory, llama, tokenizer):
     folder = tmp_path_factory.mktemp("artifacts") / "tiny"
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "linearize.json").write_text("{}")
     return folder
 
 

@@ -12,7 +12,7 @@ from test_verify import tokenizer  # noqa: F401
 from linearize_cli import verification
 from linearize_cli.artifact.seal import seal
 from linearize_cli.errors import UserError
-from linearize_cli.verification import verify
+from linearize_cli.verification import sentence, verify
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,25 @@ def test_a_fault_of_one_form_in_the_artifacts_own_code(artifact):
 def test_a_missing_code_file_is_named(artifact):
     (artifact / "linearize_kernels_block.py").unlink()
     assert verified(artifact) == ["code", "files"]
+    with pytest.raises(UserError, match="missing: linearize_kernels_block.py"):
+        verify(artifact, trust_remote_code=True)
+
+
+def test_a_missing_record_is_no_pass(artifact):
+    (artifact / "linearize.json").unlink()
+    assert verified(artifact) == ["files"]
+
+
+def test_what_a_person_reads(artifact):
+    record = json.loads((artifact / "linearize.json").read_text())
+    (artifact / "linearize.json").write_text('{"base_model": "tiny"}')
+    unsealed = verify(artifact, max_new=2, quick=True)
+    assert sentence(unsealed).startswith("its files could not be compared with what was saved")
+    (artifact / "linearize.json").write_text(json.dumps(record))
+    (artifact / "generation_config.json").unlink()
+    (artifact / "linearize_runtime_layer.py").write_text("")
+    said = sentence(verify(artifact, max_new=2, quick=True))
+    assert "code, files" in said and "--trust-remote-code" in said and "linearize seal" in said
 
 
 def test_a_flipped_weight_byte(artifact):
@@ -122,7 +141,7 @@ def test_seal_renews_after_a_deliberate_change(artifact):
     config = json.loads((artifact / "config.json").read_text())
     (artifact / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
     found = seal(artifact)
-    assert found["changed"] == "config.json" and found["files"] > 30
+    assert found["changed"] == "changed: config.json" and found["files"] > 30
     assert verified(artifact) == []
     assert seal(artifact)["changed"] == ""
 

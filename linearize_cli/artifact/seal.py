@@ -25,7 +25,7 @@ def seal(
         trust_remote_code: whether to compute the fingerprint by the code that the artifact carries.
 
     Returns:
-        `artifact`, `files` (how many are sealed), and `changed` (the names of those that had changed).
+        `artifact`, `files` (how many are sealed), and `changed` (which of them had changed, gone or come).
 
     Raises:
         UserError: the folder is no whole artifact.
