@@ -139,7 +139,7 @@ def edited_card(folder: Path) -> bool:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the file or folder that a model or a source of text is, or None if it is none on this machine."""
+    """Return the local path of a model or a source of text, or None if it is not on this machine."""
     path = Path(os.path.expanduser(name))
     return path if name not in (DEMO, SELF) and os.path.exists(path) else None
 
@@ -154,7 +154,7 @@ def shares_files(folder: Path, path: Path | None) -> bool:
 
 
 def inode(folder: Path) -> int:
-    """Return what identifies a folder whatever its name."""
+    """Return the inode number of a folder, which stays the same when the folder is renamed."""
     return os.stat(folder).st_ino
 
 

@@ -81,7 +81,7 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
     """Refuse a model, built without its weights, that is far larger than its weight files.
 
     Raises:
-        UserError: so that nothing allocates what a wrong config.json asks for.
+        UserError: before the memory is allocated that a wrong config.json asks for.
     """
     held, wanted = sum(file.stat().st_size for file in weight_files(folder)), shape.num_parameters()
     if wanted > max(PER_BYTE * held, FEW):
@@ -92,8 +92,8 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
 
 
 def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
-    """See that transformers found a place for every weight, and a weight for every place, which it else fills with
-    random numbers. Weights that the model has no place for are a Notice, unless they make it another model.
+    """Check that every stored weight was loaded and that every parameter had one: transformers fills missing ones at
+    random. Weights that the model has no place for are a Notice, unless they make it another model.
 
     Raises:
         UserError: weights are missing or have another shape; a layer or a bias would be left out; an adapter is there.
@@ -139,5 +139,5 @@ def _is_own(name: str, loaded: PreTrainedModel) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The name of a weight without the numbers of its layer and expert."""
+    """Return the name of a weight without the numbers of its layer and expert."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

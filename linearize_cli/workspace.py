@@ -141,7 +141,7 @@ class Workspace:
         """Put back what an interrupted run moved into the folder."""
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of an interrupted run whose result is in place already."""
+        """Return the report of a run that was killed after it had put its result in place, or None."""
         return before and before.get("report")
 
     def check(self, job: Job, force: bool) -> None:

@@ -54,7 +54,7 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
 
 
 def shown(mask: Tensor) -> Tensor:
-    """Return a boolean or additive mask as a boolean one."""
+    """Convert a boolean or additive mask to a boolean one: True where a token may be seen."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
@@ -77,7 +77,7 @@ def masked_documents(
         mask: `[B, heads or 1, T, N]`, boolean or additive.
         past: tokens in the cache, pads counted.
         count: `[B]`, tokens in the cache that are no pads; None without a cache.
-        window: the base model may hide tokens that are as many slots away, or None.
+        window: size of the base model's sliding window, or None.
 
     Raises:
         ValueError: the mask is of another kind.
@@ -124,7 +124,7 @@ def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
 
     Args:
         own: `[B, T, T]` bool, what the tokens see of each other; there: `[B, T]` bool, false for pads.
-        window: tokens this far away say nothing.
+        window: size of the sliding window, or None. Tokens at this distance or more are ignored.
     """
     slot = torch.arange(own.shape[-1], device=own.device)
     latest = torch.where(there, slot, -1).cummax(-1).values

@@ -1,4 +1,4 @@
-"""Layers against the equation as it is defined, token by token in fp64: faults that all fast forms share."""
+"""Layers against the equation token by token in fp64. Scores and feature maps are those of the layer itself."""
 
 import copy
 
@@ -48,7 +48,7 @@ def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ..
 
 
 def defined(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Return the outputs `[T, heads, Dv]` of `step` in fp64, on the CPU."""
+    """Compute the reference outputs `[T, heads, Dv]` with `step`, token by token in fp64 on the CPU."""
     exact = copy.deepcopy(attention).to("cpu", torch.float64)
     q, k, v = (x.detach().to("cpu", torch.float64) for x in (q, k, v))
     if sink_logits is not None:

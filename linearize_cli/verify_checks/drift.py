@@ -36,7 +36,7 @@ def drift(subject: Subject) -> Finding:
 
 
 def seen_by(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor, Tensor]:
-    """So many keys and values `[1, kv, count, D]` as the layer sees them, at random."""
+    """Draw `count` random keys and values `[1, kv, count, D]` from those that the layer receives."""
     seen = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[1:3]))
     try:

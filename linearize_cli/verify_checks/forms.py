@@ -19,7 +19,7 @@ def forms(subject: Subject) -> Finding:
 
 
 def padding(subject: Subject) -> Finding:
-    """A padded batch against each of its rows alone."""
+    """Compare a padded batch with each of its rows alone."""
     worst = subject.comparison()
     compare = compare_padding if subject.task.decodes else compare_reading
     compare(subject.task, subject.model, subject.rows, subject.size, worst)

@@ -194,7 +194,7 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
-    """The cache of a text alone, which that of a row is compared with."""
+    """Run a text alone, compare its cache with that of a row in a batch, and return it."""
     fresh = DynamicCache(config=subject.model.config)
     forward(subject.model, text[None], fresh)
     compare_row(cache.layers, row, fresh.layers, 0, worst)

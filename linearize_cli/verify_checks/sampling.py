@@ -79,10 +79,10 @@ def worst(places: list[Tensor]) -> dict[str, Any]:
 
 
 def rule_places(setting: Setting, generator: torch.Generator) -> Tensor:
-    """Draw many tokens by the rule alone, of known distributions whose best tokens are drafted.
+    """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
 
     Returns:
-        `[M]`, each token's place in its distribution.
+        `[M]` in [0, 1), the place of each token in its distribution: see `integral_transform`.
     """
     best = torch.linspace(0.02, 0.98, DISTRIBUTIONS, dtype=torch.float64)[:, None]
     others = torch.rand(DISTRIBUTIONS, VOCABULARY - 1, generator=generator, dtype=torch.float64) + 0.1

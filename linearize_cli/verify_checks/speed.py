@@ -91,7 +91,7 @@ def lines(acceptance: dict[str, Any], data: dict[str, Any]) -> list[Line]:
 
 
 def sentence(report: dict[str, Any]) -> str | None:
-    """Whether speculation pays; None: it was not measured."""
+    """Return the sentence that says whether speculation pays, or None if it was not measured."""
     speed = report["speed"]
     if speed is None:
         return None

@@ -91,7 +91,7 @@ def swept(size: int, room: int) -> list[int]:
 
 
 def leaf_paths(visible: Tensor, depth: Tensor) -> Tensor:
-    """`[leaves, depth + 1]`: the nodes from the root to each leaf, -1 beyond it."""
+    """Return the nodes on the path to each leaf, `[leaves, depth + 1]`, -1 beyond it."""
     leaves = (visible.sum(0) == 1).nonzero()[:, 0]
     nodes = [visible[leaf].nonzero()[:, 0] for leaf in leaves]
     return torch.stack([pad(path, (0, int(depth.max()) + 1 - len(path)), value=-1) for path in nodes])
@@ -139,7 +139,7 @@ def singles(subject: Subject, cache: Cache, tokens: Tensor, mask: Tensor) -> Ite
 
 
 def crossing(subject: Subject, shape: Shape) -> Tensor:
-    """Which nodes `[B, N]` cross an edge of any layer."""
+    """Return a mask `[B, N]` of the nodes that cross a window's or group's edge in any layer."""
     position, crosses = shape.position, torch.zeros_like(shape.position, dtype=torch.bool)
     last = position.amin(-1, keepdim=True) - 1  # a root's position is the row's count
     before = torch.arange(int(last.max()) + 1, device=position.device).expand(len(position), -1)
