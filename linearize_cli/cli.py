@@ -111,7 +111,7 @@ def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **argu
     help="teacher: ARTIFACT drafts for its softmax model.",
 )
 @click.option("--tree", metavar="NAME|FILE", help="mc_sim_7b_63, chain, auto (with heads), or JSON choices.")
-@click.option("--quick", is_flag=True, help="Leave out the checks that take long: a third of the time.")
+@click.option("--quick", is_flag=True, help="Leave out rows, drafts, definition, long and most of sampling.")
 @trust_option
 @model_options
 @command_options

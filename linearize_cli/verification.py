@@ -93,7 +93,6 @@ PARTS = {
     "greedy": None,
     "rollback": {"max_abs_diff": None},
     "padding": {"max_abs_diff": None},
-    "reload": None,
     "drift": None,
     "rows": None,
     "drafts": None,

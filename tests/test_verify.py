@@ -26,7 +26,7 @@ PROMPTS = ["The cat sat on the mat", "A", "1, 2,"]
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),
     *("versions", "noise", "dtype", "failed", "limits", "sampling", "checks", "rows", "drafts", "definition"),
-    *("long", "code", "files", "fingerprint", "float32", "reload"),
+    *("long", "code", "files", "fingerprint", "float32"),
 }
 append = LinearCacheLayer.append
 
