@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from linearize_cli.runtime.cache import MappedRows
 from linearize_cli.runtime.masks import shown
 from linearize_cli.runtime.offload import loaded
-from linearize_cli.runtime.places import check_empty
+from linearize_cli.runtime.places import check_empty, grown
 
 
 class CrossCacheLayer(MappedRows, DynamicLayer):
@@ -96,10 +96,7 @@ class LinearizedCrossAttention(LinearAttention):
             RuntimeError: the layer holds something else already.
         """
         cache = cache.cross_attention_cache
-        if cache.layer_class_to_replicate is not None:
-            while len(cache.layers) <= index:
-                cache.layers.append(cache.layer_class_to_replicate())
-        layer = cache.layers[index]
+        layer = grown(cache, index)
         if not isinstance(layer, CrossCacheLayer):
             check_empty(layer, index)
             layer = cache.layers[index] = CrossCacheLayer()

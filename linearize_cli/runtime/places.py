@@ -13,10 +13,7 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
         RuntimeError: the layer holds something else already.
     """
     cache = of_self_attention(cache)
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    layer = grown(cache, index)
     if not isinstance(layer, LinearCacheLayer):
         check_empty(layer, index)
         if isinstance(layer, LinearAttentionLayer):
@@ -25,6 +22,14 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
             layer = LinearCacheLayer(getattr(layer, "record_past", False))
         cache.layers[index] = layer
     return layer
+
+
+def grown(cache: Cache, index: int) -> CacheLayerMixin:
+    """Return the cache's layer `index`. A cache that makes its layers as they are needed makes those up to it."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
 
 
 def has_layer(cache: Cache, index: int) -> bool:
