@@ -355,6 +355,7 @@ class OwnModel(LlamaForCausalLM):
 def own_code(folder, tmp_path, monkeypatch) -> Iterator[Path]:
     """The marker file that the checkpoint's own.py would write."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # transformers adds the folder above to it
     (folder / "own.py").write_text(OWN_MODEL.format(marker=str(tmp_path / "marker")))
     yield tmp_path / "marker"
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
