@@ -1,6 +1,6 @@
 """A new feature map, for the recipe beside it, softplus.yaml, to name. It travels inside the artifacts made with it."""
 
-from linearize_kernels.features import Projected, feature_map
+from linearize_kernels.parts.feature_maps import Projected, feature_map
 from torch import Tensor
 from torch.nn.functional import softplus
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterable
 
-from linearize_kernels.combine import COMBINES
-from linearize_kernels.far import FAR_PARTS
-from linearize_kernels.features import FEATURE_MAPS
-from linearize_kernels.local import SCORES, WEIGHTS
-from linearize_kernels.memory import MEMORIES
+from linearize_kernels.parts.combine import COMBINES
+from linearize_kernels.parts.decay import MEMORIES
+from linearize_kernels.parts.far import FAR_PARTS
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS
+from linearize_kernels.parts.local_scores import SCORES, WEIGHTS
 
 from linearize_cli.recipe import Attention, Recipe, names_code
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from linearize_kernels.features import FEATURE_MAPS, FeatureMap
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
 
 from linearize_cli.compatibility import misfits
 from linearize_cli.errors import UserError
@@ -179,7 +179,7 @@ def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
     if not (isinstance(found, type) and issubclass(found, FeatureMap) and "name" in vars(found)):
         raise UserError(
             f"{where}: attention.far.feature_map: {path} has no feature map {cls}",
-            "Write it as a subclass of linearize_kernels.features.FeatureMap, under @feature_map(NAME).",
+            "Write it as a subclass of linearize_kernels.parts.feature_maps.FeatureMap, under @feature_map(NAME).",
         )
     try_feature_map(found, far.get("feature_dim"), f"{where}: attention.far.feature_map: {path.name}:{cls}")
     data["attention"]["far"] = {**far, "feature_map": found.name}

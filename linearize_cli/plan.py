@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from linearize_kernels.local import SCORES
+from linearize_kernels.parts.local_scores import SCORES
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (

@@ -21,8 +21,16 @@ DECAY = {"far": {"feature_map": "relu"}, "memory": {"kind": "decay"}, "combine":
 DELTA = {**DECAY, "far": {"feature_map": "identity"}, "memory": {"kind": "delta"}, "sinks": 0}
 LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "gate"}
 
-CHUNKED, BLOCK, LAYOUT = "linearize_kernels.chunked", "linearize_kernels.block", "linearize_kernels.layout"
-FAR, BLOCKED, MEMORY = "linearize_kernels.far", "linearize_kernels.blocked", "linearize_kernels.memory"
+CHUNKED, BLOCK, LAYOUT = (
+    "linearize_kernels.ops.chunked",
+    "linearize_kernels.reference.block",
+    "linearize_kernels.reference.visibility",
+)
+FAR, BLOCKED, MEMORY = (
+    "linearize_kernels.parts.far",
+    "linearize_kernels.ops.blocked",
+    "linearize_kernels.parts.decay",
+)
 CACHE, TREE, LAYER = (
     "linearize_cli.runtime.cache",
     "linearize_cli.runtime.tree",
@@ -128,7 +136,7 @@ FAULTS = [
     ),
     Fault(
         "a running projection whose positions end at 2,047",
-        "linearize_kernels.projection:Projection.append",
+        "linearize_kernels.parts.linformer:Projection.append",
         "self.weights(position, k.dtype)",
         "self.weights(position.clamp_max(2047), k.dtype)",
         "long",
@@ -328,7 +336,7 @@ FAULTS = [
     # All fast forms, against the definition.
     Fault(
         "a window that is one token short in every form",
-        "linearize_kernels.attention:Equation.near",
+        "linearize_kernels.equation:Equation.near",
         "(i - j).abs() < self.size",
         "(i - j).abs() < self.size - 1",
         "definition",
@@ -352,7 +360,7 @@ FAULTS = [
     ),
     Fault(
         "keys that are folded without their weight",
-        "linearize_kernels.projection:Projection.weights",
+        "linearize_kernels.parts.linformer:Projection.weights",
         "position % table.shape[-1]",
         "(position + 1) % table.shape[-1]",
         "definition",
@@ -399,7 +407,7 @@ FAULTS = [
     ),
     Fault(
         "a sink that is lost when a prefill is shorter than the sinks",
-        "linearize_kernels.parts:sinks_with",
+        "linearize_kernels.ops.by_part:sinks_with",
         "(count, count + k.shape[-2])",
         "(count, max(count, k.shape[-2]))",
         "forms",
@@ -414,7 +422,7 @@ FAULTS = [
     # Half precision.
     Fault(
         "a state that is kept in the model's dtype",
-        "linearize_kernels.attention:accumulator",
+        "linearize_kernels.equation:accumulator",
         "torch.float64 if dtype == torch.float64 else torch.float32",
         "dtype",
         "drift",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from convert_case import make_teacher, run
-from linearize_kernels.features import FEATURE_MAPS
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 from torch.nn.functional import kl_div
 
 from linearize_cli.artifact.load import load
@@ -23,7 +23,7 @@ PARENTS = [-1, 0, 0, 1, 3, 4, 4, 2, 5]
 
 
 MINE = """
-from linearize_kernels.features import FeatureMap, feature_map
+from linearize_kernels.parts.feature_maps import FeatureMap, feature_map
 
 
 @feature_map("mine")
@@ -156,7 +156,7 @@ def test_a_feature_map_in_an_artifact_runs_only_if_trusted(teacher, tmp_path, mo
         (None, "there is no file"),
         ("import nothing_of_this_name", "nothing_of_this_name"),
         ("class Mine: ...", "has no feature map Mine"),
-        ("from linearize_kernels.features import FeatureMap as Mine", "has no feature map Mine"),
+        ("from linearize_kernels.parts.feature_maps import FeatureMap as Mine", "has no feature map Mine"),
         (MINE.format("raise ValueError('boom')"), "boom"),
         (MINE.format("return x[..., 1:]"), r"shape \[2, 3, 33, 7\]"),
         (MINE.format("return x, x"), "fails"),

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from families import swapped
-from linearize_kernels.attention import Equation
-from linearize_kernels.far import FeatureMemory
-from linearize_kernels.layout import laid_out
+from linearize_kernels.equation import Equation
+from linearize_kernels.parts.far import FeatureMemory
+from linearize_kernels.reference.visibility import laid_out
 from planted_faults import FAULTS, GROUPS, Fault
 from test_verify import check, tokenizer  # noqa: F401
 

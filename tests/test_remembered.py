@@ -1,5 +1,5 @@
 import torch
-from linearize_kernels.layout import ancestors
+from linearize_kernels.reference.visibility import ancestors
 from linearize_kernels.remembered import remembered
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from linearize_kernels import LinearAttention, chunked
-from linearize_kernels.features import FEATURE_MAPS, FeatureMap, Hedgehog, feature_map
-from linearize_kernels.scratch import KEPT, SCRATCH, Scratch
-from linearize_kernels.sliding_lane import masks_of
-from linearize_kernels.softmax_pair import SoftmaxPair, softmax_pair
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap, Hedgehog, feature_map
+from linearize_kernels.torch_forms.scratch import KEPT, SCRATCH, Scratch
+from linearize_kernels.torch_forms.sliding_lane import masks_of
+from linearize_kernels.torch_forms.softmax_pair import SoftmaxPair, softmax_pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linearize_cli.methods import load_recipe
@@ -19,7 +19,7 @@ LENGTH, PIECE = 150, 41
 
 @pytest.fixture(params=["augmented", "augmented:relu", "augmented:flash"])
 def attention(request, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1)  # one head after the other
+    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1)  # one head after the other
     recipe = load_recipe(request.param).to_dict()["attention"]
     recipe["local"]["size"] = 16
     geometry = dict(heads=4, kv_heads=2, key_dim=64, value_dim=64, scale=0.125, softcap=None)

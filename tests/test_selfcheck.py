@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import AUGMENTED, swapped
-from linearize_kernels.layout import laid_out
+from linearize_kernels.reference.visibility import laid_out
 from planted_faults import BLOCKED, CHUNKED, GROUPS, LAYOUT, Fault
 from test_verify import tokenizer  # noqa: F401
 
@@ -13,7 +13,7 @@ from linearize_cli.tasks import task_of
 
 WIDE = {**AUGMENTED, "local": {"scope": "sliding", "size": 40, "score": "softmax"}, "sinks": 4}
 WIDE_GROUPS = {**GROUPS, "local": {"scope": "group", "size": 40, "score": "relu2"}}
-NEAR = "linearize_kernels.attention:Equation.near"
+NEAR = "linearize_kernels.equation:Equation.near"
 FAULTS = [
     Fault(
         "a window off by one in decoding",

@@ -5,11 +5,11 @@ import gc
 import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
-from linearize_kernels.bidirectional import by_block as encode_by_block
-from linearize_kernels.features import FEATURE_MAPS, FeatureMap
-from linearize_kernels.scratch import REMEMBERED, SCRATCH
-from linearize_kernels.sliding_room import TAPES, Room
-from linearize_kernels.tape import Tape
+from linearize_kernels.ops.bidirectional import by_block as encode_by_block
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
+from linearize_kernels.torch_forms.scratch import REMEMBERED, SCRATCH
+from linearize_kernels.torch_forms.sliding_room import TAPES, Room
+from linearize_kernels.torch_forms.tape import Tape
 from test_blocked import by_block, layer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,7 +66,7 @@ def played(monkeypatch):
     count = []
     play = Tape.play
     monkeypatch.setattr(Tape, "play", lambda tape: count.append(tape) or play(tape))
-    monkeypatch.setattr("linearize_kernels.tiles.CACHED", 1 << 9)
+    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1 << 9)
     SCRATCH.made.clear()
     return count
 

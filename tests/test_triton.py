@@ -7,14 +7,14 @@ import pytest
 import torch
 import triton_case
 from interpreted import printed
-from linearize_kernels import sliding as sliding_module
-from linearize_kernels.grouped import Groups
-from linearize_kernels.sliding_lane import Tokens
-from linearize_kernels.triton_grouped import grouped
-from linearize_kernels.triton_grouped import why_not as why_not_grouped
-from linearize_kernels.triton_nodes import commit_, decode_one_token, tree
-from linearize_kernels.triton_nodes import why_not as why_not_nodes
-from linearize_kernels.triton_sliding import sliding, why_not
+from linearize_kernels.torch_forms import sliding as sliding_module
+from linearize_kernels.torch_forms.grouped import Groups
+from linearize_kernels.torch_forms.sliding_lane import Tokens
+from linearize_kernels.triton.grouped import grouped
+from linearize_kernels.triton.grouped import why_not as why_not_grouped
+from linearize_kernels.triton.nodes import commit_, decode_one_token, tree
+from linearize_kernels.triton.nodes import why_not as why_not_nodes
+from linearize_kernels.triton.sliding import sliding, why_not
 from transformers.dynamic_module_utils import get_imports
 from triton_case import (
     CASES,
@@ -85,7 +85,7 @@ def test_packed_sequences_are_apart_to_the_bit(form, errors):
     ],
 )
 def test_a_refusal_says_why(case, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", bool(case))
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", bool(case))
     shape, tokens = inputs(**case)
     assert reason in why_not(shape, tokens)
     with pytest.raises(ValueError, match=reason):
@@ -94,7 +94,7 @@ def test_a_refusal_says_why(case, reason, monkeypatch):
 
 @pytest.mark.parametrize("case, reason", [(dict(), "CUDA"), (dict(chunk=48), "groups must have .* not 48")])
 def test_the_group_form_s_refusals(case, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", bool(case))
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", bool(case))
     shape, folds, tokens = group_inputs(**case)
     assert why_not_grouped(shape, tokens)
     with pytest.raises(ValueError, match=reason):
@@ -126,7 +126,7 @@ def test_nodes(name, errors):
     ],
 )
 def test_the_nodes_refusals(parts, nodes, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", reason != "CUDA")
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", reason != "CUDA")
     attention = node_layer(parts).float()
     state = attention.empty_state(2, "cpu", torch.float32)
     q, k, v = (x.float() for x in draw_tokens(attention, 2, nodes, torch.float32))
@@ -141,7 +141,7 @@ def test_the_nodes_refusals(parts, nodes, reason, monkeypatch):
 
 
 def test_a_state_that_cannot_be_written(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
     attention = node_layer(NODE_SLIDING).float()
     state = attention.empty_state(1, "cpu", torch.float32)
     token = [x.float() for x in draw_tokens(attention, 1, 1, torch.float32)]
@@ -151,7 +151,7 @@ def test_a_state_that_cannot_be_written(monkeypatch):
 
 
 def test_mixed_dtypes_are_refused(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
     shape, tokens = inputs()
     assert "bfloat16" in why_not(shape, tokens._replace(q=tokens.q.bfloat16()))
     assert why_not(shape, tokens) is None
@@ -159,7 +159,7 @@ def test_mixed_dtypes_are_refused(monkeypatch):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "linearize_kernels.triton_parts", raising=False)
+    monkeypatch.delitem(sys.modules, "linearize_kernels.triton.parts", raising=False)
     assert why_not(*inputs()) == "triton is not installed"
 
 

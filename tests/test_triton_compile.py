@@ -11,14 +11,12 @@ from triton_node_case import NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 triton = pytest.importorskip("triton")
 
-from linearize_kernels import triton_grouped_kernels as grouped  # noqa: E402
-from linearize_kernels import triton_node_kernels as node_kernels  # noqa: E402
-from linearize_kernels import triton_node_state as node_state  # noqa: E402
-from linearize_kernels import triton_parts as parts  # noqa: E402
-from linearize_kernels import triton_sliding_backward as backward  # noqa: E402
-from linearize_kernels import triton_sliding_forward as forward  # noqa: E402
-from linearize_kernels.triton_nodes import commit_, decode_one_token, tree  # noqa: E402
-from linearize_kernels.varlen import laid_out  # noqa: E402
+from linearize_kernels.ops.varlen import laid_out  # noqa: E402
+from linearize_kernels.triton import grouped_kernels as grouped  # noqa: E402
+from linearize_kernels.triton import node_kernels, node_state, parts  # noqa: E402
+from linearize_kernels.triton import sliding_backward as backward  # noqa: E402
+from linearize_kernels.triton import sliding_forward as forward  # noqa: E402
+from linearize_kernels.triton.nodes import commit_, decode_one_token, tree  # noqa: E402
 
 SLIDING = {
     "fold": parts,
@@ -71,7 +69,7 @@ def recorded(chip, kernels, monkeypatch):
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(
-        "linearize_kernels.triton_tiles.capability", lambda device: 8 if chip < 90 else chip // 10
+        "linearize_kernels.triton.tiles.capability", lambda device: 8 if chip < 90 else chip // 10
     )
     return recorders
 
@@ -107,7 +105,7 @@ def layout(shape, sinks):
 
 def node_launches(chip, monkeypatch, parts, width, dtype):
     """Those of a decoding step, a tree of 64 nodes and paths of unequal lengths."""
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)  # no CUDA device is asked for
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)  # no CUDA device is asked for
     recorders = recorded(chip, NODES, monkeypatch)
     attention = node_layer(parts, heads=4, key_dim=width, value_dim=width).to(dtype)
     state = attention.empty_state(1, "cpu", dtype)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from linearize_kernels import chunked, varlen
-from linearize_kernels.triton_tiles import SEGMENT
-from linearize_kernels.varlen import laid_out, runs
+from linearize_kernels.ops.varlen import laid_out, runs
+from linearize_kernels.triton.tiles import SEGMENT
 from triton_case import CAUSAL, LAYERS, bounds, layer
 
 CPU = torch.device("cpu")
@@ -70,9 +70,9 @@ def test_what_triton_runs(monkeypatch):
         attention.impl = impl
         return runs(attention, *(arguments or tokens), **others)
 
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", False)
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", False)
     assert not said("auto") and said("triton")
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", True)
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
     assert said("auto", chunk=32) and not said("torch")
     assert not said("auto", chunk=48)
     assert not said("auto", *heads(40, torch.float64), chunk=32)
@@ -83,7 +83,7 @@ def test_what_triton_runs(monkeypatch):
 
 def test_triton_is_not_silently_replaced(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("linearize_kernels.triton_parts.INTERPRETED", False)
+    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", False)
     for parts, reason in (
         (LAYERS["group"], "CUDA"),
         (dict(size=20, memory="decay", feature_map="relu"), "no Triton"),

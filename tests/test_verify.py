@@ -8,8 +8,8 @@ import encoders
 import pytest
 import torch
 from families import AUGMENTED, swapped, tiny_model
-from linearize_kernels.attention import Equation
-from linearize_kernels.layout import laid_out
+from linearize_kernels.equation import Equation
+from linearize_kernels.reference.visibility import laid_out
 from planted_faults import GROUPS
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -76,9 +76,9 @@ def test_a_fault_of_one_form_in_the_artifacts_own_code(artifact):
 
 
 def test_a_missing_code_file_is_named(artifact):
-    (artifact / "linearize_kernels_block.py").unlink()
+    (artifact / "linearize_kernels_reference_block.py").unlink()
     assert verified(artifact) == ["code", "files"]
-    with pytest.raises(UserError, match="missing: linearize_kernels_block.py"):
+    with pytest.raises(UserError, match="missing: linearize_kernels_reference_block.py"):
         verify(artifact, trust_remote_code=True)
 
 

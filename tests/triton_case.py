@@ -105,7 +105,7 @@ def inputs(
     values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
-    from linearize_kernels.sliding_lane import Shape, Tokens
+    from linearize_kernels.torch_forms.sliding_lane import Shape, Tokens
 
     torch.manual_seed(0)
     rows = chunks * chunk
@@ -145,9 +145,9 @@ def group_inputs(
     width=5, far=True,
 ):  # fmt: skip
     """As `inputs`; keys and queries have unit norms, the first and the last tokens are not there."""
-    from linearize_kernels.features import unit_norm
-    from linearize_kernels.grouped import Groups
-    from linearize_kernels.tiles import Tiling
+    from linearize_kernels.parts.feature_maps import unit_norm
+    from linearize_kernels.torch_forms.grouped import Groups
+    from linearize_kernels.torch_forms.tiles import Tiling
 
     torch.manual_seed(0)
     rows = chunks * chunk
@@ -208,7 +208,10 @@ def relative(found, expected):
 
 def use_tiles(sizes):
     """All kernels from now on; None: the usual ones."""
-    from linearize_kernels import triton_grouped_kernels, triton_parts, triton_sliding_parts, triton_tiles
+    from linearize_kernels.triton import grouped_kernels as triton_grouped_kernels
+    from linearize_kernels.triton import parts as triton_parts
+    from linearize_kernels.triton import sliding_parts as triton_sliding_parts
+    from linearize_kernels.triton import tiles as triton_tiles
 
     own = triton_tiles.tiles if sizes is None else lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
     for module in (triton_grouped_kernels, triton_parts, triton_sliding_parts):
@@ -308,7 +311,9 @@ def layer_errors(**parts):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from linearize_kernels import grouped, sliding, triton_grouped, triton_sliding
+    from linearize_kernels.torch_forms import grouped, sliding
+    from linearize_kernels.triton import grouped as triton_grouped
+    from linearize_kernels.triton import sliding as triton_sliding
     from triton_node_case import NODE_CASES, node_errors
 
     found = {
@@ -323,7 +328,7 @@ if __name__ == "__main__":
         "layers": {name: layer_errors(**parts) for name, parts in LAYERS.items()},
         "nodes": {name: node_errors(**case) for name, case in NODE_CASES.items()},
     }
-    sys.modules["linearize_kernels.varlen"].SEGMENT = 2  # so that short sequences have several
+    sys.modules["linearize_kernels.ops.varlen"].SEGMENT = 2  # so that short sequences have several
     found["packed"] = {name: packed_errors(**case) for name, case in PACKED.items()}
     found["leaks"] = {name: leaks(**LAYERS[name]) for name in CAUSAL}
     print(json.dumps(found))

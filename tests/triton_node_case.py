@@ -103,9 +103,9 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     more token: those of all outputs, and the largest of the states.
     """
     from linearize_kernels import chunked
-    from linearize_kernels.block import block
-    from linearize_kernels.chunked import commit
-    from linearize_kernels.triton_nodes import commit_, decode_one_token, tree
+    from linearize_kernels.ops.chunked import commit
+    from linearize_kernels.reference.block import block
+    from linearize_kernels.triton.nodes import commit_, decode_one_token, tree
 
     reference = node_layer(parts, **shape)
     attention = copy.deepcopy(reference).float()

@@ -87,8 +87,8 @@ def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
     Raises:
         UserError: it may not.
     """
-    from linearize_kernels.far import FAR_PARTS
-    from linearize_kernels.features import FEATURE_MAPS
+    from linearize_kernels.parts.far import FAR_PARTS
+    from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 
     from linearize_cli.checkpoint import resolve_model
     from linearize_cli.runtime.bundle import OWN, load_own_code

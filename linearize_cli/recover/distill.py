@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from linearize_kernels.attention import accumulator
+from linearize_kernels.equation import accumulator
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from linearize_kernels.attention import LinearAttention
+from linearize_kernels.equation import LinearAttention
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations

@@ -8,11 +8,13 @@ itself.
 import ast
 import re
 import sys
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from pkgutil import walk_packages
 from types import ModuleType
 
-from linearize_kernels.features import FEATURE_MAPS
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 
 ENTRIES = ("linearize_cli.runtime.config", "linearize_cli.runtime.model")
 FLAT = {
@@ -33,11 +35,11 @@ def auto_map(*model_classes: type) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """`linearize_kernels.block` -> `linearize_kernels_block`."""
+    """`linearize_kernels.reference.block` -> `linearize_kernels_reference_block`."""
     if module in FLAT:
         return FLAT[module]
     package, _, name = module.rpartition(".")
-    return f"{FLAT[package]}_{name}"
+    return f"{flat_name(package)}_{name}"
 
 
 def sources() -> dict[str, str]:
@@ -66,7 +68,7 @@ def our_imports(source: str) -> list[ast.ImportFrom]:
 
 
 def flatten(source: str) -> str:
-    """Rewrite `from linearize_kernels.block import block` to `from .linearize_kernels_block import block`."""
+    """Rewrite `from linearize_kernels.state import State` to `from .linearize_kernels_state import State`."""
     lines = source.splitlines(keepends=True)
     for node in our_imports(source):
         line = lines[node.lineno - 1]
@@ -78,9 +80,13 @@ def flatten(source: str) -> str:
 def load_own_code(path: Path) -> ModuleType:
     """Run a user's Python file, as written or as an artifact carries it, as the module `linearize_own_NAME`."""
     name = OWN + path.stem.removeprefix(OWN)
+    modules = walk_packages(import_module("linearize_kernels").__path__, "linearize_kernels.")
+    packed = {flat_name(module.name): module.name for module in modules}
     spec = spec_from_file_location(name, path)
     module = sys.modules[name] = module_from_spec(spec)
-    text = re.sub(r"from \.linearize_kernels_(\w+) ", r"from linearize_kernels.\1 ", path.read_text())
+    text = re.sub(
+        r"from \.(linearize_kernels_\w+) ", lambda match: f"from {packed[match[1]]} ", path.read_text()
+    )
     exec(compile(text, str(path), "exec"), vars(module))
     return module
 

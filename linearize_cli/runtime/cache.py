@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from linearize_kernels.attention import LinearAttention
-from linearize_kernels.chunked import chunked, commit
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.state import State
-from linearize_kernels.triton_nodes import decode_one_token, why_not
+from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,

@@ -5,8 +5,8 @@
 from collections.abc import Callable
 
 import torch
-from linearize_kernels.attention import Equation, LinearAttention
-from linearize_kernels.cross import cross, encode
+from linearize_kernels.equation import Equation, LinearAttention
+from linearize_kernels.ops.cross_attention import cross, encode
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 

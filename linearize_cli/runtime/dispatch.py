@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from math import inf
 
 import torch
-from linearize_kernels.attention import LinearAttention
+from linearize_kernels.equation import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface

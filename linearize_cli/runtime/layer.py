@@ -3,10 +3,10 @@
 from math import inf
 
 import torch
-from linearize_kernels.attention import Equation, LinearAttention
-from linearize_kernels.bidirectional import bidirectional
-from linearize_kernels.chunked import chunked
-from linearize_kernels.varlen import runs
+from linearize_kernels.equation import Equation, LinearAttention
+from linearize_kernels.ops.bidirectional import bidirectional
+from linearize_kernels.ops.chunked import chunked
+from linearize_kernels.ops.varlen import runs
 from torch import Tensor
 from transformers.cache_utils import Cache
 

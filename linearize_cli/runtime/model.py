@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from linearize_kernels.attention import LinearAttention
+from linearize_kernels.equation import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from linearize_kernels.attention import LinearAttention
-from linearize_kernels.varlen import varlen
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.varlen import varlen
 from torch import Tensor
 from torch.nn.functional import pad
 

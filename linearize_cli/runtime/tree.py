@@ -10,11 +10,11 @@ from functools import partial
 from inspect import signature
 
 import torch
-from linearize_kernels.attention import LinearAttention
-from linearize_kernels.chunked import commit, nodes, take
-from linearize_kernels.layout import ancestors
-from linearize_kernels.triton_nodes import commit_
-from linearize_kernels.triton_nodes import tree as attend_tree
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.chunked import commit, nodes, take
+from linearize_kernels.reference.visibility import ancestors
+from linearize_kernels.triton.nodes import commit_
+from linearize_kernels.triton.nodes import tree as attend_tree
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from linearize_kernels.step import step, step_state
+from linearize_kernels.reference.step import step, step_state
 from torch import Tensor, nn
 
 from linearize_cli.measure.equivalence import Comparison

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import cycle
 
 import torch
-from linearize_kernels.blocked import segment_of, tokens_at_once
+from linearize_kernels.ops.blocked import segment_of, tokens_at_once
 from torch import Tensor, nn
 from transformers import DynamicCache
 

@@ -4,7 +4,7 @@ All that the layers keep is compared with a fresh run over the tokens that staye
 """
 
 import torch
-from linearize_kernels.layout import ancestors
+from linearize_kernels.reference.visibility import ancestors
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache

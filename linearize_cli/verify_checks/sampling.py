@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from linearize_kernels.layout import ancestors
+from linearize_kernels.reference.visibility import ancestors
 from torch import Tensor
 from transformers import PreTrainedModel
 

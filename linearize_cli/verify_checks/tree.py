@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from linearize_kernels.layout import ancestors, chain
+from linearize_kernels.reference.visibility import ancestors, chain
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 from transformers import Cache, DynamicCache

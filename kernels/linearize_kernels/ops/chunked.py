@@ -1,0 +1,295 @@
+"""`advance` and `chunked`: the state after many tokens, and the equation over long sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.blocked import after, segment_of, tokens_at_once
+from linearize_kernels.reference.block import block, evaluate
+from linearize_kernels.reference.visibility import ancestors, behind, chain, shared_layout
+from linearize_kernels.state import State
+
+
+@dataclass(frozen=True)
+class Advance:
+    """New tokens laid out in chunks.
+
+    Attributes:
+        starts: the state before each chunk, stacked: leading dimensions `[chunks, batch or 1]`.
+        k, v: the new tokens, `[chunks, batch, kv, C, D]`.
+        position: `[chunks, batch or 1, C]`; -1 for pads.
+        final: the state after the last token.
+    """
+
+    starts: State
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    final: State
+
+
+def advance(
+    attention: LinearAttention,
+    state: State,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    chunk: int,
+    in_step: bool,
+) -> Advance:
+    """Append a chain of tokens to a state.
+
+    The recent tokens and the new ones form one timeline, oldest first, pads before all others; it is filled
+    up with pads at its head to whole chunks. The chunk that starts at slot `recent + c` finds its recent
+    tokens in the R slots before it, and all that is older in S.
+
+    Args:
+        k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, or None: no pads.
+        chunk: tokens per chunk.
+        in_step: all rows are at the same position and none has pads; positions, masks and counts then stay
+            one row wide.
+    """
+    eq = attention.equation
+    k, v, position = timeline(state, k, v, valid, -k.shape[-2] % chunk, in_step)
+    chunks = (k.shape[-2] - eq.recent) // chunk
+
+    sinks = torch.arange(eq.sinks, device=k.device)
+    stored = (sinks < state.count[:, None])[:, None, :, None]
+    arrived = (position[:, None, :] == sinks[:, None])[:, None].to(k.dtype)  # [B, 1, sinks, slots]
+    sink_k = torch.where(stored, state.sink_k, arrived @ k)
+    sink_v = torch.where(stored, state.sink_v, arrived @ v)
+    S, z = prefix_sums(attention, state, k, v, position, chunks, chunk)
+
+    slots = position[:, eq.recent :].unflatten(-1, (chunks, chunk)).movedim(1, 0)
+    new = (slots >= 0).sum(-1).flip(0).cumsum(0).flip(0)  # [chunks, B]: tokens from this chunk on
+    end = position.amax(-1) + 1
+    end = torch.where(end > 0, end, state.count[: end.shape[0]])
+
+    def cut(x: Tensor, first: int, size: int) -> Tensor:  # [B, kv, slots, D] -> [chunks, B, kv, size, D]
+        x = x[..., first : first + (chunks - 1) * chunk + size, :]
+        return x.unfold(2, size, chunk).movedim(2, 0).transpose(-1, -2)
+
+    starts = State(
+        S=S[:-1],
+        z=z[:-1],
+        sink_k=sink_k.expand(chunks, *sink_k.shape),
+        sink_v=sink_v.expand(chunks, *sink_v.shape),
+        recent_k=cut(k, 0, eq.recent),
+        recent_v=cut(v, 0, eq.recent),
+        recent_position=position[:, : k.shape[-2] - chunk].unfold(1, eq.recent, chunk).movedim(1, 0),
+        count=end - new,
+    )
+    tail = slice(k.shape[-2] - eq.recent, None)
+    final = State(
+        S=S[-1],
+        z=z[-1],
+        sink_k=sink_k,
+        sink_v=sink_v,
+        recent_k=k[..., tail, :],
+        recent_v=v[..., tail, :],
+        recent_position=position[:, tail].expand(k.shape[0], -1),
+        count=end.expand(k.shape[0]),
+    )
+    return Advance(starts, cut(k, eq.recent, chunk), cut(v, eq.recent, chunk), slots, final)
+
+
+def timeline(
+    state: State, k: Tensor, v: Tensor, valid: Tensor | None, fill: int, in_step: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions; -1: no token."""
+    rows = slice(0, 1 if in_step else None)
+    position = torch.cat(
+        [state.recent_position[rows], next_positions(state.count[rows], k.shape[-2], valid)], -1
+    )
+    k = pad(torch.cat([state.recent_k, k], -2), (0, 0, fill, 0))
+    v = pad(torch.cat([state.recent_v, v], -2), (0, 0, fill, 0))
+    position = pad(position, (fill, 0), value=-1)
+    if valid is not None:
+        order = position.argsort(dim=-1, stable=True)
+        k, v, position = take(k, order), take(v, order), position.gather(-1, order)
+    return k, v, position
+
+
+def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
+    """Positions `[B, T]` of T tokens that follow `count` others in their rows; -1 for pads."""
+    if valid is None:
+        return count[:, None] + torch.arange(length, device=count.device)
+    return torch.where(valid, count[:, None] + valid.cumsum(-1) - 1, -1)
+
+
+def prefix_sums(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """S and z before each chunk of a timeline and after the last, `[chunks + 1, B, far, F, Dv]` and
+    `[chunks + 1, B, far, F]`. Sinks are never folded.
+    """
+    if attention.far is None:
+        return tuple(x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+    old = slice(0, chunks * chunk)
+    k, v = (x[..., old, :].to(state.S.dtype).unflatten(-2, (chunks, chunk)) for x in (k, v))
+    return attention.far.fold(state.S, state.z, k, v, position[:, old].unflatten(-1, (chunks, chunk)))
+
+
+def commit(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
+) -> State:
+    """The state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
+    count = rows_count(state, valid)
+    if count is None:
+        return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
+    return append(attention, state, count, k, v)
+
+
+def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: Tensor) -> State:
+    """As `commit`, of rows that have had `count` tokens each; no more work than the tokens that drop out of the recent
+    ones make.
+    """
+    eq, length = attention.equation, k.shape[-2]
+    S, z = state.S, state.z
+    folds = slice(
+        max(0, eq.sinks - count + eq.recent), length
+    )  # the slots of what drops out of the recent ones
+    if attention.far is not None and folds.start < length:
+        pairs = (state.recent_k, k), (state.recent_v, v)
+        dropped = (torch.cat([x, new[..., :length, :]], -2)[..., folds, :].to(S.dtype) for x, new in pairs)
+        position = torch.arange(folds.start, length, device=k.device)[None] + (count - eq.recent)
+        S, z = attention.far.append(S, z, *dropped, position)
+    return after(state, S, z, count, k, v)
+
+
+def nodes(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parents: tuple[int, ...],
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Outputs of a tree after a state, as `block` gives them, `[B, heads, T, Dv]`.
+
+    Args:
+        parents: each node's parent, -1 for none; a parent comes before its children.
+    """
+    count = rows_count(state, None)
+    if count is None:
+        visible, depth = (x.to(q.device) for x in ancestors(parents))
+        layout = behind(attention.equation, state, state.count[:, None] + depth, visible)
+    else:
+        layout = shared_layout(attention.equation, count, parents)
+    return evaluate(attention, state, q, k, v, layout, sink_logits)
+
+
+def chunked(
+    attention: LinearAttention,
+    state: State | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    chunk: int | None = None,
+    segment: int | None = None,
+) -> tuple[Tensor, State]:
+    """The equation over a chain of T tokens: training, prefill and decoding.
+
+    Every chunk is one row of a batch that `block` evaluates against the states of `advance`; segments
+    follow one another with a carried state. Cost is linear in T, and memory beyond q, k, v and the output
+    that of one segment.
+
+    Args:
+        state: what came before, or None at the start of a sequence.
+        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
+        chunk: tokens per chunk; None chooses.
+        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory. None: those of
+            `tokens_at_once`.
+
+    Returns:
+        `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
+    """
+    batch, length = q.shape[0], q.shape[-2]
+    count, in_step = rows_count(state, valid), state is None and valid is None
+    if state is None:
+        state = attention.empty_state(batch, q.device, k.dtype)
+    if segment is None:
+        segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
+    pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
+    parts = [[x] for x in (q, k, v)]
+    if len(pads) > 1:
+        parts = [x.split(segment, -2) for x in (q, k, v)]  # not sliced: their gradients are put together once
+    into, places, outputs = None, [None] * len(pads), []
+    if len(pads) > 1 and not torch.is_grad_enabled():
+        into = q.new_empty(*q.shape[:-1], v.shape[-1])
+        places = into.split(segment, -2)
+    for *tokens, own, place in zip(*parts, pads, places, strict=True):
+        size = tokens[0].shape[-2]
+        run = segment_of(attention, count, size, sink_logits is not None)
+        if run is not None:
+            out, state = run(attention, state, count, *tokens, chunk, place)
+        else:
+            attention.ran = "block"
+            slots = chunk or attention.equation.chunk
+            out, state = run_segment(attention, state, count, *tokens, own, sink_logits, slots, in_step)
+            if place is not None:
+                place.copy_(out)
+        if place is None:
+            outputs.append(out.to(q.dtype))
+        count = None if count is None else count + size
+    if into is None:
+        into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
+    return into, state
+
+
+def rows_count(state: State | None, valid: Tensor | None) -> int | None:
+    """The tokens that every row has had; None: rows differ, have pads now, or are not to be waited for."""
+    if valid is not None or torch.compiler.is_compiling():
+        return None
+    if state is None:
+        return 0
+    if state.count.device.type != "cpu":
+        return None
+    counts = state.count.tolist()
+    return counts[0] if min(counts) == max(counts) else None
+
+
+def run_segment(
+    attention: LinearAttention,
+    state: State,
+    count: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    sink_logits: Tensor | None,
+    chunk: int,
+    in_step: bool,
+) -> tuple[Tensor, State]:
+    """One segment of `chunked`; `count` as of `rows_count`, `in_step` as in `advance`."""
+    length = q.shape[-2]
+    if count is not None and length <= chunk:
+        after = append(attention, state, count, k, v)
+        eq = attention.equation
+        if length > 1 or eq.recent < max(eq.conv_width, 1):
+            return nodes(attention, state, q, k, v, chain(length), sink_logits), after
+        # All that the token sees is in the state behind it.
+        layout, none = shared_layout(eq, count + 1, ()), slice(0)
+        return evaluate(attention, after, q, k[..., none, :], v[..., none, :], layout, sink_logits), after
+    chunk = min(chunk, length)
+    if valid is not None:
+        order = valid.long().argsort(dim=-1, stable=True)  # pads first, as in the timeline
+        q = take(q, order)
+    layout = advance(attention, state, k, v, valid, chunk, in_step)
+    q = pad(q, (0, 0, -length % chunk, 0)).unflatten(-2, (-1, chunk)).movedim(2, 0)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    out = block(attention, layout.starts, q, layout.k, layout.v, layout.position, causal, sink_logits)
+    out = out.movedim(0, 2).flatten(2, 3)[..., -length:, :].to(q.dtype)
+    return (out if valid is None else take(out, order.argsort(-1))), layout.final
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """Rows' tokens in another order: `[B, heads, T, D]` by `[B, T]`."""
+    return x.gather(-2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))

@@ -1,0 +1,47 @@
+"""`cross`: attention from a decoder to an encoder's tokens through a state of fixed size."""
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.equation import LinearAttention, accumulator
+from linearize_kernels.parts.combine import TINY
+
+
+def encode(
+    attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All that `cross` needs of the encoder's tokens: `S = Σ φ(k) vᵀ` and `z = Σ φ(k)`.
+
+    Args:
+        k, v: `[B, kv, N, D]`; valid: `[B, N]` bool, False for pads, or None.
+
+    Returns:
+        `[B, far, F, Dv]` and `[B, far, F]`, in the accumulator's dtype.
+    """
+    empty = attention.empty_state(k.shape[0], k.device, k.dtype)
+    if valid is None:
+        position = torch.arange(k.shape[-2], device=k.device)[None]
+    else:
+        position = torch.where(valid, valid.cumsum(-1) - 1, -1)
+    k, v = (x.to(accumulator(x.dtype)).unsqueeze(-3) for x in (k, v))
+    S, z = attention.far.fold(empty.S, empty.z, k, v, position[:, None])
+    return S[-1], z[-1]
+
+
+def cross(attention: LinearAttention, q: Tensor, S: Tensor, z: Tensor) -> Tensor:
+    """`φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over all of an encoder's tokens (arXiv 2406.07368, for T5).
+
+    Args:
+        q: `[B, heads, T, D]`; S, z: of `encode`.
+
+    Returns:
+        `[B, heads, T, Dv]` in q's dtype.
+    """
+    eq = attention.equation
+    none = q.new_empty(q.shape[0], eq.kv_heads, 0, eq.key_dim + eq.value_dim, dtype=S.dtype)
+    k, v = none.split([eq.key_dim, eq.value_dim], -1)
+    nothing = torch.zeros(q.shape[-2], 0, dtype=torch.bool, device=q.device)
+    position = torch.zeros(0, dtype=torch.long, device=q.device)
+    far, mass = attention.far(q.to(S.dtype), k, v, position, nothing, nothing, 0, S, z)
+    out = far / mass.clamp_min(TINY)[..., None]
+    return out.reshape(*q.shape[:-1], -1).to(q.dtype)

@@ -1,0 +1,282 @@
+"""The far part: what reads and writes the state S, z.
+
+Two equations of one form. `FeatureMemory` is φ(q)ᵀS with a feature map and a memory; `projection.Projection` is
+Linformer's softmax over k slots. Both write tokens into a state and read it, and both say so twice: `fold_one` and
+`read_one` for one token (the definition), `forward` and `fold` for many at once.
+
+Shapes: `heads` are query heads, `far` the heads of S and z (`far_heads`); a token that is not there has position -1
+and never counts, and sinks are never folded.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from linearize_kernels.parts.combine import pull_per_head
+from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, Identity, unit_norm
+from linearize_kernels.parts.linformer import Projection
+
+CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
+
+# From the gradients of features: adds those of q or k to its second argument, in place, and those of parameters to the
+# third, as a `MapPull` does.
+Pull = Callable[[Tensor, Tensor, "FeatureMemory"], None]
+
+
+class FeatureMemory(nn.Module):
+    """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij ω(k_j) φ(k_j)`.
+
+    ω(k) = exp(w·k + b), softly capped, is learned per head of S: features of fixed size (Hedgehog's add up to 2)
+    cannot say by themselves that a key matters to every query, as its exp(q·k) does in softmax. With it, far tokens
+    start with about the weight that they have in softmax.
+    """
+
+    def __init__(self, equation):
+        super().__init__()
+        eq = self.equation = equation
+        feature_map = FEATURE_MAPS[eq.feature_map]
+        self.q_map = feature_map(eq.heads, eq.key_dim, eq.feature_dim, eq.scale)
+        self.k_map = None
+        if not feature_map.shared:
+            self.k_map = feature_map(eq.far_heads, eq.key_dim, eq.feature_dim, eq.scale)
+        weight = torch.empty(eq.far_heads, eq.key_dim + 1)
+        self.key_weight = nn.Parameter(weight) if eq.key_weight else None
+        self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim)
+        self.state_width = (self.q_map.feature_dim, eq.value_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        drawn = torch.get_rng_state()
+        self.q_map.reset_parameters()
+        if self.k_map is not None:  # φ(q)·φ(k) means something where both start as the same map
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(drawn)
+                self.k_map.reset_parameters()
+        self.memory.reset_parameters()
+        if self.key_weight is not None:
+            factor = self.q_map.estimate_softmax()
+            if self.k_map is not None:
+                self.k_map.estimate_softmax()
+            nn.init.zeros_(self.key_weight)
+            self.key_weight[:, -1] = CEILING * math.atanh(min(-math.log(factor) / CEILING, 0.9))
+
+    def keys(self, k: Tensor) -> Tensor:
+        """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""
+        return self.written(self.equation.to_far_heads(k), slice(None))
+
+    @property
+    def splits(self) -> bool:
+        """Whether `queries` and `written` take some heads alone."""
+        return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
+
+    @property
+    def takes_unit_vectors(self) -> bool:
+        """Whether features are the vectors at unit norm, and nothing else."""
+        plain = self.key_weight is None and not self.memory.unit_keys
+        return plain and {type(self), type(self.q_map), type(self.writing_map)} == {FeatureMemory, Identity}
+
+    def queries(self, q: Tensor, heads: slice) -> Tensor:
+        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
+        return self.q_map.of_heads(q.flatten(-4, -3), self.query_heads(heads)).unflatten(-3, q.shape[-4:-2])
+
+    def queries_between(self, q: Tensor, heads: slice, before: int, out: Tensor | None = None) -> Tensor:
+        """As `queries`, by `FeatureMap.between`."""
+        out = None if out is None else out.flatten(-4, -3)
+        phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, out)
+        return phi.unflatten(-3, q.shape[-4:-2])
+
+    def queries_vjp(
+        self, q: Tensor, heads: slice, before: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Pull]:
+        """`queries_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
+        own, out = self.query_heads(heads), None if out is None else out.flatten(-4, -3)
+        phi, pull_map = self.q_map.vjp(q.flatten(-4, -3), own, before, 0, None, out)
+
+        def pull(d_phi: Tensor, d_q: Tensor, d_far: FeatureMemory) -> None:
+            pull_map(d_phi.flatten(-4, -3), d_q.flatten(-4, -3), d_far.q_map)
+
+        return phi.unflatten(-3, q.shape[-4:-2]), pull
+
+    def query_heads(self, heads: slice) -> slice:
+        """Those that read these heads of S."""
+        groups = self.equation.heads // self.equation.far_heads
+        return slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
+
+    def written(self, k: Tensor, heads: slice) -> Tensor:
+        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S."""
+        phi, weight = self.writing_map.of_heads(k, heads), self.weights(k, heads)
+        phi = unit_norm(phi) if self.memory.unit_keys else phi
+        return phi if weight is None else weight * phi
+
+    def written_between(
+        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
+    ) -> Tensor:
+        """As `written`, by `FeatureMap.between`, to a memory that takes features as they are."""
+        return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), out)
+
+    def written_vjp(
+        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Pull]:
+        """`written_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
+        weight = self.weights(k, heads)
+        phi, pull_map = self.writing_map.vjp(k, heads, before, ahead, weight, out)
+
+        def pull(d_phi: Tensor, d_k: Tensor, d_far: FeatureMemory) -> None:
+            d_weight = pull_map(d_phi, d_k, d_far.writing_map)
+            if weight is not None:  # exp(CEILING tanh(logit / CEILING))
+                d_logit = (d_weight * weight).mul_(1 - (weight.log() / CEILING).square_()).squeeze(-1)
+                total = None if d_far.key_weight is None else d_far.key_weight[heads]
+                pull_per_head(d_logit, k, self.key_weight[heads], d_k, total)
+
+        return phi, pull
+
+    @property
+    def writing_map(self) -> nn.Module:
+        return self.q_map if self.k_map is None else self.k_map
+
+    def weights(self, k: Tensor, heads: slice) -> Tensor | None:
+        """ω, `[..., some, T, 1]`; None: 1."""
+        if self.key_weight is None:
+            return None
+        own = self.key_weight[heads].to(k.dtype) / CEILING
+        logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
+        return (CEILING * logarithm).exp_().mT
+
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""
+        phi = self.keys(k[:, None])[:, 0]
+        return self.memory.fold_one(S, z, phi, self.equation.to_far_heads(v[:, None])[:, 0])
+
+    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The far part `[Dv]` of one head for all queries q `[heads, D]`, and its mass."""
+        phi, far = self.q_map(q[:, None])[head, 0], head * self.equation.far_heads // self.equation.heads
+        return phi @ S[far], phi @ z[far]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        seen: Tensor,
+        far: Tensor,
+        new: int,
+        S: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What queries read of S and of the tokens k, v that are not in it yet.
+
+        Args:
+            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - new tokens and
+                then the new ones, each after its ancestors.
+            position: `[..., N]`; -1 or that of a sink: the token does not count.
+            seen, far: `[..., T, N]` bool: the ancestors of each query (itself among them), and those in F(i).
+            new: T, or 0: the queries' own tokens are left out, because none of them is far.
+            S: `[..., far, F, Dv]`; z: `[..., far, F]`.
+
+        Returns:
+            numerator `[..., far, heads / far, T, Dv]` and mass `[..., far, heads / far, T]`.
+        """
+        eq, memory, length = self.equation, self.memory, q.shape[-2]
+        phi_q = eq.fold_queries(self.q_map(q), eq.far_heads)
+        read = eq.split_queries(phi_q @ S, length)
+        mass = eq.split_queries(phi_q @ z[..., None], length).squeeze(-1)
+        if (
+            k.shape[-2] == 0 and not torch.is_grad_enabled()
+        ):  # else every parameter has a gradient, as DDP wants it
+            return read, mass
+        phi_k, values = self.keys(k), eq.to_far_heads(v)
+        products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
+        far = far[..., None, :, :]
+        log_decay = memory.log_decay(values)
+        if log_decay is not None:
+            counts = position >= eq.sinks
+            log_decay = log_decay.masked_fill(~counts[..., None, :], 0.0)
+            earlier = before(seen, counts) if new else chain(counts)
+            passed = elapsed(log_decay, earlier)
+            total = (far.to(q.dtype) @ log_decay[..., None]).squeeze(-1)  # [..., far, T]
+            kept = (total[..., :, None] - passed[..., None, :]).masked_fill(~far, float("-inf")).exp()
+            products, left = products * kept[..., None, :, :], total.exp()[..., None, :]
+            strength = memory.strength(values)
+            if strength is not None:
+                answers = passed.exp()[..., None] * (phi_k @ S)
+                values = delta_solve(phi_k, strength, passed, earlier, values - answers)
+            read, mass = left[..., None] * read, left * mass
+        products = products.masked_fill(~far[..., None, :, :], 0.0)
+        own = eq.split_queries(products.flatten(-3, -2) @ values, length)
+        return own + read, products.sum(-1) + mass
+
+    def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """S and z after a chain of tokens k, v `[B, kv, N, D]`, none of them a sink; position `[B or 1, N]`."""
+        if self.memory.forward_in_time:
+            chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
+            return tuple(x[-1] for x in self.fold(S, z, *chunk))
+        phi = self.keys(k)
+        return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
+
+    def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """S and z before each of n consecutive chunks of a chain and after the last: `[n + 1, B, far, F, Dv]`.
+
+        Args:
+            k, v: `[B, kv, n, C, D]`; position: `[B or 1, n, C]`.
+        """
+        memory, counts = self.memory, position >= self.equation.sinks
+        chunks, length = k.shape[-3:-1]
+
+        def flat(x: Tensor) -> Tensor:
+            return self.equation.to_far_heads(x.flatten(-3, -2))
+
+        def cut(x: Tensor) -> Tensor:  # [B, far, n * C, X] -> [n, B, far, C, X]
+            return x.unflatten(-2, (chunks, length)).movedim(-3, 0)
+
+        phi = cut(self.keys(k.flatten(-3, -2))).masked_fill(~counts.movedim(-2, 0)[:, :, None, :, None], 0.0)
+        values = flat(v)
+        log_decay = memory.log_decay(values)
+        if log_decay is None:
+            states = torch.cat([S[None], phi.transpose(-1, -2) @ cut(values)]).cumsum(0)
+            return states, torch.cat([z[None], phi.sum(-2)]).cumsum(0)
+        counts = counts.movedim(-2, 0)  # [n, B or 1, C]
+        log_decay = cut(log_decay[..., None]).squeeze(-1).masked_fill(~counts[:, :, None], 0.0)
+        passed = log_decay.cumsum(-1)
+        strength, right = memory.strength(values), cut(values)
+        kept = phi * (passed[..., -1:] - passed).exp()[..., None]
+        if strength is not None:
+            strength = cut(strength[..., None]).squeeze(-1)
+            right = torch.cat([right, passed.exp()[..., None] * phi], -1)
+            right = delta_solve(phi, strength, passed, chain(counts), right)
+            right, answers = right[..., : v.shape[-1]], right[..., v.shape[-1] :]
+        states, sums = [S], [z]
+        for n in range(chunks):
+            written = right[n] if strength is None else right[n] - answers[n] @ S
+            decay = passed[n, ..., -1].exp()[..., None]
+            S = decay[..., None] * S + kept[n].transpose(-1, -2) @ written
+            z = decay * z + kept[n].sum(-2)
+            states.append(S)
+            sums.append(z)
+        return torch.stack(states), torch.stack(sums)
+
+
+def far_part(equation) -> nn.Module:
+    return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
+
+
+FAR_PARTS = {"linformer": Projection}
+
+
+def chain(counts: Tensor) -> Tensor:
+    """Which tokens are before which in a chain: `[..., N] -> [..., N, N]` bool; one that does not count is not."""
+    length = counts.shape[-1]
+    order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
+    return order & counts[..., None, :] & counts[..., :, None]
+
+
+def before(seen: Tensor, counts: Tensor) -> Tensor:
+    """Which tokens are before which, of a chain and the T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
+    new, every = seen.shape[-2:]
+    order = chain(counts)
+    own = seen & counts[..., None, :] & counts[..., every - new :, None]
+    diagonal = torch.eye(new, every, dtype=torch.bool, device=seen.device).roll(every - new, -1)
+    return torch.cat([order[..., : every - new, :].expand(*own.shape[:-2], -1, -1), own & ~diagonal], -2)

@@ -1,0 +1,86 @@
+"""Linformer's far part: softmax over k slots, which tokens are projected on."""
+
+import torch
+from torch import Tensor, nn
+
+from linearize_kernels.parts.combine import TINY
+
+LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
+
+
+class Projection(nn.Module):
+    """Linformer (arXiv 2006.04768, eq. 7): keys and values are projected on k slots, and softmax runs over these.
+
+    Made causal and of any length, the projection is a running mean: a token at position p counts in slot s with
+    weight `E[s, p mod period]`, a softmax over the slots of a learned table: `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ E_sj`.
+    At the start, token p goes mostly to slot p mod k. S holds `[Σ E k, Σ E v]` and z `Σ E`.
+    """
+
+    own_slot = 4.0  # logit of a token's own slot at the start
+
+    def __init__(self, equation):
+        super().__init__()
+        eq = self.equation = equation
+        self.slots = eq.feature_dim or 64
+        self.table = nn.Parameter(torch.empty(eq.far_heads, self.slots, 4 * self.slots))
+        self.state_width = (self.slots, eq.key_dim + eq.value_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        own = torch.eye(self.slots).repeat(1, self.table.shape[-1] // self.slots)
+        self.table.copy_((self.own_slot * own).expand_as(self.table))
+
+    def weights(self, position: Tensor, dtype: torch.dtype) -> Tensor:
+        """E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
+        table = self.table.to(dtype).softmax(1)
+        return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
+
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1)
+        token = self.equation.to_far_heads(torch.cat([k, v], -1)[:, None])[:, 0]
+        return S + share[:, :, None] * token[:, None, :], z + share
+
+    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        eq, far = self.equation, head * self.equation.far_heads // self.equation.heads
+        if not z[far].any():
+            return S.new_zeros(eq.value_dim), S.new_zeros(())
+        keys, values = (S[far] / z[far][:, None]).split([eq.key_dim, eq.value_dim], -1)
+        return (eq.scale * (keys @ q[head])).softmax(0) @ values, S.new_ones(())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        seen: Tensor,
+        far: Tensor,
+        new: int,
+        S: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `far.FeatureMemory.forward`; the numerator is normalised already and the mass 1, or 0: nothing is far."""
+        eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
+        share = self.weights(position, q.dtype)
+        shared = share[..., None, :, :]
+        q, k, v = eq.fold_queries(q, eq.far_heads), eq.to_far_heads(k), eq.to_far_heads(v)
+        old_k, old_v = S.split([eq.key_dim, eq.value_dim], -1)
+        total = z[..., None, None, :] + far @ shared  # [..., far, 1, T, slots]
+        pairs = far * eq.split_queries(q @ k.transpose(-1, -2), length)
+        scores = eq.split_queries(q @ old_k.transpose(-1, -2), length) + pairs @ shared
+        scores = (eq.scale * scores / total.clamp_min(TINY)).masked_fill(total == 0, LOW)
+        weights = scores.softmax(-1).masked_fill(total == 0, 0.0) / total.clamp_min(TINY)
+        own = far * (weights @ shared.transpose(-1, -2))
+        out = eq.split_queries(own.flatten(-3, -2) @ v + weights.flatten(-3, -2) @ old_v, length)
+        return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
+
+    def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.weights(position, k.dtype)
+        return S + share.mT @ self.equation.to_far_heads(torch.cat([k, v], -1)), z + share.sum(-2)
+
+    def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
+        share = self.weights(position.movedim(-2, 0), k.dtype).masked_fill(~counts, 0.0)
+        tokens = self.equation.to_far_heads(torch.cat([k, v], -1), dim=-4).movedim(-3, 0)
+        states = torch.cat([S[None], share.transpose(-1, -2) @ tokens]).cumsum(0)
+        return states, torch.cat([z[None], share.sum(-2).expand(-1, *z.shape)]).cumsum(0)

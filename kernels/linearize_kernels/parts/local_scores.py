@@ -1,0 +1,29 @@
+"""Scores of the local part, functions of grouped queries and keys. A new one is entered in `SCORES`, and in
+`WEIGHTS` if it is a weight itself and no logit.
+"""
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.parts.feature_maps import unit_norm
+from linearize_kernels.parts.random_features import collision_probability
+
+
+def scaled_dot(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """`q·k · scale`, soft-capped where the base model does so. `[.., M, D], [.., N, D] -> [.., M, N]`."""
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def squared_relu(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """`max(q̂·k̂, 0)²` on unit-norm vectors (FLASH, arXiv 2202.10447)."""
+    return (unit_norm(q) @ unit_norm(k).transpose(-1, -2)).relu().square()
+
+
+def collision(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The probability that q and k fall into one bucket (YOSO-E, arXiv 2111.09714)."""
+    return collision_probability(unit_norm(q) @ unit_norm(k).transpose(-1, -2))
+
+
+SCORES = {"softmax": scaled_dot, "relu2": squared_relu, "yoso": collision}
+WEIGHTS = ("relu2", "yoso")

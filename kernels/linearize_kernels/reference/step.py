@@ -1,0 +1,81 @@
+"""`step`: the equation for one token of one sequence, as it is defined. Slow, plain, and independent of
+`block`: it keeps the token sets of the definition as lists and folds a token when it leaves the near part.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.parts.combine import Far
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What one token needs of its past. `sinks` and `near` hold `(position, k [kv, D], v [kv, Dv])`, oldest
+    first; `past_v` the conv's values, newest first.
+    """
+
+    S: Tensor
+    z: Tensor
+    count: int = 0
+    folded: int = 0
+    sinks: list = field(default_factory=list)
+    near: list = field(default_factory=list)
+    past_v: list = field(default_factory=list)
+
+
+def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
+    """The state before the first token."""
+    eq = attention.equation
+    features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
+    S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
+    return StepState(S, S.sum(-1))
+
+
+def step(
+    attention: LinearAttention,
+    state: StepState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, StepState]:
+    """q `[heads, D]`, k `[kv, D]`, v `[kv, Dv]` -> output `[heads, Dv]` and the next state."""
+    eq, now = attention.equation, state.count
+    token = (now, k, v)
+    sinks, near = list(state.sinks), list(state.near)
+    (sinks if now < eq.sinks else near).append(token)
+    S, z, folded, kept = state.S, state.z, state.folded, []
+    for position, near_k, near_v in near:
+        same_group = eq.size > 0 and position // eq.size == now // eq.size
+        if same_group if eq.scope == "group" else now - position < eq.size:
+            kept.append((position, near_k, near_v))
+        elif attention.far is not None:
+            S, z = attention.far.fold_one(S, z, near_k, near_v, position)
+            folded += 1
+    past_v = [v, *state.past_v][: eq.conv_width]
+
+    outputs = []
+    for head in range(eq.heads):
+        kv = head // (eq.heads // eq.kv_heads)
+        local = sinks + kept
+        values, scores = [local_v[kv] for _, _, local_v in local], []
+        for position, x, _ in local:
+            score = attention.score(q[head, None], x[kv, None], eq.scale, eq.softcap)[0, 0]
+            if attention.distance_bias is not None:
+                score = score + attention.distance_bias[head, min(now - position, eq.size - 1)].to(q.dtype)
+            scores.append(score)
+        if sink_logits is not None:
+            scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
+        far = None
+        if attention.far is not None:
+            far = Far(*attention.far.read_one(head, q, S, z), any=folded > 0)
+        none = torch.zeros_like(v[kv])
+        out = attention.combine.define(head, q[head], scores, values or [none], far)
+        for delay, old in enumerate(past_v):
+            out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
+        outputs.append(out)
+    following = replace(state, S=S, z=z, count=now + 1, folded=folded, sinks=sinks, near=kept, past_v=past_v)
+    return torch.stack(outputs), following

@@ -1,0 +1,144 @@
+"""Which tokens a query sees, and how: near, far, or through the conv. It depends on places alone, so all layers of one
+geometry share it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linearize_kernels.equation import Equation
+from linearize_kernels.parts.far import FAR_PARTS
+from linearize_kernels.remembered import remembered
+from linearize_kernels.state import State
+
+# `ancestors` of a query whose own token is in the state already.
+LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """T queries, and the N tokens beside them: the state's sinks, its recent ones, and T that are new, the queries' own
+    (or none, where these are in the state).
+
+    Attributes:
+        local: `[..., T, N]` bool, the tokens in L(i).
+        old: the columns of `local` among which far ones are looked for, M of them; the next four are about these.
+        new: of these M so many are new: T, or 0, because none of them is far.
+        old_position: `[..., M]`; -1 or that of a sink: the token does not count.
+        seen, far: `[..., T, M]` bool, the ancestors of each query, and those in F(i).
+        any_far: `[..., T]` bool, whether anything is far, in S or beside it.
+        delay: `[..., T, N]`, `p_i - p_j`.
+        tap: `[..., T, N]`, each token's tap of the conv; W: none.
+    """
+
+    local: Tensor
+    old: slice
+    new: int
+    old_position: Tensor
+    seen: Tensor
+    far: Tensor
+    any_far: Tensor
+    delay: Tensor
+    tap: Tensor
+
+
+def lay_out(
+    eq: Equation,
+    recent_position: Tensor,
+    position: Tensor,
+    visible: Tensor,
+    sink_position: Tensor,
+    folded: Tensor,
+    old: int | None = None,
+    far_apart: bool = True,
+) -> Layout:
+    """For any places.
+
+    Args:
+        recent_position: `[..., R]`; -1: a token that does not count.
+        position: `[..., T]`; visible: `[..., T, T]` bool, as `block` has them, or `[T, 0]`: no token is new.
+        sink_position: `[..., sinks]`; -1: the sink is not there, or among the new tokens.
+        folded: `[...]` bool: whether S holds a token.
+        old: how many of the recent tokens, the oldest first, may be far; None: all.
+        far_apart: whether a new token may be far from another; then all recent ones are looked at.
+    """
+    recent, length = recent_position.shape[-1], visible.shape[-1]
+    key_position = torch.cat([sink_position, recent_position, position[..., :length]], -1)
+    new = length if far_apart else 0
+    old = slice(eq.sinks, eq.sinks + (recent if old is None or far_apart else old) + new)
+    exists = (key_position >= 0)[..., None, :]
+    seen = exists & pad(visible, (key_position.shape[-1] - length, 0), value=True)
+    local = seen & (eq.near(position, key_position) | (key_position < eq.sinks)[..., None, :])
+    far_seen = seen[..., old] & (key_position[..., old] >= eq.sinks)[..., None, :]
+    far = far_seen & ~local[..., old]
+    delay = position[..., :, None] - key_position[..., None, :]
+    tap = delay + (0 if eq.causal else eq.conv_width // 2)
+    tap = torch.where(seen & (tap >= 0) & (tap < eq.conv_width), tap, eq.conv_width)
+    any_far = far.any(-1) | folded[..., None]
+    return Layout(local, old, new, key_position[..., old], far_seen, far, any_far, delay, tap)
+
+
+def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
+    """Of new tokens after a state, whatever rows it has. A sink that is still recent is counted as a sink."""
+    sinks = torch.arange(eq.sinks, device=state.count.device)
+    recent = state.recent_position.masked_fill(state.recent_position < eq.sinks, -1)
+    folded = state.count - eq.sinks > (recent >= 0).sum(-1)
+    sink_position = torch.where(sinks < state.count[..., None], sinks, -1)
+    far_apart = eq.scope == "group" or position.shape[-1] > eq.size
+    return lay_out(eq, recent, position, visible, sink_position, folded, far_apart=far_apart)
+
+
+def shared_layout(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
+    """Of a tree after `count` tokens in every row, on a CPU, with leading dimensions of 1.
+
+    Args:
+        parents: of the nodes; -1: none. A chain is `(-1, 0, 1, ..)`. None at all: one query, of the last token that
+            the state has taken in.
+    """
+    if eq.feature_map not in FAR_PARTS:  # what all parts but those ask of places is the same from here on
+        begun = eq.recent + eq.sinks + 1
+        if count > begun:
+            count = begun + (count - begun) % (eq.size if eq.scope == "group" else 1)
+    return laid_out(eq, count, parents)
+
+
+@remembered(512)
+def laid_out(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
+    visible, depth = ancestors(parents) if parents else LAST
+    place, end = count + depth, count + int(depth.max())  # of the queries, and the deepest
+    recent = torch.arange(count - eq.recent, count).clamp_min(-1)
+    recent = recent.masked_fill(recent < eq.sinks, -1)
+    sinks = torch.arange(eq.sinks)
+    if eq.scope == "group":
+        far_apart, first_near = count // eq.size != end // eq.size, end - end % eq.size
+    else:
+        far_apart, first_near = end - count >= eq.size, end - eq.size + 1
+    return lay_out(
+        eq,
+        recent[None],
+        place[None],
+        visible,
+        torch.where(sinks < count, sinks, -1)[None],
+        torch.tensor([count - eq.sinks > int((recent >= 0).sum())]),
+        min(max(first_near - (count - eq.recent), 0), eq.recent),
+        far_apart and bool(parents),
+    )
+
+
+@remembered(512)
+def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`visible [N, N]` bool, `visible[i, j]`: j is i or an ancestor of i; and nodes' depths `[N]`, 0 for a root."""
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    return visible, visible.sum(-1) - 1
+
+
+@lru_cache(512)
+def chain(length: int) -> tuple[int, ...]:
+    """The parents of a chain."""
+    return tuple(range(-1, length - 1))

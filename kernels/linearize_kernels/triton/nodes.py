@@ -1,0 +1,152 @@
+"""A token tree, an accepted path and one decoding step in Triton, without gradients; needs a CUDA device.
+
+`tree` gives what `block` gives; `commit_` and `decode_one_token` leave in the state's own tensors what `commit` and
+`chunked` return. All that depends on positions and counts is read on the device, so a CUDA graph can replay any of
+them. Nothing here imports Triton before it is asked for: `why_not` says whether it can be.
+"""
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.equation import LinearAttention
+from linearize_kernels.parts.feature_maps import Hedgehog
+from linearize_kernels.state import State
+from linearize_kernels.triton.limits import WIDEST, limit
+
+FORMS = (("sliding", "softmax", "shared"), ("group", "relu2", "none"))
+MOST_NODES = MOST_SINKS = 64
+
+
+def why_not(attention: LinearAttention, state: State, q: Tensor) -> str | None:
+    """Why Triton cannot run this for new tokens, of which q `[B, heads, T, D]` has the dtype and number; None: it can.
+    Sink logits it never takes.
+    """
+    eq, nodes = attention.equation, q.shape[-2]
+    form = (eq.scope, eq.score, eq.combine)
+    if form not in FORMS or (eq.scope == "group" and eq.sinks):
+        return (
+            "there are kernels for a sliding softmax window under one normaliser, and for squared ReLU in groups "
+            "without a normaliser and sinks"
+        )
+    if not eq.causal or eq.memory != "none" or attention.dropped is not None:
+        return "the layer must be causal, with a memory that forgets nothing and no part dropped"
+    if eq.softcap is not None or attention.distance_bias is not None or eq.feature_map == "linformer":
+        return "there are no kernels for a softcap, a bias by distance and Linformer's projection"
+    if nodes > min(MOST_NODES, eq.size):
+        return f"{nodes} nodes are more than {MOST_NODES} or the {eq.size} tokens of a window or group"
+    if eq.sinks > MOST_SINKS:
+        return f"{eq.sinks} sinks are more than {MOST_SINKS}"
+    if state.S.shape[-2] > WIDEST:
+        return f"the features have {state.S.shape[-2]} dimensions, more than {WIDEST}"
+    if not all(x.is_contiguous() for x in vars(state).values()):
+        return "the state's tensors are not contiguous, and the kernels write into them"
+    return limit(q, state.recent_k, state.recent_v)
+
+
+@torch.no_grad()
+def tree(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """What `block` returns for nodes q `[B, heads, T, D]`, k, v `[B, kv, T, D]`, with `position [B, T]` and
+    `visible [T, T]`, in fp32; the state is only read.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+    refuse(attention, state, q)
+    from linearize_kernels.triton.node_kernels import attend
+
+    eq, nodes = attention.equation, q.shape[-2]
+    phi_k = keys(attention, k) if eq.scope == "group" else None  # a window is longer than any path
+    out = torch.empty(*q.shape[:3], v.shape[-1], device=q.device)
+    tokens = (k.contiguous(), v.contiguous(), phi_k, position.contiguous(), visible.contiguous())
+    with torch.cuda.device_of(q):
+        recent = oldest(attention, state, nodes)
+        attend(attention, state, q.contiguous(), queries(attention, q), recent, out, tree=tokens)
+    return out
+
+
+@torch.no_grad()
+def commit_(
+    attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
+) -> None:
+    """The state after an accepted path, as of `commit`, in the state's tensors; an empty slot may hold anything.
+
+    Args:
+        k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, which come before a row's tokens, or None.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+    refuse(attention, state, k)
+    from linearize_kernels.triton.node_state import fold, join
+
+    left_v = torch.empty_like(v, memory_format=torch.contiguous_format)
+    phi_left = keys(attention, state.recent_k[..., : k.shape[-2], :])
+    valid = None if valid is None else valid.contiguous()
+    with torch.cuda.device_of(k):
+        join(attention, state, k.contiguous(), v.contiguous(), valid, phi_left, left_v)
+        fold(attention, state, valid, phi_left, left_v)
+
+
+@torch.no_grad()
+def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output `[B, heads, 1, Dv]` of one token in q's dtype, and the state after it, in the state's tensors.
+
+    The token that leaves the recent ones goes into S before S is read, so that S is read and written once. Hedgehog's
+    features are made in the kernels, others in torch.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+    refuse(attention, state, q)
+    from linearize_kernels.triton.node_kernels import attend
+    from linearize_kernels.triton.node_state import join
+
+    eq, far = attention.equation, attention.far
+    q, left_v, own = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
+    if far is not None and type(far.q_map) is Hedgehog:
+        features = (far.q_map.feature_dim,)
+        phi_q = q.new_empty(*q.shape[:3], *features, dtype=torch.float32)
+        phi_left = q.new_empty(len(q), eq.far_heads, 1, *features, dtype=torch.float32)
+        own = (q, phi_q)
+    else:
+        phi_q, phi_left = queries(attention, q), keys(attention, state.recent_k[..., :1, :])
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    with torch.cuda.device_of(q):
+        join(attention, state, k.contiguous(), v.contiguous(), None, phi_left, left_v, own)
+        recent = oldest(attention, state, 0)  # the token is the last of them by now
+        attend(attention, state, q, phi_q, recent, out, left=(phi_left, left_v))
+    return out
+
+
+def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
+    reason = why_not(attention, state, q)
+    if reason is not None:
+        raise ValueError(f"Triton's kernels for nodes cannot run: {reason}. Use block and commit.")
+
+
+def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
+    """`[B, heads, T, D] -> [B, far, g, T, F]`."""
+    if attention.far is None:
+        return None
+    q = q.float().unflatten(1, (attention.equation.far_heads, -1))
+    return attention.far.queries(q, slice(None)).contiguous()
+
+
+def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
+    """`[B, kv, T, D] -> [B, far, T, F]`."""
+    return None if attention.far is None else attention.far.keys(k.float()).contiguous()
+
+
+def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
+    """Features of the recent tokens that may be far from one of the next `nodes`, or from the last of themselves."""
+    eq = attention.equation
+    some = eq.recent if eq.scope == "group" else eq.recent - eq.size + nodes
+    return keys(attention, state.recent_k[..., :some, :]) if some else None
