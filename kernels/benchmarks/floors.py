@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from linearize_kernels import LinearAttention
 
-from linearize_cli.measure.timing import interleaved
+from linearize_cli.metrics.timing import interleaved
 
 FORWARD, BOTH, DECODE = "forward", "forward + backward", "decode"
 GPU_COPY, CPU_COPY = 1 << 30, 1 << 27  # bytes that are copied: far more than a cache holds

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
-from linearize_cli.measure.timing import Run
-from linearize_cli.methods import load_recipe
+from linearize_cli.methods.registry import load_recipe
+from linearize_cli.metrics.timing import Run
 from linearize_cli.runtime.layer import equation
 
 METHODS = ("augmented", "augmented:flash")
