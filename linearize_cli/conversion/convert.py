@@ -9,14 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.costs import costs
 from linearize_cli.conversion.estimate import estimate, measured_flops
-from linearize_cli.conversion.job import Job
-from linearize_cli.conversion.layer_selection import (
-    Layer,
-    check_biases,
-    choose_layers,
-    measured_count,
-    plan_layers,
-)
+from linearize_cli.conversion.layer_selection import check_biases, choose_layers, measured_count, plan_layers
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.phantom import Phantom
 from linearize_cli.conversion.pipeline import Run
@@ -36,10 +29,12 @@ from linearize_cli.data.self_generated import write_corpus
 from linearize_cli.methods.compatibility import LINEAR
 from linearize_cli.methods.recipe import with_budget
 from linearize_cli.methods.registry import load_recipe
+from linearize_cli.models.layer import Layer
 from linearize_cli.models.load import check_device, load_shape, load_teacher
 from linearize_cli.models.tasks import Task, task_class, task_of
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import LayerBlocks
 
 

@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from linearize_cli.conversion.attention_probe import Probe, inputs_of, recording
-from linearize_cli.conversion.layer_selection import Layer, conversion_record
+from linearize_cli.conversion.layer_selection import conversion_record
 from linearize_cli.conversion.phantom import Phantom, learning_inputs, saved_bytes, shortened, watched
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.batch import Batch
+from linearize_cli.models.layer import Layer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from linearize_cli.conversion.costs import Costs
-from linearize_cli.conversion.job import Job
+from linearize_cli.training.job import Job
 
 TRAINED = 16  # bytes of a parameter that learns: itself, its gradient and AdamW's two averages, 4 each
 KEPT = 12  # and of one in a training checkpoint, without its gradient

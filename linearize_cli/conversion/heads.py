@@ -14,7 +14,6 @@ from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.artifact.record import read_record
 from linearize_cli.conversion.convert import open_sources, read_through, train_and_eval, with_own_text
-from linearize_cli.conversion.job import Job
 from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
 from linearize_cli.conversion.workspace import Workspace
 from linearize_cli.data import sources as text
@@ -26,10 +25,11 @@ from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import HeadStage, Recipe, build, with_budget
 from linearize_cli.models.batch import Batch
 from linearize_cli.models.tasks import task_of
-from linearize_cli.speculative.medusa import FILE, MedusaHeads
+from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
-from linearize_cli.training.medusa import LOG, check_heads, make_heads
+from linearize_cli.training.job import Job
+from linearize_cli.training.medusa import LOG, make_heads
 
 HEADS = 4
 

@@ -1,6 +1,5 @@
 """Which layers of a model can be converted, and why not the others: found by a probe, not by name."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from linearize_cli.conversion.attention_probe import (
 )
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.models.layer import Layer
 from linearize_cli.models.tasks import task_class
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
@@ -40,27 +40,6 @@ PLACES = (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 AUTO = "auto:"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax.
-
-    Attributes:
-        bias: `[heads, distances]` what the base model adds to a score by the distance of its tokens, where it
-            does, laid out as `LinearAttention.distance_bias`; 0 at distance 0.
-        caches: whether softmax attention in it keeps keys and values of every token that is decoded.
-    """
-
-    name: str
-    geometry: dict[str, Any]
-    refusal: str | None = None
-    bias: torch.Tensor | None = None
-    caches: bool = True
-
-    @property
-    def causal(self) -> bool:
-        return self.geometry.get("causal", True)
 
 
 def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) -> list[Layer]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
-from linearize_cli.conversion.job import Job
 from linearize_cli.conversion.workspace import NEW, OLD, Workspace
 from linearize_cli.data.names import DEMO, SELF
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.files import SUFFIX
 from linearize_cli.inputs import user_path
+from linearize_cli.training.job import Job
 
 ELSEWHERE = "Pass -o DIR to write elsewhere."
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux

@@ -17,8 +17,7 @@ from linearize_cli.artifact.checksums import checksums
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.conversion.document_check import check_apart
-from linearize_cli.conversion.job import Job
-from linearize_cli.conversion.layer_selection import Layer, conversion_record, copy_biases, measured_count
+from linearize_cli.conversion.layer_selection import conversion_record, copy_biases, measured_count
 from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
 from linearize_cli.data import sources as text
 from linearize_cli.data.tokenize import marks_assistant
@@ -28,16 +27,19 @@ from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.perplexity import log_probabilities, perplexity
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
 from linearize_cli.models.batch import Batch, Blocks
+from linearize_cli.models.layer import Layer
 from linearize_cli.models.tasks import CausalLM, Task
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.model import linear_parameters
+from linearize_cli.speculative.medusa import check_heads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.attention_transfer import Transfer, WindowDropout
 from linearize_cli.training.distillation import Distillation, divergence
 from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
 from linearize_cli.training.layerwise_transfer import transfer_by_blocks
 from linearize_cli.training.loop import Checkpoint, Log, train
-from linearize_cli.training.medusa import LOG, check_heads, make_heads
+from linearize_cli.training.medusa import LOG, make_heads
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.streamed_layers import LayerBlocks
 from linearize_cli.training.student import merge, recomputed, student_and_teacher

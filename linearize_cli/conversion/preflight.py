@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from linearize_cli.conversion.job import Job
-from linearize_cli.conversion.layer_selection import Layer, measured_count
+from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.data.names import SELF
 from linearize_cli.errors import UserError
 from linearize_cli.methods.compatibility import LINEAR, forward_only
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.models.layer import Layer
 from linearize_cli.models.tasks import CausalLM, Task, context_length
 from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import KEY, LayerBlocks
 from linearize_cli.training.student import recomputable
 

@@ -14,9 +14,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from linearize_cli.conversion.job import Job
 from linearize_cli.errors import CheckFailed, UserError, first_five
 from linearize_cli.files import SUFFIX, cannot_write, write_json
+from linearize_cli.training.job import Job
 
 FULL = 1 << 20  # free bytes below which a failure to write is put down to the disk
 JOB, CHECKPOINT, NEW, OLD = "job.json", "checkpoint.pt", "artifact", "replaced"

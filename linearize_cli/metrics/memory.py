@@ -6,7 +6,7 @@ import torch
 from linearize_kernels.state import State
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
-from linearize_cli.conversion.layer_selection import Layer
+from linearize_cli.models.layer import Layer
 from linearize_cli.runtime.dispatch import converted
 
 

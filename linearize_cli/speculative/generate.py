@@ -14,9 +14,8 @@ from linearize_cli.models.tasks import last_position, task_of
 from linearize_cli.speculative.accept import Greedy, Rule, Sampling, Typical
 from linearize_cli.speculative.decode import speculate
 from linearize_cli.speculative.drafts import Drafter, Lookup
-from linearize_cli.speculative.medusa import load_heads
+from linearize_cli.speculative.medusa import check_heads, load_heads
 from linearize_cli.speculative.trees import AUTO, named_tree
-from linearize_cli.training.medusa import check_heads
 
 LOOKUP, MEDUSA = "lookup", "medusa"
 

@@ -13,17 +13,14 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from linearize_cli.conversion.job import Job
-from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import HeadStage, head_rate
 from linearize_cli.models.batch import IGNORED, Batch
-from linearize_cli.models.tasks import CausalLM, Task
-from linearize_cli.speculative.decode import cannot_branch, why_no_tree
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.tune import tune
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.distillation import LOGITS, mean_count
 from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
 from linearize_cli.training.loop import Checkpoint, Log, train
 from linearize_cli.training.objective import Objective
 
@@ -105,21 +102,6 @@ def train_heads(
     objective = HeadTraining(model, MedusaHeads.of(model, heads), options.decay)
     train(STAGE, objective, batches, steps, tokens_per_step, options, state, folder, terminal, log, engine)
     return objective.heads.requires_grad_(False).eval()
-
-
-def check_heads(model: PreTrainedModel, task: type[Task]) -> None:
-    """
-    Raises:
-        UserError: the model writes no text from left to right, or cannot verify a tree.
-    """
-    if task is not CausalLM:
-        raise UserError(
-            f"{type(model).__name__} is no causal language model: it has no next token to draft",
-            "Medusa heads and --speculative are for decoders.",
-        )
-    why = why_no_tree(model)
-    if why:
-        raise cannot_branch(why)
 
 
 def make_heads(

@@ -16,9 +16,9 @@ from linearize_cli.conversion.heads import heads as train
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import IGNORED, Batch
 from linearize_cli.models.tasks import CausalLM, Encoder
-from linearize_cli.speculative.medusa import FILE, MedusaHeads, last_hidden, load_heads
+from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads, last_hidden, load_heads
 from linearize_cli.speculative.trees import NAMED, Choices, chain
-from linearize_cli.training.medusa import HeadTraining, check_heads
+from linearize_cli.training.medusa import HeadTraining
 
 TINY = dict(heads=2, tokens=16 * 2 * 40, batch_size=2, seq_len=16)
 

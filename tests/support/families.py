@@ -3,7 +3,8 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from linearize_cli.conversion.layer_selection import Layer, choose_layers, copy_biases, plan_layers
+from linearize_cli.conversion.layer_selection import choose_layers, copy_biases, plan_layers
+from linearize_cli.models.layer import Layer
 from linearize_cli.runtime import linearize
 
 SMALL = dict(

@@ -14,12 +14,12 @@ from itertools import count
 from pathlib import Path
 
 from linearize_cli.conversion import output as output_module
-from linearize_cli.conversion.job import Job
 from linearize_cli.conversion.output import Output
 from linearize_cli.conversion.workspace import Workspace
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_text
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.training.job import Job
 
 OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "exchange")
 JOB = Job("demo", Recipe("augmented"), (), None, None, None, None, False, False, None, 0)
