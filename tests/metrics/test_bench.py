@@ -248,7 +248,7 @@ def test_peak_is_the_most_at_a_time():
 
 
 def test_the_floors_count_what_their_forms_do(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "kernels" / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import floors
 
     sizes = floors.Sizes(batch=2, heads=3, tokens=7, dim=5, dtype=torch.bfloat16)
@@ -263,7 +263,7 @@ def test_the_floors_count_what_their_forms_do(monkeypatch):
 
 
 def test_the_benchmark_of_the_kernels_runs(tmp_path):
-    script = ROOT / "kernels" / "benchmarks" / "attention.py"
+    script = ROOT / "benchmarks" / "attention.py"
     options = ["--context", "130", "--heads", "2", "--head-dim", "16", "--seconds", "0", "--device", "cpu"]
     command = [sys.executable, str(script), *options, "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -282,7 +282,7 @@ def test_the_benchmark_of_the_kernels_runs(tmp_path):
 
 
 def test_the_benchmark_of_a_whole_model_runs(tmp_path):
-    script = ROOT / "kernels" / "benchmarks" / "model.py"
+    script = ROOT / "benchmarks" / "model.py"
     shape = dict(layers=2, hidden=32, intermediate=48, heads=2, vocab=50, dtype="float32", device="cpu")
     shape |= dict(context=90, nodes="1,5", sequences=3, seconds=0, out=tmp_path)
     options = [f"--{name}={value}" for name, value in shape.items()]

@@ -1,6 +1,6 @@
 """A whole Llama of random weights, as softmax and converted, in one run on one device.
 
-    python kernels/benchmarks/model.py --context 2k,32k,128k --sequences 1000
+    python benchmarks/model.py --context 2k,32k,128k --sequences 1000
 
 - **prefill**: a forward over the context with a cache and the logits of the last token alone.
 - **decode**: one token behind the context; the floor is the time that the weights take to be read. Softmax decodes with

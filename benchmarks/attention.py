@@ -1,6 +1,6 @@
 """One layer's attention, measured: ours, softmax and, where it is installed, flash-linear-attention.
 
-    python kernels/benchmarks/attention.py --context 1k,4k,16k --heads 16 --head-dim 128
+    python benchmarks/attention.py --context 1k,4k,16k --heads 16 --head-dim 128
 
 Every repeat runs all forms once, so that they meet the same machine, and decoding at all contexts, some steps of each.
 A number is the median of the repeats. Beside it stands the least time that the form's own arithmetic and bytes allow on
@@ -121,7 +121,7 @@ def command(options: dict[str, Any]) -> str:
     }
     arguments = (f"--{name.replace('_', '-')} {value}" for name, value in said.items())
     phases = () if options["phase"] == PHASES else (f"--phase '{phase}'" for phase in options["phase"])
-    return " ".join(["python kernels/benchmarks/attention.py", *arguments, *phases])
+    return " ".join(["python benchmarks/attention.py", *arguments, *phases])
 
 
 def measure(
