@@ -309,14 +309,14 @@ def test_prompts(tmp_path, artifact):
     assert read_prompts(tmp_path / "bom.txt") == ["one"]
     assert "no such file" in refusal(artifact, prompts=tmp_path / "absent.txt")
     (tmp_path / "empty.txt").write_text(" \n\n")
-    assert "holds no prompt" in refusal(artifact, prompts=tmp_path / "empty.txt")
+    assert "has no prompt" in refusal(artifact, prompts=tmp_path / "empty.txt")
 
 
 def test_context_limits_what_is_generated(llama, tokenizer):
     for max_new in (0, 256):
         with pytest.raises(UserError, match="the model's context is 256"):
             check(llama, tokenizer, max_new=max_new)
-    with pytest.raises(UserError, match="no token in any prompt"):
+    with pytest.raises(UserError, match="the prompts have no token"):
         check(llama, tokenizer, prompts=[""])
     report = check(llama, tokenizer, prompts=["x" * 300], max_new=4)
     assert (report["verdict"], report["greedy"]["tokens"]) == ("EXACT", 4)

@@ -90,7 +90,7 @@ def test_what_a_person_reads(artifact):
     record = json.loads((artifact / "linearize.json").read_text())
     (artifact / "linearize.json").write_text('{"base_model": "tiny"}')
     unsealed = verify(artifact, max_new=2, quick=True)
-    assert sentence(unsealed).startswith("its files could not be compared with what was saved")
+    assert sentence(unsealed).startswith("the files have no checksums to compare with")
     (artifact / "linearize.json").write_text(json.dumps(record))
     (artifact / "generation_config.json").unlink()
     (artifact / "linearize_runtime_layer.py").write_text("")
