@@ -196,7 +196,7 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--context", "16,x"), "'x' is not a number of tokens"),
         ((artifact, "--context", "16,7"), "--context 7 is too short"),
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
-        ((artifact, "--context", "8", "--batch", 10**15), "no memory for"),
+        ((artifact, "--context", "8", "--batch", 10**15), "not enough memory for"),
         ((artifact, "--plot", tmp_path / "none" / "p.png"), "--plot"),
         ((artifact, "--plot", tmp_path / "p.pdf"), "no PNG"),
         ((artifact, "--json", tmp_path), "is a folder"),
