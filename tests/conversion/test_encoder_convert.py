@@ -136,7 +136,7 @@ def test_generate_answers_or_refuses(converted, capsys):
         with pytest.raises(UserError, match="is no causal language model"):
             generate(str(output), "word1 word2 word3", max_new=6, speculative="lookup")
     else:
-        with pytest.raises(UserError, match="is an encoder .*reads text and writes none"):
+        with pytest.raises(UserError, match="is an encoder .*cannot generate text"):
             generate(str(output), "word1", max_new=6)
 
 
