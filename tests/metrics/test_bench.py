@@ -258,8 +258,8 @@ def test_the_floors_count_what_their_forms_do(monkeypatch):
     assert floors.softmax_work(sizes, floors.DECODE).bytes == (4 + 2 * 7) * 2 * 3 * 5 * 2
     for scope, edge in (("sliding", lambda i: max(0, i - 2)), ("group", lambda i: i - i % 3)):
         seen = [i - edge(i) + 1 for i in range(8)]
-        assert floors.near_tokens(scope, 3, 7, floors.FORWARD) == pytest.approx(sum(seen[:7]) / 7)
-        assert floors.near_tokens(scope, 3, 7, floors.DECODE) == seen[7]
+        assert floors.local_tokens(scope, 3, 7, floors.FORWARD) == pytest.approx(sum(seen[:7]) / 7)
+        assert floors.local_tokens(scope, 3, 7, floors.DECODE) == seen[7]
 
 
 def test_the_benchmark_of_the_kernels_runs(tmp_path):
