@@ -221,6 +221,7 @@ def timed(
     help="Folder for the results. Default: benchmarks/results.",
 )
 def main(device: str | None, dtype: str, seconds: float, out: Path, **asked: Any) -> None:
+    """Measure the model in all phases and write the results."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         check_device(device)

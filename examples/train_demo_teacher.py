@@ -36,7 +36,7 @@ HELDOUT = 100  # held-out documents
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer in which every word of the corpus is one token. It encodes any other text too."""
+    """Train a byte-level BPE tokenizer in which every word of the corpus is one token."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

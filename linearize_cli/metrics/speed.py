@@ -76,7 +76,7 @@ class Prefill(Phase):
 
 
 class Decode(Phase):
-    """One decoding step for every row, behind the context."""
+    """One decoding step for every row, after the context."""
 
     keeps_cache = True
 

@@ -21,7 +21,7 @@ from linearize_cli.terminal import Terminal
 BINS = 16  # bins of positions
 DOCUMENTS = 100  # documents of the demo for recall
 PROMPT, NEW, PROMPTS = 32, 64, 8  # generation: prompt tokens, new tokens, number of prompts
-NO_WINDOW = 32  # stands for the window in recall distances if a method has none
+NO_WINDOW = 32  # replaces the window size in recall distances if a method has no window
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Steps(BaseStreamer):
         self.known, tokens = 1, value.flatten().tolist()
         self.report(Step([tokens], [len(tokens) - 1], self.drafted + 1))
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Do nothing at the end of the text. The interface requires the method."""
 
 
 def assisted(

@@ -70,6 +70,7 @@ class Lookup:
     least: int = 1
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return a chain for each row, as long as the longest continuation found."""
         found = [self.continuation(row) for row in rows]
         length = max(map(len, found))
         # Shorter continuations are filled with the row's last token. Any guess will do, because all are verified.

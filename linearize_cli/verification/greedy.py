@@ -98,7 +98,7 @@ def speculative_mismatches(
     Later tokens follow a different text, so they are not compared.
 
     Returns:
-        Records as of `uncached_mismatches`. `margin` is the gap between the top two logits of plain decoding.
+        Records of `prompt`, `position` and `margin`: the gap between the top two logits of plain decoding.
     """
     plain, _, length, margins = decoded(task, speculation.target, texts, max_new)
     found = []

@@ -30,9 +30,11 @@ class Clock:
         self.seconds = 0.0
 
     def start(self, *unused: object) -> None:
+        """Start the clock."""
         self.seconds -= time.perf_counter()
 
     def stop(self, *unused: object) -> None:
+        """Stop the clock."""
         self.seconds += time.perf_counter()
 
 
