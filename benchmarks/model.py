@@ -3,11 +3,14 @@
     python benchmarks/model.py --context 2k,32k,128k --sequences 1000
 
 - **prefill**: a forward over the context with a cache, and the logits of the last token only.
+
 - **decode**: one token after the context. The lower bound is the time to read the weights once. Softmax decodes with
   the cache of `generate` and with a static cache. The converted model decodes as it is and, if all its kernels update
   the state in place, also as a CUDA graph.
+
 - **tree of N**: verification of a token tree of N nodes after the context, and the commit of a path of half its depth.
   Divided by the time of a decoding step, it is the number of tokens that a speculative step must emit to pay.
+
 - **decode with --sequences N**: one token for N sequences at once, after the longest context.
 
 The default shape is Llama-2-7B's. The results are written as JSON and a Markdown table, named after the machine.
