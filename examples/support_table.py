@@ -1,8 +1,8 @@
-"""The README's table of supported model types, written from the results of tests/support/walk.py.
+"""The table of supported model types in docs/models.md, written from the results of tests/support/walk.py.
 
-    python tests/support/walk.py walk.json && python examples/support_table.py walk.json README.md
+    python tests/support/walk.py walk.json && python examples/support_table.py walk.json docs/models.md
 
-The table replaces the text between two marks in the README.
+The table replaces the text between two marks in docs/models.md.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def short(detail: str) -> str:
 
 
 def main() -> None:
-    """Replace the table in the README."""
+    """Replace the table in the document."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("walk", type=Path, help="JSON file written by tests/support/walk.py")
-    parser.add_argument("readme", type=Path, help="README with the two marks")
+    parser.add_argument("readme", type=Path, help="document with the two marks, docs/models.md")
     arguments = parser.parse_args()
     text = arguments.readme.read_text()
     before, _, rest = text.partition(START)
