@@ -172,7 +172,7 @@ def measure(
                 Exception
             ) as error:  # other libraries raise errors of any type on devices they do not support
                 failed[sizes, name] = brief(error)
-    # Runs of the same form follow one another, so that another form does not empty the CPU's caches in between.
+    # Runs of the same form follow one another, so that another form does not evict its data from the caches.
     order = sorted(ready, key=lambda key: key[1])
     seconds = interleaved({key: ready[key].run for key in order}, device, REPEATS, budget)
     runs = STEPS if phase == DECODE else 1

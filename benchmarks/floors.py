@@ -132,7 +132,7 @@ def linear_work(attention: LinearAttention, sizes: Sizes, phase: str) -> Work:
 def local_tokens(scope: str, size: int, length: int, phase: str) -> float:
     """Return how many tokens of its window or group a token attends to, including itself.
 
-    It is the mean over a row of `length` tokens, or for decoding the number of the token after it.
+    It is the mean over a row of `length` tokens. For decoding, it is the number of the next token after the row.
     """
     position = torch.arange(length, length + 1) if phase == DECODE else torch.arange(length)
     seen = position % size + 1 if scope == "group" else (position + 1).clamp(max=size)

@@ -42,7 +42,7 @@ class Form(NamedTuple):
     def ready(self, phase: str, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Run:
         """Return a function that runs a phase once.
 
-        A run of decoding is `STEPS` steps in a row, so that the CPU's caches are in the state that they have in a real
+        A run of decoding is `STEPS` steps in a row, so that the caches are in the state that they have in a real
         text.
         """
         if phase == DECODE:

@@ -1,4 +1,4 @@
-"""Training of the model that `linearize demo` converts, from scratch, on one core in about ten minutes.
+"""Training of the model that `linearize demo` converts, from random weights, on one core in about ten minutes.
 
     python examples/train_demo_teacher.py --out linearize_cli/demo
 

@@ -42,7 +42,7 @@ class Steps(BaseStreamer):
         self.report(Step([tokens], [len(tokens) - 1], self.drafted + 1))
 
     def end(self) -> None:
-        """Do nothing at the end of the text. The interface requires the method."""
+        """Accept the end of the text. All steps are reported already."""
 
 
 def assisted(

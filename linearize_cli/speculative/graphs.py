@@ -68,7 +68,7 @@ class Captured:
 
 
 def captured(step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """Capture a step as a CUDA graph, and return its replay function and its output tensor."""
+    """Record a step as a CUDA graph, and return its replay function and its output tensor."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -180,7 +180,7 @@ def optimised(acceptance: Rates, seconds: Mapping[int, float]) -> Choices:
 
 
 def interpolated(points: Mapping[int, float], x: int) -> float:
-    """Interpolate linearly between points, and keep the nearest point's value outside of them."""
+    """Return the linear interpolation between points at `x`. Outside of them it is the nearest point's value."""
     known = sorted(points)
     after = bisect_left(known, x)
     if after in (0, len(known)):

@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def half(self) -> bool:
-        """True if the model computes in half precision."""
+        """Return True if the model computes in half precision."""
         return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:

@@ -138,7 +138,7 @@ def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
 
 
 def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
-    """Record an infinite difference if a cache crops more tokens than it can take back without raising."""
+    """Check that a crop of a cache raises. If it does not, record the largest possible difference."""
     try:
         cache.crop(tokens)
     except RuntimeError:
