@@ -101,7 +101,6 @@ def speeds(model: str, folder: Path, length: int, report: dict) -> dict[str, flo
     """Return tokens per second: of each training stage, of the artifact's forward and backward ("plain"), and of the
     teacher's forward.
     """
-    """Tokens per second of both stages, and of the plain passes that they are to be held against."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     measured = {
         stage: statistics.median(line["tokens_per_s"] for line in lines if line["stage"] == stage)

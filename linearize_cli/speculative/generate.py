@@ -109,10 +109,11 @@ def check_options(
     """
     if not 0 <= temperature <= 100:
         raise UserError(
-            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+            f"--temperature {temperature} is not between 0 and 100",
+            "Use 0 for greedy decoding, 1 for the model's own distribution.",
         )
     if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "1 leaves no token out.")
+        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "Use 1 to keep all tokens.")
     if top_p < 1 and (typical or not temperature):
         raise UserError(
             "--top-p needs sampling without --typical",

@@ -183,4 +183,4 @@ def check_pair(
     sizes = [model.config.get_text_config().vocab_size for model in (target, drafter)]
     if tokenizer.get_vocab() != other.get_vocab() or sizes[0] != sizes[1]:
         what = f"{drafter_name} has another vocabulary ({sizes[1]:,}) than {target_name} ({sizes[0]:,})"
-        raise UserError(what, "Use a drafter with the same tokenizer, such as a smaller model of the family.")
+        raise UserError(what, "Use a drafter with the same tokenizer, such as a smaller model of its family.")

@@ -24,7 +24,7 @@ def rollback(subject: Subject) -> Finding:
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):
-        return refused(subject, "rollback", "some layers cannot take tokens back")
+        return refused(subject, "rollback", "the cache of some layers cannot be cropped")
     if not subject.quick:
         compare_long_drafts(subject, decoder, worst)
         if subject.no_tree is None:
