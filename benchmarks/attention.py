@@ -168,9 +168,7 @@ def measure(
             found[sizes, name] = form
             try:
                 ready[sizes, name] = warm(form, phase, tensors, device)
-            except (
-                Exception
-            ) as error:  # other libraries raise errors of any type on devices they do not support
+            except Exception as error:  # other libraries raise any type on an unsupported device
                 failed[sizes, name] = brief(error)
     # Runs of the same form follow one another, so that another form does not evict its data from the caches.
     order = sorted(ready, key=lambda key: key[1])

@@ -198,7 +198,7 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
         ((artifact, "--context", "8", "--batch", 10**15), "not enough memory for"),
         ((artifact, "--plot", tmp_path / "none" / "p.png"), "--plot"),
-        ((artifact, "--plot", tmp_path / "p.pdf"), "no PNG"),
+        ((artifact, "--plot", tmp_path / "p.pdf"), "is not a PNG file"),
         ((artifact, "--json", tmp_path), "is a folder"),
         ((artifact, "--teacher", "demo"), "another vocabulary"),
         ((artifact, "--teacher", artifact), "linearized model already"),

@@ -209,7 +209,7 @@ def test_bad_input_is_refused(teacher, artifact, tmp_path, monkeypatch):
     cases = [
         (dict(data=str(tmp_path / "short.txt")), "fewer than one block of 16"),
         (dict(data=str(tmp_path / "empty.txt")), "holds no text"),
-        (dict(data="self"), "no reference"),
+        (dict(data="self"), "would measure the teacher on its own text"),
         (dict(), "needs text"),
         (dict(data=teacher.text, teacher="demo"), "another vocabulary"),
         (dict(data=teacher.text, teacher=str(artifact)), "linearized model already"),
