@@ -162,7 +162,7 @@ def test_force_deletes_artifacts_and_nothing_else(teacher):
 
 
 def test_a_linearized_model_is_not_converted_again(whole, teacher):
-    with pytest.raises(UserError, match="linearized model already"):
+    with pytest.raises(UserError, match="already a linearized model"):
         convert(str(whole[0]), teacher.folder / "twice", train=False)
 
 

@@ -363,7 +363,7 @@ def test_a_token_beyond_the_embeddings_is_refused_where_text_has_it(tmp_path, to
     jsonl(tmp_path / "a.jsonl", ["a fox", "a new fox"])
     source = data.open_source(str(tmp_path / "a.jsonl"))
     with pytest.raises(
-        BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no row.*0 to {beyond - 1}"
+        BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no embedding.*0 to {beyond - 1}"
     ):
         data.read_through(source, tokenizer, task)
     with pytest.raises(TokenBeyond, match="resize_token_embeddings"):
