@@ -94,7 +94,7 @@ def last_logits(task: Task, model: PreTrainedModel, row: Tensor) -> Tensor:
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the model itself if it is in fp32 or fp64, else a copy in fp32, or None if memory is too small."""
+    """Return a model in fp32 or fp64 itself, else a copy in fp32, or None if memory is too small."""
     if model.dtype in (torch.float32, torch.float64):
         return model
     if model.device.type == "cuda":

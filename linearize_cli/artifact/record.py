@@ -10,7 +10,8 @@ from linearize_cli.methods.recipe import LARGEST, Attention, build
 REPORT, CONFIG = "linearize.json", "config.json"
 AGAIN = "Convert again, or download the artifact again."
 NUMBER = int | float
-# The type of each field. {"": type} is an object with such values, [type] a list of them. Null is always allowed.
+# The type of each field. {"": type} is an object with such values, [type] a list.
+# Null is always allowed.
 FIELDS: dict[str, Any] = {
     "schema": int,
     "base_model": str,

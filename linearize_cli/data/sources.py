@@ -195,7 +195,7 @@ def part(source: Source, first: int, end: int | None) -> Source:
 
 
 def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the token ids of the documents in parts. Each document starts with BOS if the tokenizer has one."""
+    """Yield the token ids of the documents in parts. Each document starts with BOS, if there is one."""
     return (piece[0].tolist() for piece in encoded(source, tokenizer))
 
 

@@ -65,7 +65,7 @@ def load_teacher(
         loaded, tokenizer = _load_hugging_face(
             model, source, torch_dtype, device, trust_remote_code, own_code
         )
-    # The user's name for the model, not the folder of the local cache, is saved with the model and its adapters.
+    # The model and its adapters are saved with the user's name for it, not with the cache's folder.
     loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
     if device == "cpu" and loaded.num_parameters() < SMALL:
         torch.set_num_threads(1)
@@ -261,7 +261,7 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = _auto_class(config, own_code)
     if name is None:
-        what = f"{model}: model_type `{kind}` in config.json is not a causal LM, an encoder-decoder or an encoder."
+        what = f"{model}: model_type `{kind}` in config.json is no causal LM, encoder-decoder or encoder."
         raise UserError(what, "Choose a model that AutoModelForCausalLM loads, for example.")
     return config, name
 

@@ -97,7 +97,7 @@ def _read_params(file: Path) -> dict:
     unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
     if unknown:
         raise UserError(
-            f"{file} has {first_five(unknown)}, which Llama 1 to 3 do not have, so it would load incorrectly.",
+            f"{file} has {first_five(unknown)}, which Llama 1 to 3 do not have: it would load wrongly.",
             "Use the model's Hugging Face checkpoint (with `config.json`) instead.",
         )
     return params
@@ -157,7 +157,7 @@ def _config(params: dict, shards: Shards) -> LlamaConfig:
     layers = {int(name.split(".")[1]) for name in first if re.match(r"layers\.\d+\.", name)}
     if params["n_layers"] != len(layers):
         raise UserError(
-            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, but {file.name} holds {len(layers)}.",
+            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, but {file.name} has {len(layers)}.",
             "params.json and the shards must belong to one model.",
         )
     theta = params.get("rope_theta") or 10_000
@@ -193,7 +193,7 @@ def _embedding_axis(shape: torch.Size, dim: int) -> int:
 
 
 def _join(config: LlamaConfig, shards: Shards) -> dict[str, torch.Tensor]:
-    """Check the names and shapes of all shards, and join them into whole tensors under transformers' names."""
+    """Check the names and shapes of all shards, and join them into tensors under transformers' names."""
     first = next(iter(shards.values()))
     embedding_axis = _embedding_axis(first["tok_embeddings.weight"].shape, config.hidden_size)
     names = {  # Meta's name: (transformers' name, shard axis)

@@ -11,7 +11,7 @@ SPAN = 3  # average number of tokens in a masked span (T5, arXiv 1910.10683)
 
 
 def chance(row: Tensor) -> torch.Generator:
-    """Return a generator seeded by the row's tokens, so that every pass over the data masks the same tokens."""
+    """Return a generator seeded by the row's tokens, so that every pass masks the same tokens."""
     return torch.Generator().manual_seed(zlib.crc32(row.cpu().numpy().tobytes()))
 
 

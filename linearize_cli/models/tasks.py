@@ -92,9 +92,9 @@ class Task:
         """
         if self.beyond and ids.numel() and (token := int(ids.max())) >= self.embeddings:
             raise TokenBeyond(
-                f"the token {token} ({self.beyond.get(token)!r}) has no embedding in the model (its ids are 0 to "
+                f"the token {token} ({self.beyond.get(token)!r}) has no embedding in the model (ids 0 to "
                 f"{self.embeddings - 1})",
-                "The tokenizer was extended without the model: save the model after resize_token_embeddings, or "
+                "The tokenizer was extended but the model was not: call resize_token_embeddings and save it, or "
                 "remove the token from the tokenizer's files.",
             )
 

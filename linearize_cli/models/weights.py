@@ -23,7 +23,7 @@ ONE_MODEL = "config.json and the weight files must belong to one model, and no w
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the weight files of a checkpoint's folder, without the other .bin files that a Trainer leaves."""
+    """Return the weight files of a checkpoint's folder, without a Trainer's other .bin files."""
     names = (*FORMATS, "adapter_model.safetensors", "adapter_model.bin")
     return sorted(file for name in names for file in Path(folder).glob(name))
 

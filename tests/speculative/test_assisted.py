@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused(teacher, kept, merged, tmp_path):
     save_tokenizer(deeper)
     with pytest.raises(UserError, match=r"the adapter cannot be loaded: [\s\S]*size mismatch"):
         drafting_for_teacher(kept, str(deeper))
-    with pytest.raises(UserError, match="cannot load the teacher of .* is already a linearized model"):
+    with pytest.raises(UserError, match="no teacher for .* is a linearized model already"):
         drafting_for_teacher(kept, str(merged))
     with pytest.raises(UserError, match="not a linearized one"):
         drafted_by(teacher.path, str(kept))
@@ -238,11 +238,11 @@ def test_damaged_artifacts_are_refused(kept, tmp_path):
     shutil.rmtree(folder / "adapter")
     report = json.loads((folder / "linearize.json").read_text())
     edit_json(folder / "linearize.json", base_model=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="cannot load the teacher of .*no such folder"):
+    with pytest.raises(UserError, match="no teacher for .*no such folder"):
         drafting_for_teacher(folder)
     assert drafting_for_teacher(folder, report["base_model"]).shared is False
     (folder / "linearize.json").unlink()
-    with pytest.raises(UserError, match="no linearize.json that names its base model"):
+    with pytest.raises(UserError, match="no linearize.json that names its teacher"):
         drafting_for_teacher(folder)
 
 

@@ -188,8 +188,12 @@ def test_a_killed_run_goes_on_within_its_block(moment, count, teachers, at_once)
 def test_a_block_that_ends_early_leaves_hidden_states_for_the_next(teachers):
     teacher, _ = teachers["llama"]
     output, keywords = teacher.folder / "early", blocks(2)
-    looks = ("recover.transfer.evaluate=0.1", "recover.transfer.early_stop=1", "recover.transfer.lr=1e-30")
-    report = run(teacher, output, **{**keywords, "overrides": (*keywords["overrides"], *looks)})
+    evaluated = (
+        "recover.transfer.evaluate=0.1",
+        "recover.transfer.early_stop=1",
+        "recover.transfer.lr=1e-30",
+    )
+    report = run(teacher, output, **{**keywords, "overrides": (*keywords["overrides"], *evaluated)})
     steps = [step for step, _ in curves(output)]
     assert sorted(steps) == [1] * LAYERS + [2] * LAYERS  # at such a rate the second look is no better
     assert report["self_check"]
@@ -229,13 +233,13 @@ def test_a_layer_that_reads_more_than_hidden_states_is_refused():
     found = LayerBlocks.of(model, ["model.layers.1.self_attn"], 1, "cpu")
     assert found.count == 2 and returned(found, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
     every = LayerBlocks.of(model, [f"model.layers.{i}.self_attn" for i in range(3)], 1, "cpu")
-    with pytest.raises(UserError, match="layers 2 to 2 .* do not run alone"):
+    with pytest.raises(UserError, match="layers 2 to 2 .* cannot run alone"):
         returned(every, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
 
 
 def test_layers_in_two_lists_are_refused():
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="do not stand in one list"):
+    with pytest.raises(UserError, match="are not in one list"):
         LayerBlocks.of(model, ["model.layers.0.self_attn", "model.norm"], 1, "cpu")
 
 
