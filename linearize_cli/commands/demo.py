@@ -1,4 +1,4 @@
-"""`linearize demo`."""
+"""The `linearize demo` command."""
 
 from typing import Any
 
@@ -14,9 +14,11 @@ from linearize_cli.terminal import Terminal
 
 
 @click.command()
-@click.option("-o", "--output", metavar="DIR", default="demo-augmented", show_default=True)
-@click.option("--tokens", type=TOKENS, help="Budget of recovery.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option(
+    "-o", "--output", metavar="DIR", default="demo-augmented", show_default=True, help="The output folder."
+)
+@click.option("--tokens", type=TOKENS, help="Training tokens. Default: 600k.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @model_options
 @command_options

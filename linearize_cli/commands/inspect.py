@@ -1,4 +1,4 @@
-"""`linearize inspect`."""
+"""The `linearize inspect` command."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from linearize_cli.terminal import Terminal
 @model_options
 @command_options
 def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict[str, Any]:
-    """Show which layers of MODEL can be converted, why not the others, and the memory it saves."""
+    """Show which layers of MODEL can be converted, why others cannot, and the memory that this saves."""
     from linearize_cli.conversion.inspect import inspect as run
     from linearize_cli.tables import inspection
 
