@@ -139,8 +139,8 @@ def warn_short_blocks(conversion: Conversion) -> None:
     attention, length = conversion.job.recipe.attention, conversion.text.length
     if attention.far and attention.local and attention.local.size >= length:
         conversion.session.terminal.note(
-            f"the window ({attention.local.size}) covers a whole block ({length}): the linear part is not trained. "
-            "Raise --seq-len."
+            f"the window ({attention.local.size}) covers a whole block ({length}): the linear part is not "
+            "trained. Raise --seq-len."
         )
 
 

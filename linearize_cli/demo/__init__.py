@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def teacher_path() -> Path:
-    """Return the folder of the embedded model (Hugging Face format, from `examples/train_demo_teacher.py`)."""
+    """Return the folder of the embedded model. `examples/train_demo_teacher.py` made it."""
     return Path(__file__).parent / "teacher"
 
 

@@ -261,7 +261,7 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = _auto_class(config, own_code)
     if name is None:
-        what = f"{model}: model_type `{kind}` in config.json is no causal LM, encoder-decoder or encoder."
+        what = f"{model}: `{kind}` in config.json is not a causal LM, encoder-decoder or encoder."
         raise UserError(what, "Choose a model that AutoModelForCausalLM loads, for example.")
     return config, name
 

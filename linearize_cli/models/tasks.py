@@ -94,7 +94,7 @@ class Task:
             raise TokenBeyond(
                 f"the token {token} ({self.beyond.get(token)!r}) has no embedding in the model (ids 0 to "
                 f"{self.embeddings - 1})",
-                "The tokenizer was extended but the model was not: call resize_token_embeddings and save it, or "
+                "The tokenizer was extended but the model was not: call resize_token_embeddings and save, or "
                 "remove the token from the tokenizer's files.",
             )
 

@@ -28,8 +28,8 @@ OWN = "linearize_own_"  # prefix of modules with a user's feature map
 def auto_map(*model_classes: type) -> dict[str, str]:
     """Return the `auto_map` of config.json for classes of `model.AUTO_MODELS`."""
     models = {cls.auto_class: f"modeling_linearized.{cls.__name__}" for cls in model_classes}
-    # The config class is loaded from the model's file. transformers caches a module by the hash of all files that it
-    # imports, and a config class shared with another artifact would load the other one's model class.
+    # The config class is loaded from the model's file. transformers caches a module by the hash of all files
+    # that it imports, and a config class shared with another artifact would load the other one's model class.
     return {"AutoConfig": "modeling_linearized.LinearizedConfig", **models}
 
 

@@ -17,7 +17,7 @@ AUTO_CLASSES: dict[str, dict[str, str]] = {
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-# The same for Auto classes that load a model converted with another head. Their head may be newly initialized.
+# The same for Auto classes that load a model with another head than it was converted with. It may be new.
 HEADS: dict[str, dict[str, str]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -112,6 +112,6 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def register(*model_classes: type) -> None:
-    """Register the config and model classes, so that Auto classes load artifacts without `trust_remote_code`."""
+    """Register config and model classes, so that Auto classes load artifacts without `trust_remote_code`."""
     AutoConfig.register(MODEL_TYPE, LinearizedConfig, exist_ok=True)
     _registered.extend(model_classes)

@@ -51,10 +51,9 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
 
 
 class LinearizedCrossAttention(LinearAttention):
-    """Linear cross-attention: `o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over the tokens j of the
-    source.
+    """Linear cross-attention to the tokens j of a source.
 
-    Its equation has a feature map and no other part.
+    `o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)`. Its equation has a feature map and no other part.
     """
 
     def forward(

@@ -59,7 +59,7 @@ class LinearizeMixin:
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        # transformers initializes a module through its nearest PreTrainedModel, which does not know linear attention.
+        # transformers initializes a module through its nearest PreTrainedModel, which does not know our modules.
         for module in self.modules():
             if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
                 # Tensors on the meta device are on disk. The loaded ones must not be reset either.
@@ -94,7 +94,7 @@ class LinearizeMixin:
                 module = self.get_submodule(name)
                 if geometry.get("causal", True) and has_layer(cache, module.layer_idx):
                     layer = module.linear_attention.place(cache, module.layer_idx)
-                    # `generate` makes masks for compilable caches. Such a model makes them from the pads itself.
+                    # `generate` makes masks for compilable caches. Such a model makes its own from the pads.
                     layer.is_compileable &= not getattr(module, "native_mask", False)
             if generation_config.is_assistant:
                 cache.activate_past_recording()

@@ -143,7 +143,7 @@ def train(
         best.restore()
         if best.record:
             session.terminal.note(
-                f"{stage}: the parameters of step {best.record['step']} of {checkpoint.step} are kept as the best"
+                f"{stage}: the parameters of step {best.record['step']} of {checkpoint.step} are the best"
             )
         done = checkpoint.results.setdefault("steps", {})
         # In layerwise transfer several blocks share a stage: keep the largest number of steps.
