@@ -18,7 +18,7 @@ from linearize_cli.commands.push import push
 from linearize_cli.commands.seal import seal
 from linearize_cli.commands.verify import verify
 from linearize_cli.errors import UserError, shortened
-from linearize_cli.inputs import mended
+from linearize_cli.inputs import without_surrogates
 from linearize_cli.terminal import fail
 
 
@@ -42,7 +42,7 @@ def check_arguments(arguments: list[str]) -> None:
         UserError: one is not.
     """
     for number, argument in enumerate(arguments, 1):
-        if "\0" in argument or argument != mended(argument):
+        if "\0" in argument or argument != without_surrogates(argument):
             raise UserError(
                 f"argument {number} is not valid UTF-8 text: {argument!r}", "Correct its characters."
             )

@@ -61,7 +61,7 @@ def read_json(file: Path, hint: str = "") -> Any:
     """
     text = read_text(file, hint)
     try:
-        return mended(json.loads(text))
+        return without_surrogates(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}", hint) from None
 
@@ -109,7 +109,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: the text is not YAML, or has aliases, too many levels or a number with too many digits.
     """
     try:
-        found = mended(yaml.load(text, _Loader))
+        found = without_surrogates(yaml.load(text, _Loader))
         repr(found)  # a message may quote it, but Python refuses to print integers of thousands of digits
         return found
     except (
@@ -137,12 +137,12 @@ def read_yaml(file: Path, hint: str = "") -> Any:
         raise UserError(f"{file} is not valid YAML: {error}", hint) from None
 
 
-def mended(data: Any) -> Any:
+def without_surrogates(data: Any) -> Any:
     """Replace lone surrogates, which are not valid Unicode, by U+FFFD in all strings of JSON data."""
     if isinstance(data, str):
         return SURROGATE.sub("\ufffd", data)
     if isinstance(data, list):
-        return [mended(entry) for entry in data]
+        return [without_surrogates(entry) for entry in data]
     if isinstance(data, dict):
-        return {mended(key): mended(value) for key, value in data.items()}
+        return {without_surrogates(key): without_surrogates(value) for key, value in data.items()}
     return data

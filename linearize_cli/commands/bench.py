@@ -7,9 +7,9 @@ import click
 from linearize_cli.commands.options import (
     Counts,
     TokenCounts,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -38,7 +38,7 @@ def bench(terminal: Terminal, context: list[int] | None, **arguments: Any) -> di
     from linearize_cli.metrics.benchmark import bench as run
     from linearize_cli.metrics.benchmark import render
 
-    calm_libraries()
+    quiet_libraries()
     report = run(context=context or (), terminal=terminal, **arguments)
     terminal.out.print(render(report))
     return report

@@ -9,9 +9,9 @@ from linearize_cli.commands.options import (
     FLOPS,
     METHOD,
     TOKENS,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     skip_option,
     trust_option,
 )
@@ -81,7 +81,7 @@ def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **argu
     from linearize_cli.conversion.convert import convert as run
     from linearize_cli.tables import conversion, plan
 
-    calm_libraries()
+    quiet_libraries()
     trackers = tuple(name for names in tracker for name in names.split(","))
     result = run(train=not no_train, tracker=trackers, terminal=terminal, **arguments)
     if result is None:  # the main process has the result

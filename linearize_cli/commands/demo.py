@@ -6,9 +6,9 @@ import click
 
 from linearize_cli.commands.options import (
     TOKENS,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
 )
 from linearize_cli.terminal import Terminal
 
@@ -27,7 +27,7 @@ def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.conversion.demo import demo as run
     from linearize_cli.tables import demonstration
 
-    calm_libraries()
+    quiet_libraries()
     result = run(terminal=terminal, **arguments)
     terminal.out.print(demonstration(result))
     return result

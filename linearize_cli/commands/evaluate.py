@@ -6,9 +6,9 @@ import click
 
 from linearize_cli.commands.options import (
     TokenCounts,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     skip_option,
     trust_option,
 )
@@ -39,7 +39,7 @@ def evaluate(
     from linearize_cli.metrics.evaluation import evaluate as run
     from linearize_cli.tables import evaluation
 
-    calm_libraries()
+    quiet_libraries()
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     report = run(context=context or (), tasks=names, terminal=terminal, **arguments)
     terminal.out.print(evaluation(report))

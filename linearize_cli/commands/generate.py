@@ -5,9 +5,9 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -44,7 +44,7 @@ def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """Continue PROMPT with ARTIFACT and print the text as it is generated."""
     from linearize_cli.speculative.generate import generate as run
 
-    calm_libraries()
+    quiet_libraries()
     result = run(**arguments)
     if not result.get("lossless", True):
         terminal.note("lossy: with --typical the text does not have the model's own distribution")

@@ -7,9 +7,9 @@ import click
 
 from linearize_cli.commands.options import (
     TOKENS,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     skip_option,
     trust_option,
 )
@@ -45,7 +45,7 @@ def heads(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.conversion.heads import heads as run
     from linearize_cli.tables import medusa
 
-    calm_libraries()
+    quiet_libraries()
     result = run(terminal=terminal, **arguments)
     if result is None:  # the main process has the result
         sys.exit(0)

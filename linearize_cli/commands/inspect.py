@@ -5,9 +5,9 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -23,7 +23,7 @@ def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict
     from linearize_cli.conversion.inspect import inspect as run
     from linearize_cli.tables import inspection
 
-    calm_libraries()
+    quiet_libraries()
     result = run(model, **arguments)
     terminal.out.print(inspection(result))
     return result

@@ -135,8 +135,8 @@ def notices(terminal: Terminal) -> Iterator[None]:
         yield
 
 
-def calm_libraries() -> None:
-    """Silence the warnings and progress bars of other libraries."""
+def quiet_libraries() -> None:
+    """Hide the warnings and progress bars of other libraries."""
     import datasets
     import huggingface_hub
     import transformers

@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
-    calm_libraries,
     command_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -26,7 +26,7 @@ def seal(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """
     from linearize_cli.artifact.seal import seal as run
 
-    calm_libraries()
+    quiet_libraries()
     result = run(**arguments)
     changed = f"; {result['changed']}" if result["changed"] else ""
     terminal.out.print(f"sealed {result['files']} files of {result['artifact']}{changed}")

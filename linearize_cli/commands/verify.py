@@ -5,9 +5,9 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -46,7 +46,7 @@ def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.verification.verify import render
     from linearize_cli.verification.verify import verify as run
 
-    calm_libraries()
+    quiet_libraries()
     report = run(**arguments, progress=lambda check: terminal.note(f"checking {check}"))
     terminal.out.print(render(report))
     return report

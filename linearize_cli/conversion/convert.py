@@ -118,7 +118,7 @@ def plan_report(
     """Return the plan of a conversion and its estimated costs, from the model's config alone.
 
     Args:
-        flops: FLOP/s of one process. None: measured on `device`.
+        flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)
     check_device(device)

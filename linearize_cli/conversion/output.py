@@ -76,7 +76,7 @@ class Output(Workspace):
             return
         if not force:
             raise UserError(f"{folder} already exists", f"Pass --force to replace it. {ELSEWHERE}")
-        if why := precious(folder, job):
+        if why := reason_to_keep(folder, job):
             raise UserError(f"{folder} {why}, so --force does not delete it", ELSEWHERE)
 
     def put_in_place(self, job: Job, report: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Output(Workspace):
             raise
 
 
-def precious(folder: Path, job: Job) -> str | None:
+def reason_to_keep(folder: Path, job: Job) -> str | None:
     """Return why a folder may not be deleted, as a phrase with a verb, or None if it is only an artifact."""
     if not os.path.isdir(folder):
         return "is not a folder"

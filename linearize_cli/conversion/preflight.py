@@ -17,7 +17,7 @@ from linearize_cli.models.tasks import CausalLM, Task, context_length
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import KEY, LayerBlocks
-from linearize_cli.training.student import recomputable
+from linearize_cli.training.student import checkpointable
 
 STEPS, LARGEST = 1000, 8  # steps to aim for, and the largest batch, if no batch size is given
 
@@ -107,7 +107,7 @@ def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
     Raises:
         UserError: it does not.
     """
-    if job.recipe.recover.distill.checkpointing and not recomputable(model):
+    if job.recipe.recover.distill.checkpointing and not checkpointable(model):
         raise UserError(
             f"recover.distill.checkpointing: {type(model).__name__} does not support gradient checkpointing",
             "Leave it off. A smaller --batch-size saves memory too.",

@@ -12,7 +12,7 @@ from linearize_cli.training.attention_transfer import Transfer, WindowDropout
 from linearize_cli.training.distillation import Distillation
 from linearize_cli.training.layerwise_transfer import transfer_by_blocks
 from linearize_cli.training.loop import StagePlan, train
-from linearize_cli.training.student import merge, recomputed, student_and_teacher
+from linearize_cli.training.student import checkpointed, merge, student_and_teacher
 
 HELD_OUT = 64  # held-out blocks that select the best parameters
 
@@ -99,7 +99,7 @@ def distill(conversion: Conversion, steps: Steps) -> None:
     )
     batches = conversion.text.batches(session.engine, steps.transfer)
     held_out = partial(conversion.text.held_out_batches, session.engine, HELD_OUT)
-    with recomputed(student) if options.checkpointing else nullcontext():
+    with checkpointed(student) if options.checkpointing else nullcontext():
         train(plan, objective, batches, session, held_out)
     if conversion.job.keep_adapter and session.engine.main:
         student.save_pretrained(session.folder / "adapter")

@@ -68,7 +68,7 @@ class Relation:
     """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it."""
 
     answers: list[str]
-    tells: list[str]
+    statements: list[str]
     repeats: list[str]
 
 
@@ -200,12 +200,12 @@ class Recall:
 
     Attributes:
         start, end: its range in the text, in characters.
-        told: the start of its previous occurrence, in characters.
+        previous: the start of its previous occurrence, in characters.
     """
 
     start: int
     end: int
-    told: int
+    previous: int
 
 
 @dataclass(frozen=True)
@@ -227,17 +227,17 @@ def _document(rng: random.Random) -> Document:
     who = rng.choice(NAMES)
     facts = [(relation, rng.choice(relation.answers)) for relation in rng.sample(RELATIONS, FACTS)]
     later = rng.sample(facts, FACTS) + rng.sample(facts, FACTS // 2)
-    text, told, recalls = "", {}, []
+    text, previous, recalls = "", {}, []
     for relation, answer in facts + later:
-        repeated = answer in told
+        repeated = answer in previous
         if repeated or rng.random() < 0.3:
             text += _filler(rng) + " "
-        sentence = rng.choice(relation.tells + relation.repeats if repeated else relation.tells)
+        sentence = rng.choice(relation.statements + relation.repeats if repeated else relation.statements)
         before, after = sentence.replace("{who}", who).split("{answer}")
         start = len(text) + len(before)
         if repeated:
-            recalls.append(Recall(start, start + len(answer), told[answer]))
-        told[answer] = start
+            recalls.append(Recall(start, start + len(answer), previous[answer]))
+        previous[answer] = start
         text += f"{before}{answer}{after} "
     return Document(text.rstrip(), tuple(recalls))
 

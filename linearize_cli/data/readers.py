@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize_cli.errors import UserError, first_five
-from linearize_cli.inputs import mended
+from linearize_cli.inputs import without_surrogates
 from linearize_cli.terminal import Terminal
 
 PART = 1 << 20  # characters of a text file that are read at once
@@ -101,13 +101,13 @@ def document(row: Any, where: str) -> Document | None:
     if text := row.get(TEXT):
         if not isinstance(text, str):
             raise BadRow(where, "`text` is not a string")
-        return Row([mended(text)], where)
+        return Row([without_surrogates(text)], where)
     messages = next(filter(None, map(row.get, CHATS)), None)
     if not messages:
         return None
     if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise BadRow(where, "the messages are not a list of objects with `role` and `content`")
-    return Chat(map(message, mended(messages)), where)
+    return Chat(map(message, without_surrogates(messages)), where)
 
 
 def is_message(entry: Any) -> bool:

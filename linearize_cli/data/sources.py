@@ -16,7 +16,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.methods.recipe import Recover
 from linearize_cli.models.batch import Blocks
-from linearize_cli.models.tasks import Task, TokenBeyond
+from linearize_cli.models.tasks import MissingEmbedding, Task
 
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 HELD_OUT_SHARE = 0.01
@@ -222,12 +222,12 @@ def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task)
     for document in source.documents() if source.local else ():
         where = getattr(document, "where", source.name)
         try:
-            if task.beyond:
+            if task.without_embedding:
                 for piece in encode(document, tokenizer):
                     task.check_tokens(piece[0])
             elif isinstance(document, Chat):
                 check_chat(document, tokenizer)
-        except TokenBeyond as error:
+        except MissingEmbedding as error:
             source.bad.skip(BadRow(where, error.what, error.hint))
         except BadRow as error:
             source.bad.skip(error)

@@ -18,8 +18,8 @@ class Blocks:
     Attributes:
         ids: `[B, L]` int64.
         starts: `[B, L]` bool, True at the first token of each document that attention must not cross into
-            (document masking). None: each block is one document.
-        counted: `[B, L]` bool, True at the tokens to train on. None: all tokens.
+            (document masking). None means that each block is one document.
+        counted: `[B, L]` bool, True at the tokens to train on. None means all tokens.
     """
 
     ids: Tensor
@@ -52,7 +52,7 @@ class Batch:
         inputs: the keyword arguments of the model's `forward`.
         labels: `[B, T]` int64, the correct token at each position of the logits, or IGNORED. None if the task
             has no labels.
-        counted: `[B, T]` bool, the positions of the logits to train on. None: all positions.
+        counted: `[B, T]` bool, the positions of the logits to train on. None means all positions.
     """
 
     inputs: dict[str, Any]

@@ -23,7 +23,7 @@ def forward(
     Position ids are passed as `generate` passes them, because some models compute others by default.
 
     Args:
-        mask: `[B, past + T]`, 0 at the pads on the left. None: no pads.
+        mask: `[B, past + T]`, 0 at the pads on the left. None means no pads.
         last: True if only the last token's logits are needed. A model with `logits_to_keep` then returns `[B,
             1, vocab]`.
     """

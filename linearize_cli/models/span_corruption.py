@@ -10,7 +10,7 @@ NOISE = 0.15  # share of a block's tokens that are masked
 SPAN = 3  # average number of tokens in a masked span (T5, arXiv 1910.10683)
 
 
-def chance(row: Tensor) -> torch.Generator:
+def row_generator(row: Tensor) -> torch.Generator:
     """Return a generator seeded by the row's tokens, so that every pass masks the same tokens."""
     return torch.Generator().manual_seed(zlib.crc32(row.cpu().numpy().tobytes()))
 

@@ -25,11 +25,11 @@ from linearize_cli.models.decoding import (
     pad_right,
     unpadded,
 )
-from linearize_cli.models.span_corruption import NOISE, chance, fill, spans
+from linearize_cli.models.span_corruption import NOISE, fill, row_generator, spans
 from linearize_cli.runtime.config import PREFIX, auto_class
 
 
-class TokenBeyond(UserError):
+class MissingEmbedding(UserError):
     """A token id of the tokenizer that has no embedding in the model."""
 
 
@@ -48,7 +48,7 @@ class Task:
         encodes: True if its attention may be bidirectional.
         decodes: True if it can continue rows of tokens. Otherwise it has no `start`.
         answers: True if text gives labels. Otherwise a model is measured by its distance to the teacher.
-        beyond: the token ids without an embedding, and their names.
+        without_embedding: the token ids without an embedding, and their names.
     """
 
     auto_class: str
@@ -67,7 +67,7 @@ class Task:
         self.pad_id = config_value(model.config, "pad_token_id")
         self.embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
         names = {token: name for name, token in tokenizer.get_vocab().items()}
-        self.beyond = {
+        self.without_embedding = {
             token: name for token, name in names.items() if self.embeddings and token >= self.embeddings
         }
 
@@ -78,7 +78,7 @@ class Task:
             blocks: blocks, or ids `[B, L]` without marks.
 
         Raises:
-            TokenBeyond: see `check_tokens`.
+            MissingEmbedding: see `check_tokens`.
         """
         blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
         self.check_tokens(blocks.ids)
@@ -88,11 +88,11 @@ class Task:
         """Check that the model has an embedding for each token.
 
         Raises:
-            TokenBeyond: it lacks one.
+            MissingEmbedding: it lacks one.
         """
-        if self.beyond and ids.numel() and (token := int(ids.max())) >= self.embeddings:
-            raise TokenBeyond(
-                f"the token {token} ({self.beyond.get(token)!r}) has no embedding in the model (ids 0 to "
+        if self.without_embedding and ids.numel() and (token := int(ids.max())) >= self.embeddings:
+            raise MissingEmbedding(
+                f"the token {token} ({self.without_embedding.get(token)!r}) has no embedding in the model (ids 0 to "
                 f"{self.embeddings - 1})",
                 "The tokenizer was extended but the model was not: call resize_token_embeddings and save, or "
                 "remove the token from the tokenizer's files.",
@@ -188,7 +188,7 @@ class Encoder(Task):
         require(self.pad_id, f"{self.kind} has no pad_token_id in its config.json", "Add the tokenizer's.")
         self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
 
-    def framed(self, ids: Tensor) -> Tensor:
+    def with_special_tokens(self, ids: Tensor) -> Tensor:
         """Return the blocks with the special tokens in place of the first and the last token."""
         ids = ids.clone()
         for place, mark in ((0, self.first), (-1, self.last)):
@@ -214,8 +214,8 @@ class MaskedLM(Encoder):
         )
 
     def ask(self, blocks: Blocks) -> Batch:
-        ids = self.framed(blocks.ids)
-        order = torch.stack([torch.rand(ids.shape[1], generator=chance(row)) for row in ids])
+        ids = self.with_special_tokens(blocks.ids)
+        order = torch.stack([torch.rand(ids.shape[1], generator=row_generator(row)) for row in ids])
         order[:, [0, -1]] = 2.0  # the special tokens are never masked
         hidden = torch.zeros_like(order, dtype=torch.bool)
         hidden.scatter_(1, order.argsort(-1)[:, : max(1, round(NOISE * ids.shape[1]))], True)
@@ -241,7 +241,7 @@ class SequenceClassification(Encoder):
             )
 
     def ask(self, blocks: Blocks) -> Batch:
-        return Batch({"input_ids": self.framed(blocks.ids)}, None)
+        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         return list(self.encode(model, rows, extra)[0])
@@ -280,7 +280,7 @@ class Seq2SeqLM(Task):
     def ask(self, blocks: Blocks) -> Batch:
         ids = blocks.ids
         length = ids.shape[1] - len(self.before) - len(self.after)
-        pairs = [self.corrupt(row[:length].tolist(), chance(row)) for row in ids]
+        pairs = [self.corrupt(row[:length].tolist(), row_generator(row)) for row in ids]
         source, labels = (
             torch.tensor([[*self.before, *x, *self.after] for x in part], device=ids.device)
             for part in zip(*pairs, strict=True)

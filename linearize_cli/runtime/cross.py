@@ -70,7 +70,7 @@ class LinearizedCrossAttention(LinearAttention):
         Args:
             query: `[B, heads, T, D]`.
             key, value: `[B, kv, N, D]`. They are not read if the cache holds a source.
-            attention_mask: `[B, 1, T, N]`, boolean or additive, that hides the source's pads. None: no pads.
+            attention_mask: `[B, 1, T, N]`, boolean or additive, that hides the source's pads. None means no pads.
             linearize_state: the layer's cache.
 
         Returns:

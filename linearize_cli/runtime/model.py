@@ -59,7 +59,7 @@ class LinearizeMixin:
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        # transformers initializes a module through its nearest PreTrainedModel, which does not know our modules.
+        # transformers initializes a module through its nearest PreTrainedModel, which does not know ours.
         for module in self.modules():
             if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
                 # Tensors on the meta device are on disk. The loaded ones must not be reset either.

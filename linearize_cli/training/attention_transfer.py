@@ -67,7 +67,7 @@ class Transfer(Objective):
     """The objective of attention transfer: the sum of the layers' losses, with each layer's loss as a record.
 
     Args:
-        windows: selects the training steps with shorter windows. None: no step has one.
+        windows: selects the training steps with shorter windows. None means that no step has one.
     """
 
     def __init__(self, model: PreTrainedModel, native: str, windows: "WindowDropout | None" = None):

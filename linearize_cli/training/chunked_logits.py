@@ -34,7 +34,7 @@ class Decoded:
         `parts`.
 
         Args:
-            counted: `[B, T]` bool, the tokens to return. None: all.
+            counted: `[B, T]` bool, the tokens to return. None means all.
 
         Returns:
             `[N, X]`, X being the width or the vocabulary size.
@@ -56,7 +56,7 @@ class Decoded:
             return self.model(**self.inputs).logits[0]
 
 
-def whole(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
+def decode_all(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
     """Run a model and keep all its logits."""
     return Decoded(model, inputs, model(**inputs), {})
 
@@ -95,7 +95,7 @@ def cut(output: ModelOutput, states: Tensor) -> ModelOutput:
 def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[None]:
     """Make child modules return stored outputs, without running, while the context is open."""
     for name, output in outputs.items():
-        model.get_submodule(name).forward = partial(given, output)
+        model.get_submodule(name).forward = partial(return_stored, output)
     try:
         yield
     finally:
@@ -103,6 +103,6 @@ def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[
             del model.get_submodule(name).forward
 
 
-def given(output: ModelOutput, *args: Any, **kwargs: Any) -> ModelOutput:
+def return_stored(output: ModelOutput, *args: Any, **kwargs: Any) -> ModelOutput:
     """Return the stored output."""
     return output

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from linearize_cli.methods.recipe import Distill
 from linearize_cli.models.batch import IGNORED, Batch
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.training.chunked_logits import Decoded, decode, whole
+from linearize_cli.training.chunked_logits import Decoded, decode, decode_all
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.parallel import process_mean
 
@@ -77,7 +77,7 @@ class Distillation(Objective):
         return self.student.get_base_model() if isinstance(self.student, PeftModel) else self.student
 
     @contextmanager
-    def teaching(self) -> Iterator[PreTrainedModel]:
+    def as_teacher(self) -> Iterator[PreTrainedModel]:
         """Yield the teacher. The shared model computes as the teacher while the context is open."""
         model = self.teacher or self.model
         off = nullcontext() if self.teacher else self.student.disable_adapter()
@@ -88,10 +88,10 @@ class Distillation(Objective):
         weights, vocabulary = self.weights, self.model.config.get_text_config().vocab_size
         inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
         large = batch.labels is not None and batch.labels.numel() * vocabulary > self.limit
-        run = decode if large else whole
+        run = decode if large else decode_all
         student, teacher = run(self.model, inputs), None
         if weights.kl or weights.hidden:
-            with self.teaching() as model:
+            with self.as_teacher() as model:
                 teacher = run(model, inputs)
         loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
         if weights.hidden:
@@ -161,7 +161,7 @@ def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = No
 
     Args:
         actual, expected: `[..., X]`.
-        counted: `[...]` bool, the vectors to include. None: all.
+        counted: `[...]` bool, the vectors to include. None means all.
     """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
     error, size = (actual - expected).square().mean(-1), expected.square().mean(-1)

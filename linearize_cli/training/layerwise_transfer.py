@@ -23,7 +23,7 @@ from linearize_cli.models.batch import Batch
 from linearize_cli.training.attention_transfer import WindowDropout, shorter_windows, transferring
 from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.objective import Objective
-from linearize_cli.training.streamed_layers import LayerBlocks, alone, leaving, returned
+from linearize_cli.training.streamed_layers import LayerBlocks, hidden_after, only_block, output_lengths
 
 
 def transfer_by_blocks(
@@ -50,7 +50,7 @@ def transfer_by_blocks(
     """
     checkpoint, folder = session.checkpoint, session.folder
     hidden, learned = HiddenStates(folder / "hidden"), folder / "blocks"
-    returns = returned(blocks, model, native, next(batches(0)))
+    returns = output_lengths(blocks, model, native, next(batches(0)))
     for block in blocks.ranges():
         objective = BlockTransfer(model, native, windows, blocks, returns, block, hidden)
         file = learned / f"{block[0]}.safetensors"
@@ -162,9 +162,9 @@ class BlockTransfer(Objective):
         with (
             shorter_windows(model, share),
             transferring(model, native) as losses,
-            alone(layers, self.block, entering, self.returns),
+            only_block(layers, self.block, entering, self.returns),
         ):
-            after = leaving(model, batch.inputs)
+            after = hidden_after(model, batch.inputs)
         if self.block.stop < blocks.count:
             self.hidden.write(self.block.stop, batch, after)
         return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}

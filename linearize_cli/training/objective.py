@@ -30,7 +30,7 @@ class Best:
     Args:
         objective: the objective that is evaluated.
         parameters: the trained parameters, by name.
-        held_out: yields the same batches at every evaluation. None: no evaluation.
+        held_out: yields the same batches at every evaluation. None means no evaluation.
         steps: the number of steps of the stage.
         options: the stage's part of the recipe.
         record: `{step, loss, misses, parameters}` of the best evaluation, kept in the checkpoint. Empty at

@@ -133,15 +133,17 @@ def moved(some: Iterable[Tensor], device: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(layers: nn.ModuleList, block: range, entering: Tensor | None, returns: list[int]) -> Iterator[None]:
+def only_block(
+    layers: nn.ModuleList, block: range, entering: Tensor | None, returns: list[int]
+) -> Iterator[None]:
     """Make a forward of the model run the layers of `block` only, while the context is open, and then raise
     Finished.
 
     The model's own code computes embeddings, positions and masks.
 
     Args:
-        entering: the hidden states that the block starts from. None: the embeddings.
-        returns: see `returned`.
+        entering: the hidden states that the block starts from. None means the embeddings.
+        returns: see `output_lengths`.
     """
     skipped = [layers[i] for i in range(block.start)]
     try:
@@ -165,8 +167,8 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def leaving(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """Run a forward in the context of `alone` and return the hidden states after the block."""
+def hidden_after(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Run a forward in the context of `only_block` and return the hidden states after the block."""
     try:
         model(**inputs)
     except Finished as finished:
@@ -175,7 +177,7 @@ def leaving(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
+def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
     """Return the length of each layer's output tuple, 0 for a plain tensor, measured on the batch's first
     row.
 
@@ -201,8 +203,11 @@ def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Ba
         returns = [lengths.get(i, 0) for i in range(len(layers))]
         for block in blocks.ranges():
             try:
-                with blocks.resident(model, block), alone(layers, block, outputs.get(block[0] - 1), returns):
-                    actual, expected = leaving(model, inputs).float(), outputs[block[-1]].float()
+                with (
+                    blocks.resident(model, block),
+                    only_block(layers, block, outputs.get(block[0] - 1), returns),
+                ):
+                    actual, expected = hidden_after(model, inputs).float(), outputs[block[-1]].float()
                 same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
             except torch.OutOfMemoryError:
                 raise

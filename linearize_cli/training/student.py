@@ -130,19 +130,19 @@ def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return student
 
 
-def recomputable(model: nn.Module) -> list[nn.Module]:
+def checkpointable(model: nn.Module) -> list[nn.Module]:
     """Return the layers that support gradient checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def checkpointed(model: nn.Module) -> Iterator[None]:
     """Use gradient checkpointing (arXiv 1604.06174) while the context is open.
 
     transformers supports it in training mode only, in which dropout is active. Here the model stays in eval
     mode, so the result does not change.
     """
-    layers = recomputable(model)
+    layers = checkpointable(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

@@ -13,7 +13,7 @@ from linearize_cli.data import sources as data
 from linearize_cli.data.readers import BadRow, BadRows, Chat
 from linearize_cli.data.tokenize import at_most, encode, marks_assistant
 from linearize_cli.errors import UserError
-from linearize_cli.models.tasks import TokenBeyond, task_of
+from linearize_cli.models.tasks import MissingEmbedding, task_of
 from linearize_cli.terminal import Terminal
 
 
@@ -359,14 +359,14 @@ def test_a_template_that_does_not_end(tokenizer, monkeypatch):
 def test_a_token_beyond_the_embeddings_is_refused_where_text_has_it(tmp_path, tokenizer):
     tokenizer.add_tokens(["new"])
     task, beyond = task_of(tiny_model(), tokenizer), len(WORDS)
-    assert task.beyond == {beyond: "new"}
+    assert task.without_embedding == {beyond: "new"}
     jsonl(tmp_path / "a.jsonl", ["a fox", "a new fox"])
     source = data.open_source(str(tmp_path / "a.jsonl"))
     with pytest.raises(
         BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no embedding.*0 to {beyond - 1}"
     ):
         data.read_through(source, tokenizer, task)
-    with pytest.raises(TokenBeyond, match="resize_token_embeddings"):
+    with pytest.raises(MissingEmbedding, match="resize_token_embeddings"):
         task.batch(torch.tensor([[FOX, beyond]]))
     source = data.open_source(str(tmp_path / "a.jsonl"), BadRows(1))
     data.read_through(source, tokenizer, task)
