@@ -30,15 +30,15 @@ def replacing(path: str | Path, suffix: str = SUFFIX, sync: bool = True) -> Iter
         yield Path(path)
         return
     path = Path(os.path.realpath(path))
-    beside = path.with_name(path.name + suffix)
+    temporary = path.with_name(path.name + suffix)
     try:
-        yield beside
+        yield temporary
         if sync:
-            with beside.open("rb+") as written:
+            with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -53,8 +53,8 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -88,11 +88,11 @@ def check_writable(path: str | Path, option: str = "") -> None:
         return
     if os.path.isdir(path):
         raise UserError(f"{name} is a folder", "Pass the path of a file, or move the folder away.")
-    beside = Path(os.path.realpath(path) + SUFFIX)
-    if not beside.parent.is_dir():
+    temporary = Path(os.path.realpath(path) + SUFFIX)
+    if not temporary.parent.is_dir():
         raise UserError(f"{name}: its folder does not exist", "Create it, or choose another path.")
     try:
-        beside.touch()
-        beside.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise cannot_write(name, error) from error

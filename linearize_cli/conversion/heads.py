@@ -89,8 +89,8 @@ def heads(
                 made, dtype, facts = train(job, workspace.path, engine, terminal, trust_remote_code)
                 if engine.main:
                     made.save(folder, dtype)
-                    with replacing(folder / LOG) as beside:
-                        shutil.copy(workspace.path / LOG, beside)
+                    with replacing(folder / LOG) as temporary:
+                        shutil.copy(workspace.path / LOG, temporary)
                     record_heads(folder, report, facts)
                     workspace.save_state({**workspace.state, "report": facts})
     return {**facts, "output": str(artifact)} if engine.main else None

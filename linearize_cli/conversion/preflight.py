@@ -49,8 +49,8 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
 def with_batch_size(job: Job, length: int) -> Job:
     """Return the job with its batch size, in blocks per step.
 
-    The default is the power of 2, up to LARGEST, with which the token budget makes at least STEPS steps. With
-    the same number of tokens, more steps recover more quality up to about STEPS.
+    The default is the largest power of 2, up to LARGEST, with which the token budget makes STEPS steps or
+    more. With the same number of tokens, more steps recover more quality, up to about STEPS.
     """
     if job.batch_size is not None:
         return job

@@ -81,8 +81,8 @@ def keep(path: Path, cached: Path, terminal: Terminal) -> None:
     if cached.exists() and cached.stat().st_size >= path.stat().st_size:
         return
     try:
-        with replacing(cached, f".{os.getpid()}") as beside:
-            shutil.copyfile(path, beside)
+        with replacing(cached, f".{os.getpid()}") as temporary:
+            shutil.copyfile(path, temporary)
     except OSError as error:
         terminal.note(f"the sampled text could not be cached for later conversions: {error}")
 

@@ -92,8 +92,8 @@ class Task:
         """
         if self.without_embedding and ids.numel() and (token := int(ids.max())) >= self.embeddings:
             raise MissingEmbedding(
-                f"the token {token} ({self.without_embedding.get(token)!r}) has no embedding in the model (ids 0 to "
-                f"{self.embeddings - 1})",
+                f"the token {token} ({self.without_embedding.get(token)!r}) has no embedding in the model "
+                f"(ids 0 to {self.embeddings - 1})",
                 "The tokenizer was extended but the model was not: call resize_token_embeddings and save, or "
                 "remove the token from the tokenizer's files.",
             )
@@ -143,7 +143,9 @@ class Task:
         return tokenizer(text)["input_ids"]
 
     def given(self, ids: Tensor) -> int:
-        """Return how many tokens of the output of `generate` for ids `[1, T]` were its input."""
+        """Return the number of leading tokens in the output of `generate` for ids `[1, T]` that were not
+        generated.
+        """
         raise NotImplementedError
 
 

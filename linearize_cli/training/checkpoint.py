@@ -38,8 +38,8 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint to a file."""
-        with replacing(path) as beside:
-            torch.save(self.__dict__, beside)
+        with replacing(path) as temporary:
+            torch.save(self.__dict__, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

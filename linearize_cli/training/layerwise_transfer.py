@@ -112,8 +112,8 @@ class HiddenStates:
 def save_whole(content: dict[str, Tensor], file: Path) -> None:
     """Write tensors to a file atomically. Several processes may write the same file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, f".{os.getpid()}", sync=False) as beside:
-        save_file({name: x.contiguous() for name, x in content.items()}, beside)
+    with replacing(file, f".{os.getpid()}", sync=False) as temporary:
+        save_file({name: x.contiguous() for name, x in content.items()}, temporary)
 
 
 class BlockTransfer(Objective):

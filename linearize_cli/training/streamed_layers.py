@@ -215,8 +215,8 @@ def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, bat
                 same = False
             if not same:
                 raise UserError(
-                    f"{KEY}: layers {block[0]} to {block[-1]} of {type(model).__name__} cannot run alone: they "
-                    "use more from earlier layers than hidden states",
+                    f"{KEY}: layers {block[0]} to {block[-1]} of {type(model).__name__} cannot run alone: "
+                    "they use more from earlier layers than hidden states",
                     f"Pass --set {KEY}=0 to train all layers at once.",
                 )
     return returns
