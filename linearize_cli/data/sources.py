@@ -187,7 +187,7 @@ def hold_out(source: Source) -> tuple[Source, Source]:
 
 
 def part(source: Source, first: int, end: int | None) -> Source:
-    """Return the documents `first` to `end` (exclusive) of a source, or all from `first` on if `end` is None."""
+    """Return the documents `first` to `end` (exclusive) of a source. With `end` None, all from `first` on."""
     name = source.name if first == 0 else f"{source.name} from document {first + 1} on"
     name += "" if end is None else f", {end - first} documents"
     rest = None if end is None else end - first
