@@ -57,9 +57,7 @@ class Probe:
 
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
-    """Run the model in eval mode with `recorder` as attention and full additive masks, while the context is
-    open.
-    """
+    """Use `recorder` as attention, in eval mode and with full additive masks, while the context is open."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
     before = [c._attn_implementation_internal for c in configs]
@@ -128,9 +126,7 @@ def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the model's inputs. A decoder gets one token less than its encoder, to make cross-attention
-    visible.
-    """
+    """Return the model's inputs. A decoder gets one token less than its encoder, to reveal cross-attention."""
     decoder = {"decoder_input_ids": ids[:, :-1]} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **decoder}
 

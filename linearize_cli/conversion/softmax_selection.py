@@ -24,7 +24,7 @@ def best(kl: dict[str, float], count: int) -> list[str]:
 
 
 class Restorer:
-    """Gives converted layers their softmax attention back.
+    """The means to give converted layers their softmax attention back.
 
     Args:
         model: the model before its conversion, when every layer still has the shared config.

@@ -39,7 +39,7 @@ def forward(
 
 
 class Decoder:
-    """Decodes rows of tokens, with a cache or without one."""
+    """A decoder of rows of tokens, with or without a cache."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -63,7 +63,7 @@ class Decoder:
 
 
 class SourceDecoder(Decoder):
-    """Decodes with an encoder-decoder whose source is encoded once. A source of one row serves all rows."""
+    """The decoder of an encoder-decoder, with an encoded source. A source of one row serves all rows."""
 
     def __init__(self, model: PreTrainedModel, source: Tensor, source_mask: Tensor):
         super().__init__(model)

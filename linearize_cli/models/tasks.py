@@ -150,7 +150,7 @@ class Task:
 
 
 class CausalLM(Task):
-    """Predicts the next token."""
+    """Prediction of the next token."""
 
     auto_class, pipeline = "AutoModelForCausalLM", "text-generation"
     encodes, decodes = False, True
@@ -183,7 +183,7 @@ class CausalLM(Task):
 
 
 class Encoder(Task):
-    """Reads a row of tokens between the special tokens of its tokenizer ([CLS] and [SEP], if it has them)."""
+    """The base of encoder tasks. A row is read between [CLS] and [SEP], if the tokenizer has them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, tokenizer)
@@ -205,7 +205,7 @@ class Encoder(Task):
 
 
 class MaskedLM(Encoder):
-    """Predicts 15% of a block's tokens, which are masked."""
+    """Prediction of masked tokens, 15% of a block."""
 
     auto_class, pipeline = "AutoModelForMaskedLM", "fill-mask"
 
@@ -229,7 +229,7 @@ class MaskedLM(Encoder):
 
 
 class SequenceClassification(Encoder):
-    """Predicts the class of a text. It is distilled without labels."""
+    """Prediction of a text's class, distilled without labels."""
 
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     answers = False
@@ -250,10 +250,11 @@ class SequenceClassification(Encoder):
 
 
 class Seq2SeqLM(Task):
-    """Encodes a text with gaps and decodes what is missing.
+    """Prediction of the missing parts of a text by an encoder-decoder.
 
-    With sentinel tokens the decoder writes the spans (T5, arXiv 1910.10683). Without them it writes the whole
-    text (BART's infilling, arXiv 1910.13461). Without a mask token it writes the second half of the text.
+    With sentinel tokens the decoder writes the missing spans (T5, arXiv 1910.10683). Without them it writes
+    the whole text (BART's infilling, arXiv 1910.13461). Without a mask token it writes the second half of the
+    text.
     """
 
     auto_class, pipeline = "AutoModelForSeq2SeqLM", "text2text-generation"

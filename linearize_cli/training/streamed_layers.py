@@ -23,7 +23,7 @@ KEY = "recover.transfer.block_layers"
 
 
 class Finished(Exception):
-    """Raised after a block's last layer to end the forward. `hidden` is the output of that layer."""
+    """The end of a forward after a block's last layer. `hidden` is the output of that layer."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
