@@ -156,7 +156,7 @@ def test_force_deletes_artifacts_and_nothing_else(teacher):
     output = teacher.folder / "precious"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="no artifact"):
+    with pytest.raises(UserError, match="do not belong to an artifact"):
         run(teacher, output, train=False, force=True)
     assert (output / "thesis.tex").read_text() == "years of work"
 
