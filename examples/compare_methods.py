@@ -14,7 +14,7 @@ import click
 import yaml
 
 from linearize_cli import convert, load
-from linearize_cli.commands.options import calm_libraries
+from linearize_cli.commands.options import quiet_libraries
 from linearize_cli.data.demo_corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.data.names import DEMO
 from linearize_cli.demo import heldout_path
@@ -51,8 +51,8 @@ COLUMNS = [
 def main(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
     """Convert MODEL with every method and print a table of the results."""
     if model != DEMO and not (data and eval_data):
-        raise click.UsageError("--data and --eval-data are required for every MODEL except demo")
-    calm_libraries()
+        raise click.UsageError("MODEL needs --data and --eval-data; only demo has text of its own")
+    quiet_libraries()
     try:
         compare(model, methods.split(","), data, eval_data, out, tokens, seq_len, size, seed)
     except UserError as error:

@@ -96,7 +96,7 @@ def cue_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[tup
         return encode(" ".join(before.split()[-CUE_WORDS:]))
 
     relations = [
-        ([cue(sentence) for sentence in r.tells + r.repeats], [encode(answer) for answer in r.answers])
+        ([cue(sentence) for sentence in r.statements + r.repeats], [encode(answer) for answer in r.answers])
         for r in RELATIONS
     ]
     while True:

@@ -61,7 +61,7 @@ def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int
     for row, document in enumerate(documents):
         for item in document.recalls:
             start, last = rows.char_to_token(row, item.start), rows.char_to_token(row, item.end - 1)
-            distance = start - rows.char_to_token(row, item.told)
+            distance = start - rows.char_to_token(row, item.previous)
             results.append((distance, all(right[row][start - 1 : last])))
     return results
 

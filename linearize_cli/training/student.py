@@ -1,4 +1,4 @@
-"""What of a linearized model distillation trains: LoRA and the linear parts, or all but the embeddings."""
+"""The parameters that distillation trains: LoRA and the linear parts, or all except the embeddings."""
 
 import copy
 from collections.abc import Iterator
@@ -20,8 +20,11 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
-    """Every Linear and Conv1D by structure, whatever a family calls them: inside the converted modules
-    ("attention"), or inside the decoder layers that hold these ("all").
+    """Return the names of all Linear and Conv1D modules to adapt, found by structure.
+
+    Args:
+        reach: "attention" for those inside the converted modules, "all" for those inside their decoder
+            layers.
     """
     roots = dict.fromkeys(converted(model))
     if reach == "all":
@@ -35,7 +38,7 @@ def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
 
 
 def layer_of(model: nn.Module, name: str) -> str:
-    """The layer that a module is part of: the element of the outermost list of modules; without one, itself."""
+    """Return the element of the outermost module list that contains a module, or the module's own name."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
@@ -44,8 +47,10 @@ def layer_of(model: nn.Module, name: str) -> str:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftModel:
-    """Wrap the model with LoRA; LoRA and the linear parts are trainable, both in fp32. `on_meta`: LoRA's parameters
-    are of shapes alone.
+    """Wrap the model with LoRA. LoRA and the linear parts are trainable, both in fp32.
+
+    Args:
+        on_meta: True to create LoRA's parameters on the meta device.
     """
     targets = lora_targets(model, lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
@@ -59,8 +64,11 @@ def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftM
 def student_and_teacher(
     model: PreTrainedModel, lora: Lora | None, on_meta: bool = False
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedModel | None]:
-    """What distillation trains, made of a linearized model: with LoRA, or every weight, and then the teacher of its
-    own that this takes. `on_meta` as in `add_lora`.
+    """Return the model to train, and a separate teacher if it needs one.
+
+    Args:
+        lora: LoRA's options. None trains every weight, which requires a separate teacher.
+        on_meta: see `add_lora`.
     """
     if lora is None:
         return model, unfreeze(model)
@@ -68,7 +76,7 @@ def student_and_teacher(
 
 
 class Cast(nn.Module):
-    """A parameter as the model computes with it."""
+    """A parametrization: an fp32 parameter, cast to the dtype in which the model computes."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -79,12 +87,13 @@ class Cast(nn.Module):
 
 
 def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Make all but the embeddings, input and output, trainable: what conversion changes has no say in the
-    vocabulary, and tied ones stay tied. A parameter of less than fp32 is kept in fp32 and cast where it is used, for
-    small steps would be rounded away; `merge` ends that.
+    """Make all parameters except the input and output embeddings trainable. Tied embeddings stay tied.
+
+    A parameter below fp32 is stored in fp32 and cast where it is used, because small updates would be rounded
+    away. `merge` undoes this.
 
     Returns:
-        The teacher: a frozen copy of the model, which shares its embeddings and has no linear parts.
+        the teacher: a frozen copy of the model that shares its embeddings and has no linear parts.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
@@ -110,7 +119,7 @@ def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """The model as it is saved: without LoRA, every parameter in its own dtype."""
+    """Return the model to save: LoRA merged, and every parameter in its own dtype."""
     if isinstance(student, PeftModel):
         return student.merge_and_unload()
     for module in list(student.modules()):
@@ -121,19 +130,19 @@ def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return student
 
 
-def recomputable(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers can compute again in the backward."""
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that support gradient checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """While open, the layers' activations are computed again in the backward instead of kept (arXiv 1604.06174).
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Use gradient checkpointing (arXiv 1604.06174) while the context is open.
 
-    Transformers does so in training mode alone, with whatever dropout the layers have; here the model stays in
-    evaluation mode and the result the same.
+    transformers supports it in training mode only, in which dropout is active. Here the model stays in eval
+    mode, so the result does not change.
     """
-    layers = recomputable(model)
+    layers = checkpointable(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

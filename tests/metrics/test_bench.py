@@ -201,7 +201,7 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--plot", tmp_path / "p.pdf"), "is not a PNG file"),
         ((artifact, "--json", tmp_path), "is a folder"),
         ((artifact, "--teacher", "demo"), "another vocabulary"),
-        ((artifact, "--teacher", artifact), "linearized model already"),
+        ((artifact, "--teacher", artifact), "already a linearized model"),
         ((artifact, "--device", "abacus"), "abacus"),
         ((tmp_path,), "no linearized artifact"),
     ]

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused(teacher, kept, merged, tmp_path):
     save_tokenizer(deeper)
     with pytest.raises(UserError, match=r"the adapter cannot be loaded: [\s\S]*size mismatch"):
         drafting_for_teacher(kept, str(deeper))
-    with pytest.raises(UserError, match="no teacher for .* is a linearized model already"):
+    with pytest.raises(UserError, match="no teacher for .* is already a linearized model"):
         drafting_for_teacher(kept, str(merged))
     with pytest.raises(UserError, match="not a linearized one"):
         drafted_by(teacher.path, str(kept))

@@ -279,11 +279,11 @@ def refusal(*args, **kwargs) -> str:
 
 
 def test_what_is_no_artifact_is_refused(artifact, tmp_path, tokenizer):
-    assert "is no folder" in refusal(tmp_path / "absent")
+    assert "is not a folder" in refusal(tmp_path / "absent")
     assert "it has no config.json" in refusal(tmp_path)
     tiny_model("llama").save_pretrained(tmp_path)
     said = refusal(tmp_path)
-    assert "config.json is that of a llama model" in said and "linearize convert" in said
+    assert "config.json describes a llama model" in said and "linearize convert" in said
     (tmp_path / "config.json").write_text("[]")
     assert "config.json is not a JSON object" in refusal(tmp_path)
 

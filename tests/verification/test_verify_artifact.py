@@ -195,7 +195,7 @@ def test_a_fingerprint_of_half_precision_is_computed_in_fp32(sealed, tmp_path, m
 
 
 def test_what_cannot_be_sealed(tmp_path, sealed):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         seal(tmp_path / "absent")
     folder = shutil.copytree(sealed, tmp_path / "tiny")
     (folder / "linearize.json").unlink()
