@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from linearize_kernels.parts.decay import MEMORIES
 from transformers import PreTrainedModel
 
-from linearize_cli.compatibility import LINEAR, forward_only
 from linearize_cli.errors import UserError
 from linearize_cli.job import SELF, Job
 from linearize_cli.plan import Layer, measured_count
@@ -59,13 +59,13 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
         UserError: a memory that runs forward in time for layers that see both sides, answers that text does not
             hold, or text that the model cannot write.
     """
-    key, distill = forward_only(job.recipe.attention), job.recipe.recover.distill
-    if key is not None and not all(layer.causal for layer in layers):
+    attention, distill = job.recipe.attention, job.recipe.recover.distill
+    if MEMORIES[attention.memory.kind].forward_in_time and not all(layer.causal for layer in layers):
         raise UserError(
-            f"{key} of {job.recipe.name} runs forward in time, and {kind} attends to both sides",
+            f"attention.memory.kind of {job.recipe.name} runs forward in time, and {kind} attends to both sides",
             "Choose a method without it, or pass --set attention.memory.kind=none.",
         )
-    if job.recipe.attention.cross == LINEAR and not any("cross" in layer.geometry for layer in layers):
+    if attention.cross == "linear" and not any("cross" in layer.geometry for layer in layers):
         raise UserError(
             f"attention.cross linear: no layer of {kind} to convert attends to an encoder",
             "Pass --set attention.cross=softmax.",

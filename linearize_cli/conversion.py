@@ -18,7 +18,6 @@ from linearize_cli.checks import (
     hidden_bytes,
     with_batch_size,
 )
-from linearize_cli.compatibility import LINEAR
 from linearize_cli.console import Terminal
 from linearize_cli.costs import costs
 from linearize_cli.estimate import estimate, measured_flops
@@ -28,7 +27,6 @@ from linearize_cli.output import Output, output_folder
 from linearize_cli.phantom import Phantom
 from linearize_cli.pipeline import Run
 from linearize_cli.plan import Layer, check_biases, choose_layers, measured_count, plan_layers
-from linearize_cli.recipe import with_budget
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.layers import LayerBlocks
@@ -82,9 +80,7 @@ def convert(
         CheckFailed: the converted model's forms do not agree; nothing is saved.
         KeyboardInterrupt: `<output>.partial` is left for `resume`.
     """
-    recipe = with_budget(load_recipe(method, overrides, trust_remote_code), tokens)
-    if data:
-        recipe = with_budget(recipe, data=", ".join(data))
+    recipe = load_recipe(method, overrides, trust_remote_code).with_budget(tokens, ", ".join(data))
     job = Job(
         model,
         recipe,
@@ -176,7 +172,7 @@ def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]
     """The layers that become linear, and those that stay softmax. Raises as `choose_layers` and `check_biases`."""
     attention = job.recipe.attention
     reach = attention.local.size if attention.local else 1
-    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == LINEAR), job.keep_softmax)
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
     check_biases(model, linear, softmax, job.keep_softmax)
     return linear, softmax
 

@@ -22,7 +22,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.job import DEMO, Job
-from linearize_cli.recipe import HeadStage, Recipe, build, with_budget
+from linearize_cli.recipe import Recipe
 from linearize_cli.recover import data as text
 from linearize_cli.recover.engine import Engine
 from linearize_cli.recover.heads import LOG, check_heads, make_heads
@@ -69,13 +69,13 @@ def heads(
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
     report = read_record(folder, whole=True)
-    recipe = with_budget(saved_recipe(folder), tokens)
+    recipe = saved_recipe(folder).with_budget(tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
-    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
+    job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     with engine.together():
@@ -152,20 +152,16 @@ def identity(report: dict[str, Any]) -> str:
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """The recipe of an artifact; that its parts can be had is not asked here.
+    """Return the recipe of an artifact. Its parts need not be registered.
 
     Raises:
-        UserError: it is not whole.
+        UserError: the file cannot be read, or lacks keys.
     """
-    problems: list[str] = []
-    try:
-        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
-    except UserError as error:
-        problems.append(error.what)
-    if problems:
-        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
-        raise UserError(what, "Convert the model again, or fetch the artifact again.")
-    return recipe
+    path, hint = folder / "recipe.yaml", "Convert the model again, or fetch the artifact again."
+    data = read_yaml(path, hint)
+    if faults := Recipe.faults(data):
+        raise UserError(f"{path} cannot be read: {'; '.join(faults)}", hint)
+    return Recipe.model_validate(data)
 
 
 def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -269,7 +268,7 @@ class Run:
             else:
                 objectives = [Transfer(self.model, self.native, windows)]
             lr = transfer_rate(recipe.transfer, min(layer.geometry["key_dim"] for layer in self.linear))
-            stage("transfer", objectives, replace(recipe.transfer, lr=lr), 0)
+            stage("transfer", objectives, recipe.transfer.model_copy(update={"lr": lr}), 0)
         if self.steps["transfer"]:
             self.keep_softmax(source, blocks)
             self.measure("transferred", blocks)
@@ -281,7 +280,7 @@ class Run:
             lr, linear_lr = learning_rates(recipe.distill, self.model.config.get_text_config().hidden_size)
             objective = Distillation(student, self.native, recipe.distill, teacher)
             with recomputed(student) if recipe.distill.checkpointing else nullcontext():
-                options = replace(recipe.distill, lr=lr, linear_lr=linear_lr)
+                options = recipe.distill.model_copy(update={"lr": lr, "linear_lr": linear_lr})
                 stage("distill", [objective], options, self.steps["transfer"])
             if self.job.keep_adapter and self.engine.main:
                 student.save_pretrained(self.partial / "adapter")

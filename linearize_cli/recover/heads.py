@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,9 @@ def make_heads(
     started, tokens_per_step = time.monotonic(), length * job.batch_size
     steps = job.recipe.recover.tokens // tokens_per_step
     options = HeadStage(lr=job.medusa_lr)
-    options = replace(options, lr=head_rate(options, model.get_output_embeddings().weight.shape[1]))
+    options = options.model_copy(
+        update={"lr": head_rate(options, model.get_output_embeddings().weight.shape[1])}
+    )
     common = (steps, tokens_per_step, options, folder, terminal, engine)
     made = train_heads(model, job.medusa_heads, batches, *common)
     if engine.main:
