@@ -1,0 +1,179 @@
+"""`heads`: Medusa heads for an artifact."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize_cli.artifact.card import card
+from linearize_cli.artifact.checksums import sha256
+from linearize_cli.artifact.load import load
+from linearize_cli.artifact.record import read_record
+from linearize_cli.conversion.convert import open_sources, read_through, train_and_eval, with_own_text
+from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
+from linearize_cli.conversion.workspace import Workspace
+from linearize_cli.data import sources as text
+from linearize_cli.data.names import DEMO
+from linearize_cli.demo import heldout_path
+from linearize_cli.errors import UserError
+from linearize_cli.files import check_writable, replacing, write_json, write_text
+from linearize_cli.inputs import read_yaml, user_path
+from linearize_cli.methods.recipe import Recipe
+from linearize_cli.models.batch import Batch
+from linearize_cli.models.tasks import task_of
+from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
+from linearize_cli.terminal import Terminal
+from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
+from linearize_cli.training.medusa import LOG, make_heads
+
+HEADS = 4
+
+
+def heads(
+    artifact: str | Path = ".",
+    *,
+    heads: int = HEADS,
+    data: tuple[str, ...] = (),
+    eval_data: str | None = None,
+    skip_bad_rows: int = 0,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+) -> dict[str, Any] | None:
+    """Train Medusa heads for an artifact's model, which stays as it is; they are saved in its folder.
+
+    The arguments are those of `linearize heads`; text, tokens and blocks are the conversion's if not given. Returns
+    the facts that `linearize.json` then has under `medusa`, and `output`; of several processes, on the main one.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+        KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
+    """
+    folder = user_path(artifact).resolve()
+    if not (folder / "linearize.json").is_file():
+        raise UserError(
+            f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
+        )
+    if (folder / FILE).exists() and not (force or resume):
+        raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
+    report = read_record(folder, whole=True)
+    recipe = saved_recipe(folder).with_budget(tokens)
+    if report["base_model"] == DEMO:
+        data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
+    data = data or tuple(recipe.recover.data.split(", "))
+    length = seq_len or report.get("seq_len")
+    asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
+    job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
+    engine = Engine(device)
+    terminal = terminal if terminal and engine.main else Terminal(quiet=True)
+    with engine.together():
+        facts = run(job, folder, report, engine, terminal, resume, force, trust_remote_code)
+    return {**facts, "output": str(artifact)} if engine.main else None
+
+
+def run(
+    job: Job,
+    folder: Path,
+    report: dict[str, Any],
+    engine: Engine,
+    terminal: Terminal,
+    resume: bool,
+    force: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Run `heads` in one of its processes."""
+    workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
+    engine.on_main(check_writable, folder / FILE)
+    facts = engine.on_main(workspace.open, job, resume, force, identity(report))
+    if facts is not None:
+        return facts
+    with engine.only_main(workspace.working), engine.watched():
+        made, dtype, facts = train_heads(job, folder, workspace.path, engine, terminal, trust_remote_code)
+        if engine.main:
+            made.save(folder, dtype)
+            with replacing(folder / LOG) as beside:
+                shutil.copy(workspace.path / LOG, beside)
+            tell(folder, report, facts)
+            workspace.save_state({**workspace.state, "report": facts})
+    return facts
+
+
+def train_heads(
+    job: Job, folder: Path, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
+) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
+    """Train heads for the artifact in `folder`; return them, the model's dtype and the facts about them.
+
+    Args:
+        partial: keeps the checkpoint and the log.
+    """
+    bad = text.BadRows(job.skip_bad_rows)
+    sources = open_sources(job, bad)
+    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
+    device = {"device": engine.home, "dtype": job.dtype}
+    model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
+    task = task_of(model, tokenizer)
+    check_heads(model, type(task))
+    read_through([*sources, eval_text], tokenizer, task)
+    bad.report(terminal)
+    length = check_length(job.seq_len, job.recipe, model)
+    job = with_batch_size(job, length)
+    check_budget(job, length, engine.processes)
+    writing = (model, tokenizer, partial / "self.jsonl")
+    sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
+    train_text, eval_text = train_and_eval(job, sources, eval_text)
+    limit = None if job.eval_data else text.HELD_OUT_LIMIT
+    blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
+
+    def batches(done: int) -> Iterator[Batch]:
+        stream = text.stream(train_text, tokenizer, length, job.batch_size, job.recipe.recover, done)
+        return (task.batch(engine.share(rows)) for rows in stream)
+
+    heads, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
+    bad.report(terminal)
+    return heads, model.dtype, facts
+
+
+def identity(report: dict[str, Any]) -> str:
+    """Identify an artifact by its `linearize.json`, whatever heads it has."""
+    rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """Return the recipe of an artifact. Its parts need not be registered.
+
+    Raises:
+        UserError: the file cannot be read, or lacks keys.
+    """
+    path, hint = folder / "recipe.yaml", "Convert the model again, or fetch the artifact again."
+    data = read_yaml(path, hint)
+    if faults := Recipe.faults(data):
+        raise UserError(f"{path} cannot be read: {'; '.join(faults)}", hint)
+    return Recipe.model_validate(data)
+
+
+def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the facts into `linearize.json`, and into the card unless somebody has edited it."""
+    path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
+    before, report = card(report, **name), {**report, "medusa": facts}
+    # A run that was killed may have written the new card already.
+    untouched = path.is_file() and path.read_text() in (before, card(report, **name))
+    if report.get("checksums"):
+        report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
+    if untouched:  # before linearize.json: a run that is killed in between does this again
+        write_text(path, card(report, **name))
+        report["card"] = sha256(path)
+    write_json(folder / "linearize.json", report)
