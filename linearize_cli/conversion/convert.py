@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.costs import costs
-from linearize_cli.conversion.estimate import estimate, measured_flops
+from linearize_cli.conversion.estimate import Estimate, measured_flops
 from linearize_cli.conversion.layer_selection import check_biases, choose_layers, measured_count, plan_layers
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.phantom import Phantom
@@ -261,5 +261,5 @@ def plan_report(
         name = str(dtype).removeprefix("torch.")
         flops, where = measured_flops(device, dtype), f"a product of matrices in {name}, measured on {device}"
     counted = costs(model, linear, softmax, job.recipe, length)
-    lines = estimate(counted, job, length, dtype.itemsize, processes, flops, where)
+    lines = Estimate(counted, job, length, dtype.itemsize, processes, flops, where).all()
     return {**report, "estimate": lines}
