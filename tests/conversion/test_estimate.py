@@ -85,9 +85,9 @@ def peak_of_a_step(objective, parameters):
         optimizer.step()
 
     models = {id(p): p.nbytes for p in (*objective.parameters(), *objective.buffers())}
-    with ThreadPoolExecutor(
-        1
-    ) as thread:  # a new thread holds no memory of earlier steps that it could use again
+    gc.collect()  # memory that is freed during the step would count against its peak
+    # A new thread has no buffers of earlier steps to use again.
+    with ThreadPoolExecutor(max_workers=1) as thread:
         measured = thread.submit(peak_bytes, lambda: torch.optim.AdamW(parameters), step, "cpu")
         return sum(models.values()) + measured.result()[1]
 
