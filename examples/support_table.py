@@ -1,8 +1,8 @@
-"""Writes the README's table of model types from what the walk found.
+"""Writes the table of model types in docs/models.md from what the walk found.
 
-    python tests/support/walk.py walk.json && python examples/support_table.py walk.json README.md
+    python tests/support/walk.py walk.json && python examples/support_table.py walk.json docs/models.md
 
-The table stands between the two marks in the README.
+The table replaces the text between the two marks in docs/models.md.
 """
 
 import argparse

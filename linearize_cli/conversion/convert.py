@@ -4,36 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.costs import costs
 from linearize_cli.conversion.estimate import Estimate, measured_flops
-from linearize_cli.conversion.layer_selection import check_biases, choose_layers, measured_count, plan_layers
+from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.phantom import Phantom
-from linearize_cli.conversion.pipeline import Run
+from linearize_cli.conversion.pipeline import Place, chosen_layers, make_artifact
 from linearize_cli.conversion.preflight import (
-    check_blocks,
     check_budget,
     check_checkpointing,
     check_length,
-    check_space,
     check_task,
-    hidden_bytes,
     with_batch_size,
 )
-from linearize_cli.data import sources as text
-from linearize_cli.data.names import DEMO, SELF
-from linearize_cli.data.self_generated import write_corpus
+from linearize_cli.data.readers import BadRows
 from linearize_cli.methods.registry import load_recipe
-from linearize_cli.models.layer import Layer
-from linearize_cli.models.load import check_device, load_shape, load_teacher
-from linearize_cli.models.tasks import Task, task_class, task_of
+from linearize_cli.models.load import check_device, load_shape
+from linearize_cli.models.tasks import task_class
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
-from linearize_cli.training.streamed_layers import LayerBlocks
+from linearize_cli.training.text import open_sources
 
 
 def default_output(model: str, method: str) -> Path:
@@ -103,121 +96,15 @@ def convert(
     folder = output_folder(default_output(model, method) if output is None else output)
     engine = Engine(device, tracker, folder.parent / "runs")
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
-    with engine.together():
-        result = run(job, folder, engine, terminal, resume, force, trust_remote_code)
-    return result if engine.main else None
-
-
-def run(
-    job: Job,
-    folder: Path,
-    engine: Engine,
-    terminal: Terminal,
-    resume: bool,
-    force: bool,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    """Run `convert` in one of its processes."""
     output = Output(folder)
-    report = engine.on_main(output.open, job, resume, force)
-    if report is None:
-        with engine.only_main(output.working), engine.watched():
-            report = make_artifact(job, output.path, folder, engine, terminal, trust_remote_code)
-            if engine.main:
-                output.put_in_place(job, report)
-    return {**report, "output": str(folder)}
-
-
-def make_artifact(
-    job: Job, partial: Path, folder: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
-) -> dict[str, Any]:
-    """Write the artifact to `partial/artifact` and return its report.
-
-    Args:
-        folder: where the artifact will be.
-    """
-    refuse_linearized(job.model)
-    bad = text.BadRows(job.skip_bad_rows)
-    sources = open_sources(job, bad)
-    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
-    texts = None if None in sources else train_and_eval(job, sources, eval_text)
-    check_device(engine.device)
-    size = job.recipe.recover.transfer.block_layers
-    home = "cpu" if size else engine.home
-    teacher, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
-    linear, softmax = planned(job, teacher)
-    task = task_of(teacher, tokenizer)
-    check_task(job, type(teacher).__name__, type(task), linear)
-    read_through([*sources, eval_text], tokenizer, task)
-    bad.report(terminal)
-    check_checkpointing(job, teacher)
-    length = check_length(job.seq_len, job.recipe, teacher)
-    job = with_batch_size(job, length)
-    check_budget(job, length, engine.processes)
-    by_block = None
-    if size:
-        by_block = LayerBlocks.of(teacher, [layer.name for layer in linear], size, engine.device)
-        check_blocks(job, teacher, by_block, engine)
-    engine.on_main(check_space, folder, teacher, hidden_bytes(job, teacher, by_block))
-    if texts is None:
-        writing = (teacher, tokenizer, partial / "self.jsonl")
-        sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
-        texts = train_and_eval(job, sources, eval_text)
-    where = (length, partial, terminal, engine, by_block)
-    converting = Run(job, teacher, tokenizer, task, linear, softmax, *where)
-    report = converting.all(*texts, folder.name)
-    bad.report(terminal)
-    return report
-
-
-def planned(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
-    """The layers that become linear, and those that stay softmax. Raises as `choose_layers` and `check_biases`."""
-    attention = job.recipe.attention
-    reach = attention.local.size if attention.local else 1
-    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
-    check_biases(model, linear, softmax, job.keep_softmax)
-    return linear, softmax
-
-
-def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
-    """What the job names as data; None stands for `self`, which is not written yet."""
-    names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
-    needed = job.train or job.data
-    return [None if name == SELF else text.open_source(name, bad) for name in names] if needed else []
-
-
-def read_through(sources: list[text.Source | None], tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Read local text once before the start. Raises as `text.read_through`."""
-    for source in filter(None, sources):
-        text.read_through(source, tokenizer, task)
-
-
-def with_own_text(
-    job: Job,
-    sources: list[text.Source | None],
-    bad: text.BadRows,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: Path,
-    length: int,
-    terminal: Terminal,
-    engine: Engine,
-) -> list[text.Source]:
-    """The sources with what the model writes into `corpus`, its share of the budget, where one is `self`."""
-    if None in sources:
-        share = -(-job.recipe.recover.tokens // len(sources))
-        engine.on_main(write_corpus, model, tokenizer, corpus, share, length, job.seed, terminal)
-    return [source or text.open_source(str(corpus), bad) for source in sources]
-
-
-def train_and_eval(
-    job: Job, sources: list[text.Source], eval_text: text.Source | None
-) -> tuple[text.Source | None, text.Source | None]:
-    """The text to train on and the text to measure on, where there is one."""
-    train_text = text.joined(sources) if sources else None
-    if train_text is not None and eval_text is None:
-        train_text, eval_text = text.hold_out(train_text)
-    return train_text if job.train else None, eval_text
+    with engine.together():
+        report = engine.on_main(output.open, job, resume, force)
+        if report is None:
+            with engine.only_main(output.working), engine.watched():
+                report = make_artifact(job, Place(folder, output.path, engine, terminal), trust_remote_code)
+                if engine.main:
+                    output.put_in_place(job, report)
+    return {**report, "output": str(folder)} if engine.main else None
 
 
 def plan_report(
@@ -231,10 +118,10 @@ def plan_report(
     refuse_linearized(job.model)
     check_device(device)
     if job.data:
-        open_sources(job, text.BadRows(job.skip_bad_rows))
+        open_sources(job, BadRows(job.skip_bad_rows))
     model = load_shape(job.model, job.dtype, trust_remote_code)
     with Phantom():
-        linear, softmax = planned(job, model)
+        linear, softmax = chosen_layers(job, model)
     check_task(job, type(model).__name__, task_class(model), linear)
     check_checkpointing(job, model)
     length = check_length(job.seq_len, job.recipe, model)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,22 @@ from linearize_cli.artifact.card import card
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.artifact.record import read_record
-from linearize_cli.conversion.convert import open_sources, read_through, train_and_eval, with_own_text
 from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
 from linearize_cli.conversion.workspace import Workspace
-from linearize_cli.data import sources as text
 from linearize_cli.data.names import DEMO
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import Recipe
-from linearize_cli.models.batch import Batch
 from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
+from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
-from linearize_cli.training.medusa import LOG, make_heads
+from linearize_cli.training.medusa import LOG, train_heads
+from linearize_cli.training.text import NamedText
 
 HEADS = 4
 
@@ -79,70 +77,44 @@ def heads(
     job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
+    workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
     with engine.together():
-        facts = run(job, folder, report, engine, terminal, resume, force, trust_remote_code)
+        engine.on_main(check_writable, folder / FILE)
+        facts = engine.on_main(workspace.open, job, resume, force, identity(report))
+        if facts is None:
+            with engine.only_main(workspace.working), engine.watched():
+                made, dtype, facts = train(job, workspace.path, engine, terminal, trust_remote_code)
+                if engine.main:
+                    made.save(folder, dtype)
+                    with replacing(folder / LOG) as beside:
+                        shutil.copy(workspace.path / LOG, beside)
+                    record_heads(folder, report, facts)
+                    workspace.save_state({**workspace.state, "report": facts})
     return {**facts, "output": str(artifact)} if engine.main else None
 
 
-def run(
-    job: Job,
-    folder: Path,
-    report: dict[str, Any],
-    engine: Engine,
-    terminal: Terminal,
-    resume: bool,
-    force: bool,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    """Run `heads` in one of its processes."""
-    workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
-    engine.on_main(check_writable, folder / FILE)
-    facts = engine.on_main(workspace.open, job, resume, force, identity(report))
-    if facts is not None:
-        return facts
-    with engine.only_main(workspace.working), engine.watched():
-        made, dtype, facts = train_heads(job, folder, workspace.path, engine, terminal, trust_remote_code)
-        if engine.main:
-            made.save(folder, dtype)
-            with replacing(folder / LOG) as beside:
-                shutil.copy(workspace.path / LOG, beside)
-            tell(folder, report, facts)
-            workspace.save_state({**workspace.state, "report": facts})
-    return facts
-
-
-def train_heads(
-    job: Job, folder: Path, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
+def train(
+    job: Job, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
 ) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
-    """Train heads for the artifact in `folder`; return them, the model's dtype and the facts about them.
+    """Train heads for the artifact that the job names; return them, the model's dtype and the facts about them.
 
     Args:
         partial: keeps the checkpoint and the log.
     """
-    bad = text.BadRows(job.skip_bad_rows)
-    sources = open_sources(job, bad)
-    eval_text = text.open_source(job.eval_data, bad) if job.eval_data else None
-    device = {"device": engine.home, "dtype": job.dtype}
-    model, tokenizer = load(folder, **device, trust_remote_code=trust_remote_code)
+    text = NamedText(job)
+    model, tokenizer = load(
+        job.model, device=engine.home, dtype=job.dtype, trust_remote_code=trust_remote_code
+    )
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
-    read_through([*sources, eval_text], tokenizer, task)
-    bad.report(terminal)
+    text.read_through(tokenizer, task, terminal)
     length = check_length(job.seq_len, job.recipe, model)
     job = with_batch_size(job, length)
     check_budget(job, length, engine.processes)
-    writing = (model, tokenizer, partial / "self.jsonl")
-    sources = with_own_text(job, sources, bad, *writing, length, terminal, engine)
-    train_text, eval_text = train_and_eval(job, sources, eval_text)
-    limit = None if job.eval_data else text.HELD_OUT_LIMIT
-    blocks = text.evaluation_blocks(eval_text, tokenizer, length, limit)
-
-    def batches(done: int) -> Iterator[Batch]:
-        stream = text.stream(train_text, tokenizer, length, job.batch_size, job.recipe.recover, done)
-        return (task.batch(engine.share(rows)) for rows in stream)
-
-    heads, facts = make_heads(job, model, batches, blocks, length, partial, terminal, engine)
-    bad.report(terminal)
+    text.write_own(model, tokenizer, partial / "self.jsonl", length, terminal, engine)
+    blocks = text.blocks(job, tokenizer, task, length)
+    heads, facts = train_heads(job, model, blocks, Session.open(engine, terminal, partial, LOG))
+    text.bad.report(terminal)
     return heads, model.dtype, facts
 
 
@@ -165,8 +137,8 @@ def saved_recipe(folder: Path) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def tell(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write the facts into `linearize.json`, and into the card unless somebody has edited it."""
+def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Record the facts about new heads in `linearize.json`, and in the card unless somebody has edited it."""
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     before, report = card(report, **name), {**report, "medusa": facts}
     # A run that was killed may have written the new card already.

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from linearize_cli.files import replacing
 from linearize_cli.models.batch import Batch
 from linearize_cli.training.attention_transfer import WindowDropout, shorter_windows, transferring
-from linearize_cli.training.engine import Engine
-from linearize_cli.training.loop import Checkpoint
+from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.streamed_layers import LayerBlocks, alone, leaving, returned
 
@@ -34,20 +33,21 @@ def transfer_by_blocks(
     blocks: LayerBlocks,
     batches: Callable[[int], Iterator[Batch]],
     steps: int,
-    checkpoint: Checkpoint,
-    folder: Path,
-    engine: Engine,
+    session: Session,
 ) -> Iterator["BlockTransfer"]:
-    """The objective of each block in turn, to be trained while the block is on the device. An interrupted run goes
-    on with the block that `checkpoint` tells, which keeps how many are done.
+    """Yield the objective of each block in turn, to be trained while the block is on the device.
+
+    The session's checkpoint counts the finished blocks, and its folder keeps their hidden states and parameters. An
+    interrupted run continues with the first block that is not finished.
 
     Args:
-        batches: the number of batches to leave out -> those that follow; `steps` are what each block learns from.
-        folder: where the hidden states and what the blocks have learned are kept meanwhile.
+        batches: maps a number of batches to leave out to the batches that follow.
+        steps: batches that each block learns from.
 
     Raises:
         UserError: the layers of this model do not run in blocks.
     """
+    checkpoint, folder = session.checkpoint, session.folder
     hidden, learned = HiddenStates(folder / "hidden"), folder / "blocks"
     returns = returned(blocks, model, native, next(batches(0)))
     for block in blocks.ranges():
@@ -66,12 +66,12 @@ def transfer_by_blocks(
                 with torch.no_grad():
                     for batch in islice(batches(done), steps - done):
                         objective(batch)
-        engine.accelerator.wait_for_everyone()
+        session.engine.accelerator.wait_for_everyone()
         checkpoint.results["transferred_layers"] = block.stop
         checkpoint.stage, checkpoint.step, checkpoint.parameters, checkpoint.optimizer = "", 0, {}, {}
-        if engine.main:
+        if session.engine.main:
             save_whole(objective.state_dict(), file)
-            checkpoint.save(folder / "checkpoint.pt")
+            session.save()
             hidden.drop(block[0])
 
 

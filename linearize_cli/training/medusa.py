@@ -1,9 +1,7 @@
 """Training Medusa heads: the model is frozen, and each head learns which token follows so many places later."""
 
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,12 @@ from linearize_cli.methods.recipe import HeadStage, head_rate
 from linearize_cli.models.batch import IGNORED, Batch
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.tune import tune
-from linearize_cli.terminal import Terminal
+from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.distillation import LOGITS, mean_count
-from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
-from linearize_cli.training.loop import Checkpoint, Log, train
+from linearize_cli.training.loop import StagePlan, train
 from linearize_cli.training.objective import Objective
+from linearize_cli.training.text import TextBlocks
 
 STAGE = "heads"
 LOG = "medusa.jsonl"  # beside the heads
@@ -82,61 +80,36 @@ class HeadTraining(Objective):
 
 
 def train_heads(
-    model: PreTrainedModel,
-    heads: int,
-    batches: Callable[[int], Iterator[Batch]],
-    steps: int,
-    tokens_per_step: int,
-    options: HeadStage,
-    folder: Path,
-    terminal: Terminal,
-    engine: Engine,
-) -> MedusaHeads:
-    """New heads for a frozen model, trained in a folder that keeps their checkpoint and log: a run that was stopped
-    goes on from there, to the same result. Arguments as of `train`.
-    """
-    path = folder / "checkpoint.pt"
-    state = Checkpoint.load(path) if path.exists() else Checkpoint()
-    log = Log(folder / LOG, state.log_bytes, engine)
-    objective = HeadTraining(model, MedusaHeads.of(model, heads), options.decay)
-    train(STAGE, objective, batches, steps, tokens_per_step, options, state, folder, terminal, log, engine)
-    return objective.heads.requires_grad_(False).eval()
-
-
-def make_heads(
-    job: Job,
-    model: PreTrainedModel,
-    batches: Callable[[int], Iterator[Batch]],
-    blocks: Tensor,
-    length: int,
-    folder: Path,
-    terminal: Terminal,
-    engine: Engine,
+    job: Job, model: PreTrainedModel, blocks: TextBlocks, session: Session, start: int = 0
 ) -> tuple[MedusaHeads, dict[str, Any]]:
-    """Heads trained in `folder` for a frozen model, with what they are worth on held-out blocks `[N, L]`.
+    """Train new heads for a frozen model, and measure what they are worth on the held-out blocks.
 
     Args:
-        batches: as of `train`.
+        session: its folder keeps the checkpoint and the log. An interrupted run is resumed from there.
+        start: batches of the training text to leave out.
+
+    Returns:
+        The heads and the facts about them that `linearize.json` records.
     """
-    started, tokens_per_step = time.monotonic(), length * job.batch_size
-    steps = job.recipe.recover.tokens // tokens_per_step
+    started = time.monotonic()
     options = HeadStage(lr=job.medusa_lr)
-    options = options.model_copy(
-        update={"lr": head_rate(options, model.get_output_embeddings().weight.shape[1])}
-    )
-    common = (steps, tokens_per_step, options, folder, terminal, engine)
-    made = train_heads(model, job.medusa_heads, batches, *common)
-    if engine.main:
-        terminal.note("measuring the heads on held-out text, and the cost of a step")
-        tune(model, made, blocks)
+    lr = head_rate(options, model.get_output_embeddings().weight.shape[1])
+    options = options.model_copy(update={"lr": lr})
+    steps = job.recipe.recover.tokens // blocks.tokens_per_step
+    plan = StagePlan(STAGE, steps, blocks.tokens_per_step, options)
+    objective = HeadTraining(model, MedusaHeads.of(model, job.medusa_heads), options.decay)
+    train(plan, objective, blocks.batches(session.engine, start), session)
+    heads = objective.heads.requires_grad_(False).eval()
+    if session.engine.main:
+        session.terminal.note("measuring the heads on held-out text, and the cost of a step")
+        tune(model, heads, blocks.held_out)
+    expected = round(heads.tree.expected(heads.acceptance), 3) if heads.acceptance else None
     facts = {
-        "heads": len(made),
-        "tokens": steps * tokens_per_step,
-        "acceptance": [[round(rate, 4) for rate in rates] for rates in made.acceptance],
-        "tree_nodes": len(made.tree.parents),
-        "expected_tokens_per_step": round(made.tree.expected(made.acceptance), 3)
-        if made.acceptance
-        else None,
+        "heads": len(heads),
+        "tokens": steps * blocks.tokens_per_step,
+        "acceptance": [[round(rate, 4) for rate in rates] for rates in heads.acceptance],
+        "tree_nodes": len(heads.tree.parents),
+        "expected_tokens_per_step": expected,
         "seconds": round(time.monotonic() - started, 1),
     }
-    return made, facts
+    return heads, facts

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from linearize_cli.cli import main
-from linearize_cli.conversion import convert as conversion
 from linearize_cli.conversion import demo as run
+from linearize_cli.conversion import pipeline
 from linearize_cli.conversion.demo import demo
 
 
@@ -31,7 +31,7 @@ def test_an_interrupted_demo_can_be_resumed(tmp_path, monkeypatch, capsys):
 
     arguments = ["demo", "-o", str(tmp_path / "out"), "--tokens", "8k", "-q"]
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
-        patched.setattr(conversion.Run, "recover", interrupted)
+        patched.setattr(pipeline, "recover", interrupted)
         main(arguments)
     assert ended.value.code == 130 and "go on with --resume" in capsys.readouterr().err
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:

@@ -46,15 +46,15 @@ def killing_save(*arguments, **keywords):
     if moment.startswith("after-save") and count == int(moment.split("-")[-1]):
         os.kill(os.getpid(), signal.SIGKILL)
 train.torch.save = killing_save
-from linearize_cli.conversion import pipeline
-perplexity, measured = pipeline.perplexity, 0
+from linearize_cli.conversion import stages
+perplexity, measured = stages.perplexity, 0
 def killing_perplexity(*arguments):
     global measured
     measured += 1
     if moment.startswith("in-measure") and measured == int(moment.split("-")[-1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return perplexity(*arguments)
-pipeline.perplexity = killing_perplexity
+stages.perplexity = killing_perplexity
 from linearize_cli.conversion import softmax_selection as keep_softmax
 divergence, compared = keep_softmax.divergence, 0
 def killing_divergence(*arguments):

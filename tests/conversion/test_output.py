@@ -14,8 +14,7 @@ from fake_artifact import write_artifact
 from linearize_cli import convert
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
-from linearize_cli.conversion import convert as conversion
-from linearize_cli.conversion import heads
+from linearize_cli.conversion import heads, pipeline
 from linearize_cli.errors import UserError
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -36,7 +35,7 @@ def refused(tmp_path, monkeypatch):
     def loaded(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(conversion, "load_teacher", loaded)
+    monkeypatch.setattr(pipeline, "load_teacher", loaded)
 
     def refused(output, model="model", data="text.txt", force=True, **options) -> str:
         before = contents(tmp_path)
@@ -195,14 +194,14 @@ def test_the_folder_behind_a_link_is_replaced(teacher):
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(teacher, monkeypatch):
-    output, load = teacher.folder / "late", conversion.load_teacher
+    output, load = teacher.folder / "late", pipeline.load_teacher
 
     def slow(*arguments):
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
         return load(*arguments)
 
-    monkeypatch.setattr(conversion, "load_teacher", slow)
+    monkeypatch.setattr(pipeline, "load_teacher", slow)
     with pytest.raises(UserError, match="exists already"):
         run(teacher, output, train=False)
     assert os.listdir(output) == ["thesis.tex"] and not (teacher.folder / "late.partial").exists()
@@ -212,11 +211,11 @@ def test_an_interrupted_run_with_force_is_resumed(teacher, monkeypatch):
     output = write_artifact(teacher.folder / "forced")
     before = contents(output)
 
-    def interrupted(self, *arguments):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="--resume"):
-        patched.setattr(conversion.Run, "save", interrupted)
+        patched.setattr(pipeline, "save", interrupted)
         run(teacher, output, tokens=16 * 4 * 5, force=True)
     assert contents(output) == before
     with pytest.raises(UserError, match="--resume to go on, or --force"):
@@ -231,7 +230,7 @@ def test_an_interruption_before_anything_is_done_leaves_nothing(teacher, monkeyp
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "load_teacher", interrupted)
+    monkeypatch.setattr(pipeline, "load_teacher", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(teacher, teacher.folder / "early", train=False)
     assert not list(teacher.folder.glob("early*"))
@@ -267,9 +266,9 @@ def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
 
     monkeypatch.setattr(heads, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        heads.tell(output, report, facts)
+        heads.record_heads(output, report, facts)
     monkeypatch.setattr(heads, "write_json", write)
-    heads.tell(output, json.loads((output / "linearize.json").read_text()), facts)
+    heads.record_heads(output, json.loads((output / "linearize.json").read_text()), facts)
     assert "1.50 expected tokens" in (output / "README.md").read_text()
     told = json.loads((output / "linearize.json").read_text())
     assert told["medusa"] == facts and told["card"] == sha256(output / "README.md")
@@ -280,12 +279,12 @@ def test_heads_of_an_artifact_that_was_replaced_are_not_resumed(teacher, monkeyp
     output = teacher.folder / "other"
     run(teacher, output, train=False)
 
-    def interrupted(job, folder, partial, *arguments):
+    def interrupted(job, partial, *arguments):
         (partial / "checkpoint.pt").write_text("trained")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="--resume"):
-        patched.setattr(heads, "train_heads", interrupted)
+        patched.setattr(heads, "train", interrupted)
         heads.heads(output)
     run(teacher, output, train=False, keep_softmax="at:1", force=True)
     with pytest.raises(UserError, match="of a run with another artifact"):

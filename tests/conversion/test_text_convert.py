@@ -78,7 +78,7 @@ def test_a_template_without_marks_is_said(teacher, notes, monkeypatch):
     tokenizer.save_pretrained(teacher.folder / "unmarked")
     unmarked = teacher._replace(path=str(teacher.folder / "unmarked"))
     run(unmarked, "all", "recover.assistant_only=true", tokens=200)
-    assert any("does not mark what the assistant says" in note for note in notes)
+    assert any("does not mark the assistant's words" in note for note in notes)
 
 
 def test_a_tokenizer_without_a_template_is_refused(teacher, monkeypatch):

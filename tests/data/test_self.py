@@ -10,10 +10,10 @@ from convert_case import SMALL, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize_cli import convert
-from linearize_cli.conversion import convert as conversion
 from linearize_cli.data import self_generated as sample
 from linearize_cli.errors import UserError
 from linearize_cli.terminal import Terminal
+from linearize_cli.training.text import NamedText
 
 BOS, EOS = 1, 2
 LENGTH = 9
@@ -151,16 +151,15 @@ def test_half_a_corpus_is_never_kept(model, tokenizer, tmp_path, cache, monkeypa
 
 
 def test_self_and_a_file_share_the_training(teacher, monkeypatch):
-    opened, original = [], conversion.train_and_eval
+    opened, split = [], NamedText.split
 
-    def watching(job, sources, eval_text):
-        opened.append([source.count for source in sources])
-        result = original(job, sources, eval_text)
-        opened.append(result)
-        opened.append(["".join(document) for document in result[0].documents()])
-        return result
+    def watching(text):
+        opened.append([source.count for source in text.sources])
+        split(text)
+        opened.append((text.train, text.evaluation))
+        opened.append(["".join(document) for document in text.train.documents()])
 
-    monkeypatch.setattr(conversion, "train_and_eval", watching)
+    monkeypatch.setattr(NamedText, "split", watching)
     changes = {**SMALL, "data": (teacher.text, "self"), "eval_data": teacher.text, "batch_size": 4}
     report = convert(teacher.path, teacher.folder / "mixed", **changes)
     assert report["perplexity"]["recovered"] > 0

@@ -11,6 +11,7 @@ from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 
 from linearize_cli import convert
 from linearize_cli.training import loop as train
+from linearize_cli.training.checkpoint import Checkpoint
 
 # 8 steps of transfer, 12 of distillation.
 SIZES = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=0.4")
@@ -41,7 +42,7 @@ def stopped(monkeypatch, when):
     """A conversion within saves at every step, and stops after the save that `when(checkpoint, saves)` is true of."""
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(train, "SAVE_PAUSE", 0.0)
-    save, count = train.Checkpoint.save, 0
+    save, count = Checkpoint.save, 0
 
     def stop(self, path):
         nonlocal count
@@ -51,7 +52,7 @@ def stopped(monkeypatch, when):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train.Checkpoint, "save", stop)
+        patched.setattr(Checkpoint, "save", stop)
         yield
 
 
