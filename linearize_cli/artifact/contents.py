@@ -33,6 +33,8 @@ LOADED = (
     *(*WEIGHTS, *CODE, *TOKENIZER, *ADAPTER),
     *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),
 )
+# Files that a push publishes.
+PUBLISHED = (*LOADED, *REPORTS, "linearize.json", "README.md", "LICENSE*", "NOTICE*")
 # Files that the commands write into an artifact, or Python when it imports the code.
 WRITTEN = (
     *(*LOADED, *HEADS, *REPORTS),
@@ -54,6 +56,17 @@ def foreign_files(folder: Path) -> Iterator[str]:
             path = Path(place, name).relative_to(folder)
             if path.as_posix() not in named and not any(matches(path.parts, p) for p in patterns):
                 yield path.as_posix()
+
+
+def published_files(folder: Path) -> set[str]:
+    """Return the relative paths of the files of an artifact that are published, `checksums` of a report included."""
+    patterns, named = [pattern.split("/") for pattern in PUBLISHED], recorded(folder)
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.as_posix()
+        for path in paths
+        if path.as_posix() in named or any(matches(path.parts, pattern) for pattern in patterns)
+    }
 
 
 def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import read_object
-from linearize_cli.methods.recipe import LARGEST, Attention, build
+from linearize_cli.methods.recipe import LARGEST, Attention
 
 REPORT, CONFIG = "linearize.json", "config.json"
 AGAIN = "Convert again, or download the artifact again."
@@ -106,7 +106,7 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
         return faults
     if missing := [key for key in CONVERSION if record.get(key) is None]:
         return [f"linearize lacks {first_five(missing)}"]
-    build(Attention, record["attention"], "linearize.attention.", faults)
+    faults = Attention.faults(record["attention"], "linearize.attention.")
     for name, geometry in record["layers"].items():
         sizes = [(geometry or {}).get(size) for size in SIZES]
         if not all(type(size) is int and 0 < size <= LARGEST for size in sizes):

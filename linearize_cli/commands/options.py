@@ -25,8 +25,8 @@ class TokenCount(click.ParamType):
 
         try:
             return parse_count(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
+        except ValueError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
 
 
 class TokenCounts(TokenCount):

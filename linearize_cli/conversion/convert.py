@@ -7,7 +7,7 @@ from accelerate.tracking import GeneralTracker
 
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.costs import costs
-from linearize_cli.conversion.estimate import estimate, measured_flops
+from linearize_cli.conversion.estimate import Estimate, measured_flops
 from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.phantom import Phantom
@@ -20,7 +20,6 @@ from linearize_cli.conversion.preflight import (
     with_batch_size,
 )
 from linearize_cli.data.readers import BadRows
-from linearize_cli.methods.recipe import with_budget
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.models.load import check_device, load_shape
 from linearize_cli.models.tasks import task_class
@@ -78,9 +77,7 @@ def convert(
         CheckFailed: the forms of the converted model disagree. Nothing is saved.
         KeyboardInterrupt: `<output>.partial` is kept for `resume`.
     """
-    recipe = with_budget(load_recipe(method, overrides, trust_remote_code), tokens)
-    if data:
-        recipe = with_budget(recipe, data=", ".join(data))
+    recipe = load_recipe(method, overrides, trust_remote_code).with_budget(tokens, ", ".join(data))
     job = Job(
         model,
         recipe,
@@ -153,5 +150,5 @@ def plan_report(
         name = str(dtype).removeprefix("torch.")
         flops, where = measured_flops(device, dtype), f"a matrix product in {name}, measured on {device}"
     counted = costs(model, linear, softmax, job.recipe, length)
-    lines = estimate(counted, job, length, dtype.itemsize, processes, flops, where)
+    lines = Estimate(counted, job, length, dtype.itemsize, processes, flops, where).all()
     return {**report, "estimate": lines}

@@ -19,7 +19,7 @@ from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
-from linearize_cli.methods.recipe import HeadStage, Recipe, build, with_budget
+from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
@@ -71,13 +71,13 @@ def heads(
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} already has heads", "Pass --force to replace them.")
     report = read_record(folder, whole=True)
-    recipe = with_budget(saved_recipe(folder), tokens)
+    recipe = saved_recipe(folder).with_budget(tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
-    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
+    job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
@@ -131,20 +131,16 @@ def identity(report: dict[str, Any]) -> str:
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """Return the recipe of an artifact. It does not check that the recipe's parts are available.
+    """Return the recipe of an artifact. Its parts need not be registered.
 
     Raises:
-        UserError: the recipe is incomplete.
+        UserError: the file cannot be read, or lacks keys.
     """
-    problems: list[str] = []
-    try:
-        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
-    except UserError as error:
-        problems.append(error.what)
-    if problems:
-        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
-        raise UserError(what, "Convert the model again, or download the artifact again.")
-    return recipe
+    path, hint = folder / "recipe.yaml", "Convert the model again, or download the artifact again."
+    data = read_yaml(path, hint)
+    if faults := Recipe.faults(data):
+        raise UserError(f"{path} cannot be read: {'; '.join(faults)}", hint)
+    return Recipe.model_validate(data)
 
 
 def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from linearize_cli.conversion.preflight import (
 )
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
-from linearize_cli.methods.compatibility import LINEAR
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
 from linearize_cli.models.layer import Layer
@@ -129,7 +128,7 @@ def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[L
     """
     attention = job.recipe.attention
     reach = attention.local.size if attention.local else 1
-    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == LINEAR), job.keep_softmax)
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
     check_biases(model, linear, softmax, job.keep_softmax)
     return linear, softmax
 

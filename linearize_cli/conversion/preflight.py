@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from linearize_kernels.parts.decay import MEMORIES
 from transformers import PreTrainedModel
 
 from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.data.names import SELF
 from linearize_cli.errors import UserError
-from linearize_cli.methods.compatibility import LINEAR, forward_only
 from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.layer import Layer
 from linearize_cli.models.tasks import CausalLM, Task, context_length
@@ -69,13 +69,13 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
         UserError: the recipe has a memory that runs forward in time for bidirectional layers, needs labels
             that text does not give, or needs text that the model cannot write.
     """
-    key, distill = forward_only(job.recipe.attention), job.recipe.recover.distill
-    if key is not None and not all(layer.causal for layer in layers):
+    attention, distill = job.recipe.attention, job.recipe.recover.distill
+    if MEMORIES[attention.memory.kind].forward_in_time and not all(layer.causal for layer in layers):
         raise UserError(
-            f"{key} of {job.recipe.name} runs forward in time, but {kind} is bidirectional",
+            f"attention.memory.kind of {job.recipe.name} runs forward in time, but {kind} is bidirectional",
             "Choose a method without it, or pass --set attention.memory.kind=none.",
         )
-    if job.recipe.attention.cross == LINEAR and not any("cross" in layer.geometry for layer in layers):
+    if attention.cross == "linear" and not any("cross" in layer.geometry for layer in layers):
         raise UserError(
             f"attention.cross linear: no layer of {kind} that is converted has cross-attention",
             "Pass --set attention.cross=softmax.",

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from linearize_cli.conversion.stages import Conversion
@@ -73,7 +73,9 @@ def transfer(conversion: Conversion, steps: Steps) -> None:
     else:
         objectives = [Transfer(model, native, windows)]
     lr = transfer_rate(options, min(layer.geometry["key_dim"] for layer in conversion.linear))
-    plan = StagePlan("transfer", steps.transfer, conversion.text.tokens_per_step, replace(options, lr=lr))
+    plan = StagePlan(
+        "transfer", steps.transfer, conversion.text.tokens_per_step, options.model_copy(update={"lr": lr})
+    )
     held_out = partial(conversion.text.held_out_batches, session.engine, HELD_OUT)
     for objective in objectives:
         train(plan, objective, batches, session, held_out)
@@ -95,7 +97,7 @@ def distill(conversion: Conversion, steps: Steps) -> None:
         "distill",
         steps.distill,
         conversion.text.tokens_per_step,
-        replace(options, lr=lr, linear_lr=linear_lr),
+        options.model_copy(update={"lr": lr, "linear_lr": linear_lr}),
     )
     batches = conversion.text.batches(session.engine, steps.transfer)
     held_out = partial(conversion.text.held_out_batches, session.engine, HELD_OUT)

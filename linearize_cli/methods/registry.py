@@ -13,7 +13,7 @@ from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import DEEPEST, parse_yaml, read_yaml, user_path
 from linearize_cli.methods.compatibility import misfits
-from linearize_cli.methods.recipe import Recipe, build, names_code
+from linearize_cli.methods.recipe import Recipe, names_code
 from linearize_cli.runtime.bundle import load_own_code
 
 DEFAULT, DEFAULT_BASE = "augmented", "hedgehog"
@@ -71,15 +71,10 @@ def checked(data: dict, where: str) -> Recipe:
     Raises:
         UserError: unknown keys, unfit values or parts that do not go together (all of them at once).
     """
-    problems: list[str] = []
-    recipe = build(Recipe, data, "", problems)
-    if not problems:
-        problems = list(misfits(recipe))
-    if problems:
-        raise UserError(
-            f"the recipe {where} cannot be used:\n" + "\n".join(f"  {p}" for p in problems), ALL_KEYS
-        )
-    return recipe
+    faults = Recipe.faults(data) or misfits(Recipe.model_validate(data))
+    if faults:
+        raise UserError("\n  ".join((f"the recipe {where} cannot be used:", *faults)), ALL_KEYS)
+    return Recipe.model_validate(data)
 
 
 def augment(base: dict) -> dict:

@@ -16,11 +16,11 @@ from linearize_cli.artifact.record import read_record
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.speed import PHASES, measure, unmeasured
 from linearize_cli.metrics.timing import machine, one_thread
-from linearize_cli.models.load_errors import brief
 from linearize_cli.models.tasks import context_length, last_position, task_of
 from linearize_cli.tables import number, size, table
 from linearize_cli.terminal import Terminal

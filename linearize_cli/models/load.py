@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
-from linearize_cli.models.load_errors import NAMES, brief, explained
+from linearize_cli.models.load_errors import NAMES, explained
 from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def resolve_model(model: str, weights: bool = True) -> str:
         raise UserError(f"{path} is a file.", f"Pass the folder that contains it. {NAMES}")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{path}: no such folder.", NAMES)
-    from linearize_cli.artifact.hub import limited_waits
+    from linearize_cli.hub import limited_waits
 
     with limited_waits(), explained(model, "the checkpoint", FORMATS):
         return _download(model, weights)

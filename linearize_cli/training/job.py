@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from linearize_cli.methods.recipe import HeadStage, Recipe
+from linearize_cli.methods.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Job:
     dtype: str | None
     seed: int
     medusa_heads: int = 0
-    medusa_lr: float | str = HeadStage.lr
+    medusa_lr: float | str = "auto"
     skip_bad_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Training of Medusa heads on a frozen model. Head k predicts the token k positions after the next one."""
 
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +97,8 @@ def train_heads(
     """
     started = time.monotonic()
     options = HeadStage(lr=job.medusa_lr)
-    options = replace(options, lr=head_rate(options, model.get_output_embeddings().weight.shape[1]))
+    lr = head_rate(options, model.get_output_embeddings().weight.shape[1])
+    options = options.model_copy(update={"lr": lr})
     steps = job.recipe.recover.tokens // blocks.tokens_per_step
     plan = StagePlan(STAGE, steps, blocks.tokens_per_step, options)
     objective = HeadTraining(model, MedusaHeads.of(model, job.medusa_heads), options.decay)

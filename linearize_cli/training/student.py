@@ -1,4 +1,4 @@
-"""The parameters that distillation trains: LoRA and the linear parts, or all except the embeddings."""
+"""The parameters that distillation trains: LoRA and the linear parameters, or all but the vocabulary's."""
 
 import copy
 from collections.abc import Iterator
@@ -20,11 +20,10 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
-    """Return the names of all Linear and Conv1D modules to adapt, found by structure.
+    """Return the names of the Linear and Conv1D modules that get an update.
 
     Args:
-        reach: "attention" for those inside the converted modules, "all" for those inside their decoder
-            layers.
+        reach: `attention`: those in the converted modules; `all`: those in the layers around these too.
     """
     roots = dict.fromkeys(converted(model))
     if reach == "all":
@@ -38,7 +37,7 @@ def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
 
 
 def layer_of(model: nn.Module, name: str) -> str:
-    """Return the element of the outermost module list that contains a module, or the module's own name."""
+    """Return the name of the layer that a module is in: an element of the outermost ModuleList, else the module."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
@@ -46,15 +45,11 @@ def layer_of(model: nn.Module, name: str) -> str:
     return name
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftModel:
-    """Wrap the model with LoRA. LoRA and the linear parts are trainable, both in fp32.
-
-    Args:
-        on_meta: True to create LoRA's parameters on the meta device.
-    """
+def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Wrap a linearized model with LoRA. LoRA and the linear parameters become trainable, both in fp32."""
     targets = lora_targets(model, lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
-    student = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    student = get_peft_model(model, config)
     for module in student.modules():
         if isinstance(module, LinearAttention):
             module.requires_grad_(True)
@@ -62,21 +57,16 @@ def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftM
 
 
 def student_and_teacher(
-    model: PreTrainedModel, lora: Lora | None, on_meta: bool = False
+    model: PreTrainedModel, lora: Lora | None
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedModel | None]:
-    """Return the model to train, and a separate teacher if it needs one.
-
-    Args:
-        lora: LoRA's options. None trains every weight, which requires a separate teacher.
-        on_meta: see `add_lora`.
-    """
+    """Return the student of a linearized model and, where the weights of the model are trained, a frozen teacher."""
     if lora is None:
         return model, unfreeze(model)
-    return add_lora(model, lora, on_meta), None
+    return add_lora(model, lora), None
 
 
 class Cast(nn.Module):
-    """A parametrization: an fp32 parameter, cast to the dtype in which the model computes."""
+    """Cast a parameter to the dtype that the model computes in."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -86,18 +76,23 @@ class Cast(nn.Module):
         return value.to(self.dtype)
 
 
-def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Make all parameters except the input and output embeddings trainable. Tied embeddings stay tied.
+def vocabulary_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of the embeddings and of the head."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    return [p for module in (*modules, head) if module is not None for p in module.parameters()]
 
-    A parameter below fp32 is stored in fp32 and cast where it is used, because small updates would be rounded
-    away. `merge` undoes this.
+
+def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Make all parameters but the embeddings and the head trainable. Tied ones stay tied.
+
+    A parameter of fewer than 32 bits is kept in fp32, because small steps would be rounded away, and cast where it
+    is used. `merge` undoes this.
 
     Returns:
-        the teacher: a frozen copy of the model that shares its embeddings and has no linear parts.
+        The teacher: a frozen copy of the model that shares its embeddings and has no linear parameters.
     """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings()
-    shared = {id(p): p for module in (*embeddings, head) if module is not None for p in module.parameters()}
+    shared = {id(p): p for p in vocabulary_parameters(model)}
     model.requires_grad_(False)
     teacher = copy.deepcopy(model, dict(shared))
     for module in converted(teacher).values():
@@ -119,7 +114,7 @@ def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """Return the model to save: LoRA merged, and every parameter in its own dtype."""
+    """Merge LoRA into the weights, or cast trained parameters to their own dtype, and return the model."""
     if isinstance(student, PeftModel):
         return student.merge_and_unload()
     for module in list(student.modules()):
@@ -131,16 +126,15 @@ def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
 
 
 def checkpointable(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that support gradient checkpointing."""
+    """Return the layers that support gradient checkpointing in transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Use gradient checkpointing (arXiv 1604.06174) while the context is open.
+    """Apply gradient checkpointing to the layers while the context is open (arXiv 1604.06174).
 
-    transformers supports it in training mode only, in which dropout is active. Here the model stays in eval
-    mode, so the result does not change.
+    Transformers supports it in training mode only, where dropout is active. Here the model stays in evaluation mode.
     """
     layers = checkpointable(model)
     for layer in layers:

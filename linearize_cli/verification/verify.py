@@ -19,11 +19,11 @@ from linearize_cli.artifact.load import check_artifact
 from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
 from linearize_cli.metrics.equivalence import rounding_noise, sample_rows
 from linearize_cli.metrics.selfcheck import TOLERANCE
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.load_errors import brief
 from linearize_cli.models.tasks import Task, context_length, task_of
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup

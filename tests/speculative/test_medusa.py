@@ -11,7 +11,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.functional import cross_entropy, linear, silu
 
 from linearize_cli import load
-from linearize_cli.artifact.push import artifact_files
+from linearize_cli.artifact.completeness import artifact_files
 from linearize_cli.conversion.heads import heads as train
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import IGNORED, Batch

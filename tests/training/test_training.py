@@ -207,7 +207,7 @@ def test_training_in_bfloat16_lowers_the_losses(teacher):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("recover.distill.lora.targets=mlp", ["recover.distill.lora.targets", "attention, all"]),
+        ("recover.distill.lora.targets=mlp", ["recover.distill.lora.targets", "'attention' or 'all'"]),
         ("recover.distill.linear_lr=0", ["recover.distill.linear_lr"]),
         ("recover.distill.warmup=2", ["recover.distill.warmup"]),
         ("recover.transfer.warmup=-1", ["recover.transfer.warmup"]),
