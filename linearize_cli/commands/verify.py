@@ -43,7 +43,7 @@ def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     The report is also written to ARTIFACT/verify.json. With --trust-remote-code, the artifact's own code is
     run. Otherwise this package's code is run, which must be the same.
     """
-    from linearize_cli.verification.verify import render
+    from linearize_cli.verification.report import render
     from linearize_cli.verification.verify import verify as run
 
     quiet_libraries()

@@ -4,12 +4,11 @@ The modes are prefill, chunked prefill, decoding, padded batches, token trees, r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
@@ -27,12 +26,8 @@ from linearize_cli.models.decoding import Decoder
 from linearize_cli.models.tasks import Task, context_length, task_of
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
-from linearize_cli.tables import table
-from linearize_cli.verification import speed
-from linearize_cli.verification.artifact import code, files, fingerprint
 from linearize_cli.verification.check import (
     FAIL,
-    TIE,
     Finding,
     Line,
     Subject,
@@ -40,76 +35,10 @@ from linearize_cli.verification.check import (
     no_tree_of,
     not_checked,
 )
-from linearize_cli.verification.definition import definition
-from linearize_cli.verification.drafts import drafts
-from linearize_cli.verification.drift import drift
-from linearize_cli.verification.forms import forms, padding, reload
-from linearize_cli.verification.greedy import greedy
-from linearize_cli.verification.long import long
+from linearize_cli.verification.checks import DECODING, MEASURING, READING, SAVED, STRICT, THOROUGH, Check
 from linearize_cli.verification.prompts import read_prompts, tokenize
-from linearize_cli.verification.rollback import rollback
-from linearize_cli.verification.rows import rows
-from linearize_cli.verification.sampling import sampling
+from linearize_cli.verification.report import failures, report_of
 from linearize_cli.verification.speculation import DEFAULT_TREE, Speculation, by_trees, load_drafted
-from linearize_cli.verification.tree import tree
-from linearize_cli.versions import versions
-
-Check = Callable[[Subject], Finding]
-# Checks of the artifact's folder.
-SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
-READING: dict[str, Check] = {"padding": padding, "reload": reload}
-DECODING: dict[str, Check] = {
-    "tree": tree,
-    "forms": forms,
-    "greedy": greedy,
-    "rollback": rollback,
-    "padding": padding,
-    "drift": drift,
-}
-# Slow checks, which --quick leaves out.
-THOROUGH: dict[str, Check] = {
-    "rows": rows,
-    "drafts": drafts,
-    "definition": definition,
-    "long": long,
-}
-# Checks that are repeated on a float32 copy of a half-precision model, whose rounding would hide faults.
-STRICT: dict[str, Check] = {
-    "tree": tree,
-    "forms": forms,
-    "rollback": rollback,
-    "padding": padding,
-    "rows": rows,
-    "definition": definition,
-    "long": long,
-}
-# Measurements that make sense only for a model that passed the checks.
-MEASURING: dict[str, Check] = {"sampling": sampling, "speed": speed.speed}
-# Hints for failed checks of the folder.
-ADVICE = {
-    "code": "To verify the artifact's own code, read it first, then add --trust-remote-code.",
-    "files": "Download or convert the artifact again. If the changes are yours, record them with `linearize seal`.",
-}
-# The parts of `verify.json` before any check has run.
-PARTS = {
-    "tree": None,
-    "forms": {"prefill_vs_decode": None, "chunked_vs_decode": None},
-    "greedy": None,
-    "rollback": {"max_abs_diff": None},
-    "padding": {"max_abs_diff": None},
-    "drift": None,
-    "rows": None,
-    "drafts": None,
-    "definition": None,
-    "long": None,
-    "code": None,
-    "files": None,
-    "fingerprint": None,
-    "float32": None,
-    "sampling": None,
-    "acceptance": None,
-    "speed": None,
-}
 
 
 @torch.inference_mode()
@@ -203,24 +132,6 @@ def verify_model(
     return report_of(found, model, subject.noise, seed)
 
 
-def report_of(found: list[Finding], model: PreTrainedModel, noise: float | None, seed: int) -> dict[str, Any]:
-    """Return the contents of `verify.json`."""
-    lines, failed = [line for finding in found for line in finding.lines], failures(found)
-    ties = any(line.verdict == TIE for line in lines)
-    return {
-        "verdict": FAIL if failed else "NUMERICAL_TIE" if ties else "EXACT",
-        "failed": failed,
-        **PARTS,
-        **{key: value for finding in found for key, value in finding.data.items()},
-        "checks": [asdict(line) for line in lines],
-        "limits": {name: limit for finding in found for name, limit in finding.limits.items()},
-        "noise": noise,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "versions": versions(),
-    }
-
-
 def noise(subject: Subject) -> Finding:
     """Check that the rounding noise is within the dtype's tolerance.
 
@@ -282,13 +193,6 @@ def subject_of(
     return Subject(task, model, texts, rows, size, context, max_new, seed, noise, largest, no_tree=no_tree)
 
 
-def failures(found: list[Finding]) -> list[str]:
-    """Return the names of the checks that failed, each once."""
-    return list(
-        dict.fromkeys(line.name for finding in found for line in finding.lines if line.verdict == FAIL)
-    )
-
-
 def verify(
     artifact: str | Path = ".",
     *,
@@ -346,29 +250,3 @@ def verify(
     if write:
         write_json(folder / "verify.json", report)
     return report
-
-
-def render(report: dict[str, Any]) -> RenderableType:
-    """Return a report of `verify` as a table and sentences."""
-    rows = table("check", "measured", "limit", "")
-    for line in report["checks"]:
-        rows.add_row(line["name"].replace("_", " "), line["measured"], line["limit"], line["verdict"])
-    said = speed.sentence(report)
-    return Group(rows, "", f"{report['verdict']}: {sentence(report)}", *([said] if said else []))
-
-
-def sentence(report: dict[str, Any]) -> str:
-    """Return the sentence that explains the verdict."""
-    if report["verdict"] == FAIL:
-        names = ", ".join(name.replace("_", " ") for name in report["failed"])
-        advice = [text for name, text in ADVICE.items() if name in report["failed"]]
-        return " ".join([f"these checks failed: {names}.", *advice])
-    agree = f"all forms of the model agree within the rounding of {report['dtype']}"
-    if report["code"] and not report["files"]:
-        agree = f"the files have no checksums to compare with; {agree}"
-    greedy = report["greedy"]
-    if greedy is None:
-        return f"{agree}."
-    if report["verdict"] == "EXACT":
-        return f"{agree}, and so do all {greedy['tokens']:,} greedy tokens of {greedy['prompts']} prompts."
-    return f"{agree}; {greedy['mismatches']} of {greedy['tokens']:,} greedy tokens differ, each at a tie of logits."

@@ -19,7 +19,8 @@ from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.verification import verify as verification
 from linearize_cli.verification.prompts import read_prompts
-from linearize_cli.verification.verify import render, verify
+from linearize_cli.verification.report import render
+from linearize_cli.verification.verify import verify
 
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from linearize_cli.artifact.seal import seal
 from linearize_cli.errors import UserError
 from linearize_cli.verification import verify as verification
-from linearize_cli.verification.verify import sentence, verify
+from linearize_cli.verification.report import sentence
+from linearize_cli.verification.verify import verify
 
 
 @pytest.fixture(scope="module")
