@@ -4,10 +4,7 @@ from collections.abc import Callable
 
 from linearize_cli.verification import speed
 from linearize_cli.verification.artifact import code, files, fingerprint
-from linearize_cli.verification.check import (
-    Finding,
-    Subject,
-)
+from linearize_cli.verification.check import Finding, Subject
 from linearize_cli.verification.definition import definition
 from linearize_cli.verification.drafts import drafts
 from linearize_cli.verification.drift import drift
@@ -22,7 +19,9 @@ from linearize_cli.verification.tree import tree
 Check = Callable[[Subject], Finding]
 # Checks of the artifact's folder.
 SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
+# Checks of an encoder.
 READING: dict[str, Check] = {"padding": padding, "reload": reload}
+# Checks of a model that decodes.
 DECODING: dict[str, Check] = {
     "tree": tree,
     "forms": forms,

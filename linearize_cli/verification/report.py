@@ -8,11 +8,7 @@ from transformers import PreTrainedModel
 
 from linearize_cli.tables import table
 from linearize_cli.verification import speed
-from linearize_cli.verification.check import (
-    FAIL,
-    TIE,
-    Finding,
-)
+from linearize_cli.verification.check import FAIL, TIE, Finding
 from linearize_cli.versions import versions
 
 # Hints for failed checks of the folder.
