@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         query, key, value: the shapes `[B, heads, T, D]`.
-        mask: the attention mask. None if there is none.
+        mask: the attention mask. None if the module got no mask.
         extra: the other keyword arguments.
         count: the number of calls in one forward.
     """
@@ -126,7 +126,7 @@ def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the model's inputs. A decoder gets one token less than its encoder, to reveal cross-attention."""
+    """Return the model's inputs. A decoder gets a token less than its encoder, to reveal cross-attention."""
     decoder = {"decoder_input_ids": ids[:, :-1]} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **decoder}
 
@@ -163,10 +163,9 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def score_bias(module: nn.Module, call: Call) -> Tensor | None:
-    """Return the sum of all biases on the scores, broadcastable to `[B, heads, T, T]`, or None if there is
-    none.
+    """Return the sum of all biases on the scores, broadcastable to `[B, heads, T, T]`.
 
-    It is minus infinity where the mask hides the scores.
+    It is minus infinity where the mask hides the scores. Return None if nothing is added to the scores.
     """
     terms = [x for name, x in call.extra.items() if isinstance(x, Tensor) and name != "s_aux"]
     terms = [x for x in [*terms, call.mask] if x is not None and x.is_floating_point()]

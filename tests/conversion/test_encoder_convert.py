@@ -133,7 +133,7 @@ def test_generate_answers_or_refuses(converted, capsys):
     if family in ("t5", "bart"):
         result = generate(str(output), "word1 word2 word3", max_new=6)
         assert 1 <= len(result["tokens"]) <= 6
-        with pytest.raises(UserError, match="is not a causal language model"):
+        with pytest.raises(UserError, match="is no causal language model"):
             generate(str(output), "word1 word2 word3", max_new=6, speculative="lookup")
     else:
         with pytest.raises(UserError, match="is an encoder .*cannot generate text"):
@@ -201,12 +201,12 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         (
             "bert",
             dict(overrides=("recover.separate_documents=true",)),
-            "recover.separate_documents: BertForMaskedLM is no causal",
+            "recover.separate_documents: BertForMaskedLM is not a causal",
         ),
         ("t5", dict(overrides=("recover.assistant_only=true",)), "recover.assistant_only: T5"),
         ("roberta-classifier", dict(seq_len=130), "context of 128"),
-        ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* encoder"),
-        ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' is none of"),
+        ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* cross-attention"),
+        ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' should be"),
         (
             "bart",
             dict(method="window", overrides=("attention.cross=linear",)),

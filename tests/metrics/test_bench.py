@@ -203,7 +203,7 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--teacher", "demo"), "another vocabulary"),
         ((artifact, "--teacher", artifact), "already a linearized model"),
         ((artifact, "--device", "abacus"), "abacus"),
-        ((tmp_path,), "no linearized artifact"),
+        ((tmp_path,), "is not a linearized artifact"),
     ]
     for arguments, words in cases:
         assert run_command(*arguments) == 2
