@@ -1,4 +1,4 @@
-"""One step of decoding as a CUDA graph: one launch in the place of a thousand."""
+"""Capture one step of decoding as a CUDA graph, which launches all its kernels at once."""
 
 from collections.abc import Callable
 
@@ -10,20 +10,19 @@ from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 
 Replay = Callable[[], object]
-WARM = 2  # steps before the capture: Triton compiles its kernels, libraries take their workspaces
+WARM = 2  # steps before the capture, in which Triton compiles its kernels and libraries allocate workspaces
 
 
 class Captured:
-    """A model's step of one token for every row, replayed where it was captured: its input, its output and the states
-    lie where they lay.
+    """A step of one token for every row, captured once and replayed. Its tensors keep their addresses.
 
     Args:
-        cache: after a prefix; it takes in the tokens that are given. It must not be changed otherwise, nor move.
-        count: tokens that each row has had.
-        capture: makes of a step what replays it, and what the step returned.
+        cache: the cache after a prefix. Each step adds its tokens to it. It must not change in another way.
+        count: `[B]` tokens of each row so far.
+        capture: returns a function that replays a step, and the output of the step.
 
     Raises:
-        ValueError: a step cannot be replayed, because a layer does not keep its state in place.
+        ValueError: a layer does not update its state in place, so the step cannot be replayed.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Captured:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits `[B, 1, vocab]` of the tokens `[B, 1]` that come next; the next call overwrites them."""
+        """Return logits `[B, 1, vocab]` of the next tokens `[B, 1]`. The next call overwrites them."""
         self.ids.copy_(ids)
         self.replay()
         self.position += 1
@@ -67,7 +66,7 @@ class Captured:
 
 
 def captured(step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """A CUDA graph of a step, and its output."""
+    """Capture a step as a CUDA graph. Return the function that replays it, and the output of the step."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
