@@ -35,7 +35,7 @@ LOADED = (
 )
 # Files that a push publishes.
 PUBLISHED = (*LOADED, *REPORTS, "linearize.json", "README.md", "LICENSE*", "NOTICE*")
-# What the commands write into an artifact, and what Python adds when it imports the code.
+# Files that the commands write into an artifact, or Python when it imports the code.
 WRITTEN = (
     *(*LOADED, *HEADS, *REPORTS),
     *("linearize.json", "README.md", "log.jsonl"),
@@ -44,9 +44,9 @@ WRITTEN = (
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of the files and links in an artifact's folder that no command has written.
+    """Yield the relative paths of files and links in an artifact's folder that no command wrote.
 
-    A file that `linearize.json` lists among its checksums belongs to the artifact, whatever its name.
+    A file that `linearize.json` lists under `checksums` belongs to the artifact, whatever its name.
     """
     patterns = [pattern.split("/") for name in WRITTEN for pattern in (name, name + SUFFIX)]
     named = recorded(folder)
@@ -70,12 +70,12 @@ def published_files(folder: Path) -> set[str]:
 
 
 def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
-    """Return whether a path matches a pattern, folder by folder: `*` matches no `/`."""
+    """Return True if the parts of a path match the parts of a pattern. `*` does not match `/`."""
     return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
 
 
 def recorded(folder: Path) -> set[str]:
-    """Return the names under `checksums` in `linearize.json`, if it has any."""
+    """Return the file names under `checksums` in `linearize.json`, or an empty set."""
     try:
         checksums = json.loads((folder / "linearize.json").read_text())["checksums"]
     except (OSError, ValueError, KeyError, TypeError):

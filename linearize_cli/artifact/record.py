@@ -1,4 +1,4 @@
-"""Reads the two files that say what an artifact is: `linearize.json` and the `linearize` part of `config.json`."""
+"""Readers of the two files that describe an artifact: `linearize.json`, and `linearize` in `config.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from linearize_cli.inputs import read_object
 from linearize_cli.methods.recipe import LARGEST, Attention
 
 REPORT, CONFIG = "linearize.json", "config.json"
-AGAIN = "Convert again, or fetch the artifact again."
+AGAIN = "Convert again, or download the artifact again."
 NUMBER = int | float
-# The type of each field; {kind} is an object with such values, [kind] a list of them. Null is always allowed.
+# The type of each field. {"": type} is an object with such values, [type] a list.
+# Null is always allowed.
 FIELDS: dict[str, Any] = {
     "schema": int,
     "base_model": str,
@@ -45,13 +46,13 @@ OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
-    """Return the contents of `linearize.json`, or an empty dict if there is no such file.
+    """Return the contents of `linearize.json`, or an empty dict if the file does not exist.
 
     Args:
-        whole: refuse a report that lacks a field.
+        whole: True to require the file and all its fields.
 
     Raises:
-        UserError: the file cannot be read, or a field has the wrong type.
+        UserError: the file cannot be read, a field has the wrong type, or a required field is missing.
     """
     path = folder / REPORT
     if not path.exists() and not whole:
@@ -63,7 +64,7 @@ def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
-    """Return what is wrong with the contents of `linearize.json`, a phrase for each fault."""
+    """Return a phrase for each error in the contents of `linearize.json`."""
     faults = misfits(record, FIELDS)
     length = record.get("seq_len")
     if not faults and length is not None and not 1 <= length <= LARGEST:
@@ -79,22 +80,22 @@ def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of `config.json`, or an empty dict in a folder that has none (Meta's format).
+    """Return the contents of `config.json`, or an empty dict if the file does not exist (Meta's format).
 
     Raises:
-        UserError: the file cannot be read, or its `linearize` or `auto_map` is not one that a conversion writes.
+        UserError: the file cannot be read, or its `linearize` or `auto_map` is invalid.
     """
     path = folder / CONFIG
     if not path.exists():
         return {}
     config = read_object(path, AGAIN)
     if "linearize" in config and (faults := conversion_faults(config)):
-        raise UserError(f"{path} is not that of a conversion: {'; '.join(faults[:5])}", AGAIN)
+        raise UserError(f"{path} is not the config of a converted model: {'; '.join(faults[:5])}", AGAIN)
     return config
 
 
 def conversion_faults(config: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the `linearize` and `auto_map` parts of a config, a phrase for each fault."""
+    """Return a phrase for each error in the `linearize` and `auto_map` parts of a config."""
     record = config["linearize"]
     if not isinstance(record, dict):
         return ["linearize is not an object"]
@@ -114,12 +115,12 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
 
 
 def misfits(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    """Return a phrase for each field whose value is not of its kind."""
+    """Return a phrase for each field whose value has the wrong type."""
     return [f"{key} is {data[key]!r:.60}" for key in kinds if key in data and not fits(data[key], kinds[key])]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a value is null or of a kind; see FIELDS."""
+    """Return True if a value is null or of a type (see FIELDS)."""
     if value is None:
         return True
     if isinstance(kind, dict):

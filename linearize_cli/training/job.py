@@ -8,7 +8,7 @@ from linearize_cli.methods.recipe import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """What a conversion was asked to do; a resumed one must have been asked the same."""
+    """The run configuration of a conversion. A resumed run must have the same one."""
 
     model: str
     recipe: Recipe
@@ -26,4 +26,5 @@ class Job:
     skip_bad_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON data."""
         return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}

@@ -125,18 +125,18 @@ def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return student
 
 
-def recomputable(model: nn.Module) -> list[nn.Module]:
+def checkpointable(model: nn.Module) -> list[nn.Module]:
     """Return the layers that support gradient checkpointing in transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """Apply gradient checkpointing to the layers while open (arXiv 1604.06174).
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Apply gradient checkpointing to the layers while the context is open (arXiv 1604.06174).
 
     Transformers supports it in training mode only, where dropout is active. Here the model stays in evaluation mode.
     """
-    layers = recomputable(model)
+    layers = checkpointable(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

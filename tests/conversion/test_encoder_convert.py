@@ -133,10 +133,10 @@ def test_generate_answers_or_refuses(converted, capsys):
     if family in ("t5", "bart"):
         result = generate(str(output), "word1 word2 word3", max_new=6)
         assert 1 <= len(result["tokens"]) <= 6
-        with pytest.raises(UserError, match="is no causal language model"):
+        with pytest.raises(UserError, match="is not a causal language model"):
             generate(str(output), "word1 word2 word3", max_new=6, speculative="lookup")
     else:
-        with pytest.raises(UserError, match="is an encoder .*reads text and writes none"):
+        with pytest.raises(UserError, match="is an encoder .*cannot generate text"):
             generate(str(output), "word1", max_new=6)
 
 
@@ -197,7 +197,7 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         ("bert", dict(method="gated-delta"), "attention.memory.kind of gated-delta runs forward in time"),
         ("bart", dict(method="retention"), "attention.memory.kind of retention runs forward in time"),
         ("roberta-classifier", dict(overrides=("recover.distill.ce=1",)), "recover.distill.ce 1 needs"),
-        ("bert", dict(data=("self",)), "--data self: BertForMaskedLM writes no text"),
+        ("bert", dict(data=("self",)), "--data self: BertForMaskedLM cannot generate training text"),
         (
             "bert",
             dict(overrides=("recover.separate_documents=true",)),

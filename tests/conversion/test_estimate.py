@@ -248,7 +248,7 @@ def test_the_speed_is_measured_where_none_is_given(config_only):
 
 
 def test_a_dry_run_refuses_what_a_run_would(config_only):
-    with pytest.raises(UserError, match="does not divide among 3 processes"):
+    with pytest.raises(UserError, match="cannot be divided among 3 processes"):
         convert(str(config_only), dry_run=True, tokens=80_000, seq_len=100, processes=3)
     with pytest.raises(UserError, match="no such data"):
         convert(str(config_only), dry_run=True, data=("missing.jsonl",))
