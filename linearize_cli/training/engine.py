@@ -193,7 +193,7 @@ class Engine:
             ) from error
 
     def tell(self, values: dict[str, Any], step: int) -> None:
-        """Log numbers, in dicts of any depth, to the trackers."""
+        """Send numbers, in dicts of any depth, to the trackers."""
         if self.accelerator.log_with:
             self.accelerator.log(flat(values), step=step)
 

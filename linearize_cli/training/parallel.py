@@ -36,7 +36,7 @@ def full(tree: Any) -> Any:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a tensor as a parameter of its shape is sharded. All processes must call it with the same one."""
+    """Split a tensor into shards as a parameter of its shape is. All processes must call it with the same one."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
