@@ -26,10 +26,10 @@ from torch import Tensor
 from linearize_cli.commands.options import TokenCounts
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
+from linearize_cli.hub import brief
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.timing import Run, interleaved, machine, peak_bytes
 from linearize_cli.models.load import check_device
-from linearize_cli.models.load_errors import brief
 from linearize_cli.tables import number, size
 from linearize_cli.versions import versions
 

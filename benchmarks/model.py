@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 import torch
+from cuda_graph import Captured
 from floors import measure_rates
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -33,15 +34,14 @@ from linearize_cli.commands.options import TokenCounts
 from linearize_cli.conversion.layer_selection import choose_layers, conversion_record, plan_layers
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
+from linearize_cli.hub import brief
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.timing import Run, interleaved, machine
 from linearize_cli.models.decoding import forward
 from linearize_cli.models.load import check_device
-from linearize_cli.models.load_errors import brief
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.tree import read_tree
-from linearize_cli.speculative.graphs import Captured
 from linearize_cli.versions import versions
 
 SCHEMA = 1

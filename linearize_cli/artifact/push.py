@@ -37,19 +37,19 @@ def push(
     Args:
         artifact: the folder that `linearize convert` wrote.
         repo_id: `NAMESPACE/NAME`, or `NAME` under the signed-in user; default: the folder's name.
-        private: visibility of a new repository; None leaves it to the Hub. An existing one must agree.
-        revision: an existing branch to commit to; default `main`.
+        private: visibility of a new repository; None: the Hub's default. An existing one must have it.
+        revision: an existing branch to commit to.
         create_pr: open a pull request on `main` instead of committing to it.
         commit_message: title of the commit, and of the pull request.
-        token: a Hub token; default: the one of `hf auth login` or HF_TOKEN.
-        dry_run: write nothing on the Hub; only say what would go where.
+        token: a Hub token, by default that of `hf auth login` or HF_TOKEN.
+        dry_run: return what would be pushed, and write nothing on the Hub.
 
     Returns:
-        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL, or None where there is none),
+        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None),
         `files` ([{`path`, `size` in bytes}], changed or not), `bytes` (their sum), `dry_run`.
 
     Raises:
-        UserError: the folder is not a whole artifact, or the Hub or the network said no.
+        UserError: the folder is not a whole artifact, or the Hub refuses or cannot be reached.
     """
     folder = user_path(artifact)
     files = [{"path": name, "size": (folder / name).stat().st_size} for name in artifact_files(folder)]
@@ -96,7 +96,7 @@ def push(
 
 
 def _full_repo_id(api: HfApi, repo_id: str) -> str:
-    """`NAMESPACE/NAME`; a bare name belongs to the signed-in user."""
+    """Return `NAMESPACE/NAME`. A name without a namespace belongs to the signed-in user."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -120,13 +120,16 @@ def _require_sign_in(token: str | bool) -> None:
 
 
 def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str, create_pr: bool) -> None:
-    """Make sure that the repository exists, with the visibility that was asked for.
+    """Create the repository unless it exists, and check its visibility.
 
-    A missing revision is not made: upload_folder lists the files there first, and refuses.
+    A missing revision is not created: `upload_folder` refuses it.
+
+    Raises:
+        UserError: the repository has another visibility.
     """
     if revision == "main" and not (create_pr and persistent(lambda: api.repo_exists(repo_id))):
         create_repository(api, repo_id, private)
-    # create_repo leaves an existing repository's visibility as it is: never publish what was to be private.
+    # create_repo does not change the visibility of an existing repository. Never publish what should be private.
     if private is not None and persistent(lambda: api.repo_info(repo_id)).private != private:
         raise UserError(
             f"{repo_id} exists already and is {'public' if private else 'private'}",

@@ -1,7 +1,9 @@
 """Readers of the two files that describe an artifact: `linearize.json`, and `linearize` in `config.json`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import read_object
@@ -9,37 +11,39 @@ from linearize_cli.methods.recipe import LARGEST, Attention
 
 REPORT, CONFIG = "linearize.json", "config.json"
 AGAIN = "Convert again, or download the artifact again."
-NUMBER = int | float
-# The type of each field. {"": type} is an object with such values, [type] a list.
-# Null is always allowed.
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Texts = dict[str, Text | None]
+Counts = dict[str, int | None]
+Numbers = dict[str, float | None]
+# The type of each field. Null is always allowed.
 FIELDS: dict[str, Any] = {
     "schema": int,
-    "base_model": str,
-    "method": str,
-    "layers": {"": [str]},
+    "base_model": Text,
+    "method": Text,
+    "layers": dict[str, list[Text | None] | None],
     "seq_len": int,
-    "tokens": {"": int},
-    "perplexity": {"": NUMBER},
-    "ablation": {"": NUMBER},
-    "kl": {"": NUMBER},
-    "self_check": {"": NUMBER},
+    "tokens": Counts,
+    "perplexity": Numbers,
+    "ablation": Numbers,
+    "kl": Numbers,
+    "self_check": Numbers,
     "state_bytes": int,
-    "kv_bytes_per_token": NUMBER,
-    "seconds": {"": NUMBER},
-    "versions": {"": str},
-    "medusa": {"": object},
-    "task": str,
-    "checksums": {"": str},
-    "fingerprint": {"": object},
-    "card": str,
+    "kv_bytes_per_token": float,
+    "seconds": Numbers,
+    "versions": Texts,
+    "medusa": dict[str, Any],
+    "task": Text,
+    "checksums": Texts,
+    "fingerprint": dict[str, Any],
+    "card": Text,
 }
 CONVERSION: dict[str, Any] = {
-    "base_class": str,
-    "base_model_type": str,
-    "method": str,
-    "attention": {"": object},
-    "layers": {"": {"": NUMBER | bool}},
-    "softmax": [str],
+    "base_class": Text,
+    "base_model_type": Text,
+    "method": Text,
+    "attention": dict[str, Any],
+    "layers": dict[str, dict[str, float | bool | None] | None],
+    "softmax": list[Text | None],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
 OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
@@ -99,9 +103,7 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
     record = config["linearize"]
     if not isinstance(record, dict):
         return ["linearize is not an object"]
-    faults = misfits({"auto_map": config.get("auto_map")}, {"auto_map": {"": str}}) + misfits(
-        record, CONVERSION
-    )
+    faults = misfits({"auto_map": config.get("auto_map")}, {"auto_map": Texts}) + misfits(record, CONVERSION)
     if faults:
         return faults
     if missing := [key for key in CONVERSION if record.get(key) is None]:
@@ -121,12 +123,8 @@ def misfits(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
 
 def fits(value: Any, kind: Any) -> bool:
     """Return True if a value is null or of a type (see FIELDS)."""
-    if value is None:
-        return True
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(fits(entry, kind[""]) for entry in value.values())
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(entry, kind[0]) for entry in value)
-    if isinstance(value, bool) and kind in (int, NUMBER):
+    try:
+        TypeAdapter(kind | None, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
         return False
-    return isinstance(value, kind) and not (kind is str and "\0" in value)
+    return True

@@ -114,7 +114,7 @@ def load_drafted(
     if target == "teacher":
         if draft is not None:
             what = "--draft cannot be used with --target teacher, where the artifact itself drafts"
-        raise UserError(what, "Leave out --draft.")
+            raise UserError(what, "Leave out --draft.")
         pair = drafting_for_teacher(folder, **options)
         model, ways["speculation"] = pair.drafter, by_pair(pair, "the artifact, for its teacher")
     elif draft not in (None, MEDUSA, LOOKUP):

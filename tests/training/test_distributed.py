@@ -85,7 +85,7 @@ def test_shards_of_a_hybrid_and_of_half_precision(teacher):
 
 @pytest.mark.slow
 def test_the_example_configuration_shards(teacher):
-    config = ("--config_file", SUPPORT.parent / "examples" / "fsdp2.yaml")
+    config = ("--config_file", SUPPORT.parents[1] / "examples" / "fsdp2.yaml")
     where = teacher.path, teacher.text, teacher.folder
     ended = launch(SUPPORT / "distributed_case.py", "configured", *where, distribute=config)
     assert ended.returncode == 0, ended.stderr[-2000:]
