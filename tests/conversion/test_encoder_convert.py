@@ -205,7 +205,11 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         ),
         ("t5", dict(overrides=("recover.assistant_only=true",)), "recover.assistant_only: T5"),
         ("roberta-classifier", dict(seq_len=130), "context of 128"),
-        ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* cross-attention"),
+        (
+            "bert",
+            dict(overrides=("attention.cross=linear",)),
+            "no layer of BertForMaskedLM .* cross-attention",
+        ),
         ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' should be"),
         (
             "bart",
