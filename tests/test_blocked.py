@@ -7,7 +7,7 @@ import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
 from linearize_kernels.ops.bidirectional import by_block as encode_by_block
-from linearize_kernels.ops.by_part import lanes_together
+
 from linearize_kernels.ops.chunked import run_segment
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
 from torch.nn.utils.parametrize import register_parametrization
@@ -51,7 +51,7 @@ def by_block(attention, state, q, k, v):
 @pytest.mark.parametrize("lengths", [(1,), (3, 2, 1, 5), (30,), (13, 1, 29), (64, 3)])
 @pytest.mark.parametrize("chunk, cached", [(None, 1), (4, 1 << 18), (4, 300)])
 def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", cached)
+
     attention = layer(name)
     inputs, learned, towards = tokens(sum(lengths)), None, None
     results = []
@@ -166,7 +166,7 @@ def test_autocast_changes_no_backward():
 
 
 def test_parameters_in_bfloat16_have_gradients_summed_in_fp32(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1)  # many pieces
+  # many pieces
     exact, attention = layer("augmented"), layer("augmented").bfloat16()
     exact.load_state_dict(attention.double().state_dict())
     attention.bfloat16()
@@ -185,7 +185,7 @@ def test_chunks_are_powers_of_two(size, chunk):
 
 def test_some_heads_of_several_rows(monkeypatch):
     attention, inputs = layer("augmented", kv_heads=4), tokens(30, kv_heads=4)
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 7 * 30 * 128)
+
     assert lanes_together(attention, 3, 30) == (3, 2)
     expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), inputs)
     found = torch.autograd.grad(chunked(attention, None, *inputs)[0].square().sum(), inputs)
@@ -196,7 +196,7 @@ def test_some_heads_of_several_rows(monkeypatch):
 @pytest.mark.parametrize("name", ["augmented", "augmented:relu"])
 def test_a_piece_of_nothing_but_absent_slots(name, monkeypatch):
     """The first rows and the sinks fill more than the first piece."""
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1)
+
     attention = layer(name, size=4, width=3, sinks=5)
     inputs = tokens(9)
     expected = by_block(attention, None, *inputs)[0]
@@ -237,8 +237,8 @@ def test_frozen_parameters_change_no_other_gradient(frozen, feature_map):
 @pytest.mark.parametrize("length", [4, 5, 13, 37, 101])
 @pytest.mark.parametrize("chunk, cached", [(None, 1), (7, 1 << 18)])
 def test_encoders_are_those_of_block(name, changes, length, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", cached)
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.FEW", 5)
+
+
     attention = layer(name, causal=False, **changes)
     inputs, results = tokens(length, kv_heads=attention.equation.kv_heads), []
     wanted = [*inputs, *attention.parameters()]
