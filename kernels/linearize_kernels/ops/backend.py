@@ -96,7 +96,7 @@ def prefill(
             )
         return None
     own = eq.size if eq.scope == "group" else chunk
-    if attention.impl != "torch":
+    if wants_triton(attention, q):
         reason = why_not_prefill(attention, *heads, own or eq.chunk, packed)
         if reason is None:
             return Prefill("triton", form, own or eq.chunk, q.dtype)
@@ -104,6 +104,11 @@ def prefill(
             raise ValueError(f"Triton's kernels cannot run: {reason}. Use impl='auto'.")
     own = own if eq.scope == "group" else min(own or ROWS, length)
     return Prefill("torch", form, own, accumulator(q.dtype))
+
+
+def wants_triton(attention: LinearAttention, q: Tensor) -> bool:
+    """Return whether Triton is to be tried for q."""
+    return attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
 
 
 def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:

@@ -24,6 +24,9 @@ from linearize_kernels.torch_forms.chunks import (
 )
 
 LOW = -1e30  # the score of what is not seen
+# Before the sinks and the columns are two more: one takes all the weight of a row that sees nothing (it is in no
+# sequence), the other stands for the whole far part.
+NOTHING, FAR = 0, 1
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,15 @@ class Tokens(NamedTuple):
 
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the timeline."""
-    values = with_sinks(tokens.sink_v, columns(tokens.v, shape))
+    values = with_front(tokens.sink_v, columns(tokens.v, shape))
     far = None if tokens.phi_q is None else read_far(shape, tokens, values[:, :, -shape.columns :])
-    weights = local_weights(shape, tokens, far)  # [N, n, g C, 1 + sinks + columns]
+    weights = local_weights(shape, tokens, far)  # [N, n, g C, front + columns]
     total = weights
     if tokens.conv is not None:
         total = total + pad(band(tokens.conv, shape), (total.shape[-1] - shape.columns, 0))
     if far is None:
         return by_head(total @ values, shape.chunk), tokens.S, tokens.z
-    factor = weights[..., :1] / far.mass[..., None]
+    factor = weights[..., FAR, None] / far.mass[..., None]
     out = torch.baddbmm((factor * far.out).flatten(0, 1), total.flatten(0, 1), values.flatten(0, 1))
     return by_head(out.unflatten(0, values.shape[:2]), shape.chunk), far.S, far.z
 
@@ -119,39 +122,42 @@ def read_far(shape: Shape, tokens: Tokens, values: Tensor) -> FarPart:
 
 
 def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
-    """Compute the weights of the whole far part, the sinks and the local columns under one normaliser,
-    `[N, n, g C, 1 + sinks + columns]`.
+    """Compute the weights of the far part, the sinks and the local columns under one normaliser,
+    `[N, n, g C, front + columns]`.
     """
-    q, keys = by_chunk(shape.scale * tokens.q, shape.chunk), columns(tokens.k, shape)
-    keys = with_sinks(tokens.sink_k, keys)
-    chunks, rows, front = *q.shape[1:3], keys.shape[2] - shape.columns
-    delay = delays(shape, q.device)
-    is_near = delay.abs() < shape.size if shape.ahead else (delay >= 0) & (delay < shape.size)
-    bias = pad(torch.zeros_like(delay, dtype=q.dtype).masked_fill(~is_near, LOW), (front, 0))
-    bias = bias.repeat(rows // shape.chunk, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT).unflatten(0, q.shape[:2])
-    if shape.skip > 0 or shape.ahead or shape.start < front - 1:
-        scores = scores.masked_fill(
-            hidden(shape, chunks, front, q.device).repeat(1, rows // shape.chunk, 1), LOW
-        )
-    scores[..., 0] = LOW
+    q = by_chunk(shape.scale * tokens.q, shape.chunk)
+    keys = with_front(tokens.sink_k, columns(tokens.k, shape))
+    lanes, chunks, rows = q.shape[:3]
+    seen = visible(shape, chunks, tokens.sink_k.shape[1], q.device)
+    bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, LOW)
+    bias[..., NOTHING] = LOW / 2
+    bias = bias.repeat(lanes if len(bias) > 1 else 1, rows // shape.chunk, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT).unflatten(0, (lanes, chunks))
     if far is not None:
         mix = by_chunk(tokens.mix[..., None], shape.chunk).squeeze(-1)
-        scores[..., 0] = (mix + far.mass.log()).clamp_min(LOW)
+        scores[..., FAR] = (mix + far.mass.log()).clamp_min(LOW)
     return scores.softmax(-1)
 
 
-def with_sinks(sinks: Tensor, columns: Tensor) -> Tensor:
-    """Put an empty column, which stands for the far part, and the sinks before the columns of every chunk."""
-    front = pad(sinks, (0, 0, 1, 0))[:, None]
+def with_front(sinks: Tensor, columns: Tensor) -> Tensor:
+    """Put NOTHING and FAR, which are zero, and the sinks before the columns of every chunk."""
+    front = pad(sinks, (0, 0, 2, 0))[:, None]
     return torch.cat([front.expand(-1, columns.shape[1], -1, -1), columns], 2)
 
 
-def hidden(shape: Shape, chunks: int, front: int, device: torch.device) -> Tensor:
-    """Compute which sinks and columns do not exist for a row, `[n, C, 1 + sinks + columns]` bool."""
-    slot = torch.arange(shape.recent + chunks * shape.chunk + shape.ahead, device=device)
-    absent = (slot < shape.skip) | (slot >= len(slot) - shape.ahead)
-    absent = absent.unfold(0, shape.columns, shape.chunk)[:, None].expand(-1, shape.chunk, -1)
-    position = shape.start + torch.arange(chunks * shape.chunk, device=device)
-    later = position[:, None] < torch.arange(front - 1, device=device)
-    return torch.cat([pad(later, (1, 0)).unflatten(0, (chunks, -1)), absent], -1)
+def visible(shape: Shape, chunks: int, sinks: int, device: torch.device) -> Tensor:
+    """Compute which columns have a local score, `[n, C, front + columns]` bool, or with one chunk if all are alike.
+
+    FAR has none: its score is written later.
+    """
+    delay = delays(shape, device)
+    near = delay.abs() < shape.size if shape.ahead else (delay >= 0) & (delay < shape.size)
+    near = pad(near, (sinks, 0), value=True)[None]
+    if shape.skip > 0 or shape.ahead or shape.start < sinks:
+        slot = torch.arange(shape.recent + chunks * shape.chunk + shape.ahead, device=device)
+        there = (slot >= shape.skip) & (slot < len(slot) - shape.ahead)
+        there = there.unfold(0, shape.columns, shape.chunk)[:, None].expand(-1, shape.chunk, -1)
+        position = shape.start + torch.arange(chunks * shape.chunk, device=device)
+        earlier = position[:, None] >= torch.arange(sinks, device=device)
+        near = near & torch.cat([earlier.unflatten(0, (chunks, -1)), there], -1)
+    return pad(near, (2, 0), value=False)
