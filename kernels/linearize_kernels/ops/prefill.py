@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.parts.combine import per_head
@@ -46,25 +45,22 @@ def sliding_segment(
     start = count - fill if eq.causal else eq.sinks  # an encoder's rows see all sinks
     shape = Shape(chunk, eq.recent, eq.size, eq.scale, start, skip, ahead=ahead)
 
-    q = q.unflatten(1, (eq.far_heads, -1))
-    keys = eq.to_far_heads(timeline(state.recent_k, k, count, fill, ahead))
+    q = copy_pad(q.contiguous().unflatten(1, (eq.far_heads, -1)), fill)
+    keys = eq.to_far_heads(timeline(state.recent_k, k, count, fill, ahead, copy_pad))
     values = eq.to_far_heads(timeline(state.recent_v, v, count, fill, ahead))
     sinks = (eq.to_far_heads(x) for x in sinks_with(state, count, k, v))
     phi_q = phi_k = mix = None
     if reads_far(attention):
-        wide = q.to(accumulator(q.dtype))
-        phi_q = zero_pad(attention.far.queries(wide), fill)
-        there = keys[..., skip : keys.shape[-2] - ahead, :].to(
-            wide.dtype
-        )  # no features of empty slots and sinks
-        phi_k = zero_pad(attention.far.written(there), skip, ahead)
-        position = torch.arange(count, count + length, device=q.device)
-        mix = pad(far_factor(attention, wide, position, length), (fill, 0), value=float("-inf"))
-    q = zero_pad(q, fill)
+        wide = accumulator(q.dtype)
+        phi_q = attention.far.queries(q.to(wide))
+        slot = torch.arange(keys.shape[-2], device=q.device)
+        there = (slot >= skip) & (slot < len(slot) - ahead)
+        phi_k = attention.far.written(keys.to(wide), there.to(wide) if skip or ahead else None)
+        position = torch.arange(count - fill, count + length, device=q.device)
+        mix = far_factor(attention, q.to(wide), position, length)
     by_token = (lanes(x, dtype) for x in (q, keys, values, phi_q, phi_k))
-    conv = taps(attention, len(q))
     sums = state.S.flatten(0, 1), state.z.flatten(0, 1)
-    tokens = Tokens(*by_token, lanes(mix), conv, *sums, *(lanes(x, dtype) for x in sinks))
+    tokens = Tokens(*by_token, lanes(mix), taps(attention, len(q)), *sums, *(lanes(x, dtype) for x in sinks))
     out, S, z = run(shape, tokens)
     out = out[:, :, fill:].unflatten(0, (len(q), -1)).flatten(1, 2)
     return out, S.view_as(state.S), z.view_as(state.z)
@@ -125,13 +121,27 @@ def reads_far(attention: LinearAttention) -> bool:
     return attention.far is not None and attention.dropped != "far"
 
 
-def timeline(old: Tensor, new: Tensor, count: int, fill: int = 0, ahead: int = 0) -> Tensor:
-    """Put recent tokens `old [B, kv, R, X]` before new ones: `fill + R` slots, the new tokens and `ahead` slots. What
-    holds no token is zero.
+def timeline(
+    old: Tensor, new: Tensor, count: int, fill: int = 0, ahead: int = 0, pad: Callable = zero_pad
+) -> Tensor:
+    """Put recent tokens `old [B, kv, R, X]` before new ones: `fill + R` slots, the new tokens and `ahead` slots.
+
+    Args:
+        count: tokens before the new ones, of which the last R are in `old`.
+        pad: makes empty slots.
     """
     recent = old.shape[-2]
     there = min(count, recent)
-    return zero_pad(torch.cat([old[..., recent - there :, :], new], -2), fill + recent - there, ahead)
+    return pad(torch.cat([old[..., recent - there :, :], new], -2), fill + recent - there, ahead)
+
+
+def copy_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
+    """Fill empty slots of `x [..., T, X]` with copies of its first token: some feature maps have no value at zero."""
+    if not before and not after:
+        return x
+    first = x[..., :1, :]
+    ends = (first.expand(*x.shape[:-2], count, -1) for count in (before, after))
+    return torch.cat([next(ends), x, next(ends)], -2)
 
 
 def lanes(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

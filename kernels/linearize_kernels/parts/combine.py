@@ -210,7 +210,7 @@ def attend(weights: Tensor, values: Tensor) -> Tensor:
 def per_head(parameter: Tensor, q: Tensor) -> Tensor:
     """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
     weight = parameter.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
-    return (weight[..., :-1] @ q.mT + weight[..., -1:]).squeeze(-2)
+    return (q * weight[..., :-1]).sum(-1) + weight[..., -1]
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:

@@ -68,11 +68,18 @@ class FeatureMemory(nn.Module):
         """Compute what is written to S for keys, `[..., kv, T, D] -> [..., far, T, F]`."""
         return self.written(self.equation.to_far_heads(k))
 
-    def written(self, k: Tensor) -> Tensor:
-        """Compute what is written to S for keys repeated as S has them, `[..., far, T, D] -> [..., far, T, F]`."""
+    def written(self, k: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute what is written to S for keys repeated as S has them, `[..., far, T, D] -> [..., far, T, F]`.
+
+        Args:
+            counts: `[T]`, 0 for a key that is not written, else 1; or None if all are.
+        """
         phi = self.writing_map(k)
         phi = unit_norm(phi) if self.memory.unit_keys else phi
-        return phi if self.key_weight is None else self.weights(k) * phi
+        weight = None if counts is None else counts[:, None]
+        if self.key_weight is not None:
+            weight = self.weights(k) if weight is None else self.weights(k) * weight
+        return phi if weight is None else weight * phi
 
     @property
     def writing_map(self) -> nn.Module:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+NARROW = 48  # columns of a product
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -44,6 +46,11 @@ def by_chunk(x: Tensor, chunk: int) -> Tensor:
 def by_head(x: Tensor, chunk: int) -> Tensor:
     """Undo `by_chunk`: `[N, n, g C, X] -> [N, g, n C, X]`."""
     return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(2, 3)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute `a @ b`, as the transpose of `bᵀ aᵀ` if it has few columns: CPU libraries are slow at narrow results."""
+    return (b.mT @ a.mT).mT if b.shape[-1] < NARROW else a @ b
 
 
 def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ from linearize_kernels.torch_forms.chunks import (
     by_head,
     columns,
     delays,
+    product,
     sums_outside,
 )
 
@@ -82,10 +83,10 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     if tokens.conv is not None:
         total = total + pad(band(tokens.conv, shape), (total.shape[-1] - shape.columns, 0))
     if far is None:
-        return by_head(total @ values, shape.chunk), tokens.S, tokens.z
+        return by_head(product(total, values), shape.chunk), tokens.S, tokens.z
     factor = weights[..., FAR, None] / far.mass[..., None]
-    out = torch.baddbmm((factor * far.out).flatten(0, 1), total.flatten(0, 1), values.flatten(0, 1))
-    return by_head(out.unflatten(0, values.shape[:2]), shape.chunk), far.S, far.z
+    out = product(total, values) + factor * far.out
+    return by_head(out, shape.chunk), far.S, far.z
 
 
 class FarPart(NamedTuple):
@@ -103,21 +104,24 @@ def read_far(shape: Shape, tokens: Tokens, values: Tensor) -> FarPart:
     Args:
         values: `[N, n, columns, Dv]`, of every chunk's columns.
     """
-    phi_q, v = by_chunk(tokens.phi_q, shape.chunk), tokens.v
-    chunks = phi_q.shape[1]
-    slots = (chunks + shape.around) * shape.chunk
-    phi, folded = (x[:, :slots].unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, v))
-    S, S_after = sums_outside(tokens.S.flatten(1), (phi.mT @ folded).flatten(2), shape, chunks)
-    z, z_after = sums_outside(tokens.z, phi.sum(2), shape, chunks)
-    S = S.unflatten(2, tokens.S.shape[1:])
-
-    delay = delays(shape, v.device)
+    phi_q = by_chunk(tokens.phi_q, shape.chunk)
+    chunks, groups = phi_q.shape[1], tokens.q.shape[1]
     some = shape.columns if shape.ahead else shape.columns - shape.size  # of the columns may be far
-    is_far = delay[:, :some].abs() >= shape.size if shape.ahead else delay[:, :some] >= shape.size
-    groups = tokens.q.shape[1]
-    products = phi_q @ columns(tokens.phi_k, shape, some).mT * is_far.to(v.dtype).repeat(groups, 1)
+    phi_k = columns(tokens.phi_k, shape, some)
+    if shape.ahead:
+        slots = [x.unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v)]
+    else:
+        slots = [
+            x[:, :, : shape.chunk] for x in (phi_k, values)
+        ]  # each chunk's columns begin with a chunk of slots
+    S, S_after = sums_outside(tokens.S.flatten(1), product(slots[0].mT, slots[1]).flatten(2), shape, chunks)
+    z, z_after = sums_outside(tokens.z, slots[0].sum(2), shape, chunks)
+
+    delay = delays(shape, phi_q.device)[:, :some]
+    is_far = delay.abs() >= shape.size if shape.ahead else delay >= shape.size
+    products = phi_q @ phi_k.mT * is_far.to(phi_q.dtype).repeat(groups, 1)
     mass = products.sum(-1) + (z[:, :, None] @ phi_q.mT).squeeze(2)
-    out = products @ values[:, :, :some] + phi_q @ S
+    out = product(products, values[:, :, :some]) + product(phi_q, S.unflatten(2, tokens.S.shape[1:]))
     return FarPart(out, mass.clamp_min(TINY), S_after.unflatten(1, tokens.S.shape[1:]), z_after)
 
 
