@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import cycle
 
 import torch
-from linearize_kernels.ops.backend import prefill, segment_tokens
+from linearize_kernels.ops.backend import form_of, segment_tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -62,7 +62,7 @@ def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> 
         The tokens of the row.
     """
     q, k, v = inputs_of(subject, attention)
-    segment = segment_tokens(prefill(attention, (q, k, v), 0), q)
+    segment = segment_tokens(form_of(attention, 0, 1 << 20, False), q)
     length = 2 * segment + segment // 2 + 5
     drawn = torch.randint(q.shape[-2], (length,), generator=subject.generator()).to(q.device)
     whole = [x[..., drawn, :] for x in (q, k, v)]

@@ -20,9 +20,8 @@ from linearize_kernels.triton.forms import sliding as triton_sliding
 from linearize_kernels.triton.tuning import limit
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-ROWS = 32  # of a chunk in torch
 MOST_SINKS = 64  # in Triton's kernels
-SEGMENT = 8192  # tokens times heads that a CPU works on together
+SEGMENT = 4096  # tokens times heads that a CPU works on together
 
 
 class Form(NamedTuple):
@@ -102,7 +101,8 @@ def prefill(
             return Prefill("triton", form, own or eq.chunk, q.dtype)
         if attention.impl == "triton":
             raise ValueError(f"Triton's kernels cannot run: {reason}. Use impl='auto'.")
-    own = own if eq.scope == "group" else min(own or ROWS, length)
+    rows = 64 if eq.value_dim > 32 else 32  # wider heads have a larger S by chunk
+    own = own if eq.scope == "group" else min(own or rows, length)
     return Prefill("torch", form, own, accumulator(q.dtype))
 
 
@@ -138,14 +138,13 @@ def why_not_prefill(
     return reason
 
 
-def segment_tokens(plan: Prefill | None, q: Tensor) -> int:
-    """Return how many tokens of q `[B, heads, T, D]` are worked on together, as many as pay.
-
-    On a CPU that is what its caches hold, on a GPU as many as are worth the launches.
+def segment_tokens(form: Form | Prefill | None, q: Tensor) -> int:
+    """Return how many tokens of q `[B, heads, T, D]` are worked on together: on a CPU what its caches hold, on a GPU as
+    many as are worth the launches.
     """
     lanes = max(q.shape[0] * q.shape[1], 1)
-    if plan is None:
+    if form is None:
         return 2048
     if q.is_cuda:
         return max(4096, (1 << 15) // max(len(q), 1))
-    return max(512, SEGMENT // lanes // 64 * 64)
+    return max(128, SEGMENT // lanes // 64 * 64)

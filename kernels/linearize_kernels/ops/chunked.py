@@ -1,6 +1,7 @@
 """`advance` and `chunked`: the state after many tokens, and the equation over long sequences."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -229,8 +230,8 @@ def chunked(
         size = heads[0].shape[-2]
         plan = prefill(attention, tuple(heads), count, sink_logits is not None, chunk)
         if plan is not None:
-            own_segment = plan, attention, state, count, *heads
-            out, S, z = again(*own_segment) if recompute else plan(*own_segment[1:])
+            compute = partial(again, plan) if recompute else plan
+            out, S, z = compute(attention, state, count, *heads)
             state = after(state, S, z, count, *heads[1:])
         else:
             attention.ran = "block"
