@@ -80,7 +80,7 @@ def launched(recorders):
 def launches(chip, kernels, monkeypatch, packed=False, **case):
     """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
     recorders = recorded(chip, kernels | (CARRY if packed else {}), monkeypatch)
-    usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
+    usual = dict(dtype=torch.bfloat16, heads=1, chunk=64, chunks=2, width=32)
     if kernels is GROUP:
         shape, folds, tokens = group_inputs(**usual | (dict(recent=0) if packed else {}) | case)
         apart = layout(shape, 0) if packed else None

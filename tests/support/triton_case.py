@@ -20,11 +20,11 @@ CASES = {
     "no far part": dict(far=False, size=9, start=30),
     "no far part, conv beyond the window": dict(far=False, recent=12, size=5, width=12, sinks=0),
     "no conv, no sinks": dict(width=0, sinks=0, start=40, skip=0),
-    "window shorter than chunks": dict(chunk=32, chunks=2, recent=5, size=5, width=3, group=3, lanes=1),
+    "window shorter than chunks": dict(chunk=32, chunks=2, recent=5, size=5, width=3, group=3, heads=1),
     "tiles smaller than chunks": dict(
-        chunk=64, chunks=2, recent=24, size=20, skip=4, lanes=1, tiles=(16, 32, 16)
+        chunk=64, chunks=2, recent=24, size=20, skip=4, heads=1, tiles=(16, 32, 16)
     ),
-    "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
+    "segments of chunks": dict(chunks=10, recent=8, size=7, heads=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, recent=24, size=20),
     "ahead": dict(ahead=16, start=2),
@@ -39,17 +39,17 @@ CASES = {
         width=8,
         values=24,
         features=24,
-        lanes=1,
+        heads=1,
     ),
     "ahead, no far part": dict(ahead=20, far=False, recent=12, size=9, skip=14, start=2),
     "ahead, no far part, conv beyond the window": dict(
         ahead=20, far=False, recent=12, size=5, width=21, sinks=0, skip=12
     ),
-    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, lanes=1),
+    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, heads=1),
     "ahead, tiles smaller than chunks": dict(
-        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, lanes=1, tiles=(16, 16, 16)
+        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, heads=1, tiles=(16, 16, 16)
     ),
-    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, lanes=1, features=16),
+    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, heads=1, features=16),
     "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2),
 }
 GROUP_CASES = {
@@ -58,10 +58,10 @@ GROUP_CASES = {
     "all folded, odd widths": dict(folds=3, keys=24, values=40, features=24, recent=7),
     "no far part": dict(far=False, group=2),
     "no conv": dict(width=0, recent=0),
-    "no far part, no conv": dict(far=False, width=0, recent=0, lanes=1),
-    "conv beyond a group": dict(width=24, recent=23, lanes=1),
-    "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, lanes=1, tiles=(32, 16, 16)),
-    "segments of groups": dict(chunks=12, folds=9, lanes=1, features=16),
+    "no far part, no conv": dict(far=False, width=0, recent=0, heads=1),
+    "conv beyond a group": dict(width=24, recent=23, heads=1),
+    "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, heads=1, tiles=(32, 16, 16)),
+    "segments of groups": dict(chunks=12, folds=9, heads=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, folds=1),
 }
@@ -101,7 +101,7 @@ PACKED = {
 
 
 def inputs(
-    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
+    dtype=torch.float32, heads=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
     values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
@@ -115,33 +115,33 @@ def inputs(
     def draw(*shape):
         return torch.randn(shape)
 
-    k, v = draw(lanes, slots, keys) + 1, draw(lanes, slots, values) + 1
+    k, v = draw(heads, slots, keys) + 1, draw(heads, slots, values) + 1
     v[:, : max(0, skip - sinks)] = v[:, end:] = 0
     phi_q = phi_k = mix = None
     if far:
-        phi_q, phi_k = draw(lanes, group, rows, features).softmax(-1), draw(lanes, slots, features).exp()
+        phi_q, phi_k = draw(heads, group, rows, features).softmax(-1), draw(heads, slots, features).exp()
         phi_k[:, :skip] = phi_k[:, end:] = 0
-        mix = draw(lanes, group, rows)
+        mix = draw(heads, group, rows)
         mix[:, :, :5] = float("-inf")
     tokens = Tokens(
-        q=draw(lanes, group, rows, keys),
+        q=draw(heads, group, rows, keys),
         k=k,
         v=v,
         phi_q=phi_q,
         phi_k=phi_k,
         mix=mix,
-        conv=draw(lanes, group, width) / 2 if width else None,
-        S=draw(lanes, features, values) + 5,
-        z=draw(lanes, features).exp() * 5,
-        sink_k=draw(lanes, sinks, keys),
-        sink_v=draw(lanes, sinks, values),
+        conv=draw(heads, group, width) / 2 if width else None,
+        S=draw(heads, features, values) + 5,
+        z=draw(heads, features).exp() * 5,
+        sink_k=draw(heads, sinks, keys),
+        sink_v=draw(heads, sinks, values),
     )
     tokens = narrowed(tokens, dtype, ("mix", "conv", "S", "z"))
     return Shape(chunk, recent, size, keys**-0.5, start, skip, ahead=ahead), tokens
 
 
 def group_inputs(
-    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, folds=2, recent=4, keys=16, values=16, features=32,
+    dtype=torch.float32, heads=2, group=1, chunk=16, chunks=3, folds=2, recent=4, keys=16, values=16, features=32,
     width=5, far=True,
 ):  # fmt: skip
     """As `inputs`; keys and queries have unit norms, the first and the last tokens are not there."""
@@ -161,17 +161,17 @@ def group_inputs(
 
     phi_q = phi_k = factor = None
     if far:
-        phi_q = tokenwise(draw(lanes, group, rows, features).softmax(-1))
-        phi_k, factor = tokenwise(draw(lanes, rows, features).exp()), draw(lanes, group)
+        phi_q = tokenwise(draw(heads, group, rows, features).softmax(-1))
+        phi_k, factor = tokenwise(draw(heads, rows, features).exp()), draw(heads, group)
     tokens = Groups(
-        q=tokenwise(unit_norm(draw(lanes, group, rows, keys) + 0.5)),
-        k=tokenwise(unit_norm(draw(lanes, rows, keys) + 1)),
-        v=draw(lanes, recent + rows, values) + 1,
+        q=tokenwise(unit_norm(draw(heads, group, rows, keys) + 0.5)),
+        k=tokenwise(unit_norm(draw(heads, rows, keys) + 1)),
+        v=draw(heads, recent + rows, values) + 1,
         phi_q=phi_q,
         phi_k=phi_k,
         factor=factor,
-        conv=draw(lanes, group, width) / 2 if width else None,
-        S=draw(lanes, features, values) + 5,
+        conv=draw(heads, group, width) / 2 if width else None,
+        S=draw(heads, features, values) + 5,
     )
     return Tiling(chunk, recent), folds, narrowed(tokens, dtype, ("factor", "conv", "S"))
 
