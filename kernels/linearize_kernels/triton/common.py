@@ -67,24 +67,27 @@ def fold(
     the sum before segment i at index i. It writes the sum before each chunk of the segment to `states` and
     `masses`.
 
-    Args: a, b: `[N, g, length, F]` and `[N, g, LEAD + length, Dv]`. The first LEAD rows of b are skipped.
-        factor: `[N, g, length]`, by which the rows of a are multiplied, or None. mean: `[N, g, length]` or
-        None. With it, z sums `-mean factor a` instead of a. S, z: `[N, segments + 1, F, Dv]` and `[N,
-        segments + 1, F]`. z may be None. states, masses: `[N, places, F, Dv]` and `[N, places, F]`, or None
-        in the first pass. cut: number of chunks after which a segment ends, even if it has fewer than SEGMENT
-        chunks. segments: for packed sequences `[s + 1]`, the first chunk of each segment and the end, else
-        None. S and z then have s segments, and segment i has index i in both passes. begins: `[chunks]`, the
-        first row of a that counts in each chunk, or None. REVERSE: sum from the last chunk to the first, so
-        that "before" above means "after". FROM, TO: the first chunk to read in a and b, and its index in
-        `states`. If either is above 0, the sums are added to the values in `states`.
+    Args:
+        a, b: `[N, g, length, F]` and `[N, g, LEAD + length, Dv]`. The first LEAD rows of b are skipped.
+        factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
+        mean: `[N, g, length]` or None. With it, z sums `-mean factor a` instead of a.
+        S, z: `[N, segments + 1, F, Dv]` and `[N, segments + 1, F]`. z may be None.
+        states, masses: `[N, places, F, Dv]` and `[N, places, F]`, or None in the first pass.
+        cut: number of chunks after which a segment ends, even if it has fewer than SEGMENT chunks.
+        segments: for packed sequences `[s + 1]`, the first chunk of each segment and the end, else None. S
+            and z then have s segments, and segment i has index i in both passes.
+        begins: `[chunks]`, the first row of a that counts in each chunk, or None.
+        REVERSE: sum from the last chunk to the first, so that "before" above means "after".
+        FROM, TO: the first chunk to read in a and b, and its index in `states`. If either is above 0, the
+            sums are added to the values in `states`.
     """
     state_head, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.program_id(2) // tl.cdiv(DV, BV) * BF + tl.arange(0, BF)
     first_e = tl.program_id(2) % tl.cdiv(DV, BV) * BV
     e = first_e + tl.arange(0, BV)
-    place = state_head * tl.num_programs(1) + segment
+    index = state_head * tl.num_programs(1) + segment
     if segments is None:
-        place += state_head
+        index += state_head
         uncut = segment * SEGMENT
         begin = tl.where(uncut < cut, uncut, cut + (segment - tl.cdiv(cut, SEGMENT)) * SEGMENT)
         end = tl.minimum(begin + SEGMENT, tl.where(uncut < cut, cut, chunks))
@@ -95,10 +98,10 @@ def fold(
     total = tl.zeros((BF, BV), tl.float32)
     mass = tl.zeros((BF,), tl.float32)
     if states is None and segments is None:
-        place += 1
-    S += place * F * DV
+        index += 1
+    S += index * F * DV
     if z is not None:
-        z += place * F
+        z += index * F
     if states is not None:
         total += load_tile(S, f, F, e, DV, UPCAST)
         if z is not None:
@@ -170,7 +173,7 @@ INTERPRETED = not isinstance(fold, triton.JITFunction)
 def fold_launcher(
     a: Tensor, b: Tensor, segments: int, chunk: int, reverse: bool = False, start: int = 0, to: int = 0
 ) -> Callable:
-    """Bind the grid and the compile-time arguments of `fold` for a number of segments."""
+    """Return `fold` with its grid and compile-time arguments, for a number of segments."""
     (heads, group, length, features), width = a.shape, b.shape[-1]
     sizes = tiles(
         "fold", 64, a
@@ -184,7 +187,7 @@ def fold_launcher(
 
 
 def empty_states(a: Tensor, b: Tensor, places: int, with_z: bool) -> tuple[Tensor, Tensor | None]:
-    """Allocate S and z before each chunk.
+    """Create S and z before each chunk, uninitialized.
 
     S is bfloat16 for fp16 inputs: its sums grow with the length of the text and would overflow fp16.
     """
@@ -201,17 +204,23 @@ def chunk_states(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """Compute S and z before each chunk, and after the first `folds` chunks.
 
-    Args: a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those. S, z: `[N, F,
-        Dv]` and `[N, F]`, before the first chunk. z may be None. chunks, chunk: number of chunks, and rows in
-        each. factor, mean: `[N, g, length]` or None, as in `fold`. reverse: sum from the last chunk to the
-        first. S and z then join the sums after the first `folds` chunks. folds: number of chunks in the
-        returned state, or None for all. empty: number of zero entries to append after those of the chunks.
+    Args:
+        a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those.
+        S, z: `[N, F, Dv]` and `[N, F]`, before the first chunk. z may be None.
+        chunks, chunk: number of chunks, and rows in each.
+        factor, mean: `[N, g, length]` or None, as in `fold`.
+        reverse: sum from the last chunk to the first. S and z then join the sums after the first `folds`
+            chunks.
+        folds: number of chunks in the returned state, or None for all.
+        empty: number of zero entries to append after those of the chunks.
         onto: the first two results of an earlier call, to which the sums are added, or None. One of `start`
-        and `to` must then be above 0. start: the first chunk to read in a and b. to: the index of that chunk
-        in the result.
+            and `to` must then be above 0.
+        start: the first chunk to read in a and b.
+        to: the index of that chunk in the result.
 
-    Returns: S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and after the first `folds`
-        chunks. In reverse: after each chunk, and before the first chunk.
+    Returns:
+        S and z before each chunk, `[N, chunks, F, Dv]` and `[N, chunks, F]`, and S and z after the first
+        `folds` chunks. In reverse, S and z after each chunk, and S and z before the first chunk.
     """
     heads, _, length, features = a.shape
     cut = chunks if folds is None else folds

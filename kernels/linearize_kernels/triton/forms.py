@@ -20,9 +20,10 @@ def sliding(
 
     q, k, v, the features and the sinks share a dtype. S, z, mix and conv may have a wider one.
 
-    Args: packed: the layout of packed sequences, or None. With it, `tokens` has None for S, z and the sinks,
-        which are in the timeline. The results for S and z are None, and `start` and `skip` of `shape` are
-        ignored.
+    Args:
+        packed: the layout of packed sequences, or None. With it, `tokens` has None for S, z and the sinks,
+            which are in the timeline. The results for S and z are None, and `start` and `skip` of `shape` are
+            ignored.
     """
     return Sliding.apply(shape, packed, *tokens)
 
@@ -34,8 +35,10 @@ def grouped(
 
     q, k, v and the features share a dtype. S, factor and conv may have a wider one.
 
-    Args: folds: number of groups in the returned S. packed: the layout of packed sequences, or None. With it,
-        S is None in `tokens` and in the result, R must be 0, and `folds` is ignored.
+    Args:
+        folds: number of groups in the returned S.
+        packed: the layout of packed sequences, or None. With it, S is None in `tokens` and in the result, R
+            must be 0, and `folds` is ignored.
     """
     return Grouped.apply(shape, folds, packed, *tokens)
 

@@ -97,8 +97,9 @@ def group_query_gradients(
 ):  # fmt: skip
     """Compute d_q of BM rows of one query head, and `d_out · v` for the gradient of the conv.
 
-    Args: taps: `[N, g, n C, W]`, is written: `d_out · v` by delay. For packed sequences, delays before the
-        start of the sequence are not written.
+    Args:
+        taps: `[N, g, n C, W]`, is written: `d_out · v` by delay. For packed sequences, delays before the
+            start of the sequence are not written.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM

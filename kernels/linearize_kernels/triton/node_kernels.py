@@ -190,9 +190,9 @@ def attend_nodes(
             mass = load_vector(z + state_head * F, f, f < F)
             for member in range(GROUP):
                 phi = load_vector(phi_q + member * F, f, f < F)
-                own_factor = tl.where(row == member, factor, 0.0)
-                total += own_factor * tl.sum(phi * mass, 0)
-                acc += own_factor[:, None] * tl.sum(phi[:, None] * S_tile, 0)[None, :]
+                member_factor = tl.where(row == member, factor, 0.0)
+                total += member_factor * tl.sum(phi * mass, 0)
+                acc += member_factor[:, None] * tl.sum(phi[:, None] * S_tile, 0)[None, :]
             store_tile(S + state_head * F * DV, S_tile, f, F, e, DV)
         else:
             for first_f in range(0, F, BC):
@@ -223,11 +223,15 @@ def attend(
 ) -> None:
     """Attend to nodes or to one decoded token, and write `out [B, heads, T, Dv]`.
 
-    Args: q: `[B, heads, T, D]`. phi_q: `[B, far, g, T, F]`, or None without a far part. phi_recent: `[B, far,
-        P, F]`, features of the P oldest recent tokens, or None if none of them can be far. out: `[B, heads,
-        T, Dv]`, is written. tree: k, v, phi_k, position and visible of the nodes. None if q is of one token
-        that `join` has stored. left: with `tree` None, the features and the value of the token that left the
-        recent ones.
+    Args:
+        q: `[B, heads, T, D]`.
+        phi_q: `[B, far, g, T, F]`, or None without a far part.
+        phi_recent: `[B, far, P, F]`, features of the P oldest recent tokens, or None if none of them can be
+            far.
+        out: `[B, heads, T, Dv]`, is written.
+        tree: k, v, phi_k, position and visible of the nodes. None if q is of one token that `join` has
+            stored.
+        left: with `tree` None, the features and the value of the token that left the recent ones.
     """
     eq, sizes = attention.equation, geometry(attention, state)
     nodes, group, softmax = q.shape[-2], eq.heads // eq.far_heads, eq.score == "softmax"

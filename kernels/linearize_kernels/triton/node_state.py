@@ -103,13 +103,13 @@ def shift(
         tl.store(sink + new_position[:, None] * WIDTH + column[None, :], sinks, mask=is_sink)
     for s in range(0, R, BS):
         slot = s + tl.arange(0, BS)
-        comes = slot + arrived >= R
+        arrives = slot + arrived >= R
         kept = (slot + arrived < R)[:, None] & (column < WIDTH)[None, :]
-        joins = (comes & (slot < R))[:, None] & (column < WIDTH)[None, :]
+        joins = (arrives & (slot < R))[:, None] & (column < WIDTH)[None, :]
         old = tl.load(recent + (slot + arrived)[:, None] * WIDTH + column[None, :], mask=kept, other=0.0)
-        own = tl.load(new + (slot + T - R)[:, None] * WIDTH + column[None, :], mask=joins, other=0.0)
+        added = tl.load(new + (slot + T - R)[:, None] * WIDTH + column[None, :], mask=joins, other=0.0)
         tl.debug_barrier()
-        value = tl.where(comes[:, None], own, old)
+        value = tl.where(arrives[:, None], added, old)
         tl.store(recent + slot[:, None] * WIDTH + column[None, :], value, mask=kept | joins)
 
 
@@ -131,10 +131,10 @@ def hedgehog(
     logarithm = 0.0
     for first in range(0, D, BC):
         c = first + tl.arange(0, BC)
-        own = load_vector(x, c, c < D)
-        score += tl.sum(own[:, None] * load_tile(weight, c, D, h, HALF, UPCAST).to(tl.float32), 0)
+        x_part = load_vector(x, c, c < D)
+        score += tl.sum(x_part[:, None] * load_tile(weight, c, D, h, HALF, UPCAST).to(tl.float32), 0)
         if key_weight is not None:
-            logarithm += tl.sum(own * load_vector(key_weight, c, c < D), 0)
+            logarithm += tl.sum(x_part * load_vector(key_weight, c, c < D), 0)
     omega = 1.0
     if key_weight is not None:
         logarithm += tl.load(key_weight + D).to(tl.float32)
@@ -161,10 +161,12 @@ def take_in(
     The second axis of the grid splits the work: 0 handles keys and z, 1 handles values. With Hedgehog's
     weights and one token, each further index computes the features of one query head.
 
-    Args: phi_left: `[B, far, T, F]`, features of the T oldest recent tokens. With Hedgehog's weights they are
-        written here. left_v: `[B, kv, T, Dv]`, is written: the values of these tokens before the shift.
+    Args:
+        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens. With Hedgehog's weights they are
+            written here.
+        left_v: `[B, kv, T, Dv]`, is written: the values of these tokens before the shift.
         query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of ω, or
-        None.
+            None.
     """
     kv_head, task = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = kv_head // KV
@@ -233,10 +235,12 @@ def join(
 ) -> None:
     """Store k, v `[B, kv, T, D]` in the state, except for S and the count.
 
-    Args: valid: `[B, T]` bool, False for pads, or None. phi_left: `[B, far, T, F]`, features of the T oldest
-        recent tokens, or None without a far part. left_v: `[B, kv, T, Dv]`, is written. queries: q and phi_q
-        of one token. With them, the kernel also computes Hedgehog's features of q and of the oldest recent
-        key.
+    Args:
+        valid: `[B, T]` bool, False for pads, or None.
+        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a far part.
+        left_v: `[B, kv, T, Dv]`, is written.
+        queries: q and phi_q of one token. With them, the kernel also computes Hedgehog's features of q and of
+            the oldest recent key.
     """
     eq, sizes, new = attention.equation, geometry(attention, state), k.shape[-2]
     q = phi_q = query_weight = map_weight = key_weight = None

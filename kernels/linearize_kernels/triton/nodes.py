@@ -133,17 +133,17 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
     eq, far = attention.equation, attention.far
     phi_q: Tensor | None
     phi_left: Tensor | None
-    q, left_v, own = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
+    q, left_v, hedgehog = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
     if far is not None and type(far.q_map) is Hedgehog:
         features = (far.q_map.feature_dim,)
         phi_q = q.new_empty(*q.shape[:3], *features, dtype=torch.float32)
         phi_left = q.new_empty(len(q), eq.far_heads, 1, *features, dtype=torch.float32)
-        own = (q, phi_q)
+        hedgehog = (q, phi_q)
     else:
         phi_q, phi_left = queries(attention, q), keys(attention, state.recent_k[..., :1, :])
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     with torch.cuda.device_of(q):
-        join(attention, state, k.contiguous(), v.contiguous(), None, phi_left, left_v, own)
+        join(attention, state, k.contiguous(), v.contiguous(), None, phi_left, left_v, hedgehog)
         recent = oldest(attention, state, 0)  # the new token is now the last recent one
         attend(attention, state, q, phi_q, recent, out, left=(phi_left, left_v))
     return out

@@ -59,10 +59,12 @@ def query_means(
 
     For packed sequences, `taps` is not written for delays before the start of the sequence.
 
-    Args: mean: `[N, g, n C]`, is written: the mean above. factor: `[N, g, n C]`, is written: the far part's
-        factor under the normaliser. taps: `[N, g, n C, W]`, is written: `d_out · v` by tap of the conv.
-        sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks and `d_out · v` for
-        them.
+    Args:
+        mean: `[N, g, n C]`, is written: the mean above.
+        factor: `[N, g, n C]`, is written: the far part's factor under the normaliser.
+        taps: `[N, g, n C, W]`, is written: `d_out · v` by tap of the conv.
+        sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks, and `d_out · v`
+            of each.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM

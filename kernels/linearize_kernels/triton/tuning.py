@@ -19,10 +19,12 @@ class Packed(NamedTuple):
 
     Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks.
 
-    Attributes: begins: `[n]` int32, for each chunk the first slot of its sequence after the sinks. segments:
-        `[s + 1]` int32, the first chunk of each segment of S's sums, and n. No segment spans two sequences.
-        firsts: `[sequences + 1]` int32, the first segment of each sequence, and s. sinks: number of first
-        tokens of each sequence that are sinks, at most a chunk.
+    Attributes:
+        begins: `[n]` int32, for each chunk the first slot of its sequence after the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n. No segment spans two
+            sequences.
+        firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
+        sinks: number of first tokens of each sequence that are sinks, at most a chunk.
     """
 
     begins: Tensor
@@ -74,16 +76,16 @@ def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
 
     Wide heads and wide dtypes get smaller tiles, to fit into shared memory.
     """
-    times, own = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
-    if times == 2 and own in SPECIAL_WIDE:
-        return SPECIAL_WIDE[own]
+    times, key = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
+    if times == 2 and key in SPECIAL_WIDE:
+        return SPECIAL_WIDE[key]
     if times > 1:
         return USUAL._replace(rows=64 // times, slots=64 // times)
-    return SPECIAL.get(own, USUAL)
+    return SPECIAL.get(key, USUAL)
 
 
 def padded(width: int) -> int:
-    """Return the side of a tile that holds `width`: a power of two of at least 16, as Triton's products require."""
+    """Return the side of a tile for `width`: a power of two of at least 16, as Triton's products require."""
     return max(16, 1 << (width - 1).bit_length())
 
 
