@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.blocked import after, segment_of, tokens_at_once
+from linearize_kernels.ops.decode import decode_one_token
 from linearize_kernels.reference.block import block, evaluate
 from linearize_kernels.reference.visibility import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
@@ -179,7 +180,7 @@ def nodes(
         visible, depth = (x.to(q.device) for x in ancestors(parents))
         layout = behind(attention.equation, state, state.count[:, None] + depth, visible)
     else:
-        layout = shared_layout(attention.equation, count, parents)
+        layout = shared_layout(attention.equation, [count], parents)
     return evaluate(attention, state, q, k, v, layout, sink_logits)
 
 
@@ -215,6 +216,10 @@ def chunked(
     count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
+    if decodes(attention, state, length, valid):
+        attention.ran = "block"
+        out, state = decode_one_token(attention, state, q, k, v, sink_logits)
+        return out.to(q.dtype), state
     if segment is None:
         segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
@@ -242,6 +247,12 @@ def chunked(
     if into is None:
         into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
     return into, state
+
+
+def decodes(attention: LinearAttention, state: State, length: int, valid: Tensor | None) -> bool:
+    """Return whether `decode_one_token` takes the new tokens: one a row, and counts that are on the host."""
+    one = length == 1 and valid is None and attention.impl != "triton"
+    return one and state.count.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
@@ -272,12 +283,7 @@ def run_segment(
     length = q.shape[-2]
     if count is not None and length <= chunk:
         after = append(attention, state, count, k, v)
-        eq = attention.equation
-        if length > 1 or eq.recent < max(eq.conv_width, 1):
-            return nodes(attention, state, q, k, v, chain(length), sink_logits), after
-        # All that the token sees is in the state behind it.
-        layout, none = shared_layout(eq, count + 1, ()), slice(0)
-        return evaluate(attention, after, q, k[..., none, :], v[..., none, :], layout, sink_logits), after
+        return nodes(attention, state, q, k, v, chain(length), sink_logits), after
     chunk = min(chunk, length)
     if valid is not None:
         order = valid.long().argsort(dim=-1, stable=True)  # pads first, as in the timeline

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linearize_kernels.remembered import derived
+
 TINY = 1e-12  # below any normaliser that stands for something
 
 
@@ -32,6 +34,33 @@ class Combine(nn.Module):
 
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
+
+    def one_token(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor | None,
+        values: Tensor,
+        far: Far | None,
+        taps: Tensor | None,
+    ) -> Tensor:
+        """Combine the parts of one query of every row, and add the conv.
+
+        Args:
+            q: `[B, kv, group, D]`; scores: `[B, kv, group, N]`; values: `[B, kv, N, Dv]`.
+            local: `[rows, 1, 1, N]` bool, or None if all tokens are in L(i).
+            far: numerator `[B, kv, group, Dv]`, mass `[B, kv, group, 1]`, and whether there is
+                any: `[rows, 1, 1, 1]` bool, or True.
+            taps: `[rows, kv, group, N]`, the conv's weights of the same tokens, or None.
+
+        Returns:
+            `[B, kv, group, Dv]`.
+        """
+        local = scores.new_ones(1, dtype=torch.bool) if local is None else local[..., None, :]
+        if far is not None:
+            far = Far(far.out[..., None, :], far.mass, torch.as_tensor(far.any))
+        out = self(q[..., None, :], scores[..., None, :], local, values, far).squeeze(-2)
+        return out if taps is None else out + taps @ values
 
 
 class Shared(Combine):
@@ -73,6 +102,29 @@ class Shared(Combine):
         weights, factor = (scores - ceiling[..., None]).exp(), (mix - ceiling).exp()
         total = positive(weights.sum(-1) + factor * far.mass)
         return (attend(weights, values) + factor[..., None] * far.out) / total
+
+    def one_token(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor | None,
+        values: Tensor,
+        far: Far | None,
+        taps: Tensor | None,
+    ) -> Tensor:
+        if self.mix is None or far is None:
+            return super().one_token(q, scores, local, values, far, taps)
+        # The far part is one more key: its weight is exp(mix(q)) times its mass, and its value a mean.
+        w, b = derived(self, "mix", as_affine, q.dtype)
+        mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
+        mix = torch.baddbmm(b, q.flatten(1, 2).transpose(0, 1), w).transpose(0, 1)  # rows as tokens of a head
+        logit = mix.reshape(mass.shape) + mass.log()
+        if far.any is not True:
+            logit = logit.masked_fill(~far.any, float("-inf"))
+        scores = scores if local is None else scores.masked_fill(~local, float("-inf"))
+        share, weights = torch.cat([logit, scores], -1).softmax(-1).tensor_split((1,), -1)
+        weights = weights if taps is None else weights + taps
+        return torch.addcmul(weights @ values, share, far.out / mass)
 
 
 class Lolcats(Combine):
@@ -205,6 +257,11 @@ def weighted(weights: list, values: list) -> Tensor:
 def attend(weights: Tensor, values: Tensor) -> Tensor:
     """`[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]` without a copy of the values."""
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
+
+
+def as_affine(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w `[heads, D, 1]` and b `[heads, 1, 1]` of `w·x + b`, views of a parameter `[heads, D + 1]`."""
+    return parameter[:, :-1, None], parameter[:, -1:, None]
 
 
 def per_head(parameter: Tensor, q: Tensor) -> Tensor:

@@ -45,8 +45,12 @@ class Sum(nn.Module):
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """S `[heads, F, Dv]`, z and phi `[heads, F]`, v `[heads, Dv]` -> the next S and z."""
-        return S + phi[:, :, None] * v[:, None, :], z + phi
+        """Return S and z after one token.
+
+        Args:
+            S: `[..., heads, F, Dv]`; z, phi: `[..., heads, F]`; v: `[..., heads, Dv]`.
+        """
+        return torch.addcmul(S, phi[..., None], v[..., None, :]), z + phi
 
 
 class Decay(Sum):
@@ -68,8 +72,8 @@ class Decay(Sum):
         return -rate.expand(*v.shape[:-3], *v.shape[-3:-1])
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[:, None]).exp()
-        return super().fold_one(decay[:, :, None] * S, decay * z, phi, v)
+        decay = self.log_decay(v[..., None, :]).exp()
+        return super().fold_one(decay[..., None] * S, decay * z, phi, v)
 
 
 class Gated(Decay):
@@ -116,10 +120,10 @@ class Delta(Gated):
         return ((v @ weight[:, :, None]).squeeze(-1) + bias[:, None]).sigmoid()
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[:, None]).exp()
-        strength = self.strength(v[:, None])
-        answer = decay * torch.einsum("hf,hfd->hd", phi, S)
-        S = decay[:, :, None] * S + (strength * phi)[:, :, None] * (v - answer)[:, None, :]
+        decay = self.log_decay(v[..., None, :]).exp()
+        strength = self.strength(v[..., None, :])
+        answer = decay * (phi[..., None, :] @ S).squeeze(-2)
+        S = torch.addcmul(decay[..., None] * S, (strength * phi)[..., None], (v - answer)[..., None, :])
         return S, decay * z + phi
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import pull_per_head
+from linearize_kernels.parts.combine import as_affine, pull_per_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, Identity, unit_norm
 from linearize_kernels.parts.linformer import Projection
+from linearize_kernels.remembered import derived
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
 
@@ -145,15 +146,34 @@ class FeatureMemory(nn.Module):
         logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
         return (CEILING * logarithm).exp_().mT
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""
-        phi = self.keys(k[:, None])[:, 0]
-        return self.memory.fold_one(S, z, phi, self.equation.to_far_heads(v[:, None])[:, 0])
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return S and z after one token of every row.
 
-    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The far part `[Dv]` of one head for all queries q `[heads, D]`, and its mass."""
-        phi, far = self.q_map(q[:, None])[head, 0], head * self.equation.far_heads // self.equation.heads
-        return phi @ S[far], phi @ z[far]
+        Args:
+            S: `[B, far, F, Dv]`; z: `[B, far, F]`; k: `[B, kv, D]`; v: `[B, kv, Dv]`.
+            position: `[B]`, the token's position in its row.
+        """
+        k, v = self.equation.to_far_heads(k, -2).transpose(0, 1), self.equation.to_far_heads(v, -2)
+        phi = self.writing_map(k)  # a map takes rows as tokens of a head
+        if self.memory.unit_keys:
+            phi = unit_norm(phi)
+        if self.key_weight is not None:
+            w, b = derived(self, "key_weight", as_affine, k.dtype)
+            logarithm = torch.baddbmm(b, k, w).div_(CEILING).tanh_()
+            phi = phi * logarithm.mul_(CEILING).exp_()
+        return self.memory.fold_one(S, z, phi.transpose(0, 1), v)
+
+    def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Read S and z with one query of every row: q `[B, heads, D]`.
+
+        Returns:
+            numerator `[B, heads, Dv]` and mass `[B, heads, 1]`.
+        """
+        batch, heads = q.shape[:2]
+        phi = self.q_map(q.transpose(0, 1)).transpose(0, 1)
+        phi = phi.reshape(batch * self.equation.far_heads, -1, phi.shape[-1])
+        read, mass = torch.bmm(phi, S.flatten(0, 1)), torch.bmm(phi, z.flatten(0, 1)[..., None])
+        return read.view(batch, heads, -1), mass.view(batch, heads, 1)
 
     def forward(
         self,

@@ -35,17 +35,23 @@ class Projection(nn.Module):
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1)
-        token = self.equation.to_far_heads(torch.cat([k, v], -1)[:, None])[:, 0]
-        return S + share[:, :, None] * token[:, None, :], z + share
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return S and z after one token of every row; shapes as of `FeatureMemory.fold_one`."""
+        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1).movedim(-1, 0)
+        token = self.equation.to_far_heads(torch.cat([k, v], -1), -2)
+        return S + share[..., None] * token[..., None, :], z + share
 
-    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        eq, far = self.equation, head * self.equation.far_heads // self.equation.heads
-        if not z[far].any():
-            return S.new_zeros(eq.value_dim), S.new_zeros(())
-        keys, values = (S[far] / z[far][:, None]).split([eq.key_dim, eq.value_dim], -1)
-        return (eq.scale * (keys @ q[head])).softmax(0) @ values, S.new_ones(())
+    def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend to the slots with one query of every row; shapes as of `FeatureMemory.read_one`.
+
+        The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
+        """
+        eq = self.equation
+        total, q = z[:, :, None], q.unflatten(1, (eq.far_heads, -1))  # [B, far, 1, slots], [B, far, g, D]
+        keys, values = (S / z[..., None].clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
+        weights = (eq.scale * (q @ keys.mT)).masked_fill(total == 0, LOW).softmax(-1)
+        mass = (total > 0).any(-1, keepdim=True).to(q.dtype)
+        return (mass * (weights @ values)).flatten(1, 2), mass.expand(*q.shape[:-1], 1).flatten(1, 2)
 
     def forward(
         self,

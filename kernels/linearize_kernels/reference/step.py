@@ -13,8 +13,8 @@ from linearize_kernels.parts.combine import Far
 
 @dataclass(frozen=True)
 class StepState:
-    """What one token needs of its past. `sinks` and `near` hold `(position, k [kv, D], v [kv, Dv])`, oldest
-    first; `past_v` the conv's values, newest first.
+    """What one token needs of its past. S and z have a leading dimension of 1. `sinks` and `near` hold
+    `(position, k [kv, D], v [kv, Dv])`, oldest first; `past_v` holds the conv's values, newest first.
     """
 
     S: Tensor
@@ -30,7 +30,7 @@ def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -
     """The state before the first token."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
-    S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
+    S = torch.zeros(1, eq.far_heads, features, width, dtype=dtype)
     return StepState(S, S.sum(-1))
 
 
@@ -53,11 +53,14 @@ def step(
         if same_group if eq.scope == "group" else now - position < eq.size:
             kept.append((position, near_k, near_v))
         elif attention.far is not None:
-            S, z = attention.far.fold_one(S, z, near_k, near_v, position)
+            pair = near_k[None], near_v[None]
+            S, z = attention.far.fold_one(S, z, *pair, torch.tensor([position]))
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
-    outputs = []
+    outputs, read = [], None
+    if attention.far is not None:
+        read, mass = attention.far.read_one(q[None], S, z)
     for head in range(eq.heads):
         kv = head // (eq.heads // eq.kv_heads)
         local = sinks + kept
@@ -69,9 +72,7 @@ def step(
             scores.append(score)
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
-        far = None
-        if attention.far is not None:
-            far = Far(*attention.far.read_one(head, q, S, z), any=folded > 0)
+        far = None if read is None else Far(read[0, head], mass[0, head, 0], any=folded > 0)
         none = torch.zeros_like(v[kv])
         out = attention.combine.define(head, q[head], scores, values or [none], far)
         for delay, old in enumerate(past_v):

@@ -1,0 +1,195 @@
+"""One decoding step: one new token for every row of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linearize_kernels.equation import Equation, LinearAttention, accumulator
+from linearize_kernels.parts.combine import Far
+from linearize_kernels.reference.block import by_head, distance_bias
+from linearize_kernels.reference.visibility import Layout, laid_out, settled
+from linearize_kernels.remembered import derived, remembered
+from linearize_kernels.state import State
+
+
+def decode_one_token(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Compute the output of one token of every row, and the state after it.
+
+    The token that drops out of the recent ones is folded into S first. The query then reads the state alone: sinks and
+    recent tokens by their keys, all older ones through S.
+
+    Args:
+        state: the state before the token, on a CPU; it is not changed.
+        q: `[B, heads, 1, D]`; k: `[B, kv, 1, D]`; v: `[B, kv, 1, Dv]`.
+        sink_logits: `[heads]`, as of `block`, or None.
+
+    Returns:
+        `[B, heads, 1, Dv]` in the accumulator's dtype, and the next state. Its sinks and recent tokens share memory.
+    """
+    eq, wide = attention.equation, accumulator(q.dtype)
+    counts = state.count.tolist()
+    S, z = fold_oldest(attention, state, counts, k, v)
+    sink_k, sink_v = with_new_sink(state, counts, k, v)
+    keys = torch.cat([sink_k, state.recent_k[:, :, 1:], k], 2)
+    values = torch.cat([sink_v, state.recent_v[:, :, 1:], v], 2)
+    recent = slice(eq.sinks, eq.sinks + eq.recent)  # a layer may keep none, not even the new one
+    position, count = next_places(eq.recent, tuple(counts))
+    after = State(
+        S=S,
+        z=z,
+        sink_k=keys[:, :, : eq.sinks],
+        sink_v=values[:, :, : eq.sinks],
+        recent_k=keys[:, :, recent],
+        recent_v=values[:, :, recent],
+        recent_position=position,
+        count=count,
+    )
+    view = view_of_last(eq, settled(eq, [n + 1 for n in counts]))
+    return attend(attention, after, q.to(wide), keys.to(wide), values.to(wide), view, sink_logits), after
+
+
+def fold_oldest(
+    attention: LinearAttention, state: State, counts: Sequence[int], k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return S and z after the tokens that a new token pushes out of the recent ones. Sinks are never folded."""
+    eq, S, z = attention.equation, state.S, state.z
+    begins = eq.recent + eq.sinks  # tokens of a row before which nothing is folded
+    if attention.far is None or max(counts) < begins:
+        return S, z
+    oldest = (k, v, state.count)  # where none are recent the new token itself
+    if eq.recent:
+        oldest = (state.recent_k, state.recent_v, state.recent_position[:, 0])
+    *pair, position = oldest
+    folded = attention.far.fold_one(S, z, *(x[:, :, 0].to(S.dtype) for x in pair), position)
+    if min(counts) >= begins:
+        return folded
+    folds = state.count >= begins
+    return tuple(
+        torch.where(folds.view(-1, *[1] * (x.dim() - 1)), x, old)
+        for x, old in zip(folded, (S, z), strict=True)
+    )
+
+
+def with_new_sink(state: State, counts: Sequence[int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sinks' keys and values, with those of a new token where it is among a row's first."""
+    sinks = state.sink_k.shape[2]
+    if min(counts) >= sinks:
+        return state.sink_k, state.sink_v
+    new = (state.count[:, None] == torch.arange(sinks))[:, None, :, None]
+    return torch.where(new, k, state.sink_k), torch.where(new, v, state.sink_v)
+
+
+@remembered(8)
+def next_places(recent: int, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return `recent_position` `[B, R]` and `count` `[B]` of a state after one more token. All layers share them."""
+    count = torch.tensor(counts) + 1
+    return (count[:, None] - recent + torch.arange(recent)).clamp_min(-1), count
+
+
+@dataclass(frozen=True)
+class View:
+    """What the last token of every row attends to among the N sinks and recent tokens, and what lies in S.
+
+    Rows that see the same are one row.
+
+    Attributes:
+        local: `[rows, 1, 1, N]` bool, the tokens in L(i), or None for all of them.
+        delay: `[rows, 1, N]`, the distance to each token.
+        any_far: `[rows, 1, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
+        outside: the layout, where F(i) holds tokens that are not in S yet, or None.
+        in_conv: `[rows, 1, 1, N]` bool, which tokens under the conv exist, or None for all of them.
+    """
+
+    local: Tensor | None
+    delay: Tensor
+    any_far: Tensor | bool
+    outside: Layout | None
+    in_conv: Tensor | None
+
+
+@remembered(512)
+def view_of_last(eq: Equation, counts: tuple[int, ...]) -> View:
+    """Compute the view of the last token of rows that have `settled` counts, that token counted."""
+    layout = laid_out(eq, counts, ())
+    local, delay = layout.local[:, None], layout.delay
+    if not eq.recent:  # the new token's own key is there all the same
+        local, delay = pad(local, (0, 1)), pad(delay, (0, 1))
+    any_far = layout.any_far[:, None, None]
+    oldest = torch.tensor(counts)[:, None] - eq.recent  # its position: negative if the slot is empty
+    in_conv = pad(oldest + torch.arange(eq.recent) >= 0, (eq.sinks, 0), value=True)[:, None, None]
+    return View(
+        local=None if bool(local.all()) else local,
+        delay=delay,
+        any_far=any_far if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
+        outside=None if layout.old.stop <= layout.old.start else layout,
+        in_conv=None if bool(in_conv.all()) else in_conv,
+    )
+
+
+def attend(
+    attention: LinearAttention,
+    state: State,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: View,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Compute the outputs `[B, heads, 1, Dv]` of the last token of every row.
+
+    Args:
+        q: `[B, heads, 1, D]`.
+        keys, values: `[B, kv, N, D]`, those of the sinks and recent tokens.
+    """
+    eq = attention.equation
+    query = q.view(len(q), eq.kv_heads, -1, q.shape[-1])
+    far = taps = None
+    if attention.far is not None and attention.dropped != "far" and view.any_far is not False:
+        out, mass = read_far(attention, state, q, keys, values, view)
+        shape = query.shape[:-1]
+        far = Far(out.view(*shape, -1), mass.view(*shape, 1), view.any_far)
+    local = view.local
+    if attention.dropped == "local":
+        local = torch.zeros_like(view.delay, dtype=torch.bool)[:, None]
+    scores = attention.score(query, keys, eq.scale, eq.softcap)
+    if attention.distance_bias is not None:
+        scores = scores + by_head(eq, distance_bias(attention, view.delay)).squeeze(-2)
+    if attention.conv is not None:
+        taps = derived(attention, "conv", partial(taps_by_token, eq), q.dtype)
+        taps = taps if view.in_conv is None else taps * view.in_conv
+    if sink_logits is not None:  # one more local key, whose value is zero
+        logits = sink_logits.to(q.dtype).view(eq.kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
+        scores, values = torch.cat([scores, logits], -1), pad(values, (0, 0, 0, 1))
+        local = None if local is None else pad(local, (0, 1), value=True)
+        taps = None if taps is None else pad(taps, (0, 1))
+    out = attention.combine.one_token(query, scores, local, values, far, taps)
+    return out.flatten(1, 2)[:, :, None]
+
+
+def taps_by_token(eq: Equation, conv: Tensor) -> Tensor:
+    """Return the conv's weights `[kv, group, N]` of the sinks (0) and recent tokens for the last token."""
+    before = eq.sinks + eq.recent - eq.conv_width
+    return pad(conv.flip(-1), (before, 0)).unflatten(0, (eq.kv_heads, -1))
+
+
+def read_far(
+    attention: LinearAttention, state: State, q: Tensor, keys: Tensor, values: Tensor, view: View
+) -> tuple[Tensor, Tensor]:
+    """Read S, and the recent tokens that are far but not in S yet (in groups, or under a long conv)."""
+    if view.outside is None:
+        return attention.far.read_one(q[:, :, 0], state.S, state.z)
+    layout = view.outside
+    tokens = keys[:, :, layout.old], values[:, :, layout.old]
+    places = layout.old_position, layout.seen, layout.far, layout.new
+    return attention.far(q, *tokens, *places, state.S, state.z)
