@@ -62,7 +62,7 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
             first = part.stop
         for position in range(folded, length - eq.recent):
             token = (x[:1, :, position].double() for x in (k, v))
-            S, z = exact.fold_one(S, z, *token, torch.tensor([position], device=k.device))
+            S, z = exact.fold_one(S, z, *token, [position])
         folded = length - eq.recent
         pairs = (layer.state.S[:1], S), (layer.state.z[:1], z)
         error = torch.stack([relative(x.double() - y, y) for x, y in pairs]).max()

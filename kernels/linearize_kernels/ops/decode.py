@@ -37,26 +37,24 @@ def decode_one_token(
     Returns:
         `[B, heads, 1, Dv]` in the accumulator's dtype, and the next state. Its sinks and recent tokens share memory.
     """
-    eq, wide = attention.equation, accumulator(q.dtype)
-    counts = state.count.tolist()
+    eq = attention.equation
+    counts = tuple(state.count.tolist())
+    view, position, count = places_after(eq, counts)
     S, z = fold_oldest(attention, state, counts, k, v)
     sink_k, sink_v = with_new_sink(state, counts, k, v)
     keys = torch.cat([sink_k, state.recent_k[:, :, 1:], k], 2)
     values = torch.cat([sink_v, state.recent_v[:, :, 1:], v], 2)
     recent = slice(eq.sinks, eq.sinks + eq.recent)  # a layer may keep none, not even the new one
-    position, count = next_places(eq.recent, tuple(counts))
-    after = State(
-        S=S,
-        z=z,
-        sink_k=keys[:, :, : eq.sinks],
-        sink_v=values[:, :, : eq.sinks],
-        recent_k=keys[:, :, recent],
-        recent_v=values[:, :, recent],
-        recent_position=position,
-        count=count,
-    )
-    view = view_of_last(eq, settled(eq, [n + 1 for n in counts]))
-    return attend(attention, after, q.to(wide), keys.to(wide), values.to(wide), view, sink_logits), after
+    recent_k, recent_v = keys[:, :, recent], values[:, :, recent]
+    after = State(S, z, sink_k, sink_v, recent_k, recent_v, position, count)
+    return attend(attention, after, *widened(q, keys, values), view, sink_logits), after
+
+
+def widened(*tensors: Tensor) -> Sequence[Tensor]:
+    """Return the tensors, which share a dtype, in the accumulator's."""
+    dtype = tensors[0].dtype
+    wide = accumulator(dtype)
+    return tensors if dtype == wide else [x.to(wide) for x in tensors]
 
 
 def fold_oldest(
@@ -67,11 +65,10 @@ def fold_oldest(
     begins = eq.recent + eq.sinks  # tokens of a row before which nothing is folded
     if attention.far is None or max(counts) < begins:
         return S, z
-    oldest = (k, v, state.count)  # where none are recent the new token itself
-    if eq.recent:
-        oldest = (state.recent_k, state.recent_v, state.recent_position[:, 0])
-    *pair, position = oldest
-    folded = attention.far.fold_one(S, z, *(x[:, :, 0].to(S.dtype) for x in pair), position)
+    if eq.recent:  # else the new token itself is folded
+        k, v = state.recent_k, state.recent_v
+    pair = widened(k[:, :, 0], v[:, :, 0])
+    folded = attention.far.fold_one(S, z, *pair, [n - eq.recent for n in counts])
     if min(counts) >= begins:
         return folded
     folds = state.count >= begins
@@ -88,13 +85,6 @@ def with_new_sink(state: State, counts: Sequence[int], k: Tensor, v: Tensor) -> 
         return state.sink_k, state.sink_v
     new = (state.count[:, None] == torch.arange(sinks))[:, None, :, None]
     return torch.where(new, k, state.sink_k), torch.where(new, v, state.sink_v)
-
-
-@remembered(8)
-def next_places(recent: int, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return `recent_position` `[B, R]` and `count` `[B]` of a state after one more token. All layers share them."""
-    count = torch.tensor(counts) + 1
-    return (count[:, None] - recent + torch.arange(recent)).clamp_min(-1), count
 
 
 @dataclass(frozen=True)
@@ -116,6 +106,17 @@ class View:
     any_far: Tensor | bool
     outside: Layout | None
     in_conv: Tensor | None
+
+
+@remembered(8)
+def places_after(eq: Equation, counts: tuple[int, ...]) -> tuple[View, Tensor, Tensor]:
+    """Return the view of one more token of rows, and `recent_position` `[B, R]` and `count` `[B]` after it.
+
+    All layers of a model share them.
+    """
+    count = torch.tensor(counts) + 1
+    position = (count[:, None] - eq.recent + torch.arange(eq.recent)).clamp_min(-1)
+    return view_of_last(eq, settled(eq, [n + 1 for n in counts])), position, count
 
 
 @remembered(512)
@@ -153,12 +154,12 @@ def attend(
         keys, values: `[B, kv, N, D]`, those of the sinks and recent tokens.
     """
     eq = attention.equation
-    query = q.view(len(q), eq.kv_heads, -1, q.shape[-1])
+    query = q.view(len(q), eq.kv_heads, -1, eq.key_dim)
     far = taps = None
     if attention.far is not None and attention.dropped != "far" and view.any_far is not False:
         out, mass = read_far(attention, state, q, keys, values, view)
-        shape = query.shape[:-1]
-        far = Far(out.view(*shape, -1), mass.view(*shape, 1), view.any_far)
+        by_kv = len(q), eq.kv_heads, query.shape[2], -1
+        far = Far(out.view(by_kv), mass.view(by_kv), view.any_far)
     local = view.local
     if attention.dropped == "local":
         local = torch.zeros_like(view.delay, dtype=torch.bool)[:, None]

@@ -9,7 +9,7 @@ and never counts, and sinks are never folded.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,22 +146,23 @@ class FeatureMemory(nn.Module):
         logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
         return (CEILING * logarithm).exp_().mT
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def fold_one(
+        self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return S and z after one token of every row.
 
         Args:
             S: `[B, far, F, Dv]`; z: `[B, far, F]`; k: `[B, kv, D]`; v: `[B, kv, Dv]`.
-            position: `[B]`, the token's position in its row.
+            position: of the token in each of the B rows.
         """
         k, v = self.equation.to_far_heads(k, -2).transpose(0, 1), self.equation.to_far_heads(v, -2)
-        phi = self.writing_map(k)  # a map takes rows as tokens of a head
-        if self.memory.unit_keys:
+        memory, phi = self.memory, self.writing_map.one_token(k)
+        if memory.unit_keys:
             phi = unit_norm(phi)
         if self.key_weight is not None:
-            w, b = derived(self, "key_weight", as_affine, k.dtype)
-            logarithm = torch.baddbmm(b, k, w).div_(CEILING).tanh_()
-            phi = phi * logarithm.mul_(CEILING).exp_()
-        return self.memory.fold_one(S, z, phi.transpose(0, 1), v)
+            w, b = derived(self, "key_weight", before_cap, k.dtype)
+            phi = phi * torch.baddbmm(b, k, w).tanh_().mul_(CEILING).exp_()
+        return memory.fold_one(S, z, phi.transpose(0, 1), v)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Read S and z with one query of every row: q `[B, heads, D]`.
@@ -169,11 +170,11 @@ class FeatureMemory(nn.Module):
         Returns:
             numerator `[B, heads, Dv]` and mass `[B, heads, 1]`.
         """
-        batch, heads = q.shape[:2]
-        phi = self.q_map(q.transpose(0, 1)).transpose(0, 1)
-        phi = phi.reshape(batch * self.equation.far_heads, -1, phi.shape[-1])
-        read, mass = torch.bmm(phi, S.flatten(0, 1)), torch.bmm(phi, z.flatten(0, 1)[..., None])
-        return read.view(batch, heads, -1), mass.view(batch, heads, 1)
+        shape = *q.shape[:2], -1
+        phi = self.q_map.one_token(q.transpose(0, 1)).transpose(0, 1)
+        S, z = S.flatten(0, 1), z.flatten(0, 1)
+        phi = phi.reshape(len(S), -1, z.shape[1])  # [B * far, g, F]
+        return torch.bmm(phi, S).view(shape), torch.bmm(phi, z[..., None]).view(shape)
 
     def forward(
         self,
@@ -277,6 +278,11 @@ class FeatureMemory(nn.Module):
             states.append(S)
             sums.append(z)
         return torch.stack(states), torch.stack(sums)
+
+
+def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w and b of the logarithm of a key's weight, before the soft cap."""
+    return as_affine(key_weight / CEILING)
 
 
 def far_part(equation) -> nn.Module:

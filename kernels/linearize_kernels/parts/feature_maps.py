@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from linearize_kernels.remembered import derived
 from linearize_kernels.torch_forms.softmax_pair import SoftmaxPair, softmax_pair, through_softmax
 from linearize_kernels.torch_forms.tiles import led
 
@@ -116,6 +117,10 @@ class FeatureMap(nn.Module):
 
         return phi.detach(), pull
 
+    def one_token(self, x: Tensor) -> Tensor:
+        """Return the features of one token of B rows, `[heads, B, D] -> [heads, B, F]`."""
+        return self(x)
+
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
 
@@ -207,6 +212,12 @@ class Hedgehog(Projected):
     def forward(self, x: Tensor) -> Tensor:
         return softmaxes(x @ self.weight.to(x.dtype))
 
+    def one_token(self, x: Tensor) -> Tensor:
+        if type(self) is not Hedgehog:
+            return super().one_token(x)
+        W = derived(self, "weight", both_signs, x.dtype)
+        return torch.bmm(x, W).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+
     def of_heads(self, x: Tensor, heads: slice) -> Tensor:
         if type(self) is not Hedgehog:  # one with a formula of its own
             return super().of_heads(x, heads)
@@ -248,6 +259,11 @@ class Hedgehog(Projected):
             return d_weight
 
         return phi, pull
+
+
+def both_signs(W: Tensor) -> Tensor:
+    """Return `[W, -W]`."""
+    return torch.cat([W, -W], -1)
 
 
 def softmaxes(x: Tensor) -> Tensor:

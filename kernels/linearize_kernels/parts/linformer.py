@@ -1,5 +1,7 @@
 """Linformer's far part: softmax over k slots, which tokens are projected on."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +37,12 @@ class Projection(nn.Module):
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def fold_one(
+        self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return S and z after one token of every row; shapes as of `FeatureMemory.fold_one`."""
-        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1).movedim(-1, 0)
+        columns = [place % self.table.shape[-1] for place in position]
+        share = self.table[:, :, columns].to(k.dtype).softmax(1).movedim(-1, 0)
         token = self.equation.to_far_heads(torch.cat([k, v], -1), -2)
         return S + share[..., None] * token[..., None, :], z + share
 

@@ -54,7 +54,7 @@ def step(
             kept.append((position, near_k, near_v))
         elif attention.far is not None:
             pair = near_k[None], near_v[None]
-            S, z = attention.far.fold_one(S, z, *pair, torch.tensor([position]))
+            S, z = attention.far.fold_one(S, z, *pair, [position])
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
