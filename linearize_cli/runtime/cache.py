@@ -111,7 +111,8 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
         if self.record_past:
             self.record(attention, k, v, valid)
-        self.state, self.owned = state.compact(), False
+        # After one token recent keys may share memory with the sinks, which is no larger for that.
+        self.state, self.owned = state if k.shape[-2] == 1 else state.compact(), False
         self.seen += k.shape[-2]
         self.begin()
 

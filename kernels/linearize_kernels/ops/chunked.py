@@ -213,13 +213,14 @@ def chunked(
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
     batch, length = q.shape[0], q.shape[-2]
-    count, in_step = rows_count(state, valid), state is None and valid is None
+    in_step = state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
     if decodes(attention, state, length, valid):
         attention.ran = "block"
         out, state = decode_one_token(attention, state, q, k, v, sink_logits)
         return out.to(q.dtype), state
+    count = rows_count(state, valid)
     if segment is None:
         segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)

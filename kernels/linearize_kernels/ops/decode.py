@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.equation import Equation, LinearAttention, accumulator
 from linearize_kernels.parts.combine import Far
-from linearize_kernels.reference.block import by_head, distance_bias
+from linearize_kernels.reference.block import distance_bias
 from linearize_kernels.reference.visibility import Layout, laid_out, settled
 from linearize_kernels.remembered import derived, remembered
 from linearize_kernels.state import State
@@ -91,14 +91,14 @@ def with_new_sink(state: State, counts: Sequence[int], k: Tensor, v: Tensor) -> 
 class View:
     """What the last token of every row attends to among the N sinks and recent tokens, and what lies in S.
 
-    Rows that see the same are one row.
+    A lane is a KV head of a row. There is one lane instead of `B * kv` if all rows see the same.
 
     Attributes:
-        local: `[rows, 1, 1, N]` bool, the tokens in L(i), or None for all of them.
-        delay: `[rows, 1, N]`, the distance to each token.
-        any_far: `[rows, 1, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
+        local: `[lanes, 1, N]` bool, the tokens in L(i), or None for all of them.
+        delay: `[rows, N]`, the distance to each token.
+        any_far: `[lanes, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
         outside: the layout, where F(i) holds tokens that are not in S yet, or None.
-        in_conv: `[rows, 1, 1, N]` bool, which tokens under the conv exist, or None for all of them.
+        in_conv: `[lanes, 1, N]` bool, which tokens under the conv exist, or None for all of them.
     """
 
     local: Tensor | None
@@ -123,18 +123,22 @@ def places_after(eq: Equation, counts: tuple[int, ...]) -> tuple[View, Tensor, T
 def view_of_last(eq: Equation, counts: tuple[int, ...]) -> View:
     """Compute the view of the last token of rows that have `settled` counts, that token counted."""
     layout = laid_out(eq, counts, ())
-    local, delay = layout.local[:, None], layout.delay
+    local, delay = layout.local[:, 0], layout.delay[:, 0]
     if not eq.recent:  # the new token's own key is there all the same
         local, delay = pad(local, (0, 1)), pad(delay, (0, 1))
-    any_far = layout.any_far[:, None, None]
     oldest = torch.tensor(counts)[:, None] - eq.recent  # its position: negative if the slot is empty
-    in_conv = pad(oldest + torch.arange(eq.recent) >= 0, (eq.sinks, 0), value=True)[:, None, None]
+    in_conv = pad(oldest + torch.arange(eq.recent) >= 0, (eq.sinks, 0), value=True)
+
+    def lanes(x: Tensor) -> Tensor:  # [rows, N] -> [lanes, 1, N]
+        return (x.repeat_interleave(eq.kv_heads, 0) if len(counts) > 1 else x)[:, None]
+
+    any_far = layout.any_far
     return View(
-        local=None if bool(local.all()) else local,
+        local=None if bool(local.all()) else lanes(local),
         delay=delay,
-        any_far=any_far if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
+        any_far=lanes(any_far) if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
         outside=None if layout.old.stop <= layout.old.start else layout,
-        in_conv=None if bool(in_conv.all()) else in_conv,
+        in_conv=None if bool(in_conv.all()) else lanes(in_conv),
     )
 
 
@@ -153,29 +157,40 @@ def attend(
         q: `[B, heads, 1, D]`.
         keys, values: `[B, kv, N, D]`, those of the sinks and recent tokens.
     """
-    eq = attention.equation
-    query = q.view(len(q), eq.kv_heads, -1, eq.key_dim)
+    eq, batch = attention.equation, len(q)
+    groups = eq.heads // eq.kv_heads
+    by_head = q[:, :, 0].transpose(0, 1)  # [heads, B, D]
+    query = q.reshape(-1, groups, eq.key_dim)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+
+    def lanes(x: Tensor) -> Tensor:  # [rows, kv, g, N] -> [B * kv, g, N]
+        return x.expand(batch, -1, -1, -1).flatten(0, 1)
+
     far = taps = None
     if attention.far is not None and attention.dropped != "far" and view.any_far is not False:
-        out, mass = read_far(attention, state, q, keys, values, view)
-        by_kv = len(q), eq.kv_heads, query.shape[2], -1
-        far = Far(out.view(by_kv), mass.view(by_kv), view.any_far)
+        if view.outside is None:
+            out, mass = attention.far.read_one(by_head, state.S, state.z)
+        else:
+            out, mass = read_outside(attention, state, q, keys, values, view.outside)
+        far = Far(out.view(-1, groups, eq.value_dim), mass.view(-1, groups, 1), view.any_far)
     local = view.local
     if attention.dropped == "local":
-        local = torch.zeros_like(view.delay, dtype=torch.bool)[:, None]
+        local = view.delay.new_zeros(1, dtype=torch.bool)
     scores = attention.score(query, keys, eq.scale, eq.softcap)
     if attention.distance_bias is not None:
-        scores = scores + by_head(eq, distance_bias(attention, view.delay)).squeeze(-2)
+        bias = distance_bias(attention, view.delay)  # [heads, rows, N]
+        scores = scores + lanes(bias.transpose(0, 1).unflatten(1, (-1, groups)))
     if attention.conv is not None:
         taps = derived(attention, "conv", partial(taps_by_token, eq), q.dtype)
+        taps = taps if batch == 1 else taps.repeat(batch, 1, 1)
         taps = taps if view.in_conv is None else taps * view.in_conv
     if sink_logits is not None:  # one more local key, whose value is zero
-        logits = sink_logits.to(q.dtype).view(eq.kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
-        scores, values = torch.cat([scores, logits], -1), pad(values, (0, 0, 0, 1))
-        local = None if local is None else pad(local, (0, 1), value=True)
+        scores = torch.cat([scores, lanes(sink_logits.to(q.dtype).view(1, -1, groups, 1))], -1)
+        values = pad(values, (0, 0, 0, 1))
+        local = None if local is None else pad(local.expand(-1, 1, keys.shape[1]), (0, 1), value=True)
         taps = None if taps is None else pad(taps, (0, 1))
-    out = attention.combine.one_token(query, scores, local, values, far, taps)
-    return out.flatten(1, 2)[:, :, None]
+    out = attention.combine.one_token(by_head, scores, local, values, far, taps)
+    return out.view(batch, eq.heads, 1, eq.value_dim)
 
 
 def taps_by_token(eq: Equation, conv: Tensor) -> Tensor:
@@ -184,13 +199,10 @@ def taps_by_token(eq: Equation, conv: Tensor) -> Tensor:
     return pad(conv.flip(-1), (before, 0)).unflatten(0, (eq.kv_heads, -1))
 
 
-def read_far(
-    attention: LinearAttention, state: State, q: Tensor, keys: Tensor, values: Tensor, view: View
+def read_outside(
+    attention: LinearAttention, state: State, q: Tensor, keys: Tensor, values: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Read S, and the recent tokens that are far but not in S yet (in groups, or under a long conv)."""
-    if view.outside is None:
-        return attention.far.read_one(q[:, :, 0], state.S, state.z)
-    layout = view.outside
-    tokens = keys[:, :, layout.old], values[:, :, layout.old]
+    """Read S and the recent tokens that are far but not in S yet: in groups, or under a long conv."""
+    tokens = (x.unflatten(0, (len(q), -1))[:, :, layout.old] for x in (keys, values))
     places = layout.old_position, layout.seen, layout.far, layout.new
     return attention.far(q, *tokens, *places, state.S, state.z)

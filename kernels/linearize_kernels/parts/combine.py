@@ -47,19 +47,28 @@ class Combine(nn.Module):
         """Combine the parts of one query of every row, and add the conv.
 
         Args:
-            q: `[B, kv, group, D]`; scores: `[B, kv, group, N]`; values: `[B, kv, N, Dv]`.
-            local: `[rows, 1, 1, N]` bool, or None if all tokens are in L(i).
-            far: numerator `[B, kv, group, Dv]`, mass `[B, kv, group, 1]`, and whether there is
-                any: `[rows, 1, 1, 1]` bool, or True.
-            taps: `[rows, kv, group, N]`, the conv's weights of the same tokens, or None.
+            q: `[heads, B, D]`; scores: `[B * kv, group, N]`; values: `[B * kv, N, Dv]`.
+            local: bool, broadcasts to scores: the tokens in L(i); None: all of them.
+            far: numerator `[B * kv, group, Dv]`, mass `[B * kv, group, 1]`, and whether there is any: bool, broadcasts
+                to the mass, or True.
+            taps: the conv's weights of the same tokens, broadcasts to scores, or None.
 
         Returns:
-            `[B, kv, group, Dv]`.
+            `[B * kv, group, Dv]`.
         """
-        local = scores.new_ones(1, dtype=torch.bool) if local is None else local[..., None, :]
+        heads, batch = q.shape[:2]
+        kv = len(scores) // batch
+
+        def by_row(x: Tensor) -> Tensor:  # [B * kv or 1, ..] -> [B or 1, kv or 1, ..]
+            return x.unflatten(0, (batch, kv)) if len(x) > 1 else x[None]
+
+        grouped = q.transpose(0, 1).unflatten(1, (kv, -1))[..., None, :]
+        local = scores.new_ones(1, 1, 1, dtype=torch.bool) if local is None else local
         if far is not None:
-            far = Far(far.out[..., None, :], far.mass, torch.as_tensor(far.any))
-        out = self(q[..., None, :], scores[..., None, :], local, values, far).squeeze(-2)
+            any_far = far.any if isinstance(far.any, Tensor) else torch.ones_like(far.mass, dtype=torch.bool)
+            far = Far(by_row(far.out)[..., None, :], by_row(far.mass), by_row(any_far))
+        own = (by_row(x)[..., None, :] for x in (scores, local))
+        out = self(grouped, *own, by_row(values), far).view(*scores.shape[:2], -1)
         return out if taps is None else out + taps @ values
 
 
@@ -117,14 +126,15 @@ class Shared(Combine):
         # The far part is one more key: its weight is exp(mix(q)) times its mass, and its value a mean.
         w, b = derived(self, "mix", as_affine, q.dtype)
         mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
-        mix = torch.baddbmm(b, q.flatten(1, 2).transpose(0, 1), w).transpose(0, 1)  # rows as tokens of a head
-        logit = mix.reshape(mass.shape) + mass.log()
+        mix = torch.baddbmm(b, q, w).transpose(0, 1).reshape(mass.shape)
+        logit = mix + mass.log()
         if far.any is not True:
             logit = logit.masked_fill(~far.any, float("-inf"))
-        scores = scores if local is None else scores.masked_fill(~local, float("-inf"))
+        if local is not None:
+            scores = scores.masked_fill(~local, float("-inf"))
         share, weights = torch.cat([logit, scores], -1).softmax(-1).tensor_split((1,), -1)
         weights = weights if taps is None else weights + taps
-        return torch.addcmul(weights @ values, share, far.out / mass)
+        return torch.addcmul(torch.bmm(weights, values), share, far.out / mass)
 
 
 class Lolcats(Combine):

@@ -165,16 +165,14 @@ class FeatureMemory(nn.Module):
         return memory.fold_one(S, z, phi.transpose(0, 1), v)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Read S and z with one query of every row: q `[B, heads, D]`.
+        """Read S and z with one query of every row: q `[heads, B, D]`.
 
         Returns:
-            numerator `[B, heads, Dv]` and mass `[B, heads, 1]`.
+            numerator `[B * far, heads / far, Dv]` and mass `[B * far, heads / far, 1]`.
         """
-        shape = *q.shape[:2], -1
-        phi = self.q_map.one_token(q.transpose(0, 1)).transpose(0, 1)
-        S, z = S.flatten(0, 1), z.flatten(0, 1)
-        phi = phi.reshape(len(S), -1, z.shape[1])  # [B * far, g, F]
-        return torch.bmm(phi, S).view(shape), torch.bmm(phi, z[..., None]).view(shape)
+        phi, S = self.q_map.one_token(q).transpose(0, 1), S.flatten(0, 1)
+        phi = phi.reshape(len(S), -1, S.shape[1])  # [B * far, heads / far, F]
+        return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
 
     def forward(
         self,

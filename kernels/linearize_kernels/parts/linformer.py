@@ -51,12 +51,12 @@ class Projection(nn.Module):
 
         The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
         """
-        eq = self.equation
-        total, q = z[:, :, None], q.unflatten(1, (eq.far_heads, -1))  # [B, far, 1, slots], [B, far, g, D]
-        keys, values = (S / z[..., None].clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
+        eq, total = self.equation, z.flatten(0, 1)[:, None]  # [B * far, 1, slots]
+        q = q.transpose(0, 1).reshape(len(total), -1, eq.key_dim)
+        keys, values = (S.flatten(0, 1) / total.mT.clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
         weights = (eq.scale * (q @ keys.mT)).masked_fill(total == 0, LOW).softmax(-1)
         mass = (total > 0).any(-1, keepdim=True).to(q.dtype)
-        return (mass * (weights @ values)).flatten(1, 2), mass.expand(*q.shape[:-1], 1).flatten(1, 2)
+        return mass * (weights @ values), mass.expand(-1, q.shape[1], 1)
 
     def forward(
         self,

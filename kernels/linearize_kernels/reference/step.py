@@ -60,7 +60,7 @@ def step(
 
     outputs, read = [], None
     if attention.far is not None:
-        read, mass = attention.far.read_one(q[None], S, z)
+        read, mass = (x.flatten(0, 1) for x in attention.far.read_one(q[:, None], S, z))
     for head in range(eq.heads):
         kv = head // (eq.heads // eq.kv_heads)
         local = sinks + kept
@@ -72,7 +72,7 @@ def step(
             scores.append(score)
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
-        far = None if read is None else Far(read[0, head], mass[0, head, 0], any=folded > 0)
+        far = None if read is None else Far(read[head], mass[head, 0], any=folded > 0)
         none = torch.zeros_like(v[kv])
         out = attention.combine.define(head, q[head], scores, values or [none], far)
         for delay, old in enumerate(past_v):
