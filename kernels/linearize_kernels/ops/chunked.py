@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.blocked import after, segment_of, tokens_at_once
-from linearize_kernels.ops.decode import decode_one_token
 from linearize_kernels.reference.block import block, evaluate
 from linearize_kernels.reference.visibility import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
@@ -216,10 +215,6 @@ def chunked(
     in_step = state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
-    if decodes(attention, state, length, valid):
-        attention.ran = "block"
-        out, state = decode_one_token(attention, state, q, k, v, sink_logits)
-        return out.to(q.dtype), state
     count = rows_count(state, valid)
     if segment is None:
         segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
@@ -248,12 +243,6 @@ def chunked(
     if into is None:
         into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
     return into, state
-
-
-def decodes(attention: LinearAttention, state: State, length: int, valid: Tensor | None) -> bool:
-    """Return whether `decode_one_token` takes the new tokens: one a row, and counts that are on the host."""
-    one = length == 1 and valid is None and attention.impl != "triton"
-    return one and state.count.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

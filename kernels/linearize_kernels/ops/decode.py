@@ -1,4 +1,4 @@
-"""One decoding step: one new token for every row of a batch."""
+"""Decoding one token of every row at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,45 +9,98 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.equation import Equation, LinearAttention, accumulator
-from linearize_kernels.parts.combine import Far
+from linearize_kernels.parts.combine import Far, by_lane
 from linearize_kernels.reference.block import distance_bias
 from linearize_kernels.reference.visibility import Layout, laid_out, settled
 from linearize_kernels.remembered import derived, remembered
 from linearize_kernels.state import State
 
 
-def decode_one_token(
-    attention: LinearAttention,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_logits: Tensor | None = None,
-) -> tuple[Tensor, State]:
-    """Compute the output of one token of every row, and the state after it.
+class Decoding:
+    """A layer's state, laid out for one token after the other on a CPU.
 
-    The token that drops out of the recent ones is folded into S first. The query then reads the state alone: sinks and
-    recent tokens by their keys, all older ones through S.
+    The recent tokens are a ring buffer: a new token takes the slot of the oldest one, which is folded into S and z
+    first. The tensors begin with KV heads and then rows, because feature maps take the rows as tokens of a head. A lane
+    is a KV head of a row.
 
-    Args:
-        state: the state before the token, on a CPU; it is not changed.
-        q: `[B, heads, 1, D]`; k: `[B, kv, 1, D]`; v: `[B, kv, 1, Dv]`.
-        sink_logits: `[heads]`, as of `block`, or None.
-
-    Returns:
-        `[B, heads, 1, Dv]` in the accumulator's dtype, and the next state. Its sinks and recent tokens share memory.
+    Attributes:
+        S: `[far, B, F, Dv]`; z: `[far, B, F]`. A step replaces them.
+        keys: `[kv, B, N, D]`; values: `[kv, B, N, Dv]`: sinks, then the ring's slots, in the accumulator's dtype. A
+            step writes into them. Nothing else holds their memory.
+        counts: tokens in each row.
+        start: the slot of the oldest token.
     """
-    eq = attention.equation
-    counts = tuple(state.count.tolist())
-    view, position, count = places_after(eq, counts)
-    S, z = fold_oldest(attention, state, counts, k, v)
-    sink_k, sink_v = with_new_sink(state, counts, k, v)
-    keys = torch.cat([sink_k, state.recent_k[:, :, 1:], k], 2)
-    values = torch.cat([sink_v, state.recent_v[:, :, 1:], v], 2)
-    recent = slice(eq.sinks, eq.sinks + eq.recent)  # a layer may keep none, not even the new one
-    recent_k, recent_v = keys[:, :, recent], values[:, :, recent]
-    after = State(S, z, sink_k, sink_v, recent_k, recent_v, position, count)
-    return attend(attention, after, *widened(q, keys, values), view, sink_logits), after
+
+    def __init__(self, attention: LinearAttention, state: State):
+        eq, wide = attention.equation, state.S.dtype
+        self.dtype, self.counts, self.start = state.recent_k.dtype, tuple(state.count.tolist()), 0
+        self.S, self.z = (x.transpose(0, 1).contiguous() for x in (state.S, state.z))
+        empty = 0 if eq.recent else 1  # where no token is recent, one column that is never seen
+
+        def columns(sinks: Tensor, recent: Tensor) -> Tensor:
+            joined = pad(torch.cat([sinks, recent], 2), (0, 0, 0, empty))
+            return joined.transpose(0, 1).to(wide, memory_format=torch.contiguous_format, copy=True)
+
+        self.keys, self.values = columns(state.sink_k, state.recent_k), columns(state.sink_v, state.recent_v)
+
+    def state(self, attention: LinearAttention) -> State:
+        """Return the state, which shares no memory with the ring."""
+        eq = attention.equation
+        columns, _ = ring(eq, self.start)
+        kept = [x.transpose(0, 1).index_select(2, columns).to(self.dtype) for x in (self.keys, self.values)]
+        (sink_k, recent_k), (sink_v, recent_v) = (x.split([eq.sinks, eq.recent], 2) for x in kept)
+        count = torch.tensor(self.counts)
+        position = (count[:, None] - eq.recent + torch.arange(eq.recent)).clamp_min(-1)
+        S, z = (x.transpose(0, 1).contiguous() for x in (self.S, self.z))
+        return State(S, z, sink_k, sink_v, recent_k, recent_v, position, count)
+
+    def decode_one_token(
+        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None
+    ) -> Tensor:
+        """Compute the output of one token of every row, and take the token in.
+
+        The query reads the state after its own token: sinks and recent tokens by their keys, all older ones through S.
+
+        Args:
+            q: `[B, heads, 1, D]`; k: `[B, kv, 1, D]`; v: `[B, kv, 1, Dv]`.
+            sink_logits: `[heads]`, as of `block`, or None.
+
+        Returns:
+            `[B, heads, 1, Dv]` in the accumulator's dtype.
+        """
+        eq = attention.equation
+        q, k, v = (x.squeeze(2).transpose(0, 1) for x in widened(q, k, v))
+        self.fold_oldest(attention, k, v)
+        self.write(eq, k, v)
+        self.counts = tuple(n + 1 for n in self.counts)
+        view = view_of_last(eq, settled(eq, self.counts), self.start)
+        return attend(attention, self, q, view, sink_logits)
+
+    def fold_oldest(self, attention: LinearAttention, k: Tensor, v: Tensor) -> None:
+        """Fold the tokens that new ones, k `[kv, B, D]` and v `[kv, B, Dv]`, push out. Sinks are never folded."""
+        eq = attention.equation
+        begins = eq.recent + eq.sinks  # tokens of a row before which nothing is folded
+        if attention.far is None or max(self.counts) < begins:
+            return
+        if eq.recent:  # else the new token itself is folded
+            slot = eq.sinks + self.start
+            k, v = self.keys[:, :, slot], self.values[:, :, slot]
+        S, z = attention.far.fold_one(self.S, self.z, k, v, [n - eq.recent for n in self.counts])
+        if min(self.counts) < begins:
+            folds = torch.tensor([n >= begins for n in self.counts])[:, None]
+            S, z = torch.where(folds[..., None], S, self.S), torch.where(folds, z, self.z)
+        self.S, self.z = S, z
+
+    def write(self, eq: Equation, k: Tensor, v: Tensor) -> None:
+        """Write new tokens over the oldest ones, and among the sinks if they are a row's first."""
+        for stored, new in ((self.keys, k), (self.values, v)):
+            if eq.recent:
+                stored[:, :, eq.sinks + self.start] = new
+            if min(self.counts) < eq.sinks:
+                for row, count in enumerate(self.counts):
+                    if count < eq.sinks:
+                        stored[:, row, count] = new[:, row]
+        self.start = (self.start + 1) % max(eq.recent, 1)
 
 
 def widened(*tensors: Tensor) -> Sequence[Tensor]:
@@ -57,152 +110,120 @@ def widened(*tensors: Tensor) -> Sequence[Tensor]:
     return tensors if dtype == wide else [x.to(wide) for x in tensors]
 
 
-def fold_oldest(
-    attention: LinearAttention, state: State, counts: Sequence[int], k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return S and z after the tokens that a new token pushes out of the recent ones. Sinks are never folded."""
-    eq, S, z = attention.equation, state.S, state.z
-    begins = eq.recent + eq.sinks  # tokens of a row before which nothing is folded
-    if attention.far is None or max(counts) < begins:
-        return S, z
-    if eq.recent:  # else the new token itself is folded
-        k, v = state.recent_k, state.recent_v
-    pair = widened(k[:, :, 0], v[:, :, 0])
-    folded = attention.far.fold_one(S, z, *pair, [n - eq.recent for n in counts])
-    if min(counts) >= begins:
-        return folded
-    folds = state.count >= begins
-    return tuple(
-        torch.where(folds.view(-1, *[1] * (x.dim() - 1)), x, old)
-        for x, old in zip(folded, (S, z), strict=True)
-    )
-
-
-def with_new_sink(state: State, counts: Sequence[int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sinks' keys and values, with those of a new token where it is among a row's first."""
-    sinks = state.sink_k.shape[2]
-    if min(counts) >= sinks:
-        return state.sink_k, state.sink_v
-    new = (state.count[:, None] == torch.arange(sinks))[:, None, :, None]
-    return torch.where(new, k, state.sink_k), torch.where(new, v, state.sink_v)
-
-
 @dataclass(frozen=True)
 class View:
-    """What the last token of every row attends to among the N sinks and recent tokens, and what lies in S.
+    """What the last token of every row attends to among the N sinks and slots of the ring.
 
-    A lane is a KV head of a row. There is one lane instead of `B * kv` if all rows see the same.
+    There is one lane instead of `kv * B` if all rows see the same.
 
     Attributes:
+        order: `[N]`, the place of each column among the sinks and the recent tokens, oldest first.
         local: `[lanes, 1, N]` bool, the tokens in L(i), or None for all of them.
         delay: `[rows, N]`, the distance to each token.
         any_far: `[lanes, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
-        outside: the layout, where F(i) holds tokens that are not in S yet, or None.
+        outside: the layout, where F(i) holds tokens that are not in S yet, and their columns, oldest first; or None.
         in_conv: `[lanes, 1, N]` bool, which tokens under the conv exist, or None for all of them.
     """
 
+    order: Tensor
     local: Tensor | None
     delay: Tensor
     any_far: Tensor | bool
-    outside: Layout | None
+    outside: tuple[Layout, Tensor] | None
     in_conv: Tensor | None
 
 
-@remembered(8)
-def places_after(eq: Equation, counts: tuple[int, ...]) -> tuple[View, Tensor, Tensor]:
-    """Return the view of one more token of rows, and `recent_position` `[B, R]` and `count` `[B]` after it.
-
-    All layers of a model share them.
-    """
-    count = torch.tensor(counts) + 1
-    position = (count[:, None] - eq.recent + torch.arange(eq.recent)).clamp_min(-1)
-    return view_of_last(eq, settled(eq, [n + 1 for n in counts])), position, count
+@remembered(512)
+def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of the sinks and recent tokens, oldest first, and the place of each column among these."""
+    slots = (start + torch.arange(eq.recent)) % max(eq.recent, 1)
+    columns = torch.cat([torch.arange(eq.sinks), eq.sinks + slots])
+    places = columns if eq.recent else torch.arange(eq.sinks + 1)
+    return columns, places.argsort()
 
 
 @remembered(512)
-def view_of_last(eq: Equation, counts: tuple[int, ...]) -> View:
+def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
     """Compute the view of the last token of rows that have `settled` counts, that token counted."""
     layout = laid_out(eq, counts, ())
+    columns, order = ring(eq, start)
     local, delay = layout.local[:, 0], layout.delay[:, 0]
-    if not eq.recent:  # the new token's own key is there all the same
-        local, delay = pad(local, (0, 1)), pad(delay, (0, 1))
     oldest = torch.tensor(counts)[:, None] - eq.recent  # its position: negative if the slot is empty
     in_conv = pad(oldest + torch.arange(eq.recent) >= 0, (eq.sinks, 0), value=True)
+    if not eq.recent:
+        local, delay, in_conv = pad(local, (0, 1)), pad(delay, (0, 1)), pad(in_conv, (0, 1), value=True)
 
     def lanes(x: Tensor) -> Tensor:  # [rows, N] -> [lanes, 1, N]
-        return (x.repeat_interleave(eq.kv_heads, 0) if len(counts) > 1 else x)[:, None]
+        return (x.repeat(eq.kv_heads, 1) if len(counts) > 1 else x)[:, None]
 
     any_far = layout.any_far
     return View(
-        local=None if bool(local.all()) else lanes(local),
-        delay=delay,
+        order=order,
+        local=None if bool(local.all()) else lanes(local[:, order]),
+        delay=delay[:, order],
         any_far=lanes(any_far) if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
-        outside=None if layout.old.stop <= layout.old.start else layout,
-        in_conv=None if bool(in_conv.all()) else lanes(in_conv),
+        outside=None if layout.old.stop <= layout.old.start else (layout, columns[layout.old]),
+        in_conv=None if bool(in_conv.all()) else lanes(in_conv[:, order]),
     )
 
 
 def attend(
-    attention: LinearAttention,
-    state: State,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    view: View,
-    sink_logits: Tensor | None,
+    attention: LinearAttention, state: Decoding, q: Tensor, view: View, sink_logits: Tensor | None
 ) -> Tensor:
-    """Compute the outputs `[B, heads, 1, Dv]` of the last token of every row.
+    """Compute the outputs `[B, heads, 1, Dv]` of the last token of every row; q `[heads, B, D]`."""
+    eq, batch = attention.equation, q.shape[1]
+    kv, groups = eq.kv_heads, eq.heads // eq.kv_heads
+    keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
 
-    Args:
-        q: `[B, heads, 1, D]`.
-        keys, values: `[B, kv, N, D]`, those of the sinks and recent tokens.
-    """
-    eq, batch = attention.equation, len(q)
-    groups = eq.heads // eq.kv_heads
-    by_head = q[:, :, 0].transpose(0, 1)  # [heads, B, D]
-    query = q.reshape(-1, groups, eq.key_dim)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-
-    def lanes(x: Tensor) -> Tensor:  # [rows, kv, g, N] -> [B * kv, g, N]
-        return x.expand(batch, -1, -1, -1).flatten(0, 1)
+    def lanes(x: Tensor) -> Tensor:  # [kv, g, rows, N] -> [kv * B, g, N]
+        return x.expand(-1, -1, batch, -1).transpose(1, 2).flatten(0, 1)
 
     far = taps = None
     if attention.far is not None and attention.dropped != "far" and view.any_far is not False:
-        if view.outside is None:
-            out, mass = attention.far.read_one(by_head, state.S, state.z)
-        else:
-            out, mass = read_outside(attention, state, q, keys, values, view.outside)
-        far = Far(out.view(-1, groups, eq.value_dim), mass.view(-1, groups, 1), view.any_far)
+        read = read_outside if view.outside else read_state
+        far = Far(*read(attention, state, q, view), view.any_far)
     local = view.local
     if attention.dropped == "local":
-        local = view.delay.new_zeros(1, dtype=torch.bool)
-    scores = attention.score(query, keys, eq.scale, eq.softcap)
+        local = torch.zeros(1, 1, keys.shape[1], dtype=torch.bool)
+    scores = attention.score(by_lane(q, kv), keys, eq.scale, eq.softcap)
     if attention.distance_bias is not None:
-        bias = distance_bias(attention, view.delay)  # [heads, rows, N]
-        scores = scores + lanes(bias.transpose(0, 1).unflatten(1, (-1, groups)))
+        scores = scores + lanes(distance_bias(attention, view.delay).movedim(-3, 0).unflatten(0, (kv, -1)))
     if attention.conv is not None:
-        taps = derived(attention, "conv", partial(taps_by_token, eq), q.dtype)
-        taps = taps if batch == 1 else taps.repeat(batch, 1, 1)
+        taps = derived(attention, "conv", partial(taps_by_age, eq), q.dtype).index_select(-1, view.order)
+        taps = taps if batch == 1 else taps.repeat_interleave(batch, 0)
         taps = taps if view.in_conv is None else taps * view.in_conv
     if sink_logits is not None:  # one more local key, whose value is zero
-        scores = torch.cat([scores, lanes(sink_logits.to(q.dtype).view(1, -1, groups, 1))], -1)
+        scores = torch.cat([scores, lanes(sink_logits.to(q.dtype).view(kv, groups, 1, 1))], -1)
         values = pad(values, (0, 0, 0, 1))
-        local = None if local is None else pad(local.expand(-1, 1, keys.shape[1]), (0, 1), value=True)
+        local = None if local is None else pad(local, (0, 1), value=True)
         taps = None if taps is None else pad(taps, (0, 1))
-    out = attention.combine.one_token(by_head, scores, local, values, far, taps)
+    out = attention.combine.one_token(q, scores, local, values, far, taps)
+    if batch > 1:
+        out = out.unflatten(0, (kv, batch)).transpose(0, 1).contiguous()
     return out.view(batch, eq.heads, 1, eq.value_dim)
 
 
-def taps_by_token(eq: Equation, conv: Tensor) -> Tensor:
-    """Return the conv's weights `[kv, group, N]` of the sinks (0) and recent tokens for the last token."""
-    before = eq.sinks + eq.recent - eq.conv_width
-    return pad(conv.flip(-1), (before, 0)).unflatten(0, (eq.kv_heads, -1))
+def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
+    """Return the conv's weights `[kv, group, N]` of the sinks (0) and recent tokens, oldest first."""
+    return pad(conv.flip(-1), (eq.sinks + eq.recent - eq.conv_width, 0)).unflatten(0, (eq.kv_heads, -1))
 
 
-def read_outside(
-    attention: LinearAttention, state: State, q: Tensor, keys: Tensor, values: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor]:
+def read_state(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """Read S: numerator `[kv * B, group, Dv]` and mass `[kv * B, group, 1]`."""
+    eq = attention.equation
+    read = attention.far.read_one(q, state.S, state.z)
+    if eq.far_heads == eq.kv_heads:
+        return read
+    return tuple(by_lane(x.view(eq.heads, q.shape[1], -1), eq.kv_heads) for x in read)
+
+
+def read_outside(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """Read S and the recent tokens that are far but not in S yet: in groups, or under a long conv."""
-    tokens = (x.unflatten(0, (len(q), -1))[:, :, layout.old] for x in (keys, values))
+    layout, columns = view.outside
+    tokens = (x.transpose(0, 1)[:, :, columns] for x in (state.keys, state.values))
     places = layout.old_position, layout.seen, layout.far, layout.new
-    return attention.far(q, *tokens, *places, state.S, state.z)
+    S, z = (x.transpose(0, 1) for x in (state.S, state.z))
+    read = attention.far(q.transpose(0, 1)[:, :, None], *tokens, *places, S, z)  # [B, far, g, 1, ..]
+    eq = attention.equation
+    out, mass = (x.flatten(1, 2).reshape(len(x), eq.heads, -1).transpose(0, 1).contiguous() for x in read)
+    return by_lane(out, eq.kv_heads), by_lane(mass, eq.kv_heads)

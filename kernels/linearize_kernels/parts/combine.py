@@ -44,31 +44,30 @@ class Combine(nn.Module):
         far: Far | None,
         taps: Tensor | None,
     ) -> Tensor:
-        """Combine the parts of one query of every row, and add the conv.
+        """Combine the parts of one query of each of B rows, and add the conv.
 
         Args:
-            q: `[heads, B, D]`; scores: `[B * kv, group, N]`; values: `[B * kv, N, Dv]`.
-            local: bool, broadcasts to scores: the tokens in L(i); None: all of them.
-            far: numerator `[B * kv, group, Dv]`, mass `[B * kv, group, 1]`, and whether there is any: bool, broadcasts
-                to the mass, or True.
+            q: `[heads, B, D]`; scores: `[kv * B, group, N]`; values: `[kv * B, N, Dv]`.
+            local: bool, broadcasts to scores: the tokens in L(i). None: all of them.
+            far: numerator `[kv * B, group, Dv]`, mass `[kv * B, group, 1]`, and whether there is any: a bool tensor
+                that broadcasts to the mass, or True.
             taps: the conv's weights of the same tokens, broadcasts to scores, or None.
 
         Returns:
-            `[B * kv, group, Dv]`.
+            `[kv * B, group, Dv]`.
         """
-        heads, batch = q.shape[:2]
+        batch = q.shape[1]
         kv = len(scores) // batch
 
-        def by_row(x: Tensor) -> Tensor:  # [B * kv or 1, ..] -> [B or 1, kv or 1, ..]
-            return x.unflatten(0, (batch, kv)) if len(x) > 1 else x[None]
+        def by_row(x: Tensor) -> Tensor:  # [kv * B or 1, ..] -> [B or 1, kv or 1, ..]
+            return x.unflatten(0, (kv, batch)).transpose(0, 1) if len(x) > 1 else x[None]
 
-        grouped = q.transpose(0, 1).unflatten(1, (kv, -1))[..., None, :]
         local = scores.new_ones(1, 1, 1, dtype=torch.bool) if local is None else local
         if far is not None:
             any_far = far.any if isinstance(far.any, Tensor) else torch.ones_like(far.mass, dtype=torch.bool)
             far = Far(by_row(far.out)[..., None, :], by_row(far.mass), by_row(any_far))
-        own = (by_row(x)[..., None, :] for x in (scores, local))
-        out = self(grouped, *own, by_row(values), far).view(*scores.shape[:2], -1)
+        own = (by_row(x)[..., None, :] for x in (by_lane(q, kv), scores, local))
+        out = self(*own, by_row(values), far).squeeze(-2).transpose(0, 1).reshape(*scores.shape[:2], -1)
         return out if taps is None else out + taps @ values
 
 
@@ -126,8 +125,7 @@ class Shared(Combine):
         # The far part is one more key: its weight is exp(mix(q)) times its mass, and its value a mean.
         w, b = derived(self, "mix", as_affine, q.dtype)
         mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
-        mix = torch.baddbmm(b, q, w).transpose(0, 1).reshape(mass.shape)
-        logit = mix + mass.log()
+        logit = by_lane(torch.baddbmm(b, q, w), len(mass) // q.shape[1]) + mass.log()
         if far.any is not True:
             logit = logit.masked_fill(~far.any, float("-inf"))
         if local is not None:
@@ -267,6 +265,14 @@ def weighted(weights: list, values: list) -> Tensor:
 def attend(weights: Tensor, values: Tensor) -> Tensor:
     """`[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]` without a copy of the values."""
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
+
+
+def by_lane(x: Tensor, kv: int) -> Tensor:
+    """Group query heads by the heads they read: `[heads, B, X] -> [kv * B, heads / kv, X]`."""
+    heads, batch, width = x.shape
+    if batch == 1:
+        return x.view(kv, -1, width)
+    return x.view(kv, -1, batch, width).transpose(1, 2).reshape(kv * batch, -1, width)
 
 
 def as_affine(parameter: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,10 @@ class Sum(nn.Module):
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return S and z after one token.
+        """Return S and z after one token of each of B rows.
 
         Args:
-            S: `[..., heads, F, Dv]`; z, phi: `[..., heads, F]`; v: `[..., heads, Dv]`.
+            S: `[heads, B, F, Dv]`; z, phi: `[heads, B, F]`; v: `[heads, B, Dv]`.
         """
         return torch.addcmul(S, phi[..., None], v[..., None, :]), z + phi
 
@@ -72,7 +72,7 @@ class Decay(Sum):
         return -rate.expand(*v.shape[:-3], *v.shape[-3:-1])
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[..., None, :]).exp()
+        decay = self.log_decay(v).exp()[..., None]  # rows in the place of tokens
         return super().fold_one(decay[..., None] * S, decay * z, phi, v)
 
 
@@ -120,8 +120,7 @@ class Delta(Gated):
         return ((v @ weight[:, :, None]).squeeze(-1) + bias[:, None]).sigmoid()
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[..., None, :]).exp()
-        strength = self.strength(v[..., None, :])
+        decay, strength = self.log_decay(v).exp()[..., None], self.strength(v)[..., None]
         answer = decay * (phi[..., None, :] @ S).squeeze(-2)
         S = torch.addcmul(decay[..., None] * S, (strength * phi)[..., None], (v - answer)[..., None, :])
         return S, decay * z + phi

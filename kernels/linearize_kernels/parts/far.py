@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import as_affine, pull_per_head
+from linearize_kernels.parts.combine import as_affine, by_lane, pull_per_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, Identity, unit_norm
 from linearize_kernels.parts.linformer import Projection
@@ -149,29 +149,28 @@ class FeatureMemory(nn.Module):
     def fold_one(
         self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return S and z after one token of every row.
+        """Return S and z after one token of each of B rows.
 
         Args:
-            S: `[B, far, F, Dv]`; z: `[B, far, F]`; k: `[B, kv, D]`; v: `[B, kv, Dv]`.
-            position: of the token in each of the B rows.
+            S: `[far, B, F, Dv]`; z: `[far, B, F]`; k: `[kv, B, D]`; v: `[kv, B, Dv]`.
+            position: the token's position in each row.
         """
-        k, v = self.equation.to_far_heads(k, -2).transpose(0, 1), self.equation.to_far_heads(v, -2)
+        k, v = self.equation.to_far_heads(k), self.equation.to_far_heads(v)
         memory, phi = self.memory, self.writing_map.one_token(k)
         if memory.unit_keys:
             phi = unit_norm(phi)
         if self.key_weight is not None:
             w, b = derived(self, "key_weight", before_cap, k.dtype)
-            phi = phi * torch.baddbmm(b, k, w).tanh_().mul_(CEILING).exp_()
-        return memory.fold_one(S, z, phi.transpose(0, 1), v)
+            phi = phi * torch.baddbmm(b, k, w).tanh().mul(CEILING).exp()
+        return memory.fold_one(S, z, phi, v)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Read S and z with one query of every row: q `[heads, B, D]`.
+        """Read S and z with one query of each of B rows: q `[heads, B, D]`.
 
         Returns:
-            numerator `[B * far, heads / far, Dv]` and mass `[B * far, heads / far, 1]`.
+            numerator `[far * B, heads / far, Dv]` and mass `[far * B, heads / far, 1]`.
         """
-        phi, S = self.q_map.one_token(q).transpose(0, 1), S.flatten(0, 1)
-        phi = phi.reshape(len(S), -1, S.shape[1])  # [B * far, heads / far, F]
+        phi, S = by_lane(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
         return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
 
     def forward(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import TINY
+from linearize_kernels.parts.combine import TINY, by_lane
 
 LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
 
@@ -40,20 +40,20 @@ class Projection(nn.Module):
     def fold_one(
         self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return S and z after one token of every row; shapes as of `FeatureMemory.fold_one`."""
+        """Return S and z after one token of each of B rows; shapes as of `FeatureMemory.fold_one`."""
         columns = [place % self.table.shape[-1] for place in position]
-        share = self.table[:, :, columns].to(k.dtype).softmax(1).movedim(-1, 0)
-        token = self.equation.to_far_heads(torch.cat([k, v], -1), -2)
+        share = self.table[:, :, columns].to(k.dtype).softmax(1).mT
+        token = self.equation.to_far_heads(torch.cat([k, v], -1))
         return S + share[..., None] * token[..., None, :], z + share
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the slots with one query of every row; shapes as of `FeatureMemory.read_one`.
+        """Attend to the slots with one query of each of B rows; shapes as of `FeatureMemory.read_one`.
 
         The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
         """
-        eq, total = self.equation, z.flatten(0, 1)[:, None]  # [B * far, 1, slots]
-        q = q.transpose(0, 1).reshape(len(total), -1, eq.key_dim)
-        keys, values = (S.flatten(0, 1) / total.mT.clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
+        eq, total = self.equation, z.flatten(0, 1)[:, None]  # [far * B, 1, slots]
+        q, S = by_lane(q, eq.far_heads), S.flatten(0, 1)
+        keys, values = (S / total.mT.clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
         weights = (eq.scale * (q @ keys.mT)).masked_fill(total == 0, LOW).softmax(-1)
         mass = (total > 0).any(-1, keepdim=True).to(q.dtype)
         return mass * (weights @ values), mass.expand(-1, q.shape[1], 1)

@@ -13,7 +13,7 @@ from linearize_kernels.parts.combine import Far
 
 @dataclass(frozen=True)
 class StepState:
-    """What one token needs of its past. S and z have a leading dimension of 1. `sinks` and `near` hold
+    """What one token needs of its past. S and z are those of one row, `[far, 1, ..]`. `sinks` and `near` hold
     `(position, k [kv, D], v [kv, Dv])`, oldest first; `past_v` holds the conv's values, newest first.
     """
 
@@ -30,7 +30,7 @@ def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -
     """The state before the first token."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
-    S = torch.zeros(1, eq.far_heads, features, width, dtype=dtype)
+    S = torch.zeros(eq.far_heads, 1, features, width, dtype=dtype)
     return StepState(S, S.sum(-1))
 
 
@@ -53,7 +53,7 @@ def step(
         if same_group if eq.scope == "group" else now - position < eq.size:
             kept.append((position, near_k, near_v))
         elif attention.far is not None:
-            pair = near_k[None], near_v[None]
+            pair = near_k[:, None], near_v[:, None]  # one row
             S, z = attention.far.fold_one(S, z, *pair, [position])
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
