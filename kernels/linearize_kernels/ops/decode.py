@@ -1,6 +1,5 @@
 """Decoding one token of every row at a time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linearize_kernels.equation import Equation, LinearAttention, accumulator
+from linearize_kernels.equation import Equation, LinearAttention
 from linearize_kernels.parts.combine import Far, by_lane
 from linearize_kernels.reference.block import distance_bias
 from linearize_kernels.reference.visibility import Layout, laid_out, settled
@@ -69,7 +68,9 @@ class Decoding:
             `[B, heads, 1, Dv]` in the accumulator's dtype.
         """
         eq = attention.equation
-        q, k, v = (x.squeeze(2).transpose(0, 1) for x in widened(q, k, v))
+        if q.dtype != self.S.dtype:
+            q, k, v = q.to(self.S.dtype), k.to(self.S.dtype), v.to(self.S.dtype)
+        q, k, v = q.squeeze(2).transpose(0, 1), k.squeeze(2).transpose(0, 1), v.squeeze(2).transpose(0, 1)
         self.fold_oldest(attention, k, v)
         self.write(eq, k, v)
         self.counts = tuple(n + 1 for n in self.counts)
@@ -103,13 +104,6 @@ class Decoding:
         self.start = (self.start + 1) % max(eq.recent, 1)
 
 
-def widened(*tensors: Tensor) -> Sequence[Tensor]:
-    """Return the tensors, which share a dtype, in the accumulator's."""
-    dtype = tensors[0].dtype
-    wide = accumulator(dtype)
-    return tensors if dtype == wide else [x.to(wide) for x in tensors]
-
-
 @dataclass(frozen=True)
 class View:
     """What the last token of every row attends to among the N sinks and slots of the ring.
@@ -117,15 +111,13 @@ class View:
     There is one lane instead of `kv * B` if all rows see the same.
 
     Attributes:
-        order: `[N]`, the place of each column among the sinks and the recent tokens, oldest first.
         local: `[lanes, 1, N]` bool, the tokens in L(i), or None for all of them.
         delay: `[rows, N]`, the distance to each token.
         any_far: `[lanes, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
         outside: the layout, where F(i) holds tokens that are not in S yet, and their columns, oldest first; or None.
-        in_conv: `[lanes, 1, N]` bool, which tokens under the conv exist, or None for all of them.
+        in_conv: `[lanes, 1, R]` bool, which slots of the ring hold a token, or None for all of them.
     """
 
-    order: Tensor
     local: Tensor | None
     delay: Tensor
     any_far: Tensor | bool
@@ -149,21 +141,20 @@ def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
     columns, order = ring(eq, start)
     local, delay = layout.local[:, 0], layout.delay[:, 0]
     oldest = torch.tensor(counts)[:, None] - eq.recent  # its position: negative if the slot is empty
-    in_conv = pad(oldest + torch.arange(eq.recent) >= 0, (eq.sinks, 0), value=True)
+    in_conv = oldest + (torch.arange(eq.recent) - start) % max(eq.recent, 1) >= 0
     if not eq.recent:
-        local, delay, in_conv = pad(local, (0, 1)), pad(delay, (0, 1)), pad(in_conv, (0, 1), value=True)
+        local, delay = pad(local, (0, 1)), pad(delay, (0, 1))
 
     def lanes(x: Tensor) -> Tensor:  # [rows, N] -> [lanes, 1, N]
         return (x.repeat(eq.kv_heads, 1) if len(counts) > 1 else x)[:, None]
 
     any_far = layout.any_far
     return View(
-        order=order,
         local=None if bool(local.all()) else lanes(local[:, order]),
         delay=delay[:, order],
         any_far=lanes(any_far) if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
         outside=None if layout.old.stop <= layout.old.start else (layout, columns[layout.old]),
-        in_conv=None if bool(in_conv.all()) else lanes(in_conv[:, order]),
+        in_conv=None if bool(in_conv.all()) else lanes(in_conv),
     )
 
 
@@ -189,14 +180,14 @@ def attend(
     if attention.distance_bias is not None:
         scores = scores + lanes(distance_bias(attention, view.delay).movedim(-3, 0).unflatten(0, (kv, -1)))
     if attention.conv is not None:
-        taps = derived(attention, "conv", partial(taps_by_age, eq), q.dtype).index_select(-1, view.order)
+        twice = derived(attention, "conv", partial(taps_by_age, eq), q.dtype)
+        taps = twice[..., eq.recent - state.start : 2 * eq.recent - state.start]
         taps = taps if batch == 1 else taps.repeat_interleave(batch, 0)
         taps = taps if view.in_conv is None else taps * view.in_conv
     if sink_logits is not None:  # one more local key, whose value is zero
-        scores = torch.cat([scores, lanes(sink_logits.to(q.dtype).view(kv, groups, 1, 1))], -1)
-        values = pad(values, (0, 0, 0, 1))
-        local = None if local is None else pad(local, (0, 1), value=True)
-        taps = None if taps is None else pad(taps, (0, 1))
+        scores = torch.cat([lanes(sink_logits.to(q.dtype).view(kv, groups, 1, 1)), scores], -1)
+        values = pad(values, (0, 0, 1, 0))
+        local = None if local is None else pad(local, (1, 0), value=True)
     out = attention.combine.one_token(q, scores, local, values, far, taps)
     if batch > 1:
         out = out.unflatten(0, (kv, batch)).transpose(0, 1).contiguous()
@@ -204,8 +195,12 @@ def attend(
 
 
 def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
-    """Return the conv's weights `[kv, group, N]` of the sinks (0) and recent tokens, oldest first."""
-    return pad(conv.flip(-1), (eq.sinks + eq.recent - eq.conv_width, 0)).unflatten(0, (eq.kv_heads, -1))
+    """Return the conv's weights of the recent tokens, oldest first, twice over: `[kv, group, 2 R]`.
+
+    R of them from one place on are those of the ring's slots.
+    """
+    taps = pad(conv.flip(-1), (eq.recent - eq.conv_width, 0)).unflatten(0, (eq.kv_heads, -1))
+    return torch.cat([taps, taps], -1)
 
 
 def read_state(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class Combine(nn.Module):
             local: bool, broadcasts to scores: the tokens in L(i). None: all of them.
             far: numerator `[kv * B, group, Dv]`, mass `[kv * B, group, 1]`, and whether there is any: a bool tensor
                 that broadcasts to the mass, or True.
-            taps: the conv's weights of the same tokens, broadcasts to scores, or None.
+            taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None.
 
         Returns:
             `[kv * B, group, Dv]`.
@@ -68,7 +68,7 @@ class Combine(nn.Module):
             far = Far(by_row(far.out)[..., None, :], by_row(far.mass), by_row(any_far))
         own = (by_row(x)[..., None, :] for x in (by_lane(q, kv), scores, local))
         out = self(*own, by_row(values), far).squeeze(-2).transpose(0, 1).reshape(*scores.shape[:2], -1)
-        return out if taps is None else out + taps @ values
+        return out if taps is None else out + torch.bmm(taps, values[:, -taps.shape[-1] :])
 
 
 class Shared(Combine):
@@ -130,9 +130,10 @@ class Shared(Combine):
             logit = logit.masked_fill(~far.any, float("-inf"))
         if local is not None:
             scores = scores.masked_fill(~local, float("-inf"))
-        share, weights = torch.cat([logit, scores], -1).softmax(-1).tensor_split((1,), -1)
-        weights = weights if taps is None else weights + taps
-        return torch.addcmul(torch.bmm(weights, values), share, far.out / mass)
+        weights = torch.cat([logit, scores], -1).softmax(-1)
+        if taps is not None:
+            weights[..., -taps.shape[-1] :] += taps
+        return torch.addcmul(torch.bmm(weights[..., 1:], values), weights[..., :1], far.out / mass)
 
 
 class Lolcats(Combine):

@@ -215,8 +215,9 @@ class Hedgehog(Projected):
     def one_token(self, x: Tensor) -> Tensor:
         if type(self) is not Hedgehog:
             return super().one_token(x)
-        W = derived(self, "weight", both_signs, x.dtype)
-        return torch.bmm(x, W).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+        heads, batch, _ = x.shape
+        both = torch.bmm(x, derived(self, "weight", both_signs, x.dtype))  # [heads, B, 2 W]
+        return both.view(heads, batch, 2, -1).softmax(-1).view(heads, batch, -1)
 
     def of_heads(self, x: Tensor, heads: slice) -> Tensor:
         if type(self) is not Hedgehog:  # one with a formula of its own
