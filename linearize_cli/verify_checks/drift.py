@@ -62,7 +62,7 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
             first = part.stop
         for position in range(folded, length - eq.recent):
             token = (x[:1, :, position].double().transpose(0, 1) for x in (k, v))
-            S, z = exact.fold_one(S, z, *token, [position])
+            exact.fold_one(S, z, *token, [position])
         folded = length - eq.recent
         pairs = (layer.state.S[0], S[:, 0]), (layer.state.z[0], z[:, 0])
         error = torch.stack([relative(x.double() - y, y) for x, y in pairs]).max()

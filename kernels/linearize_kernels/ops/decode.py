@@ -19,13 +19,12 @@ class Decoding:
     """A layer's state, laid out for one token after the other on a CPU.
 
     The recent tokens are a ring buffer: a new token takes the slot of the oldest one, which is folded into S and z
-    first. The tensors begin with KV heads and then rows, because feature maps take the rows as tokens of a head. A lane
+    first. A step writes into all tensors, whose memory nothing else holds. They begin with KV heads and then rows, because feature maps take the rows as tokens of a head. A lane
     is a KV head of a row.
 
     Attributes:
-        S: `[far, B, F, Dv]`; z: `[far, B, F]`. A step replaces them.
-        keys: `[kv, B, N, D]`; values: `[kv, B, N, Dv]`: sinks, then the ring's slots, in the accumulator's dtype. A
-            step writes into them. Nothing else holds their memory.
+        S: `[far, B, F, Dv]`; z: `[far, B, F]`.
+        keys: `[kv, B, N, D]`; values: `[kv, B, N, Dv]`: sinks, then the ring's slots, in the accumulator's dtype.
         counts: tokens in each row.
         start: the slot of the oldest token.
     """
@@ -33,24 +32,23 @@ class Decoding:
     def __init__(self, attention: LinearAttention, state: State):
         eq, wide = attention.equation, state.S.dtype
         self.dtype, self.counts, self.start = state.recent_k.dtype, tuple(state.count.tolist()), 0
-        self.S, self.z = (x.transpose(0, 1).contiguous() for x in (state.S, state.z))
+        self.S, self.z = (heads_first(x) for x in (state.S, state.z))
         empty = 0 if eq.recent else 1  # where no token is recent, one column that is never seen
 
         def columns(sinks: Tensor, recent: Tensor) -> Tensor:
-            joined = pad(torch.cat([sinks, recent], 2), (0, 0, 0, empty))
-            return joined.transpose(0, 1).to(wide, memory_format=torch.contiguous_format, copy=True)
+            return heads_first(pad(torch.cat([sinks, recent], 2), (0, 0, 0, empty)).to(wide))
 
         self.keys, self.values = columns(state.sink_k, state.recent_k), columns(state.sink_v, state.recent_v)
 
     def state(self, attention: LinearAttention) -> State:
-        """Return the state, which shares no memory with the ring."""
+        """Return the state; it shares no memory."""
         eq = attention.equation
         columns, _ = ring(eq, self.start)
         kept = [x.transpose(0, 1).index_select(2, columns).to(self.dtype) for x in (self.keys, self.values)]
         (sink_k, recent_k), (sink_v, recent_v) = (x.split([eq.sinks, eq.recent], 2) for x in kept)
         count = torch.tensor(self.counts)
         position = (count[:, None] - eq.recent + torch.arange(eq.recent)).clamp_min(-1)
-        S, z = (x.transpose(0, 1).contiguous() for x in (self.S, self.z))
+        S, z = (heads_first(x) for x in (self.S, self.z))  # rows first again
         return State(S, z, sink_k, sink_v, recent_k, recent_v, position, count)
 
     def decode_one_token(
@@ -86,11 +84,11 @@ class Decoding:
         if eq.recent:  # else the new token itself is folded
             slot = eq.sinks + self.start
             k, v = self.keys[:, :, slot], self.values[:, :, slot]
-        S, z = attention.far.fold_one(self.S, self.z, k, v, [n - eq.recent for n in self.counts])
-        if min(self.counts) < begins:
-            folds = torch.tensor([n >= begins for n in self.counts])[:, None]
-            S, z = torch.where(folds[..., None], S, self.S), torch.where(folds, z, self.z)
-        self.S, self.z = S, z
+        stay = [row for row, count in enumerate(self.counts) if count < begins]
+        kept = (self.S[:, stay], self.z[:, stay]) if stay else None
+        attention.far.fold_one(self.S, self.z, k, v, [n - eq.recent for n in self.counts])
+        if kept:
+            self.S[:, stay], self.z[:, stay] = kept
 
     def write(self, eq: Equation, k: Tensor, v: Tensor) -> None:
         """Write new tokens over the oldest ones, and among the sinks if they are a row's first."""
@@ -102,6 +100,11 @@ class Decoding:
                     if count < eq.sinks:
                         stored[:, row, count] = new[:, row]
         self.start = (self.start + 1) % max(eq.recent, 1)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """Copy `[B, heads, ..]` to `[heads, B, ..]`."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -146,10 +146,8 @@ class FeatureMemory(nn.Module):
         logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
         return (CEILING * logarithm).exp_().mT
 
-    def fold_one(
-        self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return S and z after one token of each of B rows.
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
+        """Write one token of each of B rows into S and z.
 
         Args:
             S: `[far, B, F, Dv]`; z: `[far, B, F]`; k: `[kv, B, D]`; v: `[kv, B, Dv]`.
@@ -162,7 +160,7 @@ class FeatureMemory(nn.Module):
         if self.key_weight is not None:
             w, b = derived(self, "key_weight", before_cap, k.dtype)
             phi = phi * torch.baddbmm(b, k, w).tanh().mul(CEILING).exp()
-        return memory.fold_one(S, z, phi, v)
+        memory.fold_one(S, z, phi, v)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Read S and z with one query of each of B rows: q `[heads, B, D]`.

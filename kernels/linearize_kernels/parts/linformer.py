@@ -37,14 +37,13 @@ class Projection(nn.Module):
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
-    def fold_one(
-        self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return S and z after one token of each of B rows; shapes as of `FeatureMemory.fold_one`."""
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
+        """Write one token of each of B rows into S and z; shapes as of `FeatureMemory.fold_one`."""
         columns = [place % self.table.shape[-1] for place in position]
         share = self.table[:, :, columns].to(k.dtype).softmax(1).mT
         token = self.equation.to_far_heads(torch.cat([k, v], -1))
-        return S + share[..., None] * token[..., None, :], z + share
+        S.addcmul_(share[..., None], token[..., None, :])
+        z.add_(share)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Attend to the slots with one query of each of B rows; shapes as of `FeatureMemory.read_one`.

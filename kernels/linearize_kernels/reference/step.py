@@ -54,7 +54,8 @@ def step(
             kept.append((position, near_k, near_v))
         elif attention.far is not None:
             pair = near_k[:, None], near_v[:, None]  # one row
-            S, z = attention.far.fold_one(S, z, *pair, [position])
+            S, z = S.clone(), z.clone()
+            attention.far.fold_one(S, z, *pair, [position])
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
