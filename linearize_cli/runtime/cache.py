@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.chunked import chunked, commit
+from linearize_kernels.ops.decode import Decoding
 from linearize_kernels.state import State
 from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
@@ -41,7 +42,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     replays those that stay.
 
     Attributes:
-        state: the state after all tokens, or None before the first.
+        decoding: the state while tokens are decoded one by one, or None.
         seen: tokens appended per row, pads counted, as transformers counts cache positions.
     """
 
@@ -81,13 +82,45 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Outputs `[B, heads, T, Dv]` of new tokens, which the state takes in; arguments as of `chunked`."""
-        if q.shape[-2] == 1 and valid is None and self.writes(attention, q, sink_logits):
-            out = decode_one_token(attention, self.state, q, k, v)
-            self.seen += 1
-            return out
+        if q.shape[-2] == 1 and valid is None:
+            if self.writes(attention, q, sink_logits):
+                out = decode_one_token(attention, self.state, q, k, v)
+                self.seen += 1
+                return out
+            if self.decodes(attention, q):
+                return self.decode(attention, q, k, v, sink_logits)
         out, state = chunked(attention, self.state, q, k, v, valid, sink_logits)
         self.append(attention, state, k, v, valid)
         return out
+
+    def decodes(self, attention: LinearAttention, q: Tensor) -> bool:
+        """Return whether one token more is decoded in a state that is laid out for it."""
+        if self.decoding is None and self.last_state is None:
+            return False
+        on_host = q.device.type == "cpu" and attention.impl != "triton"
+        return on_host and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def decode(
+        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Return outputs `[B, heads, 1, Dv]` of one token of every row, which the state takes in."""
+        if self.record_past:
+            self.record(attention, k, v, None)
+        if self.decoding is None:
+            self.decoding = Decoding(attention.equation, self.state)
+        self.last_state, self.seen, attention.ran = None, self.seen + 1, "block"
+        return self.decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
+
+    @property
+    def state(self) -> State | None:
+        """The state after all tokens, or None before the first. It is not written to while tokens are decoded."""
+        if self.last_state is None and self.decoding is not None:
+            self.last_state = self.decoding.state()
+        return self.last_state
+
+    @state.setter
+    def state(self, state: State | None) -> None:
+        self.last_state, self.decoding = state, None
 
     def writes(self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None) -> bool:
         """Whether Triton's kernels read this state for the few tokens of q, and write what follows where it lies; then
@@ -111,8 +144,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
         if self.record_past:
             self.record(attention, k, v, valid)
-        # After one token recent keys may share memory with the sinks, which is no larger for that.
-        self.state, self.owned = state if k.shape[-2] == 1 else state.compact(), False
+        self.state, self.owned = state.compact(), False
         self.seen += k.shape[-2]
         self.begin()
 

@@ -19,8 +19,8 @@ class Decoding:
     """A layer's state, laid out for one token after the other on a CPU.
 
     The recent tokens are a ring buffer: a new token takes the slot of the oldest one, which is folded into S and z
-    first. A step writes into all tensors, whose memory nothing else holds. They begin with KV heads and then rows, because feature maps take the rows as tokens of a head. A lane
-    is a KV head of a row.
+    first. A step writes into all tensors, whose memory nothing else holds. They begin with heads and then rows,
+    because feature maps take the rows as tokens of a head. A lane is a KV head of a row.
 
     Attributes:
         S: `[far, B, F, Dv]`; z: `[far, B, F]`.
@@ -29,8 +29,9 @@ class Decoding:
         start: the slot of the oldest token.
     """
 
-    def __init__(self, attention: LinearAttention, state: State):
-        eq, wide = attention.equation, state.S.dtype
+    def __init__(self, equation: Equation, state: State):
+        eq, wide = equation, state.S.dtype
+        self.equation = equation
         self.dtype, self.counts, self.start = state.recent_k.dtype, tuple(state.count.tolist()), 0
         self.S, self.z = (heads_first(x) for x in (state.S, state.z))
         empty = 0 if eq.recent else 1  # where no token is recent, one column that is never seen
@@ -40,9 +41,9 @@ class Decoding:
 
         self.keys, self.values = columns(state.sink_k, state.recent_k), columns(state.sink_v, state.recent_v)
 
-    def state(self, attention: LinearAttention) -> State:
+    def state(self) -> State:
         """Return the state; it shares no memory."""
-        eq = attention.equation
+        eq = self.equation
         columns, _ = ring(eq, self.start)
         kept = [x.transpose(0, 1).index_select(2, columns).to(self.dtype) for x in (self.keys, self.values)]
         (sink_k, recent_k), (sink_v, recent_v) = (x.split([eq.sinks, eq.recent], 2) for x in kept)
