@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/linearize demo --force
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --durations=10
 
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
@@ -18,6 +18,7 @@ test-all: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

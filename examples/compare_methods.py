@@ -14,16 +14,16 @@ import click
 import yaml
 
 from linearize_cli import convert, load
-from linearize_cli.console import Terminal
+from linearize_cli.commands.options import calm_libraries
+from linearize_cli.data.demo_corpus import HELDOUT_SEED, generate_documents
+from linearize_cli.data.names import DEMO
 from linearize_cli.demo import heldout_path
-from linearize_cli.demo.corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
-from linearize_cli.job import DEMO
-from linearize_cli.measure.recall import recall
-from linearize_cli.methods import load_recipe, method_names
-from linearize_cli.options import calm_libraries
-from linearize_cli.recipe import parse_count
+from linearize_cli.methods.recipe import parse_count
+from linearize_cli.methods.registry import load_recipe, method_names
+from linearize_cli.metrics.recall import recall
+from linearize_cli.terminal import Terminal
 
 CONTROL = "window"
 COLUMNS = [

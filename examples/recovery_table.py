@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from linearize_cli import load
-from linearize_cli.checkpoint import load_teacher
 from linearize_cli.files import write_json
+from linearize_cli.models.load import load_teacher
 from linearize_cli.versions import versions
 
 REPEATS = 12

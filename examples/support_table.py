@@ -1,8 +1,8 @@
-"""Writes the README's table of model types from what the walk found.
+"""Writes the table of model types in docs/models.md from what the walk found.
 
-    python tests/walk.py walk.json && python examples/support_table.py walk.json README.md
+    python tests/support/walk.py walk.json && python examples/support_table.py walk.json docs/models.md
 
-The table stands between the two marks in the README.
+The table replaces the text between the two marks in docs/models.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def table(outcomes: list[dict]) -> str:
     lines = [
         f"Of the {len(outcomes)} causal model types of transformers {transformers.__version__}, "
         f"{converted + refused} were built from a tiny random config\nand have softmax layers; {converted} of these "
-        f"({converted / (converted + refused):.0%}) were converted and passed every check (`tests/walk.py`).",
+        f"({converted / (converted + refused):.0%}) were converted and passed every check (`tests/support/walk.py`).",
         "",
         "| | model types |",
         "| --- | --- |",
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("walk", type=Path, help="what tests/walk.py wrote")
+    parser.add_argument("walk", type=Path, help="what tests/support/walk.py wrote")
     parser.add_argument("readme", type=Path, help="the file with the marks")
     arguments = parser.parse_args()
     text = arguments.readme.read_text()

@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from linearize_cli.demo.corpus import HELDOUT_SEED, NAMES, RELATIONS, generate_documents
-from linearize_cli.measure.perplexity import perplexity
-from linearize_cli.measure.recall import recall
+from linearize_cli.data.demo_corpus import HELDOUT_SEED, NAMES, RELATIONS, generate_documents
+from linearize_cli.metrics.perplexity import perplexity
+from linearize_cli.metrics.recall import recall
 
 BOUNDARY, PAD = "<|endoftext|>", "<pad>"
 WORD = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s+"

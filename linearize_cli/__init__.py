@@ -9,11 +9,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 _API = {
-    "convert": "linearize_cli.conversion",
+    "convert": "linearize_cli.conversion.convert",
     "load": "linearize_cli.artifact.load",
-    "evaluate": "linearize_cli.evaluation",
-    "verify": "linearize_cli.verification",
-    "bench": "linearize_cli.benchmark",
+    "evaluate": "linearize_cli.metrics.evaluation",
+    "verify": "linearize_cli.verification.verify",
+    "bench": "linearize_cli.metrics.benchmark",
     "push": "linearize_cli.artifact.push",
 }
 __all__ = list(_API)

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from linearize_cli.tasks import TASKS, CausalLM
+from linearize_cli.models.tasks import TASKS, CausalLM
 
 NOT_MEASURED = "not measured"
 

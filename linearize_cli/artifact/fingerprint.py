@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize_cli.models.tasks import CausalLM, Task, reach
 from linearize_cli.runtime.dispatch import converted
-from linearize_cli.tasks import CausalLM, Task, reach
 
 SEED, BEST = 20240608, 8
 LONGEST = 5_120  # tokens: 2.5 segments of 2,048

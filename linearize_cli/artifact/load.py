@@ -32,7 +32,7 @@ def load(
         UserError: there is no such artifact, it is no linearized model, or its files are damaged.
     """
     import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
-    from linearize_cli.checkpoint import load_teacher
+    from linearize_cli.models.load import load_teacher
     from linearize_cli.runtime.dispatch import converted
 
     path = artifact_name(path)
@@ -75,7 +75,7 @@ def refuse_linearized(model: str) -> None:
     Raises:
         UserError: `model` is a linearized model, not one that could be converted.
     """
-    from linearize_cli.checkpoint import resolve_model
+    from linearize_cli.models.load import resolve_model
 
     if "linearize" in read_config(Path(resolve_model(model, weights=False))):
         raise UserError(f"{model} is a linearized model already", "Name the softmax model it was made from.")
@@ -90,7 +90,7 @@ def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
     from linearize_kernels.parts.far import FAR_PARTS
     from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 
-    from linearize_cli.checkpoint import resolve_model
+    from linearize_cli.models.load import resolve_model
     from linearize_cli.runtime.bundle import OWN, load_own_code
 
     folder = resolve_model(path)

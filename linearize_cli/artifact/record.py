@@ -5,7 +5,7 @@ from typing import Any
 
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import read_object
-from linearize_cli.recipe import LARGEST, Attention, build
+from linearize_cli.methods.recipe import LARGEST, Attention, build
 
 REPORT, CONFIG = "linearize.json", "config.json"
 AGAIN = "Convert again, or fetch the artifact again."

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.files import write_json, write_text
-from linearize_cli.recipe import Recipe
+from linearize_cli.methods.recipe import Recipe
 
 
 def save_artifact(

@@ -10,7 +10,7 @@ from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
 from linearize_cli.inputs import user_path
-from linearize_cli.tasks import task_of
+from linearize_cli.models.tasks import task_of
 
 
 def seal(

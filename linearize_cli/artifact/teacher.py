@@ -6,9 +6,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import refuse_linearized
-from linearize_cli.checkpoint import load_teacher
 from linearize_cli.errors import UserError
-from linearize_cli.tasks import task_of
+from linearize_cli.models.load import load_teacher
+from linearize_cli.models.tasks import task_of
 
 
 def teacher_name(folder: Path, record: dict[str, Any], asked: str | None) -> str:

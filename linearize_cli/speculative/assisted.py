@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from linearize_cli.decoder import forward
 from linearize_cli.errors import UserError
+from linearize_cli.models.decoding import forward
+from linearize_cli.models.tasks import last_position
 from linearize_cli.speculative.decode import Step
 from linearize_cli.speculative.pairs import Pair
-from linearize_cli.tasks import last_position
 
 DRAFTED = 5  # tokens that the drafter writes for a forward of the target
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from linearize_cli.decoder import forward, pad_left
 from linearize_cli.errors import UserError
+from linearize_cli.models.decoding import forward, pad_left
 from linearize_cli.runtime.tree import read_by_head
 from linearize_cli.speculative.accept import Greedy, Rule, longest
 from linearize_cli.speculative.drafts import Drafter

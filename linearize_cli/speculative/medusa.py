@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from linearize_cli.errors import UserError
 from linearize_cli.files import replacing
+from linearize_cli.models.tasks import CausalLM, Task
+from linearize_cli.speculative.decode import cannot_branch, why_no_tree
 from linearize_cli.speculative.drafts import Draft
 from linearize_cli.speculative.trees import Choices, Rates, chain, is_choices
 
@@ -185,3 +187,19 @@ def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
     heads.load_state_dict(tensors)
     heads.acceptance, heads.tree = acceptance, choices
     return heads.to(model.device, model.dtype).requires_grad_(False).eval()
+
+
+def check_heads(model: PreTrainedModel, task: type[Task]) -> None:
+    """Check that Medusa heads can draft for a model.
+
+    Raises:
+        UserError: the model writes no text from left to right, or cannot verify a tree.
+    """
+    if task is not CausalLM:
+        raise UserError(
+            f"{type(model).__name__} is no causal language model: it has no next token to draft",
+            "Medusa heads and --speculative are for decoders.",
+        )
+    why = why_no_tree(model)
+    if why:
+        raise cannot_branch(why)

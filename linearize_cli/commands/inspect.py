@@ -1,0 +1,29 @@
+"""`linearize inspect`."""
+
+from typing import Any
+
+import click
+
+from linearize_cli.commands.options import (
+    calm_libraries,
+    command_options,
+    model_options,
+    trust_option,
+)
+from linearize_cli.terminal import Terminal
+
+
+@click.command()
+@click.argument("model")
+@trust_option
+@model_options
+@command_options
+def inspect(terminal: Terminal, model: str, seed: int, **arguments: Any) -> dict[str, Any]:
+    """Show which layers of MODEL can be converted, why not the others, and the memory it saves."""
+    from linearize_cli.conversion.inspect import inspect as run
+    from linearize_cli.tables import inspection
+
+    calm_libraries()
+    result = run(model, **arguments)
+    terminal.out.print(inspection(result))
+    return result

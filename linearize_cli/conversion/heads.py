@@ -1,0 +1,155 @@
+"""`heads`: Medusa heads for an artifact."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize_cli.artifact.card import card
+from linearize_cli.artifact.checksums import sha256
+from linearize_cli.artifact.load import load
+from linearize_cli.artifact.record import read_record
+from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
+from linearize_cli.conversion.workspace import Workspace
+from linearize_cli.data.names import DEMO
+from linearize_cli.demo import heldout_path
+from linearize_cli.errors import UserError
+from linearize_cli.files import check_writable, replacing, write_json, write_text
+from linearize_cli.inputs import read_yaml, user_path
+from linearize_cli.methods.recipe import HeadStage, Recipe, build, with_budget
+from linearize_cli.models.tasks import task_of
+from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
+from linearize_cli.terminal import Terminal
+from linearize_cli.training.checkpoint import Session
+from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
+from linearize_cli.training.medusa import LOG, train_heads
+from linearize_cli.training.text import NamedText
+
+HEADS = 4
+
+
+def heads(
+    artifact: str | Path = ".",
+    *,
+    heads: int = HEADS,
+    data: tuple[str, ...] = (),
+    eval_data: str | None = None,
+    skip_bad_rows: int = 0,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+) -> dict[str, Any] | None:
+    """Train Medusa heads for an artifact's model, which stays as it is; they are saved in its folder.
+
+    The arguments are those of `linearize heads`; text, tokens and blocks are the conversion's if not given. Returns
+    the facts that `linearize.json` then has under `medusa`, and `output`; of several processes, on the main one.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+        KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
+    """
+    folder = user_path(artifact).resolve()
+    if not (folder / "linearize.json").is_file():
+        raise UserError(
+            f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
+        )
+    if (folder / FILE).exists() and not (force or resume):
+        raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
+    report = read_record(folder, whole=True)
+    recipe = with_budget(saved_recipe(folder), tokens)
+    if report["base_model"] == DEMO:
+        data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
+    data = data or tuple(recipe.recover.data.split(", "))
+    length = seq_len or report.get("seq_len")
+    asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
+    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
+    engine = Engine(device)
+    terminal = terminal if terminal and engine.main else Terminal(quiet=True)
+    workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
+    with engine.together():
+        engine.on_main(check_writable, folder / FILE)
+        facts = engine.on_main(workspace.open, job, resume, force, identity(report))
+        if facts is None:
+            with engine.only_main(workspace.working), engine.watched():
+                made, dtype, facts = train(job, workspace.path, engine, terminal, trust_remote_code)
+                if engine.main:
+                    made.save(folder, dtype)
+                    with replacing(folder / LOG) as beside:
+                        shutil.copy(workspace.path / LOG, beside)
+                    record_heads(folder, report, facts)
+                    workspace.save_state({**workspace.state, "report": facts})
+    return {**facts, "output": str(artifact)} if engine.main else None
+
+
+def train(
+    job: Job, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
+) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
+    """Train heads for the artifact that the job names; return them, the model's dtype and the facts about them.
+
+    Args:
+        partial: keeps the checkpoint and the log.
+    """
+    text = NamedText(job)
+    model, tokenizer = load(
+        job.model, device=engine.home, dtype=job.dtype, trust_remote_code=trust_remote_code
+    )
+    task = task_of(model, tokenizer)
+    check_heads(model, type(task))
+    text.read_through(tokenizer, task, terminal)
+    length = check_length(job.seq_len, job.recipe, model)
+    job = with_batch_size(job, length)
+    check_budget(job, length, engine.processes)
+    text.write_own(model, tokenizer, partial / "self.jsonl", length, terminal, engine)
+    blocks = text.blocks(job, tokenizer, task, length)
+    heads, facts = train_heads(job, model, blocks, Session.open(engine, terminal, partial, LOG))
+    text.bad.report(terminal)
+    return heads, model.dtype, facts
+
+
+def identity(report: dict[str, Any]) -> str:
+    """Identify an artifact by its `linearize.json`, whatever heads it has."""
+    rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe of an artifact; that its parts can be had is not asked here.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    problems: list[str] = []
+    try:
+        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
+    except UserError as error:
+        problems.append(error.what)
+    if problems:
+        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
+        raise UserError(what, "Convert the model again, or fetch the artifact again.")
+    return recipe
+
+
+def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Record the facts about new heads in `linearize.json`, and in the card unless somebody has edited it."""
+    path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
+    before, report = card(report, **name), {**report, "medusa": facts}
+    # A run that was killed may have written the new card already.
+    untouched = path.is_file() and path.read_text() in (before, card(report, **name))
+    if report.get("checksums"):
+        report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
+    if untouched:  # before linearize.json: a run that is killed in between does this again
+        write_text(path, card(report, **name))
+        report["card"] = sha256(path)
+    write_json(folder / "linearize.json", report)

@@ -1,0 +1,52 @@
+"""`inspect`: what of a model can be converted, and what that saves."""
+
+from typing import Any
+
+from linearize_cli.artifact.load import refuse_linearized
+from linearize_cli.conversion.layer_selection import plan_layers
+from linearize_cli.methods.registry import load_recipe
+from linearize_cli.metrics.memory import kv_bytes_per_token
+from linearize_cli.models.load import load_teacher
+from linearize_cli.runtime.layer import LinearizedAttention, equation
+
+METHOD = "augmented"
+CONTEXTS = (1_000, 4_000, 32_000, 128_000)
+
+
+def inspect(
+    model: str, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The layers of a model, which of them can be converted, and bytes per sequence by context.
+
+    Raises:
+        UserError: the model cannot be loaded or has no layer that a conversion could start from.
+    """
+    refuse_linearized(model)
+    teacher, _ = load_teacher(model, dtype, device, trust_remote_code)
+    layers = plan_layers(teacher)
+    attention = load_recipe(METHOD).to_dict()["attention"]
+    linear = [layer for layer in layers if layer.refusal is None]
+    softmax = [layer for layer in layers if layer.refusal is not None]
+    state = sum(
+        LinearizedAttention(equation(attention, layer.geometry)).empty_state(1, "cpu", teacher.dtype).nbytes()
+        for layer in linear
+        if layer.causal
+    )
+    every, kept = (kv_bytes_per_token(chosen, teacher.dtype) for chosen in (layers, softmax))
+    return {
+        "model": model,
+        "class": type(teacher).__name__,
+        "method": METHOD,
+        "layers": [
+            {
+                "name": layer.name,
+                "attention": type(teacher.get_submodule(layer.name)).__name__,
+                "geometry": layer.geometry,
+                "refusal": layer.refusal,
+            }
+            for layer in layers
+        ],
+        "kv_bytes_per_token": every,
+        "state_bytes": state,
+        "memory": [{"context": n, "kv_bytes": every * n, "state_bytes": state + kept * n} for n in CONTEXTS],
+    }

@@ -1,0 +1,224 @@
+"""One conversion: load the teacher, swap its attention, recover the quality, check, save."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from linearize_cli.artifact.checksums import checksums
+from linearize_cli.artifact.fingerprint import fingerprint, in_float32
+from linearize_cli.artifact.load import refuse_linearized
+from linearize_cli.artifact.save import save_artifact, save_report
+from linearize_cli.conversion.layer_selection import check_biases, choose_layers, plan_layers
+from linearize_cli.conversion.preflight import (
+    check_blocks,
+    check_budget,
+    check_checkpointing,
+    check_length,
+    check_space,
+    check_task,
+    hidden_bytes,
+    with_batch_size,
+)
+from linearize_cli.conversion.recovery import Steps, recover
+from linearize_cli.conversion.stages import Conversion
+from linearize_cli.methods.compatibility import LINEAR
+from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
+from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
+from linearize_cli.models.layer import Layer
+from linearize_cli.models.load import check_device, load_teacher
+from linearize_cli.models.tasks import CausalLM, task_of
+from linearize_cli.speculative.medusa import MedusaHeads
+from linearize_cli.terminal import Terminal
+from linearize_cli.training.checkpoint import Session
+from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
+from linearize_cli.training.medusa import LOG, train_heads
+from linearize_cli.training.streamed_layers import LayerBlocks
+from linearize_cli.training.text import NamedText
+from linearize_cli.versions import versions
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a conversion works.
+
+    Attributes:
+        output: the folder that the artifact will have.
+        partial: the workspace beside it. The artifact is written to `partial/artifact`.
+    """
+
+    output: Path
+    partial: Path
+    engine: Engine
+    terminal: Terminal
+
+
+def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, Any]:
+    """Write the artifact to `partial/artifact` and return its report.
+
+    Raises:
+        UserError: the job, the model or the text cannot be used.
+        CheckFailed: the converted model's forms do not agree.
+    """
+    refuse_linearized(job.model)
+    text = NamedText(job)
+    conversion = prepare(job, text, place, trust_remote_code)
+    conversion.measure_teacher()
+    conversion.swap()
+    steps = Steps.of(conversion)
+    if not steps.transfer:
+        conversion.keep_softmax()
+    conversion.measure("swapped")
+    if conversion.text.train is not None:
+        warn_short_blocks(conversion)
+        place.engine.track(place.output.name, conversion.job.to_dict())
+        recover(conversion, steps)
+    conversion.ablate()
+    heads, medusa = medusa_heads(conversion, steps) if job.medusa_heads else (None, None)
+    place.engine.finish()
+    report = make_report(conversion, steps, medusa)
+    if place.engine.main:
+        save(conversion, report, heads, place.output.name)
+    text.bad.report(place.terminal)
+    return report
+
+
+def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) -> Conversion:
+    """Load the teacher and its tokenizer, choose the layers, and check the job against them.
+
+    Raises:
+        UserError: the job, the model or the text cannot be used.
+    """
+    engine, terminal = place.engine, place.terminal
+    check_device(engine.device)
+    size = job.recipe.recover.transfer.block_layers
+    home = "cpu" if size else engine.home
+    model, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
+    linear, softmax = chosen_layers(job, model)
+    task = task_of(model, tokenizer)
+    check_task(job, type(model).__name__, type(task), linear)
+    text.read_through(tokenizer, task, terminal)
+    check_checkpointing(job, model)
+    length = check_length(job.seq_len, job.recipe, model)
+    job = with_batch_size(job, length)
+    check_budget(job, length, engine.processes)
+    by_block = None
+    if size:
+        by_block = LayerBlocks.of(model, [layer.name for layer in linear], size, engine.device)
+        check_blocks(job, model, by_block, engine)
+    engine.on_main(check_space, place.output, model, hidden_bytes(job, model, by_block))
+    text.write_own(model, tokenizer, place.partial / "self.jsonl", length, terminal, engine)
+    session = Session.open(engine, terminal, place.partial)
+    return Conversion(
+        job, model, linear, softmax, text.blocks(job, tokenizer, task, length), session, by_block
+    )
+
+
+def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers that become linear, and those that stay softmax.
+
+    Raises:
+        UserError: as `choose_layers` and `check_biases`.
+    """
+    attention = job.recipe.attention
+    reach = attention.local.size if attention.local else 1
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == LINEAR), job.keep_softmax)
+    check_biases(model, linear, softmax, job.keep_softmax)
+    return linear, softmax
+
+
+def warn_short_blocks(conversion: Conversion) -> None:
+    """Tell the user if the window covers a whole block, so that the linear part learns nothing."""
+    attention, length = conversion.job.recipe.attention, conversion.text.length
+    if attention.far and attention.local and attention.local.size >= length:
+        conversion.session.terminal.note(
+            f"the window ({attention.local.size}) is as long as a block ({length}): the linear part sees nothing "
+            "and learns nothing; raise --seq-len"
+        )
+
+
+def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dict[str, Any]]:
+    """Train Medusa heads for the converted model, and return them with the facts about them.
+
+    They have a folder of their own, because the checkpoint beside it keeps what the model has learned.
+    """
+    session, folder = conversion.session, conversion.session.folder / "heads"
+    if session.engine.main:
+        folder.mkdir(exist_ok=True)
+    own = Session.open(session.engine, session.terminal, folder, LOG)
+    return train_heads(conversion.job, conversion.model.eval(), conversion.text, own, steps.total)
+
+
+def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the contents of `linearize.json`, without what only the saved artifact shows."""
+    job, text, results = conversion.job, conversion.text, conversion.results
+    record = conversion.model.config.linearize
+    done = {"transfer": steps.transfer, "distill": steps.distill} | results.get("steps", {})
+    perplexities = ("teacher", "swapped", "transferred", "recovered")
+    ablations = ("full", "local_only", "linear_only")
+    by_kl = conversion.teacher is not None
+    report = {
+        "schema": SCHEMA,
+        "base_model": job.model,
+        "method": job.recipe.name,
+        "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
+        "seq_len": text.length,
+        "tokens": {stage: count * text.tokens_per_step or None for stage, count in done.items()},
+        "perplexity": dict.fromkeys(perplexities) if by_kl else conversion.selected(*perplexities),
+        "ablation": dict.fromkeys(ablations) if by_kl else conversion.selected(*ablations),
+        "keep_softmax": results.get("keep_softmax"),
+        "self_check": {},
+        "state_bytes": state_bytes(conversion.model),
+        "kv_bytes_per_token": kv_bytes_per_token(conversion.linear, conversion.model.dtype),
+        "seconds": results.get("seconds", {}),
+        "versions": versions(),
+    }
+    if medusa is not None:
+        report["medusa"] = medusa
+    if not isinstance(text.task, CausalLM):
+        report["task"] = text.task.pipeline
+    if by_kl:
+        report["kl"] = conversion.selected(*perplexities[1:], *ablations[1:])
+    return report
+
+
+def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | None, name: str) -> None:
+    """Write the artifact, load it again, and complete the report.
+
+    Args:
+        name: the artifact's name in its card.
+
+    Raises:
+        CheckFailed: the forms of the loaded model disagree; the message says which, and by how much.
+    """
+    started, partial, text = time.monotonic(), conversion.session.folder, conversion.text
+    model, folder = conversion.model.eval(), partial / "artifact"
+    shutil.rmtree(folder, ignore_errors=True)
+    save_artifact(folder, model, text.tokenizer, conversion.job.recipe)
+    if (partial / "adapter").exists():
+        (partial / "adapter").rename(folder / "adapter")
+    if heads is not None:
+        heads.save(folder, model.dtype)
+        shutil.copy(partial / "heads" / LOG, folder)
+    auto_class = getattr(transformers, text.task.auto_class)
+    loaded = auto_class.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    with conversion.on_device(model), conversion.on_device(loaded):
+        ids = check_tokens(model, text.held_out).to(model.device)
+        differences, limit = self_check(text.task, model, loaded, ids)
+        require_same(differences, limit)
+        report["self_check"] = differences
+        # Layers that are streamed to the device stay in their dtype: a copy in fp32 might not fit the host.
+        exact = loaded if conversion.by_block else in_float32(loaded) or loaded
+        report["fingerprint"] = fingerprint(text.task, exact, text.tokenizer)
+    report["checksums"] = checksums(folder)
+    conversion.add_seconds("check and save", started)
+    report["seconds"] = conversion.results["seconds"]
+    save_report(folder, name, conversion.job.recipe, report)
+    shutil.copy(partial / "log.jsonl", folder)

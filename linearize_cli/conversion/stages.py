@@ -1,0 +1,160 @@
+"""The stages of one conversion that are not training: swap, measurements, the choice of layers, ablation."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize_cli.conversion.document_check import check_apart
+from linearize_cli.conversion.layer_selection import conversion_record, copy_biases, measured_count
+from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
+from linearize_cli.data.tokenize import marks_assistant
+from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
+from linearize_cli.metrics.perplexity import log_probabilities, perplexity
+from linearize_cli.models.layer import Layer
+from linearize_cli.runtime import linearize
+from linearize_cli.speculative.medusa import check_heads
+from linearize_cli.training.checkpoint import Session
+from linearize_cli.training.distillation import divergence
+from linearize_cli.training.job import Job
+from linearize_cli.training.streamed_layers import LayerBlocks
+from linearize_cli.training.text import TextBlocks
+
+
+@dataclass
+class Conversion:
+    """One conversion, from the loaded teacher on.
+
+    Attributes:
+        model: the teacher until `swap`, then the linearized model.
+        linear, softmax: the layers that become linear, and those that stay softmax.
+        by_block: the blocks of layers that visit the device, or None if the whole model is there.
+        teacher: the teacher's log-probabilities on the held-out blocks if quality is measured by KL (a model whose
+            task has no right answers), else None.
+    """
+
+    job: Job
+    model: PreTrainedModel
+    linear: list[Layer]
+    softmax: list[Layer]
+    text: TextBlocks
+    session: Session
+    by_block: LayerBlocks | None = None
+    teacher: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.linear]
+        self.restorer = Restorer(self.model, names, self.text.task.batch)
+        self.results = self.session.checkpoint.results
+
+    @property
+    def native(self) -> str:
+        """The name of the base model's attention implementation."""
+        return self.restorer.native
+
+    def on_device(self, model: PreTrainedModel) -> AbstractContextManager:
+        """While open, a forward of the whole model runs on the device, wherever its weights are."""
+        return self.by_block.streamed(model) if self.by_block else nullcontext()
+
+    def measure_teacher(self) -> None:
+        """Measure the teacher's perplexity, or keep its log-probabilities if the task has no right answers."""
+        blocks, session = self.text.held_out, self.session
+        if blocks is None or self.text.task.answers:
+            self.measure("teacher")
+            return
+        model = session.engine.inference(self.model)
+        with self.on_device(self.model), session.terminal.progress("teacher", blocks.numel()) as advance:
+            self.teacher = log_probabilities(model, blocks, self.job.batch_size, advance, self.text.task)
+
+    def measure(self, name: str, title: str | None = None) -> None:
+        """Record the perplexity, or the KL divergence from the teacher, under a name.
+
+        Nothing is done without held-out text, or if an interrupted run has measured it already.
+        """
+        blocks, session = self.text.held_out, self.session
+        if blocks is None or name in self.results:
+            return
+        started = time.monotonic()
+        metric = "perplexity" if self.teacher is None else "kl"
+        title = f"{metric}, {title or name}"
+        model = session.engine.inference(self.model)
+        with self.on_device(self.model), session.terminal.progress(title, blocks.numel()) as advance:
+            inputs = (model, blocks, self.job.batch_size, advance, self.text.task)
+            if self.teacher is None:
+                value = perplexity(*inputs)
+            else:
+                value = divergence(self.teacher, log_probabilities(*inputs)).item()
+        self.results[name] = value
+        self.add_seconds("measure", started)
+        session.log.write("measure", name, **{metric: value})
+        session.terminal.note(f"{title}: {value:.4f}")
+
+    def add_seconds(self, stage: str, started: float) -> None:
+        """Add the time since `started` to a stage's seconds."""
+        seconds = self.results.setdefault("seconds", {})
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+
+    def swap(self) -> None:
+        """Replace the attention of the chosen layers, and check that the model can be trained as asked.
+
+        Raises:
+            UserError: the model mixes packed documents, or has no next token for Medusa heads.
+        """
+        torch.manual_seed(self.job.seed)
+        linearize(self.model, conversion_record(self.model, self.job.recipe, self.linear, self.softmax))
+        copy_biases(self.model, self.linear)
+        recover = self.job.recipe.recover
+        with self.on_device(self.model):
+            if self.job.train and recover.separate_documents:
+                check_apart(self.model, self.native)
+            if self.job.medusa_heads:
+                check_heads(self.model, type(self.text.task))
+        if self.job.train and recover.assistant_only and not marks_assistant(self.text.tokenizer):
+            self.session.terminal.note(
+                "the chat template does not mark the assistant's words: all tokens count"
+            )
+
+    def keep_softmax(self) -> None:
+        """Choose the layers of `--keep-softmax auto:N` by KL, and give them their softmax attention back.
+
+        This runs after transfer: a layer that has learned its teacher's attention shows what the linear form cannot
+        compute, a layer just swapped mostly what it has not learned yet. It runs before distillation, in which the
+        other layers learn to work with the kept ones.
+        """
+        count, session = measured_count(self.job.keep_softmax), self.session
+        if not count:
+            return
+        if "keep_softmax" not in self.results:
+            started, size = time.monotonic(), self.job.batch_size
+            stream = self.text.held_out.split(size) if self.text.train is None else self.text.stream()
+            batches = [ids.to(session.engine.device) for ids in islice(stream, -(-ROWS // size))]
+            total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
+            model = session.engine.inference(self.model)
+            with self.on_device(self.model), session.terminal.progress("KL by layer", total) as advance:
+                kl = self.restorer.divergences(model, batches, advance)
+            # Rounding may differ between processes; the choice must not.
+            chosen = session.engine.on_main(lambda: {"kl": kl, "kept": best(kl, count)})
+            self.results["keep_softmax"] = chosen
+            self.add_seconds("measure", started)
+            session.log.write("keep_softmax", **chosen)
+            session.terminal.note(f"kept softmax, by KL: {', '.join(chosen['kept'])}")
+        kept = self.results["keep_softmax"]["kept"]
+        self.restorer.restore(kept)
+        self.linear = [layer for layer in self.linear if layer.name not in kept]
+
+    def ablate(self) -> None:
+        """Measure the model without its local and without its linear part, if it has both."""
+        if self.text.held_out is None or not has_both_parts(self.model):
+            return
+        self.results["full"] = self.results.get("recovered", self.results.get("swapped"))
+        for name, part in ABLATIONS.items():
+            with without(self.model, part):
+                self.measure(name, name.replace("_", " "))
+
+    def selected(self, *names: str) -> dict[str, float | None]:
+        """Return measured values by name, None for those that were not measured."""
+        return {name: self.results.get(name) for name in names}

@@ -1,0 +1,135 @@
+"""`--data self`: the teacher writes its own corpus, for users without data."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.files import replacing
+from linearize_cli.terminal import Terminal
+
+ROWS = 32  # documents sampled at once
+LIBRARY, NAMESPACE = "linearize", "self"
+
+
+def write_corpus(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    tokens: int,
+    length: int,
+    seed: int,
+    terminal: Terminal,
+) -> None:
+    """Sample documents of up to `length` tokens at temperature 1 into a JSONL file, until `tokens` are in it.
+
+    Every batch has a seed of its own, so that an interrupted file is continued as if it had not been, and a
+    shorter corpus is the beginning of a longer one. What one conversion has sampled stays in the cache of
+    huggingface_hub, under a fingerprint of the teacher and of how it was sampled, for the next.
+    """
+    cached = corpus_cache(fingerprint(model, tokenizer, length, seed))
+    if cached.exists() and not path.exists():
+        shutil.copyfile(cached, path)
+        terminal.note(f"text that the model wrote before is read from {cached}")
+    batch = size = total = 0
+    for lines in whole_batches(path):
+        if total >= tokens:
+            break
+        batch, size = batch + 1, size + sum(map(len, lines))
+        total += sum(json.loads(line)["tokens"] for line in lines)
+    with terminal.progress("self", tokens, min(total, tokens)) as advance, path.open("a") as file:
+        file.truncate(size)
+        while total < tokens:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed * 1_000_003 + batch)
+                written = sample(model, tokenizer, length)
+            new = sum(len(ids) for ids in written)
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            records = zip(texts, map(len, written), strict=True)
+            file.writelines(json.dumps({"text": text, "tokens": n}) + "\n" for text, n in records)
+            file.flush()
+            advance(min(new, tokens - total))
+            batch, total = batch + 1, total + new
+    keep(path, cached, terminal)
+
+
+def whole_batches(path: Path) -> Iterator[list[bytes]]:
+    """The lines of a corpus, a batch of documents at a time; a batch that was cut short is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        while len(lines := list(islice(stream, ROWS))) == ROWS and lines[-1].endswith(b"\n"):
+            yield lines
+
+
+def keep(path: Path, cached: Path, terminal: Terminal) -> None:
+    """Put a corpus into the cache, as a whole, unless a longer one is there."""
+    if cached.exists() and cached.stat().st_size >= path.stat().st_size:
+        return
+    try:
+        with replacing(cached, f".{os.getpid()}") as beside:
+            shutil.copyfile(path, beside)
+    except OSError as error:
+        terminal.note(f"the text is not kept for another conversion: {error}")
+
+
+def corpus_cache(key: str) -> Path:
+    """Where the corpus with a fingerprint is kept."""
+    return cached_assets_path(LIBRARY, NAMESPACE, key) / "corpus.jsonl"
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
+    """A name for all that the text depends on: the weights, the tokenizer and the settings."""
+    digest = hashlib.sha256()
+    settings = (type(model).__name__, model.device.type, ROWS, length, seed, end_ids(model, tokenizer))
+    config = model.config.to_dict() | {"_name_or_path": None}
+    texts = (config, tokenizer.get_vocab(), tokenizer.special_tokens_map, settings)
+    digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a document; BOS begins the next one."""
+    own = model.generation_config.eos_token_id
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return sorted({token for token in ends if token is not None})
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
+    """Ids of ROWS texts, each from BOS, or from a random token where there is none, up to its end or `length`."""
+    if tokenizer.bos_token_id is not None:
+        start = torch.full((ROWS, 1), tokenizer.bos_token_id)
+    else:
+        start = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, 1))
+    start, ends = start.to(model.device), end_ids(model, tokenizer)
+    plain = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=1,  # no document is empty
+        max_new_tokens=length - 1,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+    )
+    # In the place of the model's own, whose penalties and cuts would change what it writes.
+    own, model.generation_config = model.generation_config, plain
+    try:
+        output = model.generate(start, attention_mask=torch.ones_like(start)).cpu()
+    finally:
+        model.generation_config = own
+    ended = torch.isin(output, torch.tensor(ends, dtype=output.dtype))
+    ended[:, 0] = False
+    lengths = torch.where(ended.any(-1), ended.int().argmax(-1), output.shape[1])
+    return [row[:n] for row, n in zip(output, lengths.tolist(), strict=True)]

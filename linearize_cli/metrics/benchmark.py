@@ -1,0 +1,191 @@
+"""`bench`: the speed and memory of an artifact beside its softmax teacher."""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.artifact.load import check_artifact, load
+from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.teacher import original_model, teacher_name
+from linearize_cli.errors import UserError
+from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import user_path
+from linearize_cli.metrics import plots
+from linearize_cli.metrics.speed import PHASES, measure, unmeasured
+from linearize_cli.metrics.timing import machine, one_thread
+from linearize_cli.models.load_errors import brief
+from linearize_cli.models.tasks import context_length, last_position, task_of
+from linearize_cli.tables import number, size, table
+from linearize_cli.terminal import Terminal
+from linearize_cli.versions import versions
+
+SCHEMA = 1
+LENGTHS = (1, 2, 4, 8)  # times the trained length: the contexts, if none are asked for
+SHORTEST = 8  # tokens of a context
+SECONDS = 60.0
+
+
+def bench(
+    artifact: str | Path = ".",
+    *,
+    teacher: str | None = None,
+    context: Sequence[int] = (),
+    batch: Sequence[int] = (1,),
+    plot: str | Path | None = None,
+    seconds: float = SECONDS,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """`linearize bench`: time an artifact and its softmax teacher in turn, in one process, on one thread, over random
+    tokens, and write `bench.json` and a figure into the artifact. See `measure.speed` for the phases.
+
+    Args:
+        teacher: the model it was made from; None: the one that its linearize.json names.
+        context: tokens of a row. Empty: the length it was trained at, and 2, 4 and 8 times that, as far as both
+            models have positions and the time allows.
+        batch: rows at a time.
+        plot: where the figure goes; None: `bench.png` in the artifact, if that is written to.
+        seconds: that repeats may take in all. What was asked for by `context` runs at least once.
+        trust_remote_code: whether code that either model brings along may run.
+        write: whether to write into the artifact.
+
+    Returns:
+        The contents of `bench.json`. A row tells of one `model`, `phase`, `context` and `batch`:
+            seconds: the median of `repeats`, of one forward, one step of decoding, or one forward and backward.
+            tokens_per_s: of all rows together.
+            peak_bytes: the most that tensors take at a time: the model's weights, the cache it begins with, and all
+                that is allocated meanwhile, as torch's allocator counts it; None on devices other than CPU and CUDA.
+            state_bytes: the cache after the context, of all rows; None where there is none.
+            reason: why the numbers are None: out of memory, positions, time; None: they are not.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+    """
+    terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
+    check_artifact(folder)
+    record = read_record(folder)
+    base = teacher_name(folder, record, teacher)
+    check_sizes(context, batch)
+    figure = user_path(plot) if plot else folder / "bench.png"
+    if write:
+        check_writable(folder / "bench.json")
+    if write or plot:
+        check_writable(figure, "--plot" if plot else "")
+    if figure.suffix.lower() != ".png":
+        raise UserError(f"--plot {figure} is no PNG", "Name a file that ends in .png.")
+    student, tokenizer = load(
+        folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
+    models, task = {"teacher": original, "student": student}, task_of(student, tokenizer)
+    limit = min(last_position(model) or 1 << 60 for model in models.values())
+    contexts, batches = list(dict.fromkeys(context)), list(dict.fromkeys(batch))
+    if not contexts:
+        trained = record.get("seq_len") or min(1024, context_length(student))
+        contexts = [times * trained for times in LENGTHS if times * trained <= limit] or [limit]
+    shape = max(batches), min(max(contexts), limit)
+    try:
+        ids = random_tokens(student, tokenizer, shape, seed)
+    except (RuntimeError, MemoryError) as error:
+        what = f"no memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
+        raise UserError(what, "Ask for less with --context and --batch.") from None
+    cells = [(rows, length) for rows in batches for length in contexts]
+    phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
+    share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds
+    rows: list[dict[str, Any]] = []
+    gc.collect()  # what is freed while memory is watched, and was there before, cannot be counted
+    with one_thread():
+        on = machine(device)
+        for many, length in cells:
+            reason = None
+            if length > limit:
+                reason = f"beyond the {limit:,} positions that the model has learned"
+            elif rows and not context and time.perf_counter() > ends:
+                reason = f"{seconds:g} seconds were over: ask for it with --context {length}"
+            for phase in phases:
+                if reason:
+                    rows += [unmeasured(name, phase, length, many, reason) for name in models]
+                else:
+                    terminal.note(f"{phase}, {length:,} tokens, batch {many}")
+                    rows += measure(phase, task, models, ids[:many, :length].contiguous(), share)
+    report = {
+        "schema": SCHEMA,
+        "machine": on,
+        "teacher": base,
+        "method": record.get("method"),
+        "attention": original.config._attn_implementation,
+        "rows": rows,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions(),
+    }
+    if write or plot:
+        plots.save(plots.by_context(report), figure)
+    if write:
+        write_json(folder / "bench.json", report)
+    return report
+
+
+def check_sizes(context: Sequence[int], batch: Sequence[int]) -> None:
+    if any(length < SHORTEST for length in context):
+        raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
+    if not batch or min(batch) < 1:
+        raise UserError("--batch must name one row or more at a time", "For example --batch 1,8.")
+
+
+def random_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int
+) -> Tensor:
+    """Tokens of no meaning, `[B, context]`, none of them special."""
+    every = torch.arange(model.config.get_text_config().vocab_size)
+    vocabulary = every[~torch.isin(every, torch.tensor(tokenizer.all_special_ids, dtype=every.dtype))]
+    chosen = torch.randint(len(vocabulary), shape, generator=torch.Generator().manual_seed(seed))
+    return vocabulary[chosen].to(model.device)
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """Tokens/s, cache and peak memory of both models, side by side."""
+    names = ("teacher", "student")
+    columns = [f">{what}\n{name}" for what in ("tokens/s", "cache", "peak") for name in names]
+    rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher", *columns[2:])
+    found = {(r["phase"], r["batch"], r["context"], r["model"]): r for r in report["rows"]}
+    places = list(dict.fromkeys(key[:3] for key in found))
+    reasons: list[str] = []
+    for place in places:
+        pair = [found[(*place, name)] for name in names]
+        speeds, caches, peaks = (
+            [row[key] for row in pair] for key in ("tokens_per_s", "state_bytes", "peak_bytes")
+        )
+        phase, batch, context = place
+        rows.add_row(
+            phase,
+            str(batch),
+            f"{context:,}",
+            *(number(speed, ",.0f" if (speed or 0) >= 100 else ",.3g") for speed in speeds),
+            number(ratio(*speeds), ".2f"),
+            *("-" if count is None else size(count) for count in (*caches, *peaks)),
+        )
+        reasons += [
+            f"{phase}, {context:,} tokens, batch {batch}, {row['model']}: {row['reason']}"
+            for row in pair
+            if row["reason"]
+        ]
+    on = report["machine"]
+    where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread of {on['cores']} cores, {report['dtype']}"
+    return Group(rows, "", *reasons, f"{where}; medians, both models in turn")
+
+
+def ratio(teacher: float | None, student: float | None) -> float | None:
+    """How many times as fast the student is; None: one of them was not measured."""
+    return None if teacher is None or student is None else student / teacher

@@ -1,0 +1,175 @@
+"""`eval`: an artifact beside its softmax teacher."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize_cli.artifact.load import check_artifact, load
+from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.teacher import original_model, teacher_name
+from linearize_cli.data import sources as text
+from linearize_cli.data.names import DEMO, SELF
+from linearize_cli.demo import heldout_path
+from linearize_cli.errors import UserError
+from linearize_cli.files import check_writable, write_json
+from linearize_cli.inputs import user_path
+from linearize_cli.metrics import plots
+from linearize_cli.metrics.harness import Harness
+from linearize_cli.metrics.teacher_comparison import (
+    Pair,
+    measure_generation,
+    measure_recall,
+    measure_tasks,
+    measure_text,
+    window,
+)
+from linearize_cli.models.tasks import CausalLM, context_length, last_position, task_of
+from linearize_cli.terminal import Terminal
+from linearize_cli.versions import versions
+
+SCHEMA = 1
+TIMES = 8  # the trained length: the longest context, if none is asked for
+SHORTEST = 8  # tokens of a block
+FIGURES = ("eval-perplexity.png", "eval-recall.png", "eval-transfer.png")
+
+
+def evaluate(
+    artifact: str | Path = ".",
+    *,
+    teacher: str | None = None,
+    data: str | None = None,
+    skip_bad_rows: int = 0,
+    context: Sequence[int] = (),
+    tasks: Sequence[str] = (),
+    tokens: int | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    terminal: Terminal | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """`linearize eval`: measure an artifact beside its softmax teacher, and write `eval.json` and figures into it.
+
+    Args:
+        teacher: the model it was made from; None: the one that its linearize.json names.
+        data: text to measure on, as of `convert`; None: the demo's, of a demo artifact.
+        skip_bad_rows: rows of it that may be left out because they cannot be used.
+        context: tokens of a block; the first is that of the overall numbers, the longest that of those by
+            position. Empty: the length it was trained at, and up to 8 times that, as far as the model's
+            positions and the text allow.
+        tasks: of lm_eval, by name, or as YAML files.
+        tokens: of text at most; None: all (of a stream, 500,000).
+        trust_remote_code: whether code that either model brings along may run.
+        write: whether to write into the artifact.
+
+    Returns:
+        The contents of `eval.json`; what does not apply to this kind of model, or was not asked for, is None.
+
+    Raises:
+        UserError: anything the caller can mend. Nothing half-written is left.
+    """
+    terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
+    check_artifact(folder)
+    record = read_record(folder)
+    base = teacher_name(folder, record, teacher)
+    if write:
+        for name in ("eval.json", *FIGURES):
+            check_writable(folder / name)
+    if any(length < SHORTEST for length in context):
+        raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
+    demo = DEMO in (base, record.get("base_model"))
+    source = open_text(data, demo, text.BadRows(skip_bad_rows))
+    harness = Harness(tasks) if tasks else None
+    student, tokenizer = load(
+        folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
+    task = task_of(student, tokenizer)
+    if harness and not isinstance(task, CausalLM):
+        raise UserError(f"--tasks: {task.kind} is no causal language model", "Leave the option out.")
+    text.read_through(source, tokenizer, task)
+    limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
+    ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
+    task.check_tokens(ids)
+    source.bad.report(terminal)
+    pair = Pair(original, student, tokenizer, task, ids, terminal, seed)
+    trained = record.get("seq_len") or min(1024, context_length(student))
+    contexts = choose_contexts(pair, list(dict.fromkeys(context)), trained, source.name)
+    reach = context_length(original) if isinstance(task, CausalLM) else max(contexts)
+    if max(contexts) > reach:
+        terminal.note(
+            f"beyond {reach} tokens the teacher itself is outside its context: no fair reference there"
+        )
+    report = {
+        "schema": SCHEMA,
+        "teacher": base,
+        "method": record.get("method"),
+        "data": source.name,
+        "contexts": {"trained": trained, "teacher": reach, "measured": contexts},
+        "window": window(student),
+        **measure_text(pair, contexts),
+        **measure_recall(pair, max(contexts), demo),
+        "generation": measure_generation(pair, contexts[0]) if task.decodes else None,
+        "tasks": measure_tasks(pair, harness) if harness else None,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions(),
+    }
+    if write:
+        draw(folder, report)
+        write_json(folder / "eval.json", report)
+    return report
+
+
+def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
+    """The text to measure on; a local one by its name alone, for a report may be published."""
+    if data is None and demo:
+        return replace(text.open_source(str(heldout_path())), name="held-out text of the demo")
+    if data is None:
+        raise UserError(
+            "eval needs text that neither model was trained on",
+            "Pass --data: a text, JSONL or parquet file, a folder of them, or a Hub dataset.",
+        )
+    if data == SELF:
+        raise UserError(
+            "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
+        )
+    source = text.open_source(data, bad)
+    local = user_path(data)
+    return replace(source, name=local.resolve().name) if local.exists() else source
+
+
+def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:
+    """Tokens of a block, the one of the overall numbers first.
+
+    Raises:
+        UserError: blocks longer than the text, or than learned positions.
+    """
+    limit, have = last_position(pair.teacher), len(pair.text)
+    for length in asked or [trained]:
+        if limit is not None and length > limit:
+            raise UserError(
+                f"--context {length} is beyond the {limit} positions that the model has learned",
+                f"Use at most {limit}.",
+            )
+        if length > have:
+            raise UserError(
+                f"the text ({name}) has {have:,} tokens, less than one block of {length:,}",
+                "Pass more text with --data, or a smaller --context.",
+            )
+    if asked or not isinstance(pair.task, CausalLM):
+        return asked or [trained]
+    longest = min(TIMES * trained, limit or TIMES * trained, have) // trained * trained
+    return list(dict.fromkeys([trained, longest]))
+
+
+def draw(folder: Path, report: dict[str, Any]) -> None:
+    drawn = (plots.by_position(report), plots.by_distance(report), plots.transfer(folder / "log.jsonl"))
+    for name, figure in zip(FIGURES, drawn, strict=True):
+        if figure is not None:
+            plots.save(figure, folder / name)

@@ -1,0 +1,45 @@
+"""Bytes that a sequence holds while it is decoded: a state of fixed size, or keys and values per token."""
+
+from collections.abc import Iterable
+
+import torch
+from linearize_kernels.state import State
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+from linearize_cli.models.layer import Layer
+from linearize_cli.runtime.dispatch import converted
+
+
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all linear layers' states, for one sequence of any length; layers that see both sides keep none."""
+    layers = (module.linear_attention for module in converted(model).values())
+    return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
+
+
+def saved_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that the linear layers' softmax attention would keep per token."""
+    equations = [module.linear_attention.equation for module in converted(model).values()]
+    numbers = sum(eq.kv_heads * (eq.key_dim + eq.value_dim) for eq in equations if eq.causal)
+    return numbers * model.dtype.itemsize
+
+
+def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
+    """Bytes of keys and values that softmax attention in these layers keeps per decoded token."""
+    geometries = (layer.geometry for layer in layers if layer.caches)
+    numbers = sum(x["kv_heads"] * (x["key_dim"] + x["value_dim"]) for x in geometries)
+    return numbers * torch.empty(0, dtype=dtype).element_size()
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all that a cache holds: states, keys and values, and what other layers keep."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    return sum(held_bytes(x) for layer in cache.layers for x in vars(layer).values())
+
+
+def held_bytes(x: object) -> int:
+    if isinstance(x, State):
+        return x.nbytes()
+    if isinstance(x, dict):
+        return sum(map(held_bytes, x.values()))
+    return x.nbytes if isinstance(x, torch.Tensor) else 0

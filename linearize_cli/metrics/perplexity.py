@@ -1,0 +1,41 @@
+"""How well a model predicts held-out text, as the contract defines it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize_cli.metrics.predictions import evaluating, predictions
+from linearize_cli.models.tasks import Task
+
+
+def perplexity(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
+    task: Task | None = None,
+) -> float:
+    """exp of the mean negative log-likelihood of the right answers over blocks `[N, L]`: for a causal language
+    model L - 1 predictions each. Arguments as of `predictions`.
+    """
+    return predictions([model], blocks, task, progress, batch_size).perplexity(0)
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: nn.Module,
+    blocks: Tensor,
+    batch_size: int,
+    progress: Callable[[int], None],
+    task: Task,
+) -> Tensor:
+    """What a classifier makes of each block: `[N, L]` -> `[N, classes]` fp32, on the CPU."""
+    parts, device = [], next(model.parameters()).device
+    with evaluating(model):
+        for ids in blocks.split(batch_size):
+            logits = model(**task.batch(ids.to(device)).inputs).logits
+            parts.append(logits.float().log_softmax(-1).cpu())
+            progress(ids.numel())
+    return torch.cat(parts)

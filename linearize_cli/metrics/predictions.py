@@ -1,0 +1,131 @@
+"""What models predict at each position of the same text, and how far they agree.
+
+Logits are never whole for a long text or a large vocabulary: a causal language model reads these piece by piece.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel
+
+from linearize_cli.errors import UserError
+from linearize_cli.models.batch import IGNORED, causal_batch
+from linearize_cli.models.decoding import Decoder
+from linearize_cli.models.tasks import CausalLM, Task
+
+AT_ONCE = 8192  # tokens of a forward
+LOGITS = 1 << 26  # numbers among its logits
+
+
+@dataclass
+class Predictions:
+    """Sums over blocks of the predictions made at each position: of a causal language model, the token after it.
+
+    Attributes:
+        count: `[T]` fp64, predictions that have a right answer; of a classifier, all.
+        loss: `[models, T]`, negative log-likelihoods of the right answers, in nats.
+        kl: `[models - 1, T]`, KL(first model ‖ this one), in nats, of each model after the first.
+        same: `[models - 1, T]`, how often its best token is the first model's.
+    """
+
+    count: Tensor
+    loss: Tensor
+    kl: Tensor
+    same: Tensor
+
+    def perplexity(self, model: int, start: int = 0, end: int | None = None) -> float | None:
+        """Of one model, at the positions start, .., end - 1; None: no prediction there."""
+        count = self.count[start:end].sum().item()
+        return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
+
+    def mean(self, sums: Tensor) -> float:
+        return (sums.sum() / self.count.sum()).item()
+
+
+@torch.no_grad()
+def predictions(
+    models: Sequence[PreTrainedModel],
+    blocks: Tensor,
+    task: Task | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+    batch_size: int = 8,
+) -> Predictions:
+    """Read blocks `[N, L]` with each model.
+
+    Args:
+        task: what makes inputs and answers of a block; None: a causal language model's.
+        progress: called with the number of tokens just read.
+        batch_size: blocks in one forward; fewer where they are long.
+
+    Raises:
+        UserError: a model's logits are not numbers.
+    """
+    causal = task is None or isinstance(task, CausalLM)
+    batch_of = causal_batch if task is None else task.batch
+    tokens, total = tokens_at_once(models[0]), 0
+    with evaluating(*models):
+        for ids in blocks.split(max(1, min(batch_size, tokens // blocks.shape[1]))):
+            batch = batch_of(ids.to(models[0].device))
+            answers = (
+                ids.new_zeros(len(ids), 1).to(models[0].device) if batch.labels is None else batch.labels
+            )
+            if causal:
+                streams = [read(model, batch.inputs["input_ids"], tokens) for model in models]
+            else:
+                streams = [iter([model(**batch.inputs).logits]) for model in models]
+            parts = answers.split(tokens if causal else answers.shape[1], 1)
+            total = total + torch.cat([score(*part) for part in zip(parts, *streams, strict=True)], 1)
+            progress(ids.numel())
+    if not total.isfinite().all():
+        raise UserError("a model's logits are not numbers (NaN)", "Try another --dtype, such as float32.")
+    count, loss, kl, same = total.split([1, len(models), len(models) - 1, len(models) - 1])
+    return Predictions(count[0], loss, kl, same)
+
+
+def tokens_at_once(model: PreTrainedModel) -> int:
+    return max(1, min(AT_ONCE, LOGITS // model.config.get_text_config().vocab_size))
+
+
+def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Logits of a causal language model on ids `[B, T]`, at most so many tokens of a row at once: longer rows
+    go through a cache.
+    """
+    if ids.shape[1] <= tokens:
+        yield model(input_ids=ids, use_cache=False).logits
+        return
+    decoder = Decoder(model)
+    cache = decoder.new_cache()
+    for part in ids.split(tokens, 1):
+        yield decoder(part, cache)
+
+
+def score(answers: Tensor, *logits: Tensor) -> Tensor:
+    """The sums of `Predictions`, stacked, over the rows of answers `[B, T]` and of each model's logits
+    `[B, T, vocab]`, `[B, vocab]` of a classifier -> `[3 · models - 1, T]` fp64 on the CPU.
+    """
+    counted = answers != IGNORED
+    first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)
+    values = [counted.float()]
+    for x in (first, *others):
+        values.append(cross_entropy(x.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none"))
+    values += [kl_div(x, first, log_target=True, reduction="none").sum(-1) for x in others]
+    values += [(x.argmax(-1) == first.argmax(-1)).float() for x in others]
+    return torch.stack(values).masked_fill(~counted, 0.0).cpu().double().sum(1)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode meanwhile."""
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)

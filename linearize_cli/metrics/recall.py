@@ -1,0 +1,78 @@
+"""How often a model names the word that only an earlier sentence of the same document can tell it."""
+
+from collections.abc import Iterable
+
+import torch
+
+from linearize_cli.data.demo_corpus import Document
+from linearize_cli.errors import UserError
+
+DISTANCES = (
+    (0, 32),
+    (32, 64),
+    (64, 128),
+    (128, 256),
+)  # in tokens, upper end excluded; longer ones join the last
+
+
+@torch.inference_mode()
+def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16) -> dict:
+    """Teacher-forced top-1 accuracy at the repeated words of `documents`.
+
+    A word of several tokens counts as recalled if each is the argmax of the logits one position earlier. The
+    distance is the number of tokens from where the word was told to where it is repeated.
+
+    Args:
+        model: a causal LM; in evaluation mode, on any device.
+        tokenizer: a fast tokenizer: character offsets have to be found among the tokens.
+        documents: of `linearize_cli.data.demo_corpus`.
+        batch_size: documents per forward, padded on the right.
+
+    Returns:
+        {"accuracy": float, "count": int, "by_distance": [{"distance": [lo, hi], "accuracy": float or None,
+        "count": int}]}; an accuracy is None where nothing was counted.
+
+    Raises:
+        UserError: the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"recall needs a tokenizer that reports character offsets; {type(tokenizer).__name__} does not",
+            "Save a fast tokenizer (tokenizer.json) in the model's folder.",
+        )
+    documents, results = list(documents), []
+    for first in range(0, len(documents), batch_size):
+        results += _batch_recall(model, tokenizer, documents[first : first + batch_size])
+    bins = [
+        (lo, hi, [right for distance, right in results if _in_bin(distance, lo, hi)]) for lo, hi in DISTANCES
+    ]
+    return {
+        **_score([right for _, right in results]),
+        "by_distance": [{"distance": [lo, hi], **_score(rights)} for lo, hi, rights in bins],
+    }
+
+
+def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int, bool]]:
+    """(distance in tokens, whether it was recalled) of each recall."""
+    rows = tokenizer([document.text for document in documents])
+    length = max(map(len, rows["input_ids"]))
+    # Padded by hand: a tokenizer may pad on the left, or have no padding token.
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows["input_ids"]], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows["input_ids"]])
+    logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False).logits
+    right = (logits[:, :-1].argmax(-1) == ids[:, 1:]).tolist()
+    results = []
+    for row, document in enumerate(documents):
+        for item in document.recalls:
+            start, last = rows.char_to_token(row, item.start), rows.char_to_token(row, item.end - 1)
+            distance = start - rows.char_to_token(row, item.told)
+            results.append((distance, all(right[row][start - 1 : last])))
+    return results
+
+
+def _in_bin(distance: int, lo: int, hi: int) -> bool:
+    return lo <= distance and (distance < hi or hi == DISTANCES[-1][1])
+
+
+def _score(rights: list[bool]) -> dict:
+    return {"accuracy": sum(rights) / len(rights) if rights else None, "count": len(rights)}

@@ -1,0 +1,342 @@
+"""What a kind of model is for: how a block of tokens becomes its inputs, which answers are right, and how it reads
+and continues rows of tokens. The kind follows from the Auto class that loads the model's class.
+"""
+
+from collections.abc import Sequence
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.errors import UserError
+from linearize_cli.models.batch import IGNORED, Batch, Blocks, causal_batch
+from linearize_cli.models.decoding import (
+    Decoder,
+    SourceDecoder,
+    alone,
+    forward,
+    marked,
+    pad_left,
+    pad_right,
+    unpadded,
+)
+from linearize_cli.models.span_corruption import NOISE, chance, fill, spans
+from linearize_cli.runtime.config import PREFIX, auto_class
+
+
+class TokenBeyond(UserError):
+    """A token of the tokenizer that the model has no embedding for."""
+
+
+def config_value(config: PreTrainedConfig, name: str) -> Any:
+    """Return a value of a config, or of the part of it that describes the text model. None if neither has it."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)
+
+
+class Task:
+    """A kind of model.
+
+    Attributes:
+        auto_class: the Auto class that loads its models; pipeline: the Hub's name for what they do.
+        encodes: whether its attention may look to both sides.
+        decodes: whether it continues rows of tokens; if not, it has no `start`.
+        answers: whether text tells the right answers; if not, a model is measured by its distance to the
+            teacher.
+    """
+
+    auto_class: str
+    pipeline: str
+    encodes = True
+    decodes = False
+    answers = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Raises UserError: the model or its tokenizer lacks what the task needs."""
+        self.kind = type(model).__name__.removeprefix(PREFIX)
+        self.pad_id = config_value(model.config, "pad_token_id")
+        self.embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        self.beyond = {
+            token: name for token, name in names.items() if self.embeddings and token >= self.embeddings
+        }
+
+    def batch(self, blocks: Blocks | Tensor) -> Batch:
+        """The inputs and answers of blocks, or of ids `[B, L]` without marks. The same row always gives the same
+        ones.
+        """
+        blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+        self.check_tokens(blocks.ids)
+        return self.ask(blocks)
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """
+        Raises:
+            TokenBeyond: one of the tokens has no row in the model's embeddings.
+        """
+        if self.beyond and ids.numel() and (token := int(ids.max())) >= self.embeddings:
+            raise TokenBeyond(
+                f"the token {token} ({self.beyond.get(token)!r}) has no row in the model's embeddings (0 to "
+                f"{self.embeddings - 1})",
+                "The tokenizer was extended without the model: save the model after resize_token_embeddings, or "
+                "take the token out of the tokenizer's files.",
+            )
+
+    def ask(self, blocks: Blocks) -> Batch:
+        """As `batch`; only causal language models read the marks."""
+        raise NotImplementedError
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        """Logits of rows of any lengths in one padded batch, `extra` pads more than needed: for each row all that
+        it alone determines.
+        """
+        raise NotImplementedError
+
+    def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        """Return the logits `[vocab]` after the last token of a row; a classifier's are `[labels]`."""
+        (logits,) = self.read(model, [row])
+        return logits if logits.dim() == 1 else logits[-1]
+
+    def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
+        """Logits that a row beside so many pads must have."""
+        return self.read(model, [row])[0]
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        """What continues these texts, `[T_i]` each: a decoder, its first tokens and their mask, `[B, T]`."""
+        raise NotImplementedError
+
+    def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
+        """What must continue a text beside so many pads as `start` does."""
+        return self.start(model, [text])
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """The tokens of a text to go on from."""
+        return tokenizer(text)["input_ids"]
+
+    def given(self, ids: Tensor) -> int:
+        """How many tokens of what `generate` returns for ids `[1, T]` it did not write."""
+        raise NotImplementedError
+
+
+class CausalLM(Task):
+    auto_class, pipeline = "AutoModelForCausalLM", "text-generation"
+    encodes, decodes = False, True
+
+    def ask(self, blocks: Blocks) -> Batch:
+        return causal_batch(blocks)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        ids, mask = pad_left(rows, extra=extra)
+        return marked(forward(model, ids, None, mask), mask)
+
+    def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        return forward(model, row[None], last=True)[0, -1]
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        return Decoder(model), *pad_left(texts)
+
+    def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
+        return Decoder(model), *alone(model, text, pads)
+
+    def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
+        return unpadded(model, row, pads)
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def given(self, ids: Tensor) -> int:
+        return ids.shape[1]
+
+
+class Encoder(Task):
+    """Reads a row of tokens between the marks of its tokenizer ([CLS] and [SEP], where it has them)."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        require(self.pad_id, f"{self.kind} has no pad_token_id in its config.json", "Add the tokenizer's.")
+        self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
+
+    def framed(self, ids: Tensor) -> Tensor:
+        """The block with the marks in the place of its first and last token."""
+        ids = ids.clone()
+        for place, mark in ((0, self.first), (-1, self.last)):
+            if mark is not None:
+                ids[:, place] = mark
+        return ids
+
+    def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
+        ids, mask = pad_right(rows, self.pad_id, extra)
+        return model(input_ids=ids, attention_mask=mask).logits, mask
+
+
+class MaskedLM(Encoder):
+    """15% of a block's tokens are hidden; these are the answers."""
+
+    auto_class, pipeline = "AutoModelForMaskedLM", "fill-mask"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        self.mask_id = require(
+            tokenizer.mask_token_id, f"the tokenizer of {self.kind} has no mask token", "Set its mask_token."
+        )
+
+    def ask(self, blocks: Blocks) -> Batch:
+        ids = self.framed(blocks.ids)
+        order = torch.stack([torch.rand(ids.shape[1], generator=chance(row)) for row in ids])
+        order[:, [0, -1]] = 2.0  # the marks are never hidden
+        hidden = torch.zeros_like(order, dtype=torch.bool)
+        hidden.scatter_(1, order.argsort(-1)[:, : max(1, round(NOISE * ids.shape[1]))], True)
+        hidden = hidden.to(ids.device)
+        return Batch({"input_ids": ids.masked_fill(hidden, self.mask_id)}, ids.masked_fill(~hidden, IGNORED))
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return marked(*self.encode(model, rows, extra))
+
+
+class SequenceClassification(Encoder):
+    auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
+    answers = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        if model.config.num_labels < 2 or model.config.is_encoder_decoder:
+            raise UserError(
+                f"{self.kind} with {model.config.num_labels} label(s) cannot be distilled",
+                "Choose an encoder with at least two classes.",
+            )
+
+    def ask(self, blocks: Blocks) -> Batch:
+        return Batch({"input_ids": self.framed(blocks.ids)}, None)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return list(self.encode(model, rows, extra)[0])
+
+
+class Seq2SeqLM(Task):
+    """The encoder reads a text with gaps, the decoder writes what is missing: behind sentinels where the
+    tokenizer has them (T5, arXiv 1910.10683), else the whole text (BART's infilling, arXiv 1910.13461), else,
+    without a mask token, the text's second half.
+    """
+
+    auto_class, pipeline = "AutoModelForSeq2SeqLM", "text2text-generation"
+    decodes = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        missing = f"{self.kind} has no {{}} in its config.json"
+        require(self.pad_id, missing.format("pad_token_id"), "Add the tokenizer's.")
+        self.start_id = require(
+            config_value(model.config, "decoder_start_token_id"),
+            missing.format("decoder_start_token_id"),
+            "Add it.",
+        )
+        self.before = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
+        self.after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.mask_id = tokenizer.mask_token_id
+        vocabulary = tokenizer.get_vocab()
+        names = takewhile(vocabulary.__contains__, (f"<extra_id_{i}>" for i in count()))
+        self.sentinels = [vocabulary[name] for name in names]
+        if len(self.sentinels) > 1:
+            self.corrupt = self.spans_behind_sentinels
+        else:
+            self.corrupt = self.halves if self.mask_id is None else self.infilling
+
+    def ask(self, blocks: Blocks) -> Batch:
+        ids = blocks.ids
+        room = ids.shape[1] - len(self.before) - len(self.after)
+        pairs = [self.corrupt(row[:room].tolist(), chance(row)) for row in ids]
+        source, labels = (
+            torch.tensor([[*self.before, *x, *self.after] for x in part], device=ids.device)
+            for part in zip(*pairs, strict=True)
+        )
+        given = pad(labels[:, :-1], (1, 0), value=self.start_id)
+        return Batch({"input_ids": source, "decoder_input_ids": given, "use_cache": False}, labels)
+
+    def spans_behind_sentinels(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        gaps = spans(len(tokens), len(self.sentinels) - 1, generator)
+        target = []
+        for mark, (start, end) in zip(self.sentinels, gaps, strict=False):
+            target += [mark, *tokens[start:end]]
+        return fill(tokens, gaps, self.sentinels), [*target, self.sentinels[len(gaps)]]
+
+    def infilling(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        gaps = spans(len(tokens), len(tokens), generator)
+        return fill(tokens, gaps, [self.mask_id] * len(gaps)), tokens
+
+    def halves(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        ids, mask = pad_right(rows, self.pad_id, extra)
+        return marked(SourceDecoder(model, ids, mask)(ids), mask)
+
+    def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
+        first = torch.full((len(texts), 1), self.start_id, device=texts[0].device)
+        return SourceDecoder(model, *pad_right(texts, self.pad_id)), first, torch.ones_like(first)
+
+    def given(self, ids: Tensor) -> int:
+        return 1
+
+
+TASKS: dict[str, type[Task]] = {
+    task.auto_class: task for task in (CausalLM, Seq2SeqLM, MaskedLM, SequenceClassification)
+}
+
+
+def task_class(model: PreTrainedModel) -> type[Task]:
+    """The task of a model, softmax or linearized, by its class; a class that no Auto class names writes text."""
+    return TASKS.get(auto_class(type(model).__name__.removeprefix(PREFIX)), CausalLM)
+
+
+def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task of a model with its tokenizer.
+
+    Raises:
+        UserError: one of them lacks what the task needs.
+    """
+    return task_class(model)(model, tokenizer)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that a row may have: rows of learned positions are fewer where some stand for pads (RoBERTa)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    for module in model.modules():
+        positions = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        if positions and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def last_position(model: PreTrainedModel) -> int | None:
+    """Tokens beyond which the model has no positions, because it learned them or holds them in a table; None:
+    it computes them (RoPE, ALiBi) or has none.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    embeddings = [
+        [module.num_embeddings]
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    sizes = {size for shape in (*embeddings, *(b.shape for b in model.buffers())) for size in shape}
+    # Some tables hold a few rows more (OPT's two).
+    return context_length(model) if any(limit <= size <= limit + 8 for size in sizes) else None
+
+
+def reach(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a converted model can read. None: any number, for states and computed positions have no
+    end. A layer that stays softmax may have a table of its own, as long as the context.
+    """
+    last = last_position(model)
+    return context_length(model) if last is None and model.config.linearize["softmax"] else last
+
+
+def require(token: int | None, what: str, hint: str) -> int:
+    if token is None:
+        raise UserError(what, hint)
+    return token

@@ -1,0 +1,183 @@
+"""`generate`: continue a prompt, printing text as it comes."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TextStreamer
+
+from linearize_cli.artifact.load import artifact_name, load
+from linearize_cli.errors import UserError
+from linearize_cli.models.load import resolve_model
+from linearize_cli.models.tasks import last_position, task_of
+from linearize_cli.speculative.accept import Greedy, Rule, Sampling, Typical
+from linearize_cli.speculative.decode import speculate
+from linearize_cli.speculative.drafts import Drafter, Lookup
+from linearize_cli.speculative.medusa import check_heads, load_heads
+from linearize_cli.speculative.trees import AUTO, named_tree
+
+LOOKUP, MEDUSA = "lookup", "medusa"
+
+
+def generate(
+    artifact: str,
+    prompt: str,
+    *,
+    max_new: int = 128,
+    speculative: str | None = None,
+    tree: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    typical: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Continue a prompt with an artifact and stream it to standard output; an encoder-decoder answers it.
+
+    Args:
+        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" with n-grams of the text so far.
+        tree: of "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
+        temperature: 0 is greedy.
+        top_p: the mass of the most probable tokens that are sampled from.
+        typical: accept drafts that are typical of the model: more of them, but the text is no longer distributed as
+            the model's own.
+
+    Raises:
+        UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, a drafter or a
+            tree that is not there, or a model that cannot verify drafts.
+    """
+    check_options(speculative, tree, temperature, top_p, typical)
+    model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    task = task_of(model, tokenizer)
+    if not task.decodes:
+        raise UserError(
+            f"{artifact} is an encoder ({task.kind}): it reads text and writes none",
+            f"Use it through transformers' {task.auto_class}.",
+        )
+    ids = torch.tensor([task.prompt(tokenizer, prompt)], dtype=torch.long)
+    if not ids.numel():
+        raise UserError(
+            "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
+        )
+    task.check_tokens(ids)
+    ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_special_tokens=True)
+    if speculative:
+        check_heads(model, type(task))
+        drafter = drafter_of(speculative, tree, artifact, model)
+        rule, run = rule_of(temperature, top_p, typical, seed), speculative_text
+        options = (drafter, rule)
+    else:
+        torch.manual_seed(seed)
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        run, options = plain_text, (temperature, top_p, next((x for x in ends if x is not None), None))
+    started = time.monotonic()
+    output, facts = run(model, ids, max_new, streamer, *options)
+    seconds = time.monotonic() - started
+    new = output[task.given(ids) :]
+    return {
+        "artifact": artifact,
+        "prompt": prompt,
+        "text": tokenizer.decode(output, skip_special_tokens=True),
+        "tokens": new,
+        "tokens_per_s": round(len(new) / seconds, 1),
+        **facts,
+        "seed": seed,
+    }
+
+
+def check_options(
+    speculative: str | None, tree: str | None, temperature: float, top_p: float, typical: bool
+) -> None:
+    """Raises UserError: they are out of range, or do not go together."""
+    if not 0 <= temperature <= 100:
+        raise UserError(
+            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "1 leaves no token out.")
+    if top_p < 1 and (typical or not temperature):
+        raise UserError(
+            "--top-p is for sampling without --typical",
+            "Add --temperature T, such as 0.7, or leave --top-p out.",
+        )
+    if tree and speculative != MEDUSA:
+        raise UserError("--tree is for Medusa heads", "Add --speculative medusa.")
+    if typical and not speculative:
+        raise UserError("--typical says which drafts are accepted", "Add --speculative medusa or lookup.")
+    if typical and not temperature:
+        raise UserError("--typical is a way of sampling", "Add --temperature T, such as 0.7.")
+
+
+def plain_text(
+    model: PreTrainedModel,
+    ids: Tensor,
+    max_new: int,
+    streamer: TextStreamer,
+    temperature: float,
+    top_p: float,
+    pad: int | None,
+) -> tuple[list[int], dict[str, Any]]:
+    """All tokens, by transformers' `generate`, and nothing more to tell."""
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
+    )
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new,
+        pad_token_id=pad,
+        streamer=streamer,
+        **sampling,
+    )
+    return output[0].tolist(), {}
+
+
+def speculative_text(
+    model: PreTrainedModel,
+    ids: Tensor,
+    max_new: int,
+    streamer: TextStreamer,
+    drafter: Drafter,
+    rule: Rule,
+) -> tuple[list[int], dict[str, Any]]:
+    """All tokens, by speculative decoding, and what it was like: `forwards`, and `acceptance`, tokens a forward on
+    average. The prompt's own forward, which gave the first token, is left out of both.
+    """
+    row, counts = ids[0].tolist(), []
+    streamer.put(ids.cpu())
+    ends = model.generation_config.eos_token_id
+    stop = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    for step in speculate(model, [row], drafter, max_new, rule, stop, last_position(model)):
+        (new,) = step.tokens
+        row = row + new
+        counts.append(len(new))
+        streamer.put(torch.tensor(new))
+    streamer.end()
+    trees = counts[1:]
+    return row, {
+        "acceptance": round(sum(trees) / len(trees), 3) if trees else None,
+        "forwards": len(counts) - 1,
+        "lossless": rule.lossless,
+    }
+
+
+def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedModel) -> Drafter:
+    """
+    Raises:
+        UserError: the artifact has no heads, or the tree does not fit them.
+    """
+    if name == LOOKUP:
+        return Lookup()
+    heads = load_heads(resolve_model(artifact_name(artifact)), model)
+    return heads.drafter(named_tree(tree or AUTO, len(heads), heads.output.shape[1], heads.tree))
+
+
+def rule_of(temperature: float, top_p: float, typical: bool, seed: int) -> Rule:
+    if not temperature:
+        return Greedy()
+    return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed), top_p)

@@ -1,0 +1,276 @@
+"""Results as tables for a person."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from linearize_cli.methods.recipe import Recipe
+
+BLIND = 0.1  # the share of a teacher's recall below which its student's says nothing
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; columns that start with `>` are aligned to the right."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        result.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    return result
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: `1.5 MB`."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, _ = amount / 1000, units.pop(0)
+    return f"{amount:.0f} {units[0]}" if amount >= 100 or units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def perplexities(report: dict[str, Any]) -> Table:
+    rows = table("", ">perplexity", ">x teacher")
+    teacher = report["perplexity"]["teacher"]
+    for name, value in report["perplexity"].items():
+        rows.add_row(name, number(value), number(value and teacher and value / teacher))
+    for name, value in report["ablation"].items():
+        if name != "full" and value is not None:
+            rows.add_row(name.replace("_", " "), number(value), number(value / teacher))
+    return rows
+
+
+def kept(report: dict[str, Any]) -> Table:
+    """What `--keep-softmax auto:N` measured."""
+    rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
+    for name, value in chosen["kl"].items():
+        rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
+    return rows
+
+
+def divergences(report: dict[str, Any]) -> Table:
+    rows = table("", ">KL from the teacher, nats")
+    for name, value in report["kl"].items():
+        rows.add_row(name.replace("_", " "), number(value, ".4f"))
+    return rows
+
+
+def conversion(report: dict[str, Any]) -> RenderableType:
+    layers, check = report["layers"], report["self_check"]
+    state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
+    forms = ["full", *(form for form in ("incremental", "padded") if check[form] is not None)]
+    largest = max(difference for difference in check.values() if difference is not None)
+    lines = [
+        f"{report['output']}: {report['base_model']} as {report['method']}, "
+        f"layers linear: {len(layers['linear'])}, softmax: {len(layers['softmax'])}",
+        f"self-check passed: logits differ by at most {largest:.1e} between {', '.join(forms)} and reloaded",
+    ]
+    if per_token:
+        lines.append(
+            f"the linear layers keep {size(state)} whatever the context; as softmax, {size(per_token)} a token "
+            f"(more from {state // per_token + 1:,} tokens on)"
+        )
+    measured = [perplexities(report)] if any(report["perplexity"].values()) else []
+    if report.get("kl"):
+        measured.append(divergences(report))
+    if report["keep_softmax"]:
+        measured += ["", kept(report)]
+    if report.get("medusa"):
+        measured += ["", medusa(report["medusa"])]
+    return Group(*measured, "", *lines)
+
+
+def medusa(facts: dict[str, Any]) -> RenderableType:
+    """How often Medusa heads are right, and the tree that was chosen."""
+    rows = table("head", *(f">top {rank}" for rank in (1, 2, 3)))
+    for head, rates in enumerate(facts["acceptance"], 1):
+        rows.add_row(str(head), *(f"{sum(rates[:rank]):.1%}" for rank in (1, 2, 3)))
+    return Group(
+        rows,
+        "",
+        f"{facts['expected_tokens_per_step']} expected tokens a step, from a tree of {facts['tree_nodes']} nodes, the "
+        "best on this machine",
+    )
+
+
+def plan(report: dict[str, Any]) -> RenderableType:
+    layers = report["layers"]
+    rows = table("layer", "becomes")
+    for name in layers["linear"]:
+        rows.add_row(name, report["method"])
+    for name, reason in layers["softmax"].items():
+        rows.add_row(name, f"softmax: {reason}")
+    budget = f"{report['tokens']:,} tokens" if report["tokens"] else "no training"
+    chosen = [f"softmax stay {report['keep_softmax']}"] if report["keep_softmax"] else []
+    return Group(
+        rows,
+        "",
+        *chosen,
+        f"{budget}, blocks of {report['seq_len']}, {report['batch_size']} a step; nothing was written",
+        "",
+        estimated(report["estimate"]),
+    )
+
+
+def estimated(lines: list[dict[str, Any]]) -> Table:
+    """What a conversion takes, with its arithmetic."""
+    rows = table("", "arithmetic", ">")
+    section = None
+    for line in lines:
+        if line["section"] != section:
+            section = line["section"]
+            rows.add_row(Text(section, style="bold"))
+        rows.add_row(f"  {line['what']}", line["arithmetic"], quantity(line["value"], line["unit"]))
+    return rows
+
+
+def quantity(value: float, unit: str) -> str:
+    """`1.5 GB`, `3.2 GFLOP/token`, `4.5 h`."""
+    if unit == "B":
+        return size(value)
+    if unit == "s":
+        scale, name = next((x for x in ((3600, "h"), (60, "min")) if value >= x[0]), (1, "s"))
+        return f"{value / scale:,.1f} {name}"
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while value >= 1000 and len(prefixes) > 1:
+        value, _ = value / 1000, prefixes.pop(0)
+    return (
+        f"{value:.3g} {prefixes[0]}{unit}" if unit != "parameters" else f"{value:.3g} {prefixes[0]}".strip()
+    )
+
+
+def inspection(report: dict[str, Any]) -> RenderableType:
+    rows = table("layer", "attention", ">heads", ">kv", ">head size", "convertible")
+    for layer in report["layers"]:
+        g = layer["geometry"]
+        head = f"{g['key_dim']}" if g["key_dim"] == g["value_dim"] else f"{g['key_dim']}/{g['value_dim']}"
+        rows.add_row(
+            layer["name"],
+            layer["attention"],
+            str(g["heads"]),
+            str(g["kv_heads"]),
+            head,
+            layer["refusal"] or "yes",
+        )
+    if not report["kv_bytes_per_token"]:
+        return rows
+    memory = table(">context", ">softmax", f">{report['method']}", title="memory of one sequence")
+    for row in report["memory"]:
+        memory.add_row(f"{row['context']:,}", size(row["kv_bytes"]), size(row["state_bytes"]))
+    return Group(rows, "", memory)
+
+
+def method_table(recipes: list[Recipe]) -> RenderableType:
+    rows = table("method", "local", "far", "combine", ">conv", ">sinks", ">tokens", "paper")
+    rows.columns[0].no_wrap = True
+    for recipe in recipes:
+        a = recipe.attention
+        local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"
+        rows.add_row(
+            recipe.name + (" (default)" if recipe is recipes[0] else ""),
+            local,
+            a.far.feature_map if a.far else "-",
+            a.combine,
+            str(a.conv.width),
+            str(a.sinks),
+            f"{recipe.recover.tokens / 1e6:g}M",
+            recipe.paper,
+        )
+    return rows
+
+
+def evaluation(report: dict[str, Any]) -> RenderableType:
+    """What `eval` measured."""
+    texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
+    for row in report["perplexity"]["by_context"]:
+        teacher, student = row["teacher"], row["student"]
+        texts.add_row(
+            f"{row['context']:,}",
+            f"{row['blocks']:,}",
+            number(teacher),
+            number(student),
+            number(student and student / teacher),
+            number(row["kl"], ".4f"),
+            number(row["top1_agreement"], ".1%"),
+        )
+    return Group("perplexity", texts, *ablation(report), *recall(report), *written(report), *harness(report))
+
+
+def ablation(report: dict[str, Any]) -> list[RenderableType]:
+    parts = {name: value for name, value in report["ablation"].items() if name != "full" and value}
+    said = "    ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in parts.items())
+    return [f"perplexity of a part alone: {said}"] if parts else []
+
+
+def recall(report: dict[str, Any]) -> list[RenderableType]:
+    """Shares by distance: a column a measure and model."""
+    measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
+    if not measures:
+        return []
+    parts = {name: {part["distance"]: part for part in x["by_distance"]} for name, x in measures.items()}
+    columns = [(measure, name) for measure in measures for name in ("teacher", "student")]
+    rows = table(">tokens since", *(f">{measure}, {name}" for measure, name in columns))
+    for distance in sorted(set().union(*parts.values())):
+        until = next(found[distance] for found in parts.values() if distance in found).get("until")
+        shares = (parts[measure].get(distance, {}).get(name) for measure, name in columns)
+        where = f"{distance:,} to {until - 1:,}" if until else f"{distance:,}"
+        rows.add_row(where, *(number(share, ".1%") for share in shares))
+    rows.add_row("all", *(number(measures[measure][name], ".1%") for measure, name in columns))
+    blind = [name for name, values in measures.items() if (values["teacher"] or 0) < BLIND]
+    said = f"{' and '.join(blind)}: the teacher hardly does it, so this says nothing of the student"
+    return ["", rows, *([said] if blind else [])]
+
+
+def written(report: dict[str, Any]) -> list[RenderableType]:
+    """The generation checks."""
+    if report["generation"] is None:
+        return []
+    found = report["generation"]
+    repeated, exact = found["repetition"], found["exact_match"]
+    rows = table("written", ">teacher", ">student")
+    for way in ("greedy", "sampled"):
+        shares = (number(repeated[way][name], ".1%") for name in ("teacher", "student"))
+        rows.add_row(f"repeated 4-grams, {way} (text: {number(repeated['text'], '.1%')})", *shares)
+    said = f"the student's greedy text is the teacher's for {exact['mean']:.1f} of {exact['of']} tokens"
+    return ["", rows, said]
+
+
+def harness(report: dict[str, Any]) -> list[RenderableType]:
+    """Results of lm_eval."""
+    rows = table("task", "metric", ">teacher", ">student")
+    for task, metrics in (report["tasks"] or {}).items():
+        for metric, values in metrics.items():
+            if "stderr" not in metric:
+                rows.add_row(task, metric, number(values["teacher"], ".4f"), number(values["student"], ".4f"))
+    return ["", rows] if rows.row_count else []
+
+
+def pushed(result: dict[str, Any]) -> RenderableType:
+    rows = table("file", ">size")
+    for file in result["files"]:
+        rows.add_row(file["path"], size(file["size"]))
+    verb = "would be pushed" if result["dry_run"] else "pushed"
+    where = result["pull_request"] or result["url"]
+    return Group(rows, "", f"{len(result['files'])} files, {size(result['bytes'])}, {verb} to {where}")
+
+
+def demonstration(result: dict[str, Any]) -> RenderableType:
+    recall, context = result["recall"], result["context"]
+    rows = perplexities(result)
+    facts = table("", ">teacher", ">recovered")
+    facts.add_row("recall of facts told earlier", f"{recall['teacher']:.1%}", f"{recall['student']:.1%}")
+    facts.add_row(
+        f"memory at {context:,} tokens",
+        size(result["kv_bytes_per_token"] * context),
+        size(result["state_bytes"]),
+    )
+    timed = result["bench"]["rows"]
+    longest = max(row["context"] for row in timed)
+    for phase in dict.fromkeys(row["phase"] for row in timed):
+        speeds = [x["tokens_per_s"] for x in timed if (x["phase"], x["context"]) == (phase, longest)]
+        facts.add_row(
+            f"{phase} at {longest:,} tokens, tokens/s", *(number(speed, ",.0f") for speed in speeds)
+        )
+    return Group(rows, "", facts, "", f"verify: {result['verdict']}    artifact: {result['output']}")

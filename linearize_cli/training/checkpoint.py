@@ -1,0 +1,103 @@
+"""The progress of a run: its checkpoint, its log, and the session that holds both."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize_cli.files import replacing
+from linearize_cli.terminal import Terminal
+from linearize_cli.training.engine import Engine
+
+FILE = "checkpoint.pt"
+
+
+@dataclass
+class Checkpoint:
+    """The finished part of a run, as a file that is replaced as a whole.
+
+    Attributes:
+        stage: the stage that was last worked on.
+        step: finished steps of that stage.
+        parameters, optimizer: of that stage, after its last finished step.
+        best: of that stage, as `objective.Best` keeps it.
+        results: what was measured so far.
+        log_bytes: length of the log at that moment.
+    """
+
+    stage: str = ""
+    step: int = 0
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    log_bytes: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint to a file."""
+        with replacing(path) as beside:
+            torch.save(self.__dict__, beside)
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Read a checkpoint from a file, or return an empty one if there is no file."""
+        return cls(**torch.load(path, weights_only=True, map_location="cpu")) if path.exists() else cls()
+
+
+class Log:
+    """A JSONL file with one record a line, and the trackers. Only the main process writes."""
+
+    def __init__(self, path: Path, keep_bytes: int, engine: Engine):
+        self.engine, self.steps = engine, 0
+        if engine.main:
+            self.stream = path.open("a+b")
+            self.stream.truncate(keep_bytes)
+            self.stream.seek(0)
+            self.steps = sum("step" in json.loads(line) for line in self.stream)
+
+    def write(self, stage: str, name: str | None = None, **values: Any) -> None:
+        """Append a record: a step of a stage, or a named result."""
+        if not self.engine.main:
+            return
+        record = {"stage": stage, **({"name": name} if name else {}), **values}
+        self.stream.write((json.dumps(record) + "\n").encode())
+        self.stream.flush()
+        self.steps += "step" in values
+        numbers = {key: value for key, value in values.items() if isinstance(value, dict | float | int)}
+        self.engine.tell({stage: {name: numbers} if name else numbers}, self.steps)
+
+    def size(self) -> int:
+        """Return the bytes written so far."""
+        return self.stream.seek(0, 2) if self.engine.main else 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """A training run: its processes, its folder, its progress, and where it reports.
+
+    Attributes:
+        folder: keeps the checkpoint and the log.
+    """
+
+    engine: Engine
+    terminal: Terminal
+    folder: Path
+    checkpoint: Checkpoint
+    log: Log
+
+    @classmethod
+    def open(cls, engine: Engine, terminal: Terminal, folder: Path, log: str = "log.jsonl") -> "Session":
+        """Continue the run in a folder, or start one there.
+
+        Args:
+            log: file name of the log.
+        """
+        checkpoint = Checkpoint.load(folder / FILE)
+        return cls(engine, terminal, folder, checkpoint, Log(folder / log, checkpoint.log_bytes, engine))
+
+    def save(self) -> None:
+        """Write the checkpoint to the folder."""
+        self.checkpoint.save(self.folder / FILE)

@@ -1,0 +1,161 @@
+"""Transfer a block of layers at a time, for models larger than the device's memory.
+
+A block comes to the device, learns from all batches, and gives its place to the next. What it makes of a batch are
+the teacher's hidden states, which wait on disk for the next block; so every layer of the teacher runs once a batch,
+as when all learn at once, and is read from disk once.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize_cli.files import replacing
+from linearize_cli.models.batch import Batch
+from linearize_cli.training.attention_transfer import WindowDropout, shorter_windows, transferring
+from linearize_cli.training.checkpoint import Session
+from linearize_cli.training.objective import Objective
+from linearize_cli.training.streamed_layers import LayerBlocks, alone, leaving, returned
+
+
+def transfer_by_blocks(
+    model: PreTrainedModel,
+    native: str,
+    windows: WindowDropout,
+    blocks: LayerBlocks,
+    batches: Callable[[int], Iterator[Batch]],
+    steps: int,
+    session: Session,
+) -> Iterator["BlockTransfer"]:
+    """Yield the objective of each block in turn, to be trained while the block is on the device.
+
+    The session's checkpoint counts the finished blocks, and its folder keeps their hidden states and parameters. An
+    interrupted run continues with the first block that is not finished.
+
+    Args:
+        batches: maps a number of batches to leave out to the batches that follow.
+        steps: batches that each block learns from.
+
+    Raises:
+        UserError: the layers of this model do not run in blocks.
+    """
+    checkpoint, folder = session.checkpoint, session.folder
+    hidden, learned = HiddenStates(folder / "hidden"), folder / "blocks"
+    returns = returned(blocks, model, native, next(batches(0)))
+    for block in blocks.ranges():
+        objective = BlockTransfer(model, native, windows, blocks, returns, block, hidden)
+        file = learned / f"{block[0]}.safetensors"
+        if block[0] < checkpoint.results.get("transferred_layers", 0):
+            objective.load_state_dict(load_file(file))
+            continue
+        with blocks.resident(model, block):
+            done = 0
+            if objective.learning:
+                yield objective
+                done = checkpoint.step
+            if block.stop < blocks.count:  # what a block that ended early has not seen, the next one may need
+                objective.step = None
+                with torch.no_grad():
+                    for batch in islice(batches(done), steps - done):
+                        objective(batch)
+        session.engine.accelerator.wait_for_everyone()
+        checkpoint.results["transferred_layers"] = block.stop
+        checkpoint.stage, checkpoint.step, checkpoint.parameters, checkpoint.optimizer = "", 0, {}, {}
+        if session.engine.main:
+            save_whole(objective.state_dict(), file)
+            session.save()
+            hidden.drop(block[0])
+
+
+class HiddenStates:
+    """The teacher's hidden states `[T, width]` of every row of tokens before one block or another: a file each,
+    whole or absent, named by the row's own inputs. A row that comes again finds its file, whichever process, batch
+    or run made it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def files(self, index: int, batch: Batch) -> list[Path]:
+        """The file of each row before block `index`."""
+        rows = [x.cpu() for x in batch.inputs.values() if isinstance(x, Tensor)]
+        names = (hashlib.sha1(b"".join(x[i].numpy().tobytes() for x in rows)) for i in range(len(rows[0])))
+        return [self.folder / str(index) / f"{name.hexdigest()}.safetensors" for name in names]
+
+    def read(self, index: int, batch: Batch, device: str) -> Tensor:
+        """`[B, T, width]` on the device."""
+        return torch.stack([load_file(file)["hidden"] for file in self.files(index, batch)]).to(device)
+
+    def write(self, index: int, batch: Batch, hidden: Tensor) -> None:
+        for file, row in zip(self.files(index, batch), hidden.cpu(), strict=True):
+            save_whole({"hidden": row}, file)
+
+    def drop(self, index: int) -> None:
+        shutil.rmtree(self.folder / str(index), ignore_errors=True)
+
+
+def save_whole(content: dict[str, Tensor], file: Path) -> None:
+    """Write tensors to a file, whole or not at all. Several processes may write the same one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file, f".{os.getpid()}", sync=False) as beside:
+        save_file({name: x.contiguous() for name, x in content.items()}, beside)
+
+
+class BlockTransfer(Objective):
+    """The objective of one block, as `transfer.Transfer` is that of all layers. Its only modules are those that
+    learn: most of the model is elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        native: str,
+        windows: WindowDropout,
+        blocks: LayerBlocks,
+        returns: list[int],
+        block: range,
+        hidden: HiddenStates,
+    ):
+        super().__init__()
+        self.teacher, self.windows = (model, native), windows
+        self.blocks, self.returns = blocks, returns
+        self.block, self.hidden = block, hidden
+        layers = (f"{blocks.name}.{i}" for i in block)
+        found = (
+            (name, module)
+            for layer in layers
+            for name, module in model.get_submodule(layer).named_modules(prefix=layer)
+        )
+        self.learning = nn.ModuleDict(
+            {
+                name.replace(".", "/"): m.linear_attention
+                for name, m in found
+                if hasattr(m, "linear_attention")
+            }
+        )
+
+    def independent(self) -> list[list[nn.Parameter]]:
+        return [list(module.parameters()) for module in self.learning.values()]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        (model, native), blocks, first = self.teacher, self.blocks, self.block[0]
+        entering = self.hidden.read(first, batch, blocks.device) if first else None
+        layers = blocks.layers(model)
+        share = None if self.step is None else self.windows.at(self.step)
+        with (
+            shorter_windows(model, share),
+            transferring(model, native) as losses,
+            alone(layers, self.block, entering, self.returns),
+        ):
+            after = leaving(model, batch.inputs)
+        if self.block.stop < blocks.count:
+            self.hidden.write(self.block.stop, batch, after)
+        return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}

@@ -1,0 +1,128 @@
+"""The text of a run: what it trains on, and what it measures on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.data import sources as text
+from linearize_cli.data.names import DEMO, SELF
+from linearize_cli.data.self_generated import write_corpus
+from linearize_cli.models.batch import Batch, Blocks
+from linearize_cli.models.tasks import Task
+from linearize_cli.terminal import Terminal
+from linearize_cli.training.engine import Engine
+from linearize_cli.training.job import Job
+
+
+def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
+    """Open the training data that a job names. None stands for `self`, which the model has yet to write."""
+    names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
+    needed = job.train or job.data
+    return [None if name == SELF else text.open_source(name, bad) for name in names] if needed else []
+
+
+class NamedText:
+    """The text that a job names, opened before the model is loaded, so that a wrong name fails at once.
+
+    Attributes:
+        bad: the rows that were left out.
+        train: the source to train on, or None without training.
+        evaluation: the source to measure on, or None if there is no text at all.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.bad = job, text.BadRows(job.skip_bad_rows)
+        self.sources = open_sources(job, self.bad)
+        self.named_evaluation = text.open_source(job.eval_data, self.bad) if job.eval_data else None
+        self.train = self.evaluation = None
+        if None not in self.sources:
+            self.split()
+
+    def split(self) -> None:
+        """Join the training sources, and hold out a part of them if no text to measure on is named."""
+        train, self.evaluation = text.joined(self.sources) if self.sources else None, self.named_evaluation
+        if train is not None and self.evaluation is None:
+            train, self.evaluation = text.hold_out(train)
+        self.train = train if self.job.train else None
+
+    def read_through(self, tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal) -> None:
+        """Read local text once before the run starts. Raises as `sources.read_through`."""
+        for source in filter(None, [*self.sources, self.named_evaluation]):
+            text.read_through(source, tokenizer, task)
+        self.bad.report(terminal)
+
+    def write_own(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Path,
+        length: int,
+        terminal: Terminal,
+        engine: Engine,
+    ) -> None:
+        """Replace a `self` source by text sampled from the model, up to its share of the token budget."""
+        if None not in self.sources:
+            return
+        share = -(-self.job.recipe.recover.tokens // len(self.sources))
+        engine.on_main(write_corpus, model, tokenizer, corpus, share, length, self.job.seed, terminal)
+        self.sources = [source or text.open_source(str(corpus), self.bad) for source in self.sources]
+        self.split()
+
+    def blocks(self, job: Job, tokenizer: PreTrainedTokenizerBase, task: Task, length: int) -> "TextBlocks":
+        """Cut the text into blocks of `length` tokens.
+
+        Args:
+            job: the job, whose batch size is known by now.
+
+        Raises:
+            UserError: the text to measure on does not fill one block.
+        """
+        held_out = None
+        if self.evaluation is not None:
+            limit = None if job.eval_data else text.HELD_OUT_LIMIT
+            held_out = text.evaluation_blocks(self.evaluation, tokenizer, length, limit)
+        return TextBlocks(job, tokenizer, task, length, self.train, held_out)
+
+
+@dataclass(frozen=True)
+class TextBlocks:
+    """A run's text in blocks of tokens.
+
+    Attributes:
+        length: tokens of a block.
+        train: the source to train on, or None.
+        held_out: `[N, length]` blocks to measure on, or None.
+    """
+
+    job: Job
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    length: int
+    train: text.Source | None
+    held_out: Tensor | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one batch, over all processes."""
+        return self.length * self.job.batch_size
+
+    def stream(self, skip: int = 0) -> Iterator[Blocks]:
+        """Yield the training text in batches without end, after the first `skip` batches."""
+        size, recover = self.job.batch_size, self.job.recipe.recover
+        return text.stream(self.train, self.tokenizer, self.length, size, recover, skip)
+
+    def batches(self, engine: Engine, start: int = 0) -> Callable[[int], Iterator[Batch]]:
+        """Return a function that yields this process's training batches after `start` and `done` batches."""
+
+        def after(done: int) -> Iterator[Batch]:
+            return (self.task.batch(engine.share(blocks)) for blocks in self.stream(start + done))
+
+        return after
+
+    def held_out_batches(self, engine: Engine, most: int) -> Iterator[Batch]:
+        """Yield the first `most` held-out blocks in batches, the same in every process."""
+        for ids in self.held_out[:most].split(self.job.batch_size):
+            yield self.task.batch(ids.to(engine.device))

@@ -1,0 +1,60 @@
+"""Layers against the equation token by token in fp64. Scores and feature maps are those of the layer itself."""
+
+import copy
+
+import torch
+from linearize_kernels.reference.step import step, step_state
+from torch import Tensor, nn
+
+from linearize_cli.metrics.equivalence import Comparison
+from linearize_cli.runtime.dispatch import converted
+from linearize_cli.verification.check import Finding, Subject, compared, not_checked
+
+
+def definition(subject: Subject) -> Finding:
+    """Compare a layer of each geometry, on what it sees of a row, with `step`."""
+    layers = {x.equation: x for x in causal_layers(subject)}
+    if not layers:
+        return not_checked("definition", "no converted layer runs forward in time")
+    worst = Comparison(subject.comparison().tolerance, 0.0)
+    for attention in layers.values():
+        inputs, options, actual = layer_call(subject, attention)
+        worst.add(actual, defined(attention, *inputs, options.get("s_aux")))
+    data = {"definition": {"max_abs_diff": worst.diff, "layers": len(layers)}}
+    return compared("definition", worst.diff, worst.limit, data)
+
+
+def causal_layers(subject: Subject) -> list[nn.Module]:
+    """Return the converted layers that attend to their own past, not to an encoder."""
+    geometries = subject.model.config.linearize["layers"]
+    layers = {name: module.linear_attention for name, module in converted(subject.model).items()}
+    return [x for name, x in layers.items() if x.equation.causal and "cross" not in geometries[name]]
+
+
+def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ...], dict, Tensor]:
+    """Return the first row's q, k and v `[heads, T, D]`, the call's options, and its output `[T, heads, Dv]`."""
+    seen: list[tuple] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen.append((args[:3], kwargs, output))
+
+    hook = attention.register_forward_hook(keep, with_kwargs=True)
+    try:
+        subject.task.read(subject.model, list(subject.rows))
+    finally:
+        hook.remove()
+    inputs, options, output = seen[0]
+    return tuple(x[0] for x in inputs), options, output[0]
+
+
+def defined(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Compute the reference outputs `[T, heads, Dv]` with `step`, token by token in fp64 on the CPU."""
+    exact = copy.deepcopy(attention).to("cpu", torch.float64)
+    q, k, v = (x.detach().to("cpu", torch.float64) for x in (q, k, v))
+    if sink_logits is not None:
+        sink_logits = sink_logits.detach().to("cpu", torch.float64)
+    state, outputs = step_state(exact), []
+    for t in range(q.shape[1]):
+        out, state = step(exact, state, q[:, t], k[:, t], v[:, t], sink_logits)
+        outputs.append(out)
+    return torch.stack(outputs).to(q.device)

@@ -1,0 +1,97 @@
+"""Drafts of which it is known how many tokens are right: none, some, all, and one that ends the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from linearize_cli.speculative.decode import speculate, written
+from linearize_cli.speculative.drafts import Draft
+from linearize_cli.verification.check import FAIL, OK, TIE, Finding, Line, Subject, not_checked
+from linearize_cli.verification.greedy import TIES, decoded, mismatch
+
+DEPTH, ROWS, NEW = 4, 4, 32  # of the drafted chains, prompts, and tokens that each continues by
+
+
+@dataclass
+class Oracle:
+    """Drafts a chain that starts with `right` tokens of what the model writes, and then a wrong one.
+
+    Attributes:
+        texts: each row's prompt and greedy continuation.
+        right: cycles through these numbers of right tokens, one a step.
+        vocabulary: of the model.
+    """
+
+    texts: list[list[int]]
+    right: Sequence[int]
+    vocabulary: int
+    asked: list[int] = field(default_factory=list)
+
+    def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        right = self.right[len(self.asked) % len(self.right)]
+        self.asked.append(right)
+        ids = []
+        for row, text in zip(rows, self.texts, strict=True):
+            chain = [*text[len(row) : len(row) + DEPTH], *[0] * DEPTH][:DEPTH]
+            if right < DEPTH:
+                chain[right] = (chain[right] + 1) % self.vocabulary
+            ids.append([row[-1], *chain])
+        return Draft(torch.tensor(ids, device=hidden.device), range(-1, DEPTH))
+
+
+def drafts(subject: Subject) -> Finding:
+    """Compare drafts of every number of right tokens, a stop and the context's end within one, with plain decoding."""
+    if subject.no_tree:
+        return not_checked("drafts", subject.no_tree)
+    prompts = subject.texts[:ROWS]
+    new = min(NEW, subject.context - max(map(len, prompts)))
+    plain, _, length, margins = decoded(subject.task, subject.model, prompts, new)
+    continued = [row[length:].tolist() for row in plain]
+    texts = [[*prompt, *more] for prompt, more in zip(prompts, continued, strict=True)]
+    vocabulary = subject.model.get_input_embeddings().num_embeddings
+    oracle = Oracle(texts, range(DEPTH + 1), vocabulary)
+    steps = list(speculate(subject.model, prompts, oracle, new))
+    found = differing(written(steps), continued, margins)
+    wrong_depths = 0 if found else depths_beyond(steps[1:], oracle, new)
+    stop = continued[0][new // 2]
+    ends = [row[: row.index(stop) + 1] if stop in row else row for row in continued]
+    ended = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, stop=[stop])
+    found += differing(written(ended), ends, margins)
+    context = max(map(len, prompts)) + DEPTH + 3  # it ends within a draft
+    room = [row[: context - len(prompt)] for row, prompt in zip(continued, prompts, strict=True)]
+    full = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, context=context)
+    found += differing(written(full), room, margins)
+    limit = TIES * subject.noise
+    tied = all(x["margin"] < limit for x in found)
+    verdict = FAIL if wrong_depths or not tied else TIE if found else OK
+    said = f"{len(found)} of {3 * len(prompts)} texts differ, {wrong_depths} drafts are accepted to another depth"
+    data = {"texts": 3 * len(prompts), "mismatches": len(found), "wrong_depths": wrong_depths}
+    return Finding(
+        {"drafts": data}, [Line("drafts", said, f"margin {limit:.1e}", verdict)], {"drafts": limit}
+    )
+
+
+def differing(rows: list[list[int]], expected: list[list[int]], margins: Tensor) -> list[dict]:
+    """Return the first difference of each row that is not as expected."""
+    found = []
+    for row, (actual, due) in enumerate(zip(rows, expected, strict=True)):
+        if actual != due:
+            same = [a == b for a, b in zip(actual, due, strict=False)]
+            place = same.index(False) if False in same else len(same)
+            # A text of another length is no tie.
+            margin = margins[row, place] if False in same else margins.new_tensor(torch.inf)
+            found.append(mismatch(row, place, margin))
+    return found
+
+
+def depths_beyond(steps: Sequence, oracle: Oracle, new: int) -> int:
+    """Return how many accepted depths are not the number of right tokens, of rows that had room for the whole draft."""
+    wrong, tokens = 0, [1] * len(oracle.texts)
+    for step, right in zip(steps, oracle.asked, strict=True):
+        for row, accepted in enumerate(step.accepted):
+            if accepted is not None and new - tokens[row] > DEPTH:
+                wrong += accepted != right
+            tokens[row] += len(step.tokens[row])
+    return wrong

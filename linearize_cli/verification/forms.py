@@ -1,0 +1,33 @@
+"""The forms of a model against one another: prefill, chunks, decoding, pads; and the model as it is saved."""
+
+from linearize_cli.metrics.equivalence import compare_forms, compare_padding, compare_reading, compare_reload
+from linearize_cli.verification.check import Finding, Subject, compared
+
+
+def forms(subject: Subject) -> Finding:
+    """Prefills of many lengths and a chunked one against decoding."""
+    decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
+    prefill, chunked = subject.comparison(), subject.comparison()
+    compare_forms(decoder, subject.rows, subject.size, prefill, chunked)
+    both = {"prefill_vs_decode": prefill, "chunked_vs_decode": chunked}
+    found = [compared(name, x.diff, x.limit, {}) for name, x in both.items()]
+    return Finding(
+        {"forms": {name: x.diff for name, x in both.items()}},
+        [line for x in found for line in x.lines],
+        {name: x.limit for name, x in both.items()},
+    )
+
+
+def padding(subject: Subject) -> Finding:
+    """Compare a padded batch with each of its rows alone."""
+    worst = subject.comparison()
+    compare = compare_padding if subject.task.decodes else compare_reading
+    compare(subject.task, subject.model, subject.rows, subject.size, worst)
+    return compared("padding", worst.diff, worst.limit, {"padding": {"max_abs_diff": worst.diff}})
+
+
+def reload(subject: Subject) -> Finding:
+    """The model against itself, saved and loaded again."""
+    worst = subject.comparison()
+    compare_reload(subject.task, subject.model, subject.rows, worst)
+    return compared("reload", worst.diff, worst.limit, {"reload": {"max_abs_diff": worst.diff}})

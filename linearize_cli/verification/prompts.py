@@ -1,0 +1,67 @@
+"""The prompts that `verify` continues: built in, or a user's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize_cli.data.readers import BadRow, BadRows, Chat, read_jsonl
+from linearize_cli.errors import UserError
+from linearize_cli.inputs import read_text
+from linearize_cli.models.tasks import context_length
+
+PROMPTS = (
+    "Once upon a time, there was a little girl",
+    "The",
+    "Water boils when",
+    "Tom had a red ball. Sue had a blue kite. One day they met in the park, and Tom asked Sue for her",
+    "A list of things to buy: bread, milk, eggs,",
+    "The quick brown fox jumps over the lazy dog. The quick brown fox",
+    "Dear Sir or Madam, I am writing to ask whether",
+    "1, 2, 3, 4,",
+)
+
+
+def tokenize(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_new: int
+) -> list[list[int]]:
+    """Return the tokens of prompts, the last ones cut off where `max_new` more would not fit the context.
+
+    Raises:
+        UserError: no prompt has a token, or max_new does not fit.
+    """
+    context = context_length(model)
+    if not 1 <= max_new < context:
+        what = f"cannot generate {max_new} tokens: the model's context is {context}"
+        raise UserError(what, f"Pass --max-new between 1 and {context - 1}.")
+    texts = [
+        tokenizer(text, verbose=False)["input_ids"] for text in (PROMPTS if prompts is None else prompts)
+    ]
+    texts = [ids[: context - max_new] for ids in texts if ids]
+    if not texts:
+        raise UserError("the tokenizer finds no token in any prompt", "Pass other --prompts.")
+    return texts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: a line each, or the `text` fields of JSONL.
+
+    Raises:
+        UserError: the file cannot be read, or holds chats or no prompt.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
+    if path.suffix == ".jsonl":
+        try:
+            documents = list(read_jsonl(path, BadRows()))
+        except BadRow as error:
+            raise UserError(error.what, "Correct or remove the line.") from None
+        if any(isinstance(document, Chat) for document in documents):
+            raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
+        texts = ["".join(document) for document in documents]
+    else:
+        texts = read_text(path, "Write a prompt a line, in UTF-8.").splitlines()
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path} holds no prompt", 'Write a prompt a line, or JSONL: {"text": "..."}.')
+    return texts

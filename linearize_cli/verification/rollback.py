@@ -1,0 +1,238 @@
+"""What is taken back leaves no trace: crops of a cache, and token trees of which little or nothing is accepted.
+
+All that the layers keep is compared with a fresh run over the tokens that stayed; so are the logits of what follows.
+"""
+
+import torch
+from linearize_kernels.reference.visibility import ancestors
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from linearize_cli.metrics.equivalence import Comparison, run
+from linearize_cli.models.decoding import Decoder, forward, pad_left
+from linearize_cli.models.tasks import reach
+from linearize_cli.runtime.cache import ROLLBACK
+from linearize_cli.verification.check import Finding, Subject, compared, is_linear, refused
+
+STEPS = 3  # single tokens after an accepted path
+
+
+def rollback(subject: Subject) -> Finding:
+    """Both ways in one comparison."""
+    worst, data = subject.comparison(), {}
+    decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
+    if not compare_crops(decoder, subject.rows, subject.size, worst):
+        return refused(subject, "rollback", "some layers cannot take tokens back")
+    if not subject.quick:
+        compare_long_drafts(subject, decoder, worst)
+        if subject.no_tree is None:
+            compare_padded_drafts(subject, worst)
+    more = ""
+    if subject.no_tree is None:
+        compare_trees(subject, worst)
+        if not subject.quick:
+            compare_single_trees(subject, worst)
+    else:
+        more = ", by cropping alone"
+    data["rollback"] = {"max_abs_diff": worst.diff}
+    return compared("rollback", worst.diff, worst.limit, data, more)
+
+
+def starts_around(size: int) -> list[int]:
+    """Lengths of prefixes just before an edge of windows and groups."""
+    return sorted({max(1, start) for start in (1, size - 2, 2 * size - 3)})
+
+
+def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
+    """Draft tokens, take some back, draft again, take one back and go on with a single token, against a cache
+    that saw only the tokens that stayed. The drafts cross edges of windows and groups. False: the model has layers
+    of its own that cannot take tokens back.
+    """
+    cases = [(start, 4, rejected) for start in starts_around(size) for rejected in range(5)]
+    cases += [(size + 1, size + 5, rejected) for rejected in (1, min(size, ROLLBACK))]
+    for start, drafted, rejected in cases:
+        kept = start + drafted - rejected
+        if start + drafted + 4 > rows.shape[1]:
+            continue
+        cache = decoder.new_cache()
+        decoder(rows[:, :start], cache)
+        if not cache.is_croppable:
+            return False
+        decoder.own(cache).activate_past_recording()
+        decoder(rows[:, start : start + drafted], cache)
+        cache.crop(-rejected)
+        compare_states(
+            decoder.own(cache), decoder.own(run(decoder, rows[:, :kept], [kept])[1]), len(rows), worst
+        )
+
+        others = rows.flip(0)[:, kept : kept + 4]
+        second = decoder(others[:, :3], cache)
+        cache.crop(-1)
+        logits = [second[:, :2], decoder(others[:, 3:], cache)]
+        stayed = [rows[:, :kept], others[:, :2], others[:, 3:]]
+        expected, fresh = run(decoder, torch.cat(stayed, 1), [kept + 3])
+        worst.add(torch.cat(logits, 1), expected[:, -3:])
+        compare_states(decoder.own(cache), decoder.own(fresh), len(rows), worst)
+    return True
+
+
+def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -> None:
+    """Draft more tokens than a cache records, in several forwards, and take back some of the last. Taking back more
+    than is recorded must raise.
+    """
+    length = min(ROLLBACK + subject.size + 24, reach(subject.model) or 1 << 30)
+    if length < ROLLBACK + 12:
+        return
+    ids = subject.random_tokens(1, length)
+    start = length - ROLLBACK - 9
+    for rejected in (7, ROLLBACK - 3):
+        cache, fresh = decoder.new_cache(), decoder.new_cache()
+        decoder(ids[:, :start], cache)
+        decoder.own(cache).activate_past_recording()
+        for part in ids[:, start : length - 1].split([ROLLBACK - 3, 2, length - 1 - start - ROLLBACK + 1], 1):
+            decoder(part, cache)
+        cache.crop(-rejected)
+        kept = length - 1 - rejected
+        decoder(ids[:, :kept], fresh)
+        compare_states(decoder.own(cache), decoder.own(fresh), 1, worst)
+        worst.add(decoder(ids[:, kept : kept + 1], cache), decoder(ids[:, kept : kept + 1], fresh))
+    cache = decoder.new_cache()
+    decoder(ids[:, :1], cache)
+    decoder.own(cache).activate_past_recording()
+    decoder(ids[:, 1:], cache)
+    if any(is_linear(layer) for layer in decoder.own(cache).layers):
+        must_raise(cache, 1 - length, worst)
+
+
+def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
+    """Record drafts behind pads, put their rows in another order, and take back some tokens. Nothing can be taken back
+    after a reset.
+    """
+    lengths, order, drafted, rejected = (subject.size + 2, 3, 9), [2, 0, 1, 0], 6, 2
+    if max(lengths) + drafted > subject.context:
+        return
+    ids = subject.random_tokens(3, max(lengths) + drafted)
+    texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    (prompt, mask), draft = pad_left(texts), ids[:, -drafted:]
+    cache, cut = (
+        DynamicCache(config=subject.model.config),
+        prompt.shape[1] - 5,
+    )  # short rows still have pads there
+    forward(subject.model, prompt[:, :cut], cache, mask[:, :cut])
+    cache.activate_past_recording()
+    forward(subject.model, prompt[:, cut:], cache, mask)
+    forward(subject.model, draft, cache, pad(mask, (0, drafted), value=1))
+    cache.batch_select_indices(torch.tensor(order))
+    cache.crop(-rejected)
+    for row, source in enumerate(order):
+        text = torch.cat([texts[source], draft[source, : drafted - rejected]])
+        fresh_run(subject, text, cache, row, worst)
+    linear = all(is_linear(layer) for layer in cache.layers)
+    if linear:  # a softmax layer keeps its length when it is reset
+        forward(subject.model, draft[order], cache, pad(mask[order], (0, 2 * drafted - rejected), value=1))
+        cache.reset()
+        must_raise(cache, -1, worst)
+
+
+def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
+    """Count it as a difference if a cache takes back tokens that it does not hold."""
+    try:
+        cache.crop(tokens)
+    except RuntimeError:
+        return
+    worst.add(torch.tensor(torch.nan), torch.tensor(0.0))
+
+
+def compare_single_trees(subject: Subject, worst: Comparison) -> None:
+    """Two rows in step accept the first nodes of the deepest path, from none to all, given once; then they continue."""
+    visible, depth = ancestors(tuple(subject.parents))
+    deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
+    nodes, follow = subject.random_tokens(2, len(subject.parents)), subject.random_tokens(2, STEPS)
+    start = min(starts_around(subject.size)[-1], subject.context - len(deepest) - STEPS - 1)
+    if start < 1:
+        return
+    for accepted in range(len(deepest) + 1):
+        path = deepest[:accepted]
+        cache, fresh = (DynamicCache(config=subject.model.config) for _ in range(2))
+        forward(subject.model, subject.rows[:, :start], cache)
+        subject.model.read_tree(cache, nodes, subject.parents).commit(path)
+        forward(subject.model, torch.cat([subject.rows[:, :start], nodes[:, path]], 1), fresh)
+        compare_states(cache, fresh, 2, worst)
+        worst.add(*(forward(subject.model, follow, either) for either in (cache, fresh)))
+
+
+def compare_trees(subject: Subject, worst: Comparison) -> None:
+    """Two trees one after the other, in rows of different lengths, then single tokens. Of the first tree every row
+    accepts another part of the deepest path, from nothing to all; of the second the other way round.
+    """
+    visible, depth = ancestors(tuple(subject.parents))
+    deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
+    shares = range(len(deepest) + 1)
+    nodes = subject.random_tokens(len(shares), len(subject.parents))
+    follow = subject.random_tokens(len(shares), STEPS)
+    longest = min(subject.context, subject.rows.shape[1]) - len(deepest) - STEPS - 2
+    for start in starts_around(subject.size):
+        if start > longest:
+            continue
+        texts = [subject.rows[i % 2, : start + i % 3] for i in shares]
+        ids, mask = pad_left(texts)
+        cache = DynamicCache(config=subject.model.config)
+        forward(subject.model, ids, cache, mask)
+        for lengths in (shares, reversed(shares)):
+            paths = [deepest[:length] for length in lengths]
+            subject.model.read_tree(cache, nodes, subject.parents).commit(*paths)
+            taken = [ids[path] for ids, path in zip(nodes, paths, strict=True)]
+            texts = [torch.cat(pair) for pair in zip(texts, taken, strict=True)]
+            fresh = [fresh_run(subject, text, cache, row, worst) for row, text in enumerate(texts)]
+        tokens = enumerate(follow.split(1, 1))
+        logits = torch.cat([continued(subject, cache, token, texts, i) for i, token in tokens], 1)
+        for row, expected in enumerate(fresh):
+            worst.add(logits[row], forward(subject.model, follow[row, None], expected)[0])
+            compare_row(cache.layers, row, expected.layers, 0, worst)
+
+
+def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
+    """Run a text alone, compare its cache with that of a row in a batch, and return it."""
+    fresh = DynamicCache(config=subject.model.config)
+    forward(subject.model, text[None], fresh)
+    compare_row(cache.layers, row, fresh.layers, 0, worst)
+    return fresh
+
+
+def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor], more: int) -> Tensor:
+    """Logits of a token `[B, 1]` that follows `more` others behind the texts; whatever else is there is pads, left
+    of them.
+    """
+    slots = torch.arange(cache.get_seq_length() + 1, device=token.device)
+    own = torch.tensor([len(text) + more + 1 for text in texts], device=token.device)
+    return forward(subject.model, token, cache, (slots >= len(slots) - own[:, None]).long())
+
+
+def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> None:
+    """Two caches of the same `rows` texts without pads."""
+    for row in range(rows):
+        compare_row(cache.layers, row, fresh.layers, row, worst)
+
+
+def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, worst: Comparison) -> None:
+    """All that layers keep of a row, which may lie behind pads, with that of a row that does not."""
+    for layer, fresh in zip(layers, fresh_layers, strict=True):
+        if is_linear(fresh):
+            there = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # an empty slot holds anything
+            for name, tensor in vars(fresh.state).items():
+                pair = getattr(layer.state, name)[row], tensor[fresh_row]
+                if name in ("recent_k", "recent_v"):
+                    pair = tuple(x.where(there, 0) for x in pair)
+                if tensor.numel():
+                    worst.add(*pair)
+        elif isinstance(fresh, DynamicLayer):
+            kept = fresh.keys.shape[-2]
+            worst.add(layer.keys[row, :, -kept:], fresh.keys[fresh_row])
+            worst.add(layer.values[row, :, -kept:], fresh.values[fresh_row])
+        elif isinstance(
+            fresh, LinearAttentionLayer
+        ):  # crops only what keeps a conv's last inputs, or more of them
+            for name, tensor in fresh.conv_states.items():
+                worst.add(layer.conv_states[name][row][..., -tensor.shape[-1] :], tensor[fresh_row])

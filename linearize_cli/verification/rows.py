@@ -1,0 +1,159 @@
+"""Rows of a batch: each computes what it computes alone, whatever is beside it and whatever its cache went through."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GenerationConfig, PreTrainedModel
+
+from linearize_cli.metrics.equivalence import Comparison, compare_batch
+from linearize_cli.metrics.selfcheck import TOLERANCE
+from linearize_cli.models.decoding import alone, counts_pads, forward, marked, pad_left, pad_right
+from linearize_cli.models.tasks import CausalLM
+from linearize_cli.verification.check import Finding, Subject, compared, is_linear
+
+SHORT, BEAMS, NEW = 5, 3, 12  # tokens of a short row, beams, and tokens that these write
+MANY = 24  # rows of a wide batch
+
+
+def rows(subject: Subject) -> Finding:
+    """Compare rows in batches of several shapes, and beams, with each row alone."""
+    worst = subject.comparison()
+    for compare in (equal_rows, uneven_rows, long_turns):
+        compare(subject, worst)
+    if isinstance(subject.task, CausalLM):
+        for compare in (many_rows, moved_rows, reset_rows, beams):
+            compare(subject, worst)
+        if subject.no_tree is None:  # recurrent layers of a base model may not follow pads elsewhere
+            pads_elsewhere(subject, worst)
+    return compared("rows", worst.diff, worst.limit, {"rows": {"max_abs_diff": worst.diff}})
+
+
+def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list[Tensor], Tensor]:
+    """Return texts `[T_i]` of these lengths, as far as the context goes, and `[B, new]` tokens that follow them."""
+    longest = max(1, subject.context - new)
+    source = subject.random_tokens(len(lengths), max(lengths) + new)
+    texts = [row[: min(length, longest)] for row, length in zip(source, lengths, strict=True)]
+    return texts, source[:, -new:]
+
+
+def equal_rows(subject: Subject, worst: Comparison) -> None:
+    """Five rows of one length, without pads, then single tokens."""
+    texts, follow = texts_of(subject, (subject.size + 2,) * 5, 4)
+    compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
+
+
+def uneven_rows(subject: Subject, worst: Comparison) -> None:
+    """Rows of equal lengths that are not neighbours, then single tokens."""
+    texts, follow = texts_of(subject, (SHORT, subject.size + 22, SHORT), 6)
+    compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
+
+
+def long_turns(subject: Subject, worst: Comparison) -> None:
+    """A padded batch, then turns of many tokens, of one and of a few, as in a chat."""
+    turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
+    texts, follow = texts_of(subject, (3, subject.size + 5, 9), sum(turns))
+    if follow.shape[1] + 3 <= subject.context:
+        compare_batch(subject.task, subject.model, texts, follow.split(turns, 1), worst)
+
+
+def many_rows(subject: Subject, worst: Comparison) -> None:
+    """Many rows in one forward without a cache."""
+    ids = subject.random_tokens(MANY, min(9, subject.context))
+    together = forward(subject.model, ids)
+    for row in (0, MANY // 2, MANY - 1):
+        worst.add(together[row], forward(subject.model, ids[row, None])[0])
+
+
+def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
+    """Pads behind the rows, and between their tokens."""
+    texts, _ = texts_of(subject, (subject.size + 9, SHORT, 3), 4)
+    ids, mask = pad_right(texts, extra=2)
+    masks = [mask]
+    if not counts_pads(subject.model):
+        masks.append(mask * (torch.arange(mask.shape[1], device=mask.device) % 4 != 1))
+    for own in masks:
+        logits = marked(forward(subject.model, ids, None, own), own)
+        for row, actual in enumerate(logits):
+            worst.add(actual, forward(subject.model, ids[row, own[row].bool()][None])[0])
+
+
+def moved_rows(subject: Subject, worst: Comparison) -> None:
+    """Rows of a cache that are put in another order, repeated and selected, as beams are, with tokens in between."""
+    texts, follow = texts_of(subject, (SHORT, subject.size + 3, 2), 6)
+    model = subject.model
+    ids, mask = pad_left(texts)
+    cache, tokens = subject.task.start(model, texts)[0].new_cache(), follow[:, :0]
+    forward(model, ids, cache, mask)
+    moves: list[tuple[str, object, list[int]]] = [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        ("batch_select_indices", torch.tensor([4, 1, 0]), [4, 1, 0]),
+    ]
+    for step, (name, argument, order) in enumerate(moves):
+        if not all(hasattr(layer, name) for layer in cache.layers):
+            continue  # recurrent layers of the base model cannot be moved in every way
+        getattr(cache, name)(argument)
+        texts, tokens, mask = [texts[i] for i in order], tokens[order], mask[order]
+        for column in (2 * step, 2 * step + 1):
+            new = follow[torch.arange(len(order), device=follow.device) % len(follow), column, None]
+            tokens, mask = torch.cat([tokens, new], 1), pad(mask, (0, 1), value=1)
+            logits = forward(model, new, cache, mask)[:, -1]
+            for row, text in enumerate(texts):
+                worst.add(logits[row], read_alone(subject, text, tokens[row], ids.shape[1])[-1])
+
+
+def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tensor:
+    """Return the logits `[T, vocab]` of a text and more tokens without a cache, as they must be behind pads.
+
+    Args:
+        width: tokens of the padded text.
+    """
+    first, mask = alone(subject.model, text, width - len(text))
+    whole = torch.cat([first, more[None]], 1)
+    mask = pad(mask, (0, len(more)), value=1)
+    return marked(forward(subject.model, whole, None, mask), mask)[0]
+
+
+def reset_rows(subject: Subject, worst: Comparison) -> None:
+    """A cache that was used and reset is as good as new. Caches with softmax layers keep their length when reset."""
+    texts, follow = texts_of(subject, (subject.size + 3, SHORT), 4)
+    cache = subject.task.start(subject.model, texts)[0].new_cache()
+    turns, task, model = follow.split(1, 1), subject.task, subject.model
+    compare_batch(task, model, texts, turns, worst, cache)
+    if all(is_linear(layer) for layer in cache.layers):
+        cache.reset()
+        compare_batch(task, model, [text.flip(0) for text in reversed(texts)], turns, worst, cache)
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what the model's generation config does to scores: forced tokens, penalties, an end of text."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, return_dict_in_generate=True, output_scores=True
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def beams(subject: Subject, worst: Comparison) -> None:
+    """The scores of the best beams that `generate` returns, against those of forwards without a cache."""
+    model, length = subject.model, min(subject.size + 4, subject.context - NEW)
+    if length < 1:
+        return
+    ids = subject.rows[:1, :length]
+    options = dict(num_beams=BEAMS, num_return_sequences=2, length_penalty=0.0, max_new_tokens=NEW)
+    with plain_generation(model):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    new = found.sequences[:, length:]
+    logits = forward(model, found.sequences[:, :-1])[:, length - 1 :].float()
+    scores = logits.log_softmax(-1).gather(-1, new[..., None]).sum((1, 2))
+    # `generate` computes scores in fp32, whatever the model's dtype.
+    own = Comparison(max(worst.tolerance, TOLERANCE[torch.float32]), subject.largest)
+    own.add(found.sequences_scores / NEW, scores / NEW)
+    worst.include(own)

@@ -1,0 +1,138 @@
+"""Tokens sampled speculatively are distributed as the target's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from linearize_kernels.reference.visibility import ancestors
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize_cli.metrics.distribution import integral_transform, uniformity
+from linearize_cli.models.decoding import forward, marked, pad_left
+from linearize_cli.speculative.accept import Rule, Sampling, longest
+from linearize_cli.speculative.decode import speculate, written
+from linearize_cli.speculative.drafts import Draft, Drafter
+from linearize_cli.verification.check import FAIL, OK, Finding, Line, Subject, not_checked
+
+TOKENS, NEW = 1024, 32  # in all at least, and of a row at most
+PREFIX = 128  # tokens of a prompt, at most: there may be a prompt for each token that is sampled
+SHORT = 16  # as PREFIX, and tokens of a row, where a drafter reads all rows for each token
+LOGITS = 1 << 26  # of the trees of rows that are decoded together
+IMPROBABLE = 1e-4  # a sound model fails once in 10,000 seeds
+# Of the rule alone: so many distributions, whose best tokens have from 2% to 98% of the mass, and draws of each. A
+# rule that gives a drafted token 2% of mass too much or too little fails in more than 99 of 100 seeds.
+DISTRIBUTIONS, DRAWS, VOCABULARY = 49, 1024, 24
+
+
+class Setting(NamedTuple):
+    """How tokens are sampled."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+SETTINGS = (Setting(), Setting(0.7), Setting(1.3), Setting(1.0, 0.9))
+
+
+@dataclass(frozen=True)
+class BestToken:
+    """Drafts the model's own best next token, by a forward without a cache."""
+
+    model: PreTrainedModel
+
+    def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        ids, mask = pad_left([torch.tensor(row, device=hidden.device) for row in rows])
+        best = forward(self.model, ids, None, mask, last=True)[:, -1].argmax(-1, keepdim=True)
+        return Draft(torch.cat([ids[:, -1:], best], 1), [-1, 0])
+
+
+def sampling(subject: Subject) -> Finding:
+    """Test rejection sampling at several settings: its rule alone, and whole texts. Typical acceptance is lossy by
+    intent.
+    """
+    if subject.no_tree:
+        return not_checked("sampling", subject.no_tree)
+    generator = subject.generator()
+    found = {"rule": worst([rule_places(setting, generator) for setting in SETTINGS])}
+    texts = [text_places(subject, subject.drafter, Setting(), generator, PREFIX, NEW)]
+    if not subject.quick:
+        drafter = BestToken(subject.model)
+        texts += [text_places(subject, drafter, x, generator, SHORT, SHORT) for x in SETTINGS]
+    found["texts"] = worst(texts)
+    lines = []
+    for name, part in found.items():
+        limit = IMPROBABLE / part["settings"]
+        said = f"{name}: chi-square {part['chi_square']:.1f} of {part['tokens']:,} tokens: p {part['p_value']:.2g}"
+        verdict = OK if part["p_value"] >= limit else FAIL
+        lines.append(Line("sampling", said, f"p {limit:.1e}", verdict))
+    data = {**found["texts"], "rule": found["rule"]}
+    limit = IMPROBABLE / max(part["settings"] for part in found.values())
+    return Finding({"sampling": data}, lines, {"sampling": limit})
+
+
+def worst(places: list[Tensor]) -> dict[str, Any]:
+    """Return the least probable of some tests of uniformity, and how many `settings` were tested."""
+    tests = [uniformity(x) for x in places]
+    return {**min(tests, key=lambda test: test["p_value"]), "settings": len(tests)}
+
+
+def rule_places(setting: Setting, generator: torch.Generator) -> Tensor:
+    """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
+
+    Returns:
+        `[M]` in [0, 1), the place of each token in its distribution: see `integral_transform`.
+    """
+    best = torch.linspace(0.02, 0.98, DISTRIBUTIONS, dtype=torch.float64)[:, None]
+    others = torch.rand(DISTRIBUTIONS, VOCABULARY - 1, generator=generator, dtype=torch.float64) + 0.1
+    others = others / others.sum(-1, keepdim=True) * (1 - best)
+    logits = torch.cat([best, others], -1).log().repeat(DRAWS, 1)
+    rule = Sampling(setting.temperature, generator, setting.top_p)
+    parents = torch.tensor([-1, 0])
+    ids = torch.tensor([[1, 0]]).expand(len(logits), -1)
+    accepted, following = rule(logits[:, None].expand(-1, 2, -1), ids, parents)
+    last = longest(accepted, ancestors((-1, 0))[0])
+    tokens = torch.where(last == 1, ids[:, 1], following[:, 0])
+    return integral_transform(logits, tokens, setting.temperature, generator, setting.top_p)
+
+
+def text_places(
+    subject: Subject,
+    drafter: Drafter,
+    setting: Setting,
+    generator: torch.Generator,
+    prefix: int,
+    new: int,
+) -> Tensor:
+    """Continue the prompts speculatively, at least TOKENS tokens in all; return their places `[M]`."""
+    new = min(subject.max_new, new)
+    rows = [subject.texts[i % len(subject.texts)][:prefix] for i in range(-(-TOKENS // new))]
+    vocabulary = subject.model.get_input_embeddings().num_embeddings
+    batch = max(1, LOGITS // (vocabulary * len(subject.parents)))
+    rule = Sampling(setting.temperature, generator, setting.top_p)
+    places = [
+        sampled_places(subject.model, rows[first : first + batch], drafter, rule, new, generator)
+        for first in range(0, len(rows), batch)
+    ]
+    return torch.cat(places)
+
+
+def sampled_places(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    drafter: Drafter,
+    rule: Rule,
+    new: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the places of the tokens sampled after these rows, in the distributions of a forward without a cache."""
+    drawn = written(speculate(model, rows, drafter, new, rule))
+    whole = [
+        torch.tensor([*row, *tokens], device=model.device) for row, tokens in zip(rows, drawn, strict=True)
+    ]
+    ids, mask = pad_left(whole)
+    logits = marked(forward(model, ids, None, mask), mask)
+    logits = torch.cat([own[-len(tokens) - 1 : -1] for own, tokens in zip(logits, drawn, strict=True)])
+    tokens = torch.tensor([token for tokens in drawn for token in tokens])
+    return integral_transform(logits, tokens, rule.temperature, generator, rule.top_p)

@@ -1,0 +1,136 @@
+"""Speculative decoding against the best plain decoding: tokens a step, seconds, and whether it pays."""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from linearize_cli.metrics.memory import saved_bytes_per_token, state_bytes
+from linearize_cli.metrics.timing import one_thread
+from linearize_cli.speculative.decode import Step
+from linearize_cli.tables import size
+from linearize_cli.verification.check import Finding, Line, Subject, not_checked
+from linearize_cli.verification.greedy import decoded
+
+SINGLE, TOGETHER = 5, 8  # prompts that are measured one by one, and in one batch
+
+Texts = Sequence[Sequence[int]]
+
+
+def speed(subject: Subject) -> Finding:
+    """Prompts one by one, on one thread, each in all ways one after the other; times are medians of the prompts. Then a
+    batch.
+    """
+    speculation = subject.speculation
+    if speculation is None:
+        return not_checked("speed", subject.no_tree)
+    ways = {"generate": generated, "loop": looped, "speculative": speculated}
+    steps: list[Step] = []
+
+    def timed(name: str, texts: Texts) -> float:
+        started = time.perf_counter()
+        found = ways[name](subject, texts)
+        took = time.perf_counter() - started
+        if name == "speculative" and len(texts) == 1:
+            steps.extend(found)
+        return took
+
+    singles = [[text] for text in subject.texts[:SINGLE]]
+    with one_thread():
+        for name in ways:
+            timed(name, singles[0])
+        steps.clear()
+        drafting = -speculation.clock.seconds
+        seconds = {name: [] for name in ways}
+        for texts in singles:
+            for name in ways:
+                seconds[name].append(timed(name, texts))
+        drafting += speculation.clock.seconds
+        together = subject.texts[:TOGETHER] * speculation.batched
+        batch = {name: timed(name, together) for name in ("loop", "speculative")} if together else {}
+    best = min(("generate", "loop"), key=lambda name: median(seconds[name]))
+    acceptance = accepted(steps)
+    single = rates(1, subject.max_new, median(seconds[best]), median(seconds["speculative"]))
+    rows = [single]
+    if batch:
+        rows.append(rates(len(together), subject.max_new, *batch.values()))
+    cost = acceptance["mean"] / single["ratio"]
+    data = {key: single[key] for key in ("plain_tokens_per_s", "speculative_tokens_per_s", "ratio")} | {
+        "plain": best,
+        "draft": speculation.name,
+        "step_cost": cost,
+        "draft_share": drafting / sum(seconds["speculative"]),
+        "by_batch": rows,
+        "state_bytes": state_bytes(subject.model),
+        "kv_bytes_per_token": saved_bytes_per_token(subject.model),
+    }
+    return Finding({"acceptance": acceptance, "speed": data}, lines(acceptance, data))
+
+
+def rates(batch: int, new: int, plain: float, speculative: float) -> dict[str, Any]:
+    return {
+        "batch": batch,
+        "plain_tokens_per_s": batch * new / plain,
+        "speculative_tokens_per_s": batch * new / speculative,
+        "ratio": plain / speculative,
+    }
+
+
+def lines(acceptance: dict[str, Any], data: dict[str, Any]) -> list[Line]:
+    depths = ", ".join(f"{share:.0%}" for share in acceptance["by_depth"])
+    rows = [Line("acceptance", f"{acceptance['mean']:.2f} tokens a step; by depth {depths or '-'}")]
+    for row in data["by_batch"]:
+        said = f"{row['plain_tokens_per_s']:,.0f} tokens/s plain, {row['speculative_tokens_per_s']:,.0f} speculative"
+        rows.append(Line(f"speed, batch {row['batch']}", f"{said}: x {row['ratio']:.2f}"))
+    per_token, state = data["kv_bytes_per_token"], data["state_bytes"]
+    more = f", as keys and values {size(per_token)} a token"
+    return [*rows, Line("memory", f"{size(state)} of state{more}")]
+
+
+def sentence(report: dict[str, Any]) -> str | None:
+    """Return the sentence that says whether speculation pays, or None if it was not measured."""
+    speed = report["speed"]
+    if speed is None:
+        return None
+    mean, cost = report["acceptance"]["mean"], speed["step_cost"]
+    pays = "pays" if speed["ratio"] > 1 else "does not pay"
+    return (
+        f"Speculation ({speed['draft']}) {pays} on this machine: a step takes as long as {cost:.2f} plain tokens, "
+        f"{speed['draft_share']:.0%} of it drafting, and so breaks even at {cost:.2f} tokens a step; it gives "
+        f"{mean:.2f}."
+    )
+
+
+def generated(subject: Subject, texts: Texts) -> None:
+    """`model.generate`, which nothing ends early."""
+    model, ids = subject.speculation.target, torch.tensor(texts, device=subject.model.device)
+    config = GenerationConfig(
+        max_new_tokens=subject.max_new, min_new_tokens=subject.max_new, do_sample=False, pad_token_id=0
+    )
+    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config).tolist()
+
+
+def looped(subject: Subject, texts: Texts) -> None:
+    """A bare loop with the cache."""
+    decoded(subject.task, subject.speculation.target, texts, subject.max_new)[0].tolist()
+
+
+def speculated(subject: Subject, texts: Texts) -> list[Step]:
+    return list(subject.speculation.run(texts, subject.max_new))
+
+
+def accepted(steps: Sequence[Step]) -> dict[str, Any]:
+    """`mean` tokens that a forward of the target gives, the one after the accepted path included, and the share of
+    steps that accept the nodes of each depth, without the prompt's own forward.
+    """
+    depths = [depth for step in steps for depth in step.accepted if depth is not None]
+    count = max(len(depths), 1)
+    deepest = max(depths, default=0)
+    return {
+        "mean": 1 + sum(depths) / count,
+        "by_depth": [sum(d >= depth for d in depths) / count for depth in range(1, deepest + 1)],
+        "steps": len(depths),
+    }

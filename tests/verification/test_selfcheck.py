@@ -1,0 +1,95 @@
+"""The self-check of a conversion decodes from the first token on, alone and behind pads."""
+
+import pytest
+import torch
+from families import AUGMENTED, swapped
+from linearize_kernels.reference.visibility import laid_out
+from planted_faults import BLOCKED, CHUNKED, GROUPS, LAYOUT, Fault
+
+from linearize_cli.errors import CheckFailed
+from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
+from linearize_cli.models.tasks import task_of
+
+WIDE = {**AUGMENTED, "local": {"scope": "sliding", "size": 40, "score": "softmax"}, "sinks": 4}
+WIDE_GROUPS = {**GROUPS, "local": {"scope": "group", "size": 40, "score": "relu2"}}
+NEAR = "linearize_kernels.equation:Equation.near"
+FAULTS = [
+    Fault(
+        "a window off by one in decoding",
+        NEAR,
+        "(i - j).abs() < self.size",
+        "(i - j).abs() < self.size - (query_position.shape[-1] == 1)",
+        "incremental",
+        WIDE,
+    ),
+    Fault(
+        "sinks that count twice in decoding",
+        f"{LAYOUT}:laid_out",
+        "recent = recent.masked_fill(recent < eq.sinks, -1)",
+        "recent = recent.masked_fill(recent < 0, -1)",
+        "incremental",
+        WIDE,
+    ),
+    Fault(
+        "an open group that is not folded by single tokens",
+        f"{CHUNKED}:append",
+        "return after(state, S, z, count, k, v)",
+        "return after(state, S if length > 1 else state.S, z, count, k, v)",
+        "incremental",
+        WIDE_GROUPS,
+    ),
+    Fault(
+        "a conv tail that is lost once the window is full",
+        f"{BLOCKED}:after",
+        "recent_v=last(state.recent_v, v),",
+        "recent_v=last(state.recent_v * (count < recent), v),",
+        "incremental",
+        WIDE,
+    ),
+    Fault(
+        "sinks that a short row of a padded batch does not have yet",
+        f"{LAYOUT}:behind",
+        "torch.where(sinks < state.count[..., None], sinks, -1)",
+        "torch.where(sinks <= state.count[..., None], sinks, -1)",
+        "padded",
+        WIDE,
+    ),
+    Fault(
+        "a padded cache whose window is one token short",
+        f"{LAYOUT}:behind",
+        "recent = state.recent_position.masked_fill(state.recent_position < eq.sinks, -1)",
+        "recent = state.recent_position.masked_fill(state.recent_position < eq.sinks + 1, -1)",
+        "padded",
+        WIDE,
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def new_layouts():
+    laid_out.cache_clear()
+    yield
+    laid_out.cache_clear()
+
+
+def differences(model, tokenizer):
+    with torch.inference_mode():
+        return self_check(task_of(model, tokenizer), model, model, check_tokens(model, None))
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("attention", [AUGMENTED, WIDE, GROUPS, WIDE_GROUPS])
+def test_sound_models_pass(attention, keep, tokenizer):
+    found, limit = differences(swapped("llama", attention, keep, num_hidden_layers=2), tokenizer)
+    require_same(found, limit)
+    assert max(found.values()) < limit / 4
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_of_decoding_are_refused(fault, tokenizer, monkeypatch):
+    model = swapped("llama", fault.attention, num_hidden_layers=2)
+    fault.plant(monkeypatch)
+    found, limit = differences(model, tokenizer)
+    assert found[fault.check] > limit
+    with pytest.raises(CheckFailed, match=fault.check):
+        require_same(found, limit)
