@@ -13,7 +13,7 @@ from linearize_kernels.parts.combine import Far
 
 @dataclass(frozen=True)
 class StepState:
-    """What one token needs of its past. S and z are those of one row, `[far, 1, ..]`. `sinks` and `near` hold
+    """What one token needs of its past. `sinks` and `near` hold
     `(position, k [kv, D], v [kv, Dv])`, oldest first; `past_v` holds the conv's values, newest first.
     """
 
@@ -30,7 +30,7 @@ def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -
     """The state before the first token."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
-    S = torch.zeros(eq.far_heads, 1, features, width, dtype=dtype)
+    S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
     return StepState(S, S.sum(-1))
 
 
@@ -55,13 +55,13 @@ def step(
         elif attention.far is not None:
             pair = near_k[:, None], near_v[:, None]  # one row
             S, z = S.clone(), z.clone()
-            attention.far.fold_one(S, z, *pair, [position])
+            attention.far.fold_one(S[:, None], z[:, None], *pair, [position])
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
     outputs, read = [], None
     if attention.far is not None:
-        read, mass = (x.flatten(0, 1) for x in attention.far.read_one(q[:, None], S, z))
+        read, mass = (x.flatten(0, 1) for x in attention.far.read_one(q[:, None], S[:, None], z[:, None]))
     for head in range(eq.heads):
         kv = head // (eq.heads // eq.kv_heads)
         local = sinks + kept
