@@ -108,7 +108,9 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             self.record(attention, k, v, None)
         if self.decoding is None:
             self.decoding = Decoding(attention.equation, self.state)
-        self.last_state, self.seen, attention.ran = None, self.seen + 1, "block"
+        if attention.ran != "block":  # to set a module's attribute takes as long as two operations
+            attention.ran = "block"
+        self.last_state, self.seen = None, self.seen + 1
         return self.decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
 
     @property

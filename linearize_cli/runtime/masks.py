@@ -42,7 +42,7 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
         return None
     start = first_column(mask, length, past)
     if mask.dim() == 2:
-        return mask[:, start : start + length].bool()
+        return unless_all(mask[:, start : start + length].bool())
     if is_compact(mask):
         return mask[:, 0, :, 0].bool() if mask.dtype == torch.int8 else None
     seen = shown(mask[:, 0])
@@ -50,6 +50,11 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
         valid = seen[:, 0, start : start + length].expand(batch, -1)
     else:
         valid = seen[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
+    return unless_all(valid)
+
+
+def unless_all(valid: Tensor) -> Tensor | None:
+    """Return None if all tokens are valid, as far as that can be told: compiled code cannot read values."""
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 

@@ -1,14 +1,17 @@
 """Parameters that accelerate keeps on the CPU or on disk, and loads for the time of a forward."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
 
 
 def offloaded(layer: nn.Module) -> list[nn.Module]:
     """Return the parts of a layer whose own tensors accelerate has unloaded."""
-    hooked = [part for part in layer.modules() if "_hf_hook" in part.__dict__]
+    parts = [layer]
+    for part in parts:  # as `modules()`, in a tenth of its time: this runs for every token
+        parts += filter(None, part._modules.values())
+    hooked = [part for part in parts if "_hf_hook" in part.__dict__]
     return [part for part in hooked if any(x is not None and x.is_meta for x in own_tensors(part))]
 
 
@@ -16,8 +19,7 @@ def own_tensors(module: nn.Module) -> list:
     return [*module._parameters.values(), *module._buffers.values()]
 
 
-@contextmanager
-def loaded(layer: nn.Module) -> Iterator[None]:
+def loaded(layer: nn.Module) -> AbstractContextManager[None]:
     """Keep the tensors of all parts of a layer on its device until the block ends.
 
     accelerate loads a module's own tensors when that module is called, and unloads them after the call. The equation
@@ -25,6 +27,12 @@ def loaded(layer: nn.Module) -> Iterator[None]:
     nothing.
     """
     parts = offloaded(layer)
+    return kept_loaded(parts) if parts else nullcontext()
+
+
+@contextmanager
+def kept_loaded(parts: list[nn.Module]) -> Iterator[None]:
+    """Load the parts of a layer, and unload them when the block ends."""
     calls = [part.forward for part in parts]
     for part in parts:
         part._hf_hook.pre_forward(part)

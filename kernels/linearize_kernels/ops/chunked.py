@@ -212,10 +212,9 @@ def chunked(
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
     batch, length = q.shape[0], q.shape[-2]
-    in_step = state is None and valid is None
+    count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
         state = attention.empty_state(batch, q.device, k.dtype)
-    count = rows_count(state, valid)
     if segment is None:
         segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
     pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.equation import Equation, LinearAttention
-from linearize_kernels.parts.combine import Far, by_lane
+from linearize_kernels.parts.combine import Far, by_read_head
 from linearize_kernels.reference.block import distance_bias
 from linearize_kernels.reference.visibility import Layout, laid_out, settled
 from linearize_kernels.remembered import derived, remembered
@@ -20,7 +20,7 @@ class Decoding:
 
     The recent tokens are a ring buffer: a new token takes the slot of the oldest one, which is folded into S and z
     first. A step writes into all tensors, whose memory nothing else holds. They begin with heads and then rows,
-    because feature maps take the rows as tokens of a head. A lane is a KV head of a row.
+    because feature maps take the rows as tokens of a head.
 
     Attributes:
         S: `[far, B, F, Dv]`; z: `[far, B, F]`.
@@ -112,14 +112,14 @@ def heads_first(x: Tensor) -> Tensor:
 class View:
     """What the last token of every row attends to among the N sinks and slots of the ring.
 
-    There is one lane instead of `kv * B` if all rows see the same.
+    Masks begin with `M = kv * B`, or 1 if all rows see the same.
 
     Attributes:
-        local: `[lanes, 1, N]` bool, the tokens in L(i), or None for all of them.
+        local: `[M, 1, N]` bool, the tokens in L(i), or None for all of them.
         delay: `[rows, N]`, the distance to each token.
-        any_far: `[lanes, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
+        any_far: `[M, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
         outside: the layout, where F(i) holds tokens that are not in S yet, and their columns, oldest first; or None.
-        in_conv: `[lanes, 1, R]` bool, which slots of the ring hold a token, or None for all of them.
+        in_conv: `[M, 1, R]` bool, which slots of the ring hold a token, or None for all of them.
     """
 
     local: Tensor | None
@@ -149,16 +149,16 @@ def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
     if not eq.recent:
         local, delay = pad(local, (0, 1)), pad(delay, (0, 1))
 
-    def lanes(x: Tensor) -> Tensor:  # [rows, N] -> [lanes, 1, N]
+    def spread(x: Tensor) -> Tensor:  # [rows, N] -> [M, 1, N]
         return (x.repeat(eq.kv_heads, 1) if len(counts) > 1 else x)[:, None]
 
     any_far = layout.any_far
     return View(
-        local=None if bool(local.all()) else lanes(local[:, order]),
+        local=None if bool(local.all()) else spread(local[:, order]),
         delay=delay[:, order],
-        any_far=lanes(any_far) if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
+        any_far=spread(any_far) if bool(any_far.any() ^ any_far.all()) else bool(any_far.all()),
         outside=None if layout.old.stop <= layout.old.start else (layout, columns[layout.old]),
-        in_conv=None if bool(in_conv.all()) else lanes(in_conv),
+        in_conv=None if bool(in_conv.all()) else spread(in_conv),
     )
 
 
@@ -170,7 +170,7 @@ def attend(
     kv, groups = eq.kv_heads, eq.heads // eq.kv_heads
     keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
 
-    def lanes(x: Tensor) -> Tensor:  # [kv, g, rows, N] -> [kv * B, g, N]
+    def spread(x: Tensor) -> Tensor:  # [kv, g, rows, N] -> [kv * B, g, N]
         return x.expand(-1, -1, batch, -1).transpose(1, 2).flatten(0, 1)
 
     far = taps = None
@@ -180,16 +180,16 @@ def attend(
     local = view.local
     if attention.dropped == "local":
         local = torch.zeros(1, 1, keys.shape[1], dtype=torch.bool)
-    scores = attention.score(by_lane(q, kv), keys, eq.scale, eq.softcap)
+    scores = attention.score(by_read_head(q, kv), keys, eq.scale, eq.softcap)
     if attention.distance_bias is not None:
-        scores = scores + lanes(distance_bias(attention, view.delay).movedim(-3, 0).unflatten(0, (kv, -1)))
+        scores = scores + spread(distance_bias(attention, view.delay).movedim(-3, 0).unflatten(0, (kv, -1)))
     if attention.conv is not None:
         twice = derived(attention, "conv", partial(taps_by_age, eq), q.dtype)
         taps = twice[..., eq.recent - state.start : 2 * eq.recent - state.start]
         taps = taps if batch == 1 else taps.repeat_interleave(batch, 0)
         taps = taps if view.in_conv is None else taps * view.in_conv
     if sink_logits is not None:  # one more local key, whose value is zero
-        scores = torch.cat([lanes(sink_logits.to(q.dtype).view(kv, groups, 1, 1)), scores], -1)
+        scores = torch.cat([spread(sink_logits.to(q.dtype).view(kv, groups, 1, 1)), scores], -1)
         values = pad(values, (0, 0, 1, 0))
         local = None if local is None else pad(local, (1, 0), value=True)
     out = attention.combine.one_token(q, scores, local, values, far, taps)
@@ -213,7 +213,7 @@ def read_state(attention: LinearAttention, state: Decoding, q: Tensor, view: Vie
     read = attention.far.read_one(q, state.S, state.z)
     if eq.far_heads == eq.kv_heads:
         return read
-    return tuple(by_lane(x.view(eq.heads, q.shape[1], -1), eq.kv_heads) for x in read)
+    return tuple(by_read_head(x.view(eq.heads, q.shape[1], -1), eq.kv_heads) for x in read)
 
 
 def read_outside(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:
@@ -225,4 +225,4 @@ def read_outside(attention: LinearAttention, state: Decoding, q: Tensor, view: V
     read = attention.far(q.transpose(0, 1)[:, :, None], *tokens, *places, S, z)  # [B, far, g, 1, ..]
     eq = attention.equation
     out, mass = (x.flatten(1, 2).reshape(len(x), eq.heads, -1).transpose(0, 1).contiguous() for x in read)
-    return by_lane(out, eq.kv_heads), by_lane(mass, eq.kv_heads)
+    return by_read_head(out, eq.kv_heads), by_read_head(mass, eq.kv_heads)

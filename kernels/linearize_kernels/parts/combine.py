@@ -66,7 +66,7 @@ class Combine(nn.Module):
         if far is not None:
             any_far = far.any if isinstance(far.any, Tensor) else torch.ones_like(far.mass, dtype=torch.bool)
             far = Far(by_row(far.out)[..., None, :], by_row(far.mass), by_row(any_far))
-        own = (by_row(x)[..., None, :] for x in (by_lane(q, kv), scores, local))
+        own = (by_row(x)[..., None, :] for x in (by_read_head(q, kv), scores, local))
         out = self(*own, by_row(values), far).squeeze(-2).transpose(0, 1).reshape(*scores.shape[:2], -1)
         return out if taps is None else out + torch.bmm(taps, values[:, -taps.shape[-1] :])
 
@@ -125,7 +125,7 @@ class Shared(Combine):
         # The far part is one more key: its weight is exp(mix(q)) times its mass, and its value a mean.
         w, b = derived(self, "mix", as_affine, q.dtype)
         mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
-        logit = by_lane(torch.baddbmm(b, q, w), len(mass) // q.shape[1]) + mass.log()
+        logit = by_read_head(torch.baddbmm(b, q, w), len(mass) // q.shape[1]) + mass.log()
         if far.any is not True:
             logit = logit.masked_fill(~far.any, float("-inf"))
         if local is not None:
@@ -268,7 +268,7 @@ def attend(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
 
 
-def by_lane(x: Tensor, kv: int) -> Tensor:
+def by_read_head(x: Tensor, kv: int) -> Tensor:
     """Group query heads by the heads they read: `[heads, B, X] -> [kv * B, heads / kv, X]`."""
     heads, batch, width = x.shape
     if batch == 1:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import as_affine, by_lane, pull_per_head
+from linearize_kernels.parts.combine import as_affine, by_read_head, pull_per_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, Identity, unit_norm
 from linearize_kernels.parts.linformer import Projection
@@ -168,7 +168,7 @@ class FeatureMemory(nn.Module):
         Returns:
             numerator `[far * B, heads / far, Dv]` and mass `[far * B, heads / far, 1]`.
         """
-        phi, S = by_lane(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
+        phi, S = by_read_head(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
         return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
 
     def forward(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import TINY, by_lane
+from linearize_kernels.parts.combine import TINY, by_read_head
 
 LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
 
@@ -51,7 +51,7 @@ class Projection(nn.Module):
         The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
         """
         eq, total = self.equation, z.flatten(0, 1)[:, None]  # [far * B, 1, slots]
-        q, S = by_lane(q, eq.far_heads), S.flatten(0, 1)
+        q, S = by_read_head(q, eq.far_heads), S.flatten(0, 1)
         keys, values = (S / total.mT.clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
         weights = (eq.scale * (q @ keys.mT)).masked_fill(total == 0, LOW).softmax(-1)
         mass = (total > 0).any(-1, keepdim=True).to(q.dtype)
