@@ -16,25 +16,26 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 # How the docstring of a function may begin. A verb that is missing here is welcome.
 VERBS = set(
     """
-    accept add advance advise apply append assert ask attach attend average begin branch build bring call cast check
-    choose clear clip close collect combine commit compare compile complete compute continue convert copy count create
-    crop cut decide decode decorate delete derive describe detach determine disable divide download draft draw drop
-    encode end enter estimate evaluate exchange exclude expand explain export feed fetch fill find finish fold follow
-    forget format forward freeze gather generate get give group handle hide hold identify import initialize insert
-    install interrupt inspect iterate join judge keep lay leave let list load lock look loop make map mark mask match
-    materialize measure merge move multiply name offload open order pack pad parse pass patch pick place plan plot
-    predict prefill prefetch prepare print produce profile project propose prove push put quit raise read rebuild
-    receive reconstruct record redact reduce refuse register release reload remember remove rename render renew
-    reorder repeat replace replay report require reset resolve restore retry return reverse rewrite roll round run
-    sample save scale scatter score search select send serve set share shorten show shrink shuffle simulate skip solve
-    sort split start state stop store stream strip sum summarize swap switch take tell test time tie train transfer
-    translate turn try undo unlock unpack update upload use validate verify view visit wait walk warn wrap write yield
-    """.split()
+    accept adapt add advance advise apply append assert ask attach attend average begin branch build bring
+    call cast check choose clear clip close collect combine commit compare compile complete compute
+    continue convert copy count create crop cut decide decode decorate delete derive describe detach
+    determine disable divide download draft draw drop encode end enter estimate evaluate exchange
+    exclude expand explain export feed fetch fill find finish fold follow forget format forward
+    freeze gather generate get give group handle hide hold identify import initialize insert install
+    interrupt inspect iterate join judge keep lay leave let limit list load lock look loop make map mark
+    mask match materialize measure merge move multiply name offload open order pack pad parse pass
+    patch pick place plan plot predict prefill prefetch prepare print produce profile project
+    propose prove push put quit raise read rebuild receive reconstruct record redact reduce refuse
+    register release reload remember remove rename render renew reorder repeat replace replay report
+    require reset resolve restore retry return reverse rewrite roll round run sample save scale
+    scatter score search select send serve set share shorten show silence shrink shuffle simulate skip solve
+    sort split start state stop store stream strip sum summarize swap switch take tell test time tie
+    train transfer translate turn try undo unlock unpack update upload use validate verify view
+    visit wait walk warn wrap write yield
+    """.split()  # noqa: SIM905
 )
 # Words of our own that had a name in the field already.
 PRIVATE = re.compile(r"\b(lanes?|scratch|tapes?|so many|there is none|goes on with|is told)\b")
-    r"\b(lanes?|scratch|tapes?|whose turn|so many|there is none|goes on with|lies in)\b", re.I
-)
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
