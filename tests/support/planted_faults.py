@@ -247,18 +247,25 @@ FAULTS = [
         "forms",
     ),
     Fault(
-        "a count that stands still while tokens are decoded",
+        "rows that are decoded as if all were as long as the first",
         f"{DECODING}:Decoding.decode_one_token",
         "self.counts = tuple(n + 1 for n in self.counts)",
-        "self.counts = tuple(min(n + 1, 30) for n in self.counts)",
-        "drift",
+        "self.counts = (self.counts[0] + 1,) * len(self.counts)",
+        "rows",
+    ),
+    Fault(
+        "sinks that are not decoded into",
+        f"{DECODING}:Decoding.write",
+        "if min(self.counts) < eq.sinks:",
+        "if False:",
+        "forms",
     ),
     Fault(
         "a ring that is read as if it began at its first slot",
         f"{DECODING}:Decoding.state",
         "columns, _ = ring(eq, self.start)",
         "columns, _ = ring(eq, 0)",
-        "tree",
+        "rollback",
     ),
     Fault(
         "conv taps that do not turn with the ring",
@@ -478,7 +485,7 @@ FAULTS = [
         "linearize_kernels.ops.by_part:sinks_with",
         "(count, count + k.shape[-2])",
         "(count, max(count, k.shape[-2]))",
-        "forms",
+        "rollback",
     ),
     Fault(
         "recent tokens of which a short prefill drops one",

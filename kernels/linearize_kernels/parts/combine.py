@@ -132,7 +132,7 @@ class Shared(Combine):
             scores = scores.masked_fill(~local, float("-inf"))
         weights = torch.cat([logit, scores], -1).softmax(-1)
         if taps is not None:
-            weights[..., -taps.shape[-1] :] += taps
+            weights[..., -taps.shape[-1] :].add_(taps)
         return torch.addcmul(torch.bmm(weights[..., 1:], values), weights[..., :1], far.out / mass)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from linearize_kernels.remembered import derived
 from linearize_kernels.torch_forms.softmax_pair import SoftmaxPair, softmax_pair, through_softmax
 from linearize_kernels.torch_forms.tiles import led
 
@@ -216,8 +215,8 @@ class Hedgehog(Projected):
         if type(self) is not Hedgehog:
             return super().one_token(x)
         heads, batch, _ = x.shape
-        both = torch.bmm(x, derived(self, "weight", both_signs, x.dtype))  # [heads, B, 2 W]
-        return both.view(heads, batch, 2, -1).softmax(-1).view(heads, batch, -1)
+        x = torch.bmm(x, self.weight.to(x.dtype))
+        return torch.cat([x, -x], -1).view(heads, batch, 2, -1).softmax(-1).view(heads, batch, -1)
 
     def of_heads(self, x: Tensor, heads: slice) -> Tensor:
         if type(self) is not Hedgehog:  # one with a formula of its own
@@ -260,11 +259,6 @@ class Hedgehog(Projected):
             return d_weight
 
         return phi, pull
-
-
-def both_signs(W: Tensor) -> Tensor:
-    """Return `[W, -W]`."""
-    return torch.cat([W, -W], -1)
 
 
 def softmaxes(x: Tensor) -> Tensor:
