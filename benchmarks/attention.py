@@ -1,11 +1,11 @@
-"""One layer's attention, measured: ours, softmax and, where it is installed, flash-linear-attention.
+"""Benchmark of one attention layer: linearize, softmax and, if it is installed, flash-linear-attention.
 
     python benchmarks/attention.py --context 1k,4k,16k --heads 16 --head-dim 128
 
-Every repeat runs all forms once, so that they meet the same machine, and decoding at all contexts, some steps of each.
-A number is the median of the repeats. Beside it stands the least time that the form's own arithmetic and bytes allow on
-this device (`floors`), at the bandwidth and the peak that a large copy and a large product of matrices reach in the
-same run. Writes a JSON, a Markdown table and a plot, named after the machine.
+Every repeat runs all forms of attention in turn, so that changes of the machine's speed affect all of them alike. Times
+are medians over the repeats. Next to each is the form's lower bound (roofline, see `floors`): its bytes and FLOPs at
+the bandwidth and peak that a large copy and a large matrix product reach in the same run. The results are written as
+JSON, a Markdown table and a plot, named after the machine.
 """
 
 import os
@@ -26,49 +26,68 @@ from torch import Tensor
 from linearize_cli.commands.options import TokenCounts
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
+from linearize_cli.hub import brief
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.timing import Run, interleaved, machine, peak_bytes
 from linearize_cli.models.load import check_device
-from linearize_cli.models.load_errors import brief
 from linearize_cli.tables import number, size
 from linearize_cli.versions import versions
 
 SCHEMA = 1
 PHASES = (FORWARD, BOTH, DECODE)
-REPEATS = 31  # at most
+REPEATS = 31  # the most repeats
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Ready(NamedTuple):
+    """A form of attention after its warm-up, and its peak memory in bytes if the device reports it."""
+
     run: Run
     peak: int | None
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--context", type=TokenCounts(), default="1k,4k,16k", show_default=True, metavar="N,N")
-@click.option("--phase", type=click.Choice(PHASES), multiple=True, default=PHASES, help="All, if not given.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), help="bfloat16 on a GPU, else float32, if not given.")
-@click.option("--device", help="cuda if there is one, else cpu, if not given.")
 @click.option(
-    "--threads", type=click.IntRange(1, os.cpu_count()), default=1, show_default=True, help="Of the CPU."
+    "--context",
+    type=TokenCounts(),
+    default="1k,4k,16k",
+    show_default=True,
+    metavar="N,N",
+    help="Lengths of a row in tokens.",
+)
+@click.option(
+    "--phase",
+    type=click.Choice(PHASES),
+    multiple=True,
+    default=PHASES,
+    help="Phase to measure. Default: all.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows in the batch.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True, help="Number of heads.")
+@click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True, help="Size of a head.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on a GPU, else float32.")
+@click.option("--device", help="torch device. Default: cuda if there is one, else cpu.")
+@click.option(
+    "--threads", type=click.IntRange(1, os.cpu_count()), default=1, show_default=True, help="CPU threads."
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=10.0,
     show_default=True,
-    help="For the repeats of a row.",
+    help="Time for all repeats of one measurement.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(__file__).parent / "results"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(__file__).parent / "results",
+    help="Folder for the results. Default: benchmarks/results.",
 )
 def main(
     device: str | None, dtype: str | None, threads: int, seconds: float, out: Path, **asked: Any
 ) -> None:
+    """Measure all forms and write the results."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:
@@ -109,11 +128,11 @@ def main(
     click.echo(text)
     failed = {row["form"] for row in rows if row["reason"] and row["form"] in METHODS}
     if failed:
-        raise click.ClickException(f"these forms of ours failed: {', '.join(sorted(failed))}")
+        raise click.ClickException(f"these methods of linearize failed: {', '.join(sorted(failed))}")
 
 
 def command(options: dict[str, Any]) -> str:
-    """What repeats this run, without the folder that it wrote to."""
+    """Return the command line that repeats this run, without its output folder."""
     said = {
         name: ",".join(map(str, value)) if isinstance(value, list) else value
         for name, value in options.items()
@@ -127,32 +146,40 @@ def command(options: dict[str, Any]) -> str:
 def measure(
     several: Sequence[Sizes], phase: str, rates: Rates, device: torch.device, budget: float, seed: int
 ) -> list[dict[str, Any]]:
-    """The rows of one phase: all forms at all sizes. What a form cannot do is said in its row."""
+    """Measure all forms of attention in one phase, at several sizes.
+
+    Args:
+        several: the sizes, all with the same batch, heads and dtype.
+        rates: the device's bandwidth and peak, for the lower bound.
+        budget: seconds for all repeats.
+
+    Returns:
+        A row for each form and size. Where a form failed, its row has the `reason` and no time.
+    """
     found, failed, ready = {}, {}, {}
     for sizes in several:
         click.echo(f"{phase}, {sizes.tokens:,} tokens", err=True)
         generator = torch.Generator().manual_seed(seed)
         shape = (sizes.batch, sizes.tokens, sizes.heads, sizes.dim)
-        # As a model's projections lie in memory: tokens before heads.
-        drawn = (torch.randn(shape, generator=generator).to(device, sizes.dtype) for _ in range(4))
-        tensors = [x.transpose(1, 2) for x in drawn]
+        # The memory layout of a model's projections has tokens before heads.
+        inputs = (torch.randn(shape, generator=generator).to(device, sizes.dtype) for _ in range(4))
+        tensors = [x.transpose(1, 2) for x in inputs]
         for name, form in forms(sizes, device, generator).items():
             found[sizes, name] = form
             try:
                 ready[sizes, name] = warm(form, phase, tensors, device)
-            except Exception as error:  # other libraries raise what they like where a device is not theirs
+            except Exception as error:  # other libraries raise any type on an unsupported device
                 failed[sizes, name] = brief(error)
-    order = sorted(
-        ready, key=lambda place: place[1]
-    )  # a form after itself, not after what empties the caches
-    seconds = interleaved({place: ready[place].run for place in order}, device, REPEATS, budget)
+    # Runs of the same form follow one another, so that another form does not evict its data from the caches.
+    order = sorted(ready, key=lambda key: key[1])
+    seconds = interleaved({key: ready[key].run for key in order}, device, REPEATS, budget)
     runs = STEPS if phase == DECODE else 1
-    middle = {place: median(times) / runs for place, times in seconds.items()}
+    middle = {key: median(times) / runs for key, times in seconds.items()}
     rows = []
     for (sizes, name), form in found.items():
-        place, work = (sizes, name), form.work(sizes, phase)
+        key, work = (sizes, name), form.work(sizes, phase)
         softmax = [took for (at, other), took in middle.items() if at == sizes and other.startswith(SDPA)]
-        took, floor = middle.get(place), rates.floor(work)
+        took, floor = middle.get(key), rates.floor(work)
         rows.append(
             {
                 "form": name,
@@ -165,15 +192,17 @@ def measure(
                 "percent_of_floor": took and 100 * floor / took,
                 "flops": work.flops,
                 "bytes": work.bytes,
-                "peak_bytes": ready[place].peak if place in ready else None,
-                "repeats": len(seconds.get(place, ())),
-                "reason": failed.get(place),
+                "peak_bytes": ready[key].peak if key in ready else None,
+                "repeats": len(seconds.get(key, ())),
+                "reason": failed.get(key),
             }
         )
     return rows
 
 
 def warm(form: Form, phase: str, tensors: list[Tensor], device: torch.device) -> Ready:
+    """Prepare a form for a phase, run it once, and measure the peak memory of a second run."""
+
     def prepare() -> Run:
         run = form.ready(phase, *tensors)
         run()
@@ -183,6 +212,7 @@ def warm(form: Form, phase: str, tensors: list[Tensor], device: torch.device) ->
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """Return the report as a Markdown table."""
     on = report["machine"]
     where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread(s) of {on['cores']} cores"
     rates = f"{on['bytes_per_s'] / 1e9:,.1f} GB/s copied, {on['flops_per_s'] / 1e12:,.3g} TFLOP/s multiplied"
@@ -211,7 +241,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """A panel for each phase: ms by context of each form, and its floor as a dotted line."""
+    """Draw a panel for each phase: milliseconds by context, with each form's lower bound as a dotted line."""
     drawing = Figure(figsize=(11, 3.6), layout="constrained")
     names, colours = list(dict.fromkeys(row["form"] for row in rows)), colormaps["tab10"]
     phases = list(dict.fromkeys(row["phase"] for row in rows))

@@ -1,4 +1,4 @@
-"""The forms of attention that are compared, each as one layer's attention over q, k, v `[B, heads, T, D]`."""
+"""The forms of attention that `attention.py` compares, each over q, k, v `[B, heads, T, D]` of one layer."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,29 +19,31 @@ from linearize_cli.metrics.timing import Run
 from linearize_cli.runtime.layer import equation
 
 METHODS = ("augmented", "augmented:flash")
-STEPS = 64  # of decoding, in a run
-SDPA = "sdpa"  # what the names of softmax attention begin with
+STEPS = 64  # decoding steps in one run
+SDPA = "sdpa"  # prefix of the names of softmax attention
 
 
 class Form(NamedTuple):
-    """One way to attend.
+    """One form of attention.
 
     Attributes:
-        attend: q, k, v -> out, causal.
-        decoder: q, k, v -> what attends one token more, the T tokens being its past; the last token's q, k and v
-            stand for the next one's.
-        work: of these sizes in a phase.
-        learned: what it has beside q, k and v that gradients go to.
+        attend: (q, k, v) -> out, causal.
+        decoder: (q, k, v) -> a function that decodes one more token after these T. It uses q, k and v of the last
+            token as those of the next one.
+        work: (sizes, phase) -> the form's FLOPs and bytes.
+        parameters: the tensors besides q, k and v that receive gradients.
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     decoder: Callable[[Tensor, Tensor, Tensor], Run]
     work: Callable[[Sizes, str], Work]
-    learned: Sequence[Tensor] = ()
+    parameters: Sequence[Tensor] = ()
 
     def ready(self, phase: str, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Run:
-        """A phase, to be run again and again; decoding is STEPS steps, one after the other as in a text, so that each
-        finds what the one before has left in the caches.
+        """Return a function that runs a phase once.
+
+        A run of decoding is `STEPS` steps in a row, so that the caches are in the state that they have in a real
+        text.
         """
         if phase == DECODE:
             with torch.no_grad():
@@ -59,13 +61,13 @@ class Form(NamedTuple):
 
         def both() -> None:
             out = self.attend(*leaves)
-            torch.autograd.grad(out, [*leaves, *self.learned], d_out, allow_unused=True)
+            torch.autograd.grad(out, [*leaves, *self.parameters], d_out, allow_unused=True)
 
         return both
 
 
 def forms(sizes: Sizes, device: torch.device, generator: torch.Generator) -> dict[str, Form]:
-    """All that this device can run, by name."""
+    """Return all forms that this device can run, by name."""
     found = {method: ours(method, sizes, device, generator) for method in METHODS}
     if device.type != "cuda":
         return found | {SDPA: softmax(None)}
@@ -77,7 +79,7 @@ def forms(sizes: Sizes, device: torch.device, generator: torch.Generator) -> dic
 
 
 def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Generator) -> Form:
-    """`chunked` of a method, every learned part moved away from its start."""
+    """Return the form of a method of linearize. Its parameters are moved away from their initial values."""
     geometry = dict(
         heads=sizes.heads,
         kv_heads=sizes.heads,
@@ -104,7 +106,7 @@ def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Gener
 
 
 def softmax(backend: SDPBackend | None) -> Form:
-    """torch's scaled_dot_product_attention; None: the backend that torch chooses."""
+    """Return the form of torch's scaled_dot_product_attention. None lets torch choose the backend."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
         with nullcontext() if backend is None else sdpa_kernel(backend):
@@ -117,7 +119,7 @@ def softmax(backend: SDPBackend | None) -> Form:
 
 
 def fla_forms(sizes: Sizes, device: torch.device) -> dict[str, Form]:
-    """Of flash-linear-attention, whose tensors are `[B, T, heads, D]`, with gates of their own."""
+    """Return two forms of flash-linear-attention, with random gates."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
@@ -139,6 +141,14 @@ def fla_forms(sizes: Sizes, device: torch.device) -> dict[str, Form]:
 def fla_form(
     chunk: Callable, recurrent: Callable, work: Callable[[Sizes, str], Work], **gates: Tensor
 ) -> Form:
+    """Return a form of flash-linear-attention, whose tensors are `[B, T, heads, D]`.
+
+    Args:
+        chunk: its function for a whole row.
+        recurrent: its function for one token.
+        gates: `[B, T, heads]` each.
+    """
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return chunk(*(x.transpose(1, 2) for x in (q, k, v)), **gates)[0].transpose(1, 2)
 

@@ -1,16 +1,19 @@
-"""A whole Llama of random weights, as softmax and converted, in one run on one device.
+"""Benchmark of a whole Llama with random weights, with softmax and with linear attention, on one device.
 
     python benchmarks/model.py --context 2k,32k,128k --sequences 1000
 
-- **prefill**: a forward over the context with a cache and the logits of the last token alone.
-- **decode**: one token behind the context; the floor is the time that the weights take to be read. Softmax decodes with
-  the cache that `generate` takes and with a static one; the converted model as it is and, where every layer's kernels
-  change its state in place, as a CUDA graph.
-- **tree of N**: a token tree of N nodes behind the context, as speculative decoding reads it, and an accepted path of
-  half of its depth; beside the time of a plain step it says how many tokens a step must give to pay.
-- **decode of N**: so many sequences at once, all behind the longest context.
+- **prefill**: a forward over the context with a cache, and the logits of the last token only.
 
-The default shape is Llama-2-7B's. Writes a JSON and a Markdown table, named after the machine.
+- **decode**: one token after the context. The lower bound is the time to read the weights once. Softmax decodes with
+  the cache of `generate` and with a static cache. The converted model decodes as it is and, if all its kernels update
+  the state in place, also as a CUDA graph.
+
+- **tree of N**: verification of a token tree of N nodes after the context, and the commit of a path of half its depth.
+  Divided by the time of a decoding step, it is the number of tokens that a speculative step must emit to pay.
+
+- **decode with --sequences N**: one token for N sequences at once, after the longest context.
+
+The default shape is Llama-2-7B's. The results are written as JSON and a Markdown table, named after the machine.
 """
 
 import re
@@ -22,6 +25,7 @@ from typing import Any
 
 import click
 import torch
+from cuda_graph import Captured
 from floors import measure_rates
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -30,24 +34,23 @@ from linearize_cli.commands.options import TokenCounts
 from linearize_cli.conversion.layer_selection import choose_layers, conversion_record, plan_layers
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_json
+from linearize_cli.hub import brief
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.timing import Run, interleaved, machine
 from linearize_cli.models.decoding import forward
 from linearize_cli.models.load import check_device
-from linearize_cli.models.load_errors import brief
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.tree import read_tree
-from linearize_cli.speculative.graphs import Captured
 from linearize_cli.versions import versions
 
 SCHEMA = 1
-REPEATS, STEPS = 9, 8  # at most; steps of decoding in a repeat
-BRANCHES = 4  # children of a tree's root; each begins a chain
+REPEATS, STEPS = 9, 8  # the most repeats, and the decoding steps in each
+BRANCHES = 4  # children of a tree's root, each the start of a chain
 
 
 def build(config: LlamaConfig, method: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A converted model, every linear part at its start; `attention_implementation` makes it softmax again."""
+    """Return a converted model with random weights. `attention_implementation` switches it back to softmax."""
     torch.set_default_dtype(dtype)
     with device:
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -58,6 +61,8 @@ def build(config: LlamaConfig, method: str, device: torch.device, dtype: torch.d
 
 
 def step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Run:
+    """Return a function that decodes `STEPS` tokens for every row, each time the tokens `[B, 1]`."""
+
     def run() -> None:
         for _ in range(STEPS):
             forward(model, ids, cache)
@@ -66,6 +71,8 @@ def step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Run:
 
 
 def as_softmax(model: PreTrainedModel, run: Run) -> Run:
+    """Return a function that runs another one while the model uses softmax attention."""
+
     def switched() -> None:
         with attention_implementation(model, "sdpa"):
             run()
@@ -74,7 +81,7 @@ def as_softmax(model: PreTrainedModel, run: Run) -> Run:
 
 
 def decoders(model: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], Run]]:
-    """By name, what prepares STEPS steps behind a prefix."""
+    """Return, by form of attention, a function that reads a prefix `[1, T]` and returns a run of `STEPS` steps."""
     ids = prefix[:, -1:]
 
     def linear() -> Run:
@@ -90,9 +97,9 @@ def decoders(model: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], R
 
     def softmax(static: bool) -> Run:
         with attention_implementation(model, "sdpa"):
-            room = prefix.shape[1] + (REPEATS + 2) * STEPS
+            length = prefix.shape[1] + (REPEATS + 2) * STEPS
             cache = (
-                StaticCache(config=model.config, max_cache_len=room)
+                StaticCache(config=model.config, max_cache_len=length)
                 if static
                 else DynamicCache(config=model.config)
             )
@@ -108,11 +115,13 @@ def decoders(model: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], R
 
 
 def tree_of(nodes: int) -> list[int]:
-    """Parents: BRANCHES chains behind one root."""
+    """Return the parents of a tree of `BRANCHES` chains below one root."""
     return [-1] + [max(0, i - BRANCHES) for i in range(1, nodes)]
 
 
 def trees(model: PreTrainedModel, prefix: Tensor, nodes: list[int]) -> dict[str, Callable[[], Run]]:
+    """Return, for each number of nodes, a function that reads a prefix and returns a run of `STEPS` trees."""
+
     def prepare(parents: list[int]) -> Run:
         cache = DynamicCache(config=model.config)
         forward(model, prefix, cache, last=True)
@@ -129,7 +138,8 @@ def trees(model: PreTrainedModel, prefix: Tensor, nodes: list[int]) -> dict[str,
     return {f"tree of {count}": partial(prepare, tree_of(count)) for count in nodes}
 
 
-def crowd(model: PreTrainedModel, prefix: Tensor, sequences: int) -> Run:
+def many_sequences(model: PreTrainedModel, prefix: Tensor, sequences: int) -> Run:
+    """Read a prefix `[1, T]`, repeat its cache for many sequences, and return a run of `STEPS` steps."""
     cache = DynamicCache(config=model.config)
     forward(model, prefix, cache, last=True)
     cache.batch_repeat_interleave(sequences)
@@ -140,14 +150,23 @@ def crowd(model: PreTrainedModel, prefix: Tensor, sequences: int) -> Run:
 def timed(
     prepared: dict[str, Callable[[], Run]], device: torch.device, budget: float, runs: int
 ) -> dict[str, float | str]:
-    """Seconds of one of `runs` runs, by name, or why there are none."""
+    """Time prepared runs in turn.
+
+    Args:
+        prepared: functions that prepare a run, by name.
+        budget: seconds for all repeats.
+        runs: steps in each run.
+
+    Returns:
+        The median seconds of one step, by name, or the reason why the run failed.
+    """
     ready: dict[str, Run] = {}
     found: dict[str, float | str] = {}
     for name, prepare in prepared.items():
         try:
             ready[name] = torch.no_grad()(prepare())
             ready[name]()
-        except Exception as error:  # no memory, or no kernels for a graph: the row says so
+        except Exception as error:  # out of memory, or no kernels for a graph: reported in the row
             found[name] = brief(error)
             ready.pop(name, None)
     for name, seconds in interleaved(ready, device, REPEATS, budget).items():
@@ -156,22 +175,56 @@ def timed(
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--context", type=TokenCounts(), default="2k,32k,128k", show_default=True, metavar="N,N")
-@click.option("--nodes", type=TokenCounts(), default="1,4,16,64", show_default=True, metavar="N,N")
-@click.option("--sequences", type=click.IntRange(0), default=0, show_default=True, help="Decoded at once.")
-@click.option("--method", default="augmented", show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--hidden", type=click.IntRange(1), default=4096, show_default=True)
-@click.option("--intermediate", type=click.IntRange(1), default=11008, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--vocab", type=click.IntRange(2), default=32000, show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16", show_default=True
+    "--context",
+    type=TokenCounts(),
+    default="2k,32k,128k",
+    show_default=True,
+    metavar="N,N",
+    help="Lengths of the prefix in tokens.",
 )
-@click.option("--device", help="cuda if there is one, else cpu, if not given.")
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="For the repeats of a phase.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
+@click.option(
+    "--nodes",
+    type=TokenCounts(),
+    default="1,4,16,64",
+    show_default=True,
+    metavar="N,N",
+    help="Nodes of the token trees.",
+)
+@click.option(
+    "--sequences",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Sequences to decode at once. 0 leaves this measurement out.",
+)
+@click.option("--method", default="augmented", show_default=True, help="Method of the conversion.")
+@click.option("--layers", type=click.IntRange(1), default=32, show_default=True, help="Number of layers.")
+@click.option("--hidden", type=click.IntRange(1), default=4096, show_default=True, help="Hidden size.")
+@click.option(
+    "--intermediate", type=click.IntRange(1), default=11008, show_default=True, help="Width of the MLP."
+)
+@click.option("--heads", type=click.IntRange(1), default=32, show_default=True, help="Heads of a layer.")
+@click.option("--vocab", type=click.IntRange(2), default=32000, show_default=True, help="Vocabulary size.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of the weights.",
+)
+@click.option("--device", help="torch device. Default: cuda if there is one, else cpu.")
+@click.option(
+    "--seconds", type=float, default=10.0, show_default=True, help="Time for all repeats of a measurement."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(__file__).parent / "results",
+    help="Folder for the results. Default: benchmarks/results.",
+)
 def main(device: str | None, dtype: str, seconds: float, out: Path, **asked: Any) -> None:
+    """Measure the model in all phases and write the results."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         check_device(device)
@@ -222,7 +275,7 @@ def main(device: str | None, dtype: str, seconds: float, out: Path, **asked: Any
         measure("decode", context, 1, decoders(model, ids), STEPS)
         measure("tree", context, 1, trees(model, ids, asked["nodes"]), STEPS)
     if asked["sequences"]:
-        several = {"linear": lambda: crowd(model, ids, asked["sequences"])}
+        several = {"linear": lambda: many_sequences(model, ids, asked["sequences"])}
         measure("decode", context, asked["sequences"], several, STEPS)
     report = {
         "schema": SCHEMA,
@@ -241,6 +294,7 @@ def main(device: str | None, dtype: str, seconds: float, out: Path, **asked: Any
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """Return the report as a Markdown table."""
     on, shape = report["machine"], report["shape"]
     lines = [
         f"{on['gpu'] or on['cpu']}: {on['bytes_per_s'] / 1e9:,.0f} GB/s copied. "
@@ -248,7 +302,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"`{shape['method']}`, {shape['layers']} layers of {shape['hidden']}, {shape['heads']} heads, "
         f"{shape['dtype']}: {report['weight_bytes'] / 1e9:.2f} GB of weights.",
         "",
-        "| phase | context | batch | form | ms | x the weights' floor |",
+        "| phase | context | batch | form | ms | x the time to read the weights |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in report["rows"]:

@@ -1,10 +1,10 @@
-"""Converts one checkpoint with every method at one budget and prints a Markdown table.
+"""Comparison of all methods on one checkpoint with the same token budget, as a Markdown table.
 
     python examples/compare_methods.py MODEL --data train.jsonl --eval-data valid.jsonl --out runs
     python examples/compare_methods.py demo --out runs
 
-A method whose artifact is in OUT already is not run again, and an interrupted one is resumed. For `demo`, whose text
-can only be continued by recalling what was told earlier, the table has the share of recalled words.
+A method whose artifact is already in OUT is not run again. An interrupted conversion is resumed. For `demo`, the table
+also has the share of words that the model recalls from an earlier sentence.
 """
 
 import json
@@ -14,7 +14,7 @@ import click
 import yaml
 
 from linearize_cli import convert, load
-from linearize_cli.commands.options import calm_libraries
+from linearize_cli.commands.options import quiet_libraries
 from linearize_cli.data.demo_corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.data.names import DEMO
 from linearize_cli.demo import heldout_path
@@ -40,27 +40,33 @@ COLUMNS = [
 
 @click.command()
 @click.argument("model")
-@click.option("--methods", default=",".join(method_names()), help="Names joined by commas; all if not given.")
-@click.option("--data", help="Text to train on; not needed for demo.")
-@click.option("--eval-data", help="Text to measure on; not needed for demo.")
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--tokens", type=parse_count, default="160k", show_default=True)
-@click.option("--seq-len", default=256, show_default=True)
-@click.option("--size", default=32, show_default=True, help="Of the window or group, where there is one.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--methods", default=",".join(method_names()), help="Names, separated by commas. Default: all.")
+@click.option("--data", help="Text to train on. The demo brings its own.")
+@click.option("--eval-data", help="Text to measure on. The demo brings its own.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the artifacts.")
+@click.option("--tokens", type=parse_count, default="160k", show_default=True, help="Tokens to train on.")
+@click.option("--seq-len", default=256, show_default=True, help="Tokens of a training block.")
+@click.option("--size", default=32, show_default=True, help="Size of the window or group, if there is one.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the conversions.")
 def main(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
+    """Convert MODEL with every method and print a table of the results."""
     if model != DEMO and not (data and eval_data):
         raise click.UsageError("MODEL needs --data and --eval-data; only demo has text of its own")
-    calm_libraries()
+    quiet_libraries()
     try:
         compare(model, methods.split(","), data, eval_data, out, tokens, seq_len, size, seed)
     except UserError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on where it stopped") from None
+        raise click.ClickException("interrupted; run the same command again to continue") from None
 
 
 def compare(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
+    """Convert the model with each method, and write and print the table.
+
+    Raises:
+        UserError: a method is unknown, a conversion is refused, or an artifact in OUT had another budget.
+    """
     for method in methods:
         load_recipe(method)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +82,8 @@ def compare(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
         budget = yaml.safe_load((folder / "recipe.yaml").read_text())["recover"]["tokens"]
         if budget != tokens:
             raise UserError(
-                f"{folder} had {budget} tokens, not {tokens}", "Choose another --out, or remove it."
+                f"{folder} was trained on {budget} tokens, not {tokens}",
+                "Choose another --out, or remove the folder.",
             )
         reports[method] = json.loads((folder / "linearize.json").read_text())
         if model == DEMO:
@@ -86,7 +93,7 @@ def compare(model, methods, data, eval_data, out, tokens, seq_len, size, seed):
 
 
 def recalled(folder: Path) -> float:
-    """The share of told words that the artifact recalls; measured once."""
+    """Return the share of repeated words that the artifact recalls. A saved result is used if there is one."""
     path = folder.with_name(folder.name + ".recall.json")
     if not path.exists():
         result = recall(*load(folder), list(generate_documents(HELDOUT_SEED, 100)))
@@ -95,7 +102,7 @@ def recalled(folder: Path) -> float:
 
 
 def table(reports: dict[str, dict]) -> str:
-    """Markdown, the best method first."""
+    """Return the results as a Markdown table, the best method first."""
     with_recall = any("recall" in report for report in reports.values())
     columns = [*COLUMNS, *(["recall"] if with_recall else []), "state", "s"]
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
@@ -119,7 +126,7 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def augmentation(reports: dict[str, dict]) -> str:
-    """Whether every augmented form beats its plain form."""
+    """Return a sentence that says for how many bases the augmented method beats the plain one."""
     final = {method: report["perplexity"]["recovered"] for method, report in reports.items()}
     bases = {name: name.partition(":")[2] or "hedgehog" for name in final if name.startswith("augmented")}
     pairs = [(name, base) for name, base in bases.items() if base in final]
@@ -129,12 +136,13 @@ def augmentation(reports: dict[str, dict]) -> str:
         if final[name] >= final[base]
     ]
     if not pairs:
-        return "No base is here with its augmented form."
-    said = f"The augmented form beats the plain one for {len(pairs) - len(behind)} of {len(pairs)} bases"
-    return f"{said}; not for {', '.join(behind)}." if behind else f"{said}."
+        return "No method was run both plain and augmented."
+    said = f"The augmented method beats the plain one for {len(pairs) - len(behind)} of {len(pairs)} bases"
+    return f"{said}, but not for {', '.join(behind)}." if behind else f"{said}."
 
 
 def number(value: float | None) -> str:
+    """Return a formatted number, or `-` for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" if value < 1000 else f"{value:.2g}"

@@ -1,10 +1,10 @@
-"""Converts one checkpoint by each row of a YAML file, with several seeds, and prints a Markdown table.
+"""Comparison of conversions with different options and seeds, from the rows of a YAML file, as a Markdown table.
 
     python examples/recovery_table.py examples/recovery.yaml MODEL --data train.jsonl --eval-data valid.jsonl --out runs
 
-A row is a set of options of `linearize convert`, run as a process of its own, so that its peak memory is its own. What
-is in OUT already is not run again, and an interrupted row is resumed. After each row the artifact's plain forward and
-backward, and its teacher's forward, are timed on batches of the same shape.
+A row is a set of options of `linearize convert`. Each conversion runs in its own process, so that its peak memory can
+be measured. Results already in OUT are not run again, and an interrupted row is resumed. After each conversion, the
+forward and backward of the artifact and the forward of its teacher are timed on batches of the same shape.
 """
 
 import json
@@ -25,8 +25,8 @@ from linearize_cli.files import write_json
 from linearize_cli.models.load import load_teacher
 from linearize_cli.versions import versions
 
-REPEATS = 12
-SEEDS = [0, 1, 2]
+REPEATS = 12  # timed passes
+SEEDS = [0, 1, 2]  # seeds of a row that names none
 
 
 @click.command()
@@ -34,9 +34,10 @@ SEEDS = [0, 1, 2]
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, help="Text to train on.")
 @click.option("--eval-data", required=True, help="Text to measure on.")
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--only", multiple=True, help="Rows to run; all if not given.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the artifacts.")
+@click.option("--only", multiple=True, help="Name of a row to run. Default: all.")
 def main(rows, model, data, eval_data, out, only):
+    """Convert MODEL by each row of the YAML file ROWS and print a table of the results."""
     plan = yaml.safe_load(rows.read_text())
     out.mkdir(parents=True, exist_ok=True)
     texts = [*(x for source in data for x in ("--data", source)), "--eval-data", eval_data]
@@ -56,7 +57,10 @@ def main(rows, model, data, eval_data, out, only):
 
 
 def run(model: str, folder: Path, options: dict, seed: int, texts: list[str]) -> dict:
-    """One conversion: its report, with what it took."""
+    """Run one conversion in a process of its own, and return its report with speeds and peak memory.
+
+    A saved report is used if there is one. The peak memory of a resumed conversion is None.
+    """
     record = folder.with_name(folder.name + ".json")
     if record.exists():
         return json.loads(record.read_text())
@@ -80,7 +84,10 @@ def run(model: str, folder: Path, options: dict, seed: int, texts: list[str]) ->
         process = subprocess.Popen([*command, *texts, *(["--resume"] if resumed else [])])
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise click.ClickException(f"{folder}: convert ended with {os.waitstatus_to_exitcode(status)}")
+            code = os.waitstatus_to_exitcode(status)
+            raise click.ClickException(
+                f"{folder}: convert failed with exit code {code} (see its error above)"
+            )
         peak = None if resumed else usage.ru_maxrss / 1000
     else:
         peak = None
@@ -91,7 +98,9 @@ def run(model: str, folder: Path, options: dict, seed: int, texts: list[str]) ->
 
 
 def speeds(model: str, folder: Path, length: int, report: dict) -> dict[str, float]:
-    """Tokens per second of both stages, and of the plain passes that they are to be held against."""
+    """Return tokens per second: of each training stage, of the artifact's forward and backward ("plain"), and of the
+    teacher's forward.
+    """
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     measured = {
         stage: statistics.median(line["tokens_per_s"] for line in lines if line["stage"] == stage)
@@ -108,7 +117,7 @@ def speeds(model: str, folder: Path, length: int, report: dict) -> dict[str, flo
 
 
 def tokens_per_second(model, ids: torch.Tensor, backward: bool) -> float:
-    """Median over a few passes, after a first one that counts for nothing."""
+    """Return the median tokens per second over a few passes on ids `[B, T]`, after one untimed pass."""
     took = []
     for _ in range(REPEATS + 1):
         started = time.monotonic()
@@ -128,9 +137,11 @@ COLUMNS = [
 
 
 def table(rows: dict[str, dict], results: dict[str, list[dict]]) -> str:
-    """Markdown: means over the seeds, with the lowest and highest of what was recovered; below, the gaps to the teacher
-    of rows that are to be held `against` others. *plain* is the forward and backward of the whole model without a
-    loss of ours, *teacher* its forward.
+    """Return the results as a Markdown table of means over the seeds.
+
+    The recovered perplexity also has its lowest and highest value. Below the table, rows with `against` are compared
+    with another row by their gap to the teacher. *plain* is the forward and backward of the converted model with its
+    language-model loss, *teacher* the forward of the teacher.
     """
     lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     for name, reports in results.items():
@@ -150,16 +161,18 @@ def table(rows: dict[str, dict], results: dict[str, list[dict]]) -> str:
         other = (row or {}).get("against")
         if name in gaps and other in gaps:
             lines.append(
-                f"\n`{name}` keeps {gaps[name] / gaps[other]:.0%} of the gap of `{other}` to the teacher."
+                f"\n`{name}` ends {gaps[name]:.2%} above the teacher's perplexity, `{other}` {gaps[other]:.2%} above."
             )
     return "\n".join(lines) + "\n"
 
 
 def ratios(reports: list[dict]) -> list[float]:
+    """Return the recovered perplexity of each report divided by the teacher's."""
     return [report["perplexity"]["recovered"] / report["perplexity"]["teacher"] for report in reports]
 
 
 def mean(reports: list[dict], part: str, key: str, form: str = "{:.3f}") -> str:
+    """Return the formatted mean of a measurement over reports, or `-` if one of them lacks it."""
     values = [report[part].get(key) for report in reports]
     return "-" if None in values else form.format(statistics.mean(values))
 

@@ -1,8 +1,8 @@
-"""Writes the table of model types in docs/models.md from what the walk found.
+"""The table of supported model types in docs/models.md, written from the results of tests/support/walk.py.
 
     python tests/support/walk.py walk.json && python examples/support_table.py walk.json docs/models.md
 
-The table replaces the text between the two marks in docs/models.md.
+The table replaces the text between two marks in docs/models.md.
 """
 
 import argparse
@@ -16,7 +16,7 @@ START, END = "<!-- support table -->", "<!-- end of support table -->"
 
 
 def table(outcomes: list[dict]) -> str:
-    """Markdown: how many model types of each outcome, and which, those of one reason in one row."""
+    """Return a Markdown table of model types, with one row for each outcome and reason."""
     groups = defaultdict(list)
     for outcome in outcomes:
         why = "" if outcome["outcome"] == "unbuilt" else short(outcome["detail"])
@@ -40,7 +40,7 @@ def table(outcomes: list[dict]) -> str:
 
 
 def short(detail: str) -> str:
-    """A reason without the names of classes and the numbers that differ between types."""
+    """Return a reason without class names and numbers, so that model types can share a row."""
     if "no layer calls" in detail:
         return "computes attention in its own code"
     if "does not run with" in detail:
@@ -51,11 +51,12 @@ def short(detail: str) -> str:
 
 
 def main() -> None:
+    """Replace the table in the document."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("walk", type=Path, help="what tests/support/walk.py wrote")
-    parser.add_argument("readme", type=Path, help="the file with the marks")
+    parser.add_argument("walk", type=Path, help="JSON file written by tests/support/walk.py")
+    parser.add_argument("readme", type=Path, help="document with the two marks, docs/models.md")
     arguments = parser.parse_args()
     text = arguments.readme.read_text()
     before, _, rest = text.partition(START)

@@ -1,8 +1,8 @@
-"""Trains the model that `linearize demo` converts, from nothing, on one core in about ten minutes.
+"""Training of the model that `linearize demo` converts, from random weights, on one core in about ten minutes.
 
     python examples/train_demo_teacher.py --out linearize_cli/demo
 
-writes OUT/teacher (model and tokenizer) and OUT/heldout.jsonl, the same for the same --seed and --steps.
+It writes OUT/teacher (model and tokenizer) and OUT/heldout.jsonl. The same --seed and --steps give the same files.
 """
 
 import json
@@ -26,17 +26,17 @@ from linearize_cli.metrics.recall import recall
 BOUNDARY, PAD = "<|endoftext|>", "<pad>"
 WORD = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s+"
 TOKENS_PER_STEP = 4096
-WINDOWS = (256, 512)  # the last fifth of the steps sees the longer one
-# The first steps see nothing but short cues and their answers, told and repeated: in plain documents alone the
-# repeated words are so few that recall had not begun after 700 steps.
+WINDOWS = (256, 512)  # tokens of a row, the longer one for the last fifth of the steps
+# The first steps train on short cues with their answers, many of them repeated. Plain documents have so few repeated
+# words that recall had not emerged after 700 steps.
 CUE_STEPS, CUE_WINDOW, CUE_WORDS = 300, 64, 2
 LEARNING_RATE, WARMUP_STEPS = 3e-3, 100
-RECALL_WEIGHT = 10.0  # of a repeated word's loss
-HELDOUT = 100  # documents
+RECALL_WEIGHT = 10.0  # weight of the loss at repeated words
+HELDOUT = 100  # held-out documents
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the corpus is one token, and any other text is still readable."""
+    """Train a byte-level BPE tokenizer in which every word of the corpus is one token."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -53,7 +53,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOUNDARY} $A", pair=f"{BOUNDARY} $A {BOUNDARY} $B", special_tokens=[(BOUNDARY, 0)]
     )
-    # One token opens a document and, as the next one's opening, ends it: joined documents need no other.
+    # The same token is BOS and EOS, so in joined documents the BOS of the next document ends the one before.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOUNDARY,
@@ -64,6 +64,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a small Llama with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -84,7 +85,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def cue_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[tuple[int, bool]]]:
-    """Rows of cues and answers, and whether each token repeats an answer given before in its row."""
+    """Yield rows of cues and answers, as pairs of a token and True if it repeats an earlier answer of the row."""
     rng = random.Random(seed)
 
     def encode(text: str) -> list[int]:
@@ -95,25 +96,26 @@ def cue_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[tup
         return encode(" ".join(before.split()[-CUE_WORDS:]))
 
     relations = [
-        ([cue(sentence) for sentence in r.tells + r.repeats], [encode(answer) for answer in r.answers])
+        ([cue(sentence) for sentence in r.statements + r.repeats], [encode(answer) for answer in r.answers])
         for r in RELATIONS
     ]
     while True:
         facts = [(cues, rng.choice(answers)) for cues, answers in rng.sample(relations, rng.randint(3, 8))]
-        row, told = [], set()
+        row, answered = [], set()
         while len(row) < CUE_WINDOW:
             fact = rng.randrange(len(facts))
             cues, answer = facts[fact]
             row += [(token, False) for token in rng.choice(cues)] + [
-                (token, fact in told) for token in answer
+                (token, fact in answered) for token in answer
             ]
-            told.add(fact)
+            answered.add(fact)
         yield row[:CUE_WINDOW]
 
 
 def document_rows(tokenizer: PreTrainedTokenizerFast, seed: int, windows: Iterator[int]) -> Iterator[list]:
-    """Rows that open with a document and go on with others, and whether each token is a repeated word. A row
-    never opens in the middle: what is repeated in it was told in it.
+    """Yield rows of joined documents, as pairs of a token and True if it is a repeated word.
+
+    A row starts with a whole document, so every repeated word of the row was stated in the row.
     """
     row, window = [], next(windows)
     while True:
@@ -129,7 +131,7 @@ def document_rows(tokenizer: PreTrainedTokenizerFast, seed: int, windows: Iterat
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The ids `[rows, window]` of each step, and 1 where a token is a repeated word."""
+    """Yield the ids `[rows, window]` of each step, and a tensor of the same shape with 1 at repeated words."""
     sizes = [WINDOWS[step >= 0.8 * steps] for step in range(CUE_STEPS, steps)]
     rows = document_rows(tokenizer, seed, iter([w for w in sizes for _ in range(TOKENS_PER_STEP // w)] + [0]))
     cues = cue_rows(tokenizer, seed)
@@ -139,6 +141,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterat
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
+    """Train a model with AdamW, with a larger weight for the loss at repeated words."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     begun = time.monotonic()
@@ -162,16 +165,16 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth, as a share of the peak."""
+    """Return the learning rate as a share of its peak: a linear warm-up, then a cosine decay to 2%."""
     return min((step + 1) / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder of teacher/ and heldout.jsonl."
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for teacher/ and heldout.jsonl."
 )
 @click.option("--steps", default=1500, show_default=True, help=f"Steps of {TOKENS_PER_STEP} tokens.")
-@click.option("--seed", default=100_000, show_default=True, help="Of the weights and the training text.")
+@click.option("--seed", default=100_000, show_default=True, help="Seed of the weights and the training text.")
 def main(out: Path, steps: int, seed: int) -> None:
     """Train the demo's teacher and measure it on held-out documents."""
     torch.set_num_threads(1)

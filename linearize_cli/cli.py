@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs: `--help` loads no torch."""
+"""The command line. Each command imports what it needs when it runs, so `--help` does not load torch."""
 
 import sys
 import traceback
@@ -18,7 +18,7 @@ from linearize_cli.commands.push import push
 from linearize_cli.commands.seal import seal
 from linearize_cli.commands.verify import verify
 from linearize_cli.errors import UserError, shortened
-from linearize_cli.inputs import mended
+from linearize_cli.inputs import without_surrogates
 from linearize_cli.terminal import fail
 
 
@@ -36,19 +36,22 @@ for command in (convert, verify, seal, evaluate, bench, push, generate, heads, i
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """
+    """Check that all arguments are valid Unicode text without null characters.
+
     Raises:
-        UserError: an argument is not text that a file or a tokenizer can take.
+        UserError: one is not.
     """
     for number, argument in enumerate(arguments, 1):
-        if "\0" in argument or argument != mended(argument):
+        if "\0" in argument or argument != without_surrogates(argument):
             raise UserError(
                 f"argument {number} is not valid UTF-8 text: {argument!r}", "Correct its characters."
             )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script: runs a command and turns what goes wrong into the contract's exit codes."""
+    """Run a command, and turn errors into the exit codes 1 (check), 2 (user), 3 (internal) and 130
+    (interrupted).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = (
         "--debug" in arguments[: next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)]
@@ -77,6 +80,6 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         fail(
             shortened(f"internal: {type(error).__name__}: {error}")
-            + "\nA fault of linearize; `linearize --debug ...` shows where."
+            + "\nThis is a bug in linearize. `linearize --debug ...` shows the traceback."
         )
         sys.exit(3)

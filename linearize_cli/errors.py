@@ -1,16 +1,16 @@
-"""The errors a user can cause. Each says what went wrong, where, and what to do next."""
+"""The errors that a user can cause. Each says what is wrong, where, and what to do next."""
 
 from collections.abc import Iterable
 
-LINES, WIDTH = 10, 800  # of a message at most: it may quote a user's value of any length
+LINES, WIDTH = 10, 800  # largest message, because it may quote a user's value of any length
 
 
 class UserError(Exception):
-    """A fault in usage, input or network: a few lines of text, exit code 2, no traceback.
+    """An error in usage, input or network. It is shown as a few lines without a traceback, with exit code 2.
 
     Args:
-        what: one line, what is wrong and where.
-        hint: what to do next; optional further lines.
+        what: one line that says what is wrong and where.
+        hint: what to do next, in one or more lines.
     """
 
     exit_code = 2
@@ -21,17 +21,17 @@ class UserError(Exception):
 
 
 class CheckFailed(UserError):
-    """A check said no (a self-check that refused, verify's FAIL): exit code 1."""
+    """A failed check (the self-check, or a FAIL of `verify`), with exit code 1."""
 
     exit_code = 1
 
 
 class Notice(UserWarning):
-    """Something that stops nothing and that a user should know. The commands show it as a line of text."""
+    """A warning for the user. The commands show it as a line of text."""
 
 
 def shortened(message: str) -> str:
-    """Cut a message to LINES lines of WIDTH characters. The last line, which says what to do, stays."""
+    """Cut a message to LINES lines of WIDTH characters. The last line, which says what to do, is kept."""
     lines = message.strip().splitlines()
     if len(lines) > LINES:
         lines = [*lines[: LINES - 2], f"... ({len(lines) - LINES + 1} more lines)", lines[-1]]
@@ -40,6 +40,6 @@ def shortened(message: str) -> str:
 
 
 def first_five(names: Iterable[str]) -> str:
-    """The first five names in order, and how many more there are."""
+    """Return the first five names in order, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

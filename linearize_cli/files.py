@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and check beforehand that they can be written."""
+"""Atomic writing of files, and checks that a file can be written."""
 
 import json
 import os
@@ -9,51 +9,56 @@ from typing import Any
 
 from linearize_cli.errors import UserError
 
-SUFFIX = ".partial"  # of a file that is being written
+SUFFIX = ".partial"  # suffix of a file that is being written
 
 
 @contextmanager
 def replacing(path: str | Path, suffix: str = SUFFIX, sync: bool = True) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; at the end, sync that file and rename it to `path`.
+    """Yield a temporary path next to `path`, and rename the file written there to `path` at the end.
 
-    A kill leaves the old file or the new one. A link is followed; a device or a pipe is written to directly.
+    If the process is killed, either the old or the new file is there. A link is followed. A device or a pipe
+    is written to directly.
 
     Args:
-        suffix: that of the file beside; of its own for each process, where several write the same file.
-        sync: wait until the content is on disk, so that a power failure leaves one of the two files, too.
+        suffix: the suffix of the temporary file. Processes that write the same file need different ones.
+        sync: wait until the content is on disk, so that a power failure leaves the old or the new file too.
 
     Raises:
-        OSError: the file cannot be written. Nothing is left of it.
+        OSError: the file cannot be written. The temporary file is deleted.
     """
     if is_stream(path):
         yield Path(path)
         return
     path = Path(os.path.realpath(path))
-    beside = path.with_name(path.name + suffix)
+    temporary = path.with_name(path.name + suffix)
     try:
-        yield beside
+        yield temporary
         if sync:
-            with beside.open("rb+") as written:
+            with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def is_stream(path: str | Path) -> bool:
-    """Return whether `path` is there and neither a file nor a folder."""
+    """Return True if `path` exists and is neither a file nor a folder."""
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all. Raises OSError as `replacing`."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a text file atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write data as JSON, whole or not at all.
+    """Write data as JSON atomically.
 
     Raises:
         UserError: the file cannot be written.
@@ -66,28 +71,28 @@ def write_json(path: str | Path, data: Any) -> None:
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """Return the error that says which file cannot be written, and why."""
-    return UserError(f"cannot write {path}: {error.strerror}", "Choose another place.")
+    return UserError(f"cannot write {path}: {error.strerror}", "Choose another path.")
 
 
 def check_writable(path: str | Path, option: str = "") -> None:
-    """Refuse a path at which no file can be written. Nothing is left there.
+    """Check that a file can be written at a path. Nothing is left there.
 
     Args:
         option: the option that names the path, for the message.
 
     Raises:
-        UserError: it is a folder, lies in none, or the system refuses a new file beside it.
+        UserError: the path is a folder, its folder does not exist, or the system refuses a new file there.
     """
     name = f"{option} {path}".strip()
     if is_stream(path):
         return
     if os.path.isdir(path):
-        raise UserError(f"{name} is a folder", "Name a file, or move the folder away.")
-    beside = Path(os.path.realpath(path) + SUFFIX)
-    if not beside.parent.is_dir():
-        raise UserError(f"{name}: its folder does not exist", "Create it, or choose another place.")
+        raise UserError(f"{name} is a folder", "Pass the path of a file, or move the folder away.")
+    temporary = Path(os.path.realpath(path) + SUFFIX)
+    if not temporary.parent.is_dir():
+        raise UserError(f"{name}: its folder does not exist", "Create it, or choose another path.")
     try:
-        beside.touch()
-        beside.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise cannot_write(name, error) from error

@@ -1,4 +1,4 @@
-"""Reads what a user names: paths, text, JSON and YAML. Whatever cannot be read is a UserError."""
+"""Readers of user input: paths, text, JSON and YAML. Input that cannot be read raises a UserError."""
 
 import json
 import re
@@ -9,16 +9,16 @@ import yaml
 
 from linearize_cli.errors import UserError
 
-JSON_BYTES, YAML_BYTES = 64 << 20, 64 << 10  # of a file at most: PyYAML takes a second for 100 kB
-DEEPEST = 50  # levels of a YAML file
+JSON_BYTES, YAML_BYTES = 64 << 20, 64 << 10  # largest file sizes (PyYAML takes a second for 100 kB)
+DEEPEST = 50  # largest number of levels in a YAML file
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def user_path(name: str | Path, hint: str = "Name another file or folder.") -> Path:
-    """Return the path that a user names, with `~` expanded. Nothing needs to be there.
+def user_path(name: str | Path, hint: str = "Choose another file or folder.") -> Path:
+    """Return the path that a user names, with `~` expanded. It need not exist.
 
     Raises:
-        UserError: the file system does not take the name, or does not let the user look there.
+        UserError: the file system rejects the name, or denies access.
     """
     try:
         path = Path(name).expanduser()
@@ -34,8 +34,12 @@ def user_path(name: str | Path, hint: str = "Name another file or folder.") -> P
 def read_text(file: Path, hint: str = "", most: int = JSON_BYTES) -> str:
     """Return the text of a UTF-8 file, without its byte order mark.
 
+    Args:
+        hint: the hint of the error.
+        most: the largest size in bytes.
+
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or has more than `most` bytes.
+        UserError: the file cannot be read, is not UTF-8, or is too large.
     """
     try:
         with file.open("rb") as stream:
@@ -50,20 +54,24 @@ def read_text(file: Path, hint: str = "", most: int = JSON_BYTES) -> str:
 
 
 def read_json(file: Path, hint: str = "") -> Any:
-    """Return what a JSON file holds.
+    """Return the contents of a JSON file.
 
     Raises:
         UserError: the file cannot be read, or is not JSON.
     """
     text = read_text(file, hint)
     try:
-        return mended(json.loads(text))
+        return without_surrogates(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}", hint) from None
 
 
 def read_object(file: Path, hint: str = "") -> dict[str, Any]:
-    """Return the object that a JSON file holds. Raises UserError: see `read_json`, or it holds something else."""
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or is not an object.
+    """
     found = read_json(file, hint)
     if not isinstance(found, dict):
         raise UserError(f"{file} is not a JSON object", hint)
@@ -71,13 +79,15 @@ def read_object(file: Path, hint: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: no aliases, which grow without bound, no dates, and not more than DEEPEST levels."""
+    """A YAML loader without aliases (which can grow without bound), without dates, and with at most DEEPEST
+    levels.
+    """
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*NAME): write the value out")
+            raise yaml.YAMLError("it has an alias (*NAME). Write the value instead")
         if self.depth == DEEPEST:
             raise yaml.YAMLError(f"it has more than {DEEPEST} levels")
         self.depth += 1
@@ -93,14 +103,14 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
+    """Return the contents of a YAML text.
 
     Raises:
-        ValueError: the text is not YAML, or has aliases, too many levels or a number that is too long.
+        ValueError: the text is not YAML, or has aliases, too many levels or a number with too many digits.
     """
     try:
-        found = mended(yaml.load(text, _Loader))
-        repr(found)  # a message may quote it: Python refuses to write out integers of thousands of digits
+        found = without_surrogates(yaml.load(text, _Loader))
+        repr(found)  # a message may quote it, but Python refuses to print integers of thousands of digits
         return found
     except (
         yaml.YAMLError,
@@ -110,12 +120,12 @@ def parse_yaml(text: str) -> Any:
         AttributeError,
         RecursionError,
     ) as error:
-        # PyYAML lets the errors of int, float and dates pass, and those of its own slips at odd tags.
+        # PyYAML passes on errors of int and float, and its own errors at unusual tags.
         raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_yaml(file: Path, hint: str = "") -> Any:
-    """Return what a YAML file holds.
+    """Return the contents of a YAML file.
 
     Raises:
         UserError: the file cannot be read, or is not YAML.
@@ -127,12 +137,12 @@ def read_yaml(file: Path, hint: str = "") -> Any:
         raise UserError(f"{file} is not valid YAML: {error}", hint) from None
 
 
-def mended(data: Any) -> Any:
-    """Replace lone surrogates, which are not valid Unicode, by U+FFFD in every string of plain data."""
+def without_surrogates(data: Any) -> Any:
+    """Replace lone surrogates, which are not valid Unicode, by U+FFFD in all strings of JSON data."""
     if isinstance(data, str):
         return SURROGATE.sub("\ufffd", data)
     if isinstance(data, list):
-        return [mended(entry) for entry in data]
+        return [without_surrogates(entry) for entry in data]
     if isinstance(data, dict):
-        return {mended(key): mended(value) for key, value in data.items()}
+        return {without_surrogates(key): without_surrogates(value) for key, value in data.items()}
     return data

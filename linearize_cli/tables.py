@@ -1,4 +1,4 @@
-"""Results as tables for a person."""
+"""The printed tables of all commands."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from rich.text import Text
 
 from linearize_cli.methods.recipe import Recipe
 
-BLIND = 0.1  # the share of a teacher's recall below which its student's says nothing
+WEAK_RECALL = 0.1  # below this recall of the teacher, the student's recall means nothing
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; columns that start with `>` are aligned to the right."""
+    """Return an empty table without borders. Columns that start with `>` are aligned to the right."""
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
         result.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
@@ -20,11 +20,12 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
+    """Return a formatted number, or `-` for None."""
     return "-" if value is None else format(value, form)
 
 
 def size(count: int) -> str:
-    """Bytes for a reader: `1.5 MB`."""
+    """Return a number of bytes with a decimal unit, such as `1.5 MB`."""
     amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount, _ = amount / 1000, units.pop(0)
@@ -32,6 +33,7 @@ def size(count: int) -> str:
 
 
 def perplexities(report: dict[str, Any]) -> Table:
+    """Return the perplexities of a conversion by stage, and of the ablations."""
     rows = table("", ">perplexity", ">x teacher")
     teacher = report["perplexity"]["teacher"]
     for name, value in report["perplexity"].items():
@@ -43,7 +45,7 @@ def perplexities(report: dict[str, Any]) -> Table:
 
 
 def kept(report: dict[str, Any]) -> Table:
-    """What `--keep-softmax auto:N` measured."""
+    """Return the KL of each layer that `--keep-softmax auto:N` measured, and mark the layers that were kept."""
     rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
     for name, value in chosen["kl"].items():
         rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
@@ -51,6 +53,7 @@ def kept(report: dict[str, Any]) -> Table:
 
 
 def divergences(report: dict[str, Any]) -> Table:
+    """Return the KL from the teacher by stage."""
     rows = table("", ">KL from the teacher, nats")
     for name, value in report["kl"].items():
         rows.add_row(name.replace("_", " "), number(value, ".4f"))
@@ -58,6 +61,7 @@ def divergences(report: dict[str, Any]) -> Table:
 
 
 def conversion(report: dict[str, Any]) -> RenderableType:
+    """Return the report of `convert`: quality, self-check and memory."""
     layers, check = report["layers"], report["self_check"]
     state, per_token = report["state_bytes"], report["kv_bytes_per_token"]
     forms = ["full", *(form for form in ("incremental", "padded") if check[form] is not None)]
@@ -65,12 +69,12 @@ def conversion(report: dict[str, Any]) -> RenderableType:
     lines = [
         f"{report['output']}: {report['base_model']} as {report['method']}, "
         f"layers linear: {len(layers['linear'])}, softmax: {len(layers['softmax'])}",
-        f"self-check passed: logits differ by at most {largest:.1e} between {', '.join(forms)} and reloaded",
+        f"self-check passed: logits differ by at most {largest:.1e} (compared: {', '.join(forms)}, reloaded)",
     ]
     if per_token:
         lines.append(
-            f"the linear layers keep {size(state)} whatever the context; as softmax, {size(per_token)} a token "
-            f"(more from {state // per_token + 1:,} tokens on)"
+            f"memory of one sequence in the linear layers: {size(state)} at any context; softmax attention would need "
+            f"{size(per_token)} per token, which is more from {state // per_token + 1:,} tokens"
         )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
     if report.get("kl"):
@@ -83,19 +87,20 @@ def conversion(report: dict[str, Any]) -> RenderableType:
 
 
 def medusa(facts: dict[str, Any]) -> RenderableType:
-    """How often Medusa heads are right, and the tree that was chosen."""
+    """Return how often each Medusa head is right within its top 1, 2 and 3 candidates, and the chosen tree."""
     rows = table("head", *(f">top {rank}" for rank in (1, 2, 3)))
     for head, rates in enumerate(facts["acceptance"], 1):
         rows.add_row(str(head), *(f"{sum(rates[:rank]):.1%}" for rank in (1, 2, 3)))
     return Group(
         rows,
         "",
-        f"{facts['expected_tokens_per_step']} expected tokens a step, from a tree of {facts['tree_nodes']} nodes, the "
-        "best on this machine",
+        f"{facts['expected_tokens_per_step']} expected tokens per step with a tree of {facts['tree_nodes']} nodes, "
+        "the fastest on this machine",
     )
 
 
 def plan(report: dict[str, Any]) -> RenderableType:
+    """Return the report of `convert --dry-run`: the layers, the training budget, and the estimates."""
     layers = report["layers"]
     rows = table("layer", "becomes")
     for name in layers["linear"]:
@@ -103,19 +108,19 @@ def plan(report: dict[str, Any]) -> RenderableType:
     for name, reason in layers["softmax"].items():
         rows.add_row(name, f"softmax: {reason}")
     budget = f"{report['tokens']:,} tokens" if report["tokens"] else "no training"
-    chosen = [f"softmax stay {report['keep_softmax']}"] if report["keep_softmax"] else []
+    chosen = [f"kept as softmax: {report['keep_softmax']}"] if report["keep_softmax"] else []
     return Group(
         rows,
         "",
         *chosen,
-        f"{budget}, blocks of {report['seq_len']}, {report['batch_size']} a step; nothing was written",
+        f"{budget} in blocks of {report['seq_len']}, {report['batch_size']} blocks per step; nothing was written",
         "",
         estimated(report["estimate"]),
     )
 
 
 def estimated(lines: list[dict[str, Any]]) -> Table:
-    """What a conversion takes, with its arithmetic."""
+    """Return the estimated memory and time of a conversion, with the arithmetic behind each number."""
     rows = table("", "arithmetic", ">")
     section = None
     for line in lines:
@@ -127,7 +132,7 @@ def estimated(lines: list[dict[str, Any]]) -> Table:
 
 
 def quantity(value: float, unit: str) -> str:
-    """`1.5 GB`, `3.2 GFLOP/token`, `4.5 h`."""
+    """Return a value with a readable unit, such as `1.5 GB`, `3.2 GFLOP/token` or `4.5 h`."""
     if unit == "B":
         return size(value)
     if unit == "s":
@@ -142,6 +147,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def inspection(report: dict[str, Any]) -> RenderableType:
+    """Return the report of `inspect`: the layers, and the memory of softmax and linear attention by context."""
     rows = table("layer", "attention", ">heads", ">kv", ">head size", "convertible")
     for layer in report["layers"]:
         g = layer["geometry"]
@@ -163,6 +169,7 @@ def inspection(report: dict[str, Any]) -> RenderableType:
 
 
 def method_table(recipes: list[Recipe]) -> RenderableType:
+    """Return a table of methods and their parts. The first recipe is the default method."""
     rows = table("method", "local", "far", "combine", ">conv", ">sinks", ">tokens", "paper")
     rows.columns[0].no_wrap = True
     for recipe in recipes:
@@ -182,7 +189,7 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
 
 
 def evaluation(report: dict[str, Any]) -> RenderableType:
-    """What `eval` measured."""
+    """Return the report of `eval`."""
     texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
     for row in report["perplexity"]["by_context"]:
         teacher, student = row["teacher"], row["student"]
@@ -199,46 +206,49 @@ def evaluation(report: dict[str, Any]) -> RenderableType:
 
 
 def ablation(report: dict[str, Any]) -> list[RenderableType]:
+    """Return a line with the student's perplexity without one of its parts, or nothing if it was not measured."""
     parts = {name: value for name, value in report["ablation"].items() if name != "full" and value}
     said = "    ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in parts.items())
-    return [f"perplexity of a part alone: {said}"] if parts else []
+    return [f"student's perplexity with one part only: {said}"] if parts else []
 
 
 def recall(report: dict[str, Any]) -> list[RenderableType]:
-    """Shares by distance: a column a measure and model."""
+    """Return a table of recall by distance, with a column for each measure and model."""
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return []
     parts = {name: {part["distance"]: part for part in x["by_distance"]} for name, x in measures.items()}
     columns = [(measure, name) for measure in measures for name in ("teacher", "student")]
-    rows = table(">tokens since", *(f">{measure}, {name}" for measure, name in columns))
+    rows = table(">distance, tokens", *(f">{measure}, {name}" for measure, name in columns))
     for distance in sorted(set().union(*parts.values())):
         until = next(found[distance] for found in parts.values() if distance in found).get("until")
         shares = (parts[measure].get(distance, {}).get(name) for measure, name in columns)
         where = f"{distance:,} to {until - 1:,}" if until else f"{distance:,}"
         rows.add_row(where, *(number(share, ".1%") for share in shares))
     rows.add_row("all", *(number(measures[measure][name], ".1%") for measure, name in columns))
-    blind = [name for name, values in measures.items() if (values["teacher"] or 0) < BLIND]
-    said = f"{' and '.join(blind)}: the teacher hardly does it, so this says nothing of the student"
-    return ["", rows, *([said] if blind else [])]
+    weak = [name for name, values in measures.items() if (values["teacher"] or 0) < WEAK_RECALL]
+    said = (
+        f"{' and '.join(weak)}: the teacher's own is below {WEAK_RECALL:.0%}, so the student's means nothing"
+    )
+    return ["", rows, *([said] if weak else [])]
 
 
 def written(report: dict[str, Any]) -> list[RenderableType]:
-    """The generation checks."""
+    """Return the comparison of generated text: repetition, and agreement with the teacher."""
     if report["generation"] is None:
         return []
     found = report["generation"]
     repeated, exact = found["repetition"], found["exact_match"]
-    rows = table("written", ">teacher", ">student")
+    rows = table("generated text", ">teacher", ">student")
     for way in ("greedy", "sampled"):
         shares = (number(repeated[way][name], ".1%") for name in ("teacher", "student"))
-        rows.add_row(f"repeated 4-grams, {way} (text: {number(repeated['text'], '.1%')})", *shares)
-    said = f"the student's greedy text is the teacher's for {exact['mean']:.1f} of {exact['of']} tokens"
+        rows.add_row(f"repeated 4-grams, {way} (real text: {number(repeated['text'], '.1%')})", *shares)
+    said = f"greedy texts of both agree for the first {exact['mean']:.1f} of {exact['of']} tokens on average"
     return ["", rows, said]
 
 
 def harness(report: dict[str, Any]) -> list[RenderableType]:
-    """Results of lm_eval."""
+    """Return a table of lm_eval's results, or nothing without tasks."""
     rows = table("task", "metric", ">teacher", ">student")
     for task, metrics in (report["tasks"] or {}).items():
         for metric, values in metrics.items():
@@ -248,6 +258,7 @@ def harness(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def pushed(result: dict[str, Any]) -> RenderableType:
+    """Return the report of `push`: the files, their sizes, and the destination."""
     rows = table("file", ">size")
     for file in result["files"]:
         rows.add_row(file["path"], size(file["size"]))
@@ -257,10 +268,11 @@ def pushed(result: dict[str, Any]) -> RenderableType:
 
 
 def demonstration(result: dict[str, Any]) -> RenderableType:
+    """Return the report of `demo`: quality, recall, memory, speed and the verdict of `verify`."""
     recall, context = result["recall"], result["context"]
     rows = perplexities(result)
     facts = table("", ">teacher", ">recovered")
-    facts.add_row("recall of facts told earlier", f"{recall['teacher']:.1%}", f"{recall['student']:.1%}")
+    facts.add_row("recall of earlier facts", f"{recall['teacher']:.1%}", f"{recall['student']:.1%}")
     facts.add_row(
         f"memory at {context:,} tokens",
         size(result["kv_bytes_per_token"] * context),

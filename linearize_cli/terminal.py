@@ -1,4 +1,4 @@
-"""What a person sees: results on standard output, progress and errors on standard error."""
+"""The terminal: results on standard output, progress and errors on standard error."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,17 +9,20 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 Advance = Callable[[int], None]
-WIDTH = 120  # of results that go to a file or a pipe
+WIDTH = 120  # columns of results that are written to a file or a pipe
 
 
 class TokensPerSecond(ProgressColumn):
+    """The column of a progress bar with the tokens per second."""
+
     def render(self, task: Task) -> Text:
+        """Return the speed, or nothing before it is known."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f} tokens/s")
 
 
 class Terminal:
-    """Where the commands write. `quiet` silences progress and notes, never results or errors."""
+    """The output streams of the commands. `quiet` silences progress and notes, but not results and errors."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -27,13 +30,17 @@ class Terminal:
         self.err = Console(stderr=True, markup=False)
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """Print a line about the progress of a command, unless `quiet` is set."""
         if not self.quiet:
             self.err.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """A bar over `total` tokens, with tokens/s and time left; yields a function that advances it."""
+        """Show a progress bar over `total` tokens, with tokens/s and the time left.
+
+        Yields:
+            A function that advances the bar by a number of tokens.
+        """
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -47,4 +54,5 @@ class Terminal:
 
 
 def fail(text: str) -> None:
+    """Print an error to standard error."""
     print(f"error: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which software made a report."""
+"""The software versions that reports record."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,9 @@ PACKAGES = ("linearize-cli", "torch", "transformers", "peft", "safetensors")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Package -> version, of these packages too, and Python's."""
+    """Return the versions of Python, of PACKAGES and of `more` packages, without those that are not
+    installed.
+    """
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an artifact, from the contents of its `linearize.json`."""
+"""The model card (README.md) of an artifact, made from its `linearize.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_MEASURED = "not measured"
 
 PERPLEXITY = {
     "teacher": "teacher (softmax attention)",
-    "swapped": "swapped, before any training",
+    "swapped": "linear attention, before any training",
     "transferred": "after attention transfer",
     "recovered": "after distillation",
 }
@@ -25,22 +25,22 @@ ABLATION = {
     "linear_only": "linear part only",
 }
 SELF_CHECK = {
-    "incremental": "one pass against token by token",
-    "padded": "padded against unpadded",
-    "reload": "saved and loaded again",
+    "incremental": "one pass or token by token",
+    "padded": "with or without padding",
+    "reload": "before or after saving and loading",
 }
 
 
 def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
-    """The text of README.md: YAML metadata for the Hub, how to load, and every number that was measured.
+    """Return the text of README.md: metadata for the Hub, how to load the model, and all measured numbers.
 
     Args:
-        report: the contents of `linearize.json`; a null becomes "not measured".
-        repo_name: the title and the name to load by: the folder's, or the Hub id it will have.
-        recipe: the resolved recipe; `summary` and `paper` are shown.
+        report: the contents of `linearize.json`. A null becomes "not measured".
+        repo_name: the title, and the name in the loading example: the folder's name or the Hub id.
+        recipe: the resolved recipe. Its `summary` and `paper` are shown.
     """
     base = _base_name(report["base_model"])
-    # `--method` also takes a file: show its name, never where it lies.
+    # `--method` may be a file: show its name, never its path.
     method = Path(report["method"]).stem if "/" in report["method"] else report["method"]
     linear, softmax = report["layers"]["linear"], report["layers"]["softmax"]
     recipe = recipe or {}
@@ -50,7 +50,7 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         f"---\n{_metadata(report, method, repo_name).to_yaml()}\n---",
         f"# {repo_name}",
         f"{base} with linear attention (`{method}`) in {len(linear)} of {len(linear) + len(softmax)} "
-        "attention layers, made with `linearize`: " + _gain(decodes),
+        "attention layers, made with `linearize`. " + _gain(decodes),
         "## Load",
         "```python\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
@@ -58,12 +58,12 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         f"model = {auto_class}.from_pretrained(path, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
         "```",
-        "The folder holds its own code: nothing but `transformers` and `torch` is needed.",
+        "The folder contains its own code. Only `transformers` and `torch` are needed.",
         "## Quality",
         *_quality(report),
         *(["## Memory", _memory(report["state_bytes"], report["kv_bytes_per_token"])] if decodes else []),
         "## Self-check",
-        "The largest difference between the logits of two ways to the same result:",
+        "The same tokens are computed in two ways. The largest difference between their logits:",
         _table("check", "difference", SELF_CHECK, report["self_check"], "{:.1e}"),
         "## Layers",
         f"- linear attention: {_names(linear)}\n- softmax attention: {_names(softmax)}",
@@ -74,7 +74,7 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
 
 
 def _hub_id(base_model: str) -> str | None:
-    """`base_model` if it names a repository of the Hub; None for `demo` and local folders."""
+    """Return `base_model` if it is a Hub id, or None for `demo` and local folders."""
     try:
         validate_repo_id(base_model)
     except HFValidationError:
@@ -83,6 +83,7 @@ def _hub_id(base_model: str) -> str | None:
 
 
 def _base_name(base_model: str) -> str:
+    """Return the base model's name as Markdown."""
     if base_model == "demo":
         return "The demo teacher"
     if hub_id := _hub_id(base_model):
@@ -91,7 +92,7 @@ def _base_name(base_model: str) -> str:
 
 
 def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
-    """What the Hub reads: the base model, the tags, and the perplexity of the weights that were saved."""
+    """Return the metadata for the Hub: the base model, the tags, and the perplexity of the saved weights."""
     base_model = _hub_id(report["base_model"])
     perplexity = report["perplexity"] or {}
     stages = (perplexity.get(stage) for stage in ("recovered", "transferred", "swapped"))
@@ -119,57 +120,61 @@ def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
 
 
 def _pipeline(report: dict) -> str:
+    """Return the Hub's name of the model's task."""
     return report.get("task", CausalLM.pipeline)
 
 
 def _gain(decodes: bool) -> str:
+    """Return the sentence that states the benefit of linear attention."""
     if decodes:
-        return "in those, the memory for decoding does not grow with the context."
-    return "in those, cost is linear in the context."
+        return "Their memory for decoding does not grow with the context."
+    return "Their cost is linear in the context."
 
 
 def _quality(report: dict) -> list[str]:
-    """Perplexities; of a classifier, how far it is from its teacher."""
+    """Return the tables of perplexities, or of the KL from the teacher for a task without labels."""
     if kl := report.get("kl"):
         labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in kl}
         return [_table("model", "KL from the teacher, nats", labels, kl, "{:.4f}")]
     return [
         _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.2f}"),
-        "What each part contributes, as the perplexity without the other:",
+        "The perplexity of each part of the attention alone:",
         _table("ablation", "perplexity", ABLATION, report["ablation"], "{:,.2f}"),
     ]
 
 
 def _table(subject: str, measure: str, labels: dict[str, str], values: dict | None, style: str) -> str:
-    """A Markdown table with a row per key of `labels`; `values` maps the same keys to numbers or None."""
+    """Return a Markdown table with a row for each key of `labels`. `values` has the same keys."""
     rows = [f"| {label} | {_number((values or {}).get(key), style)} |" for key, label in labels.items()]
     return "\n".join([f"| {subject} | {measure} |", "| --- | ---: |", *rows])
 
 
 def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
+    """Return the table of the state and of the KV cache."""
     values = {"state": state_bytes, "kv": kv_bytes_per_token}
     labels = {
         "state": "state of the linear layers, bytes per sequence",
-        "kv": "KV cache that it replaces, bytes per token",
+        "kv": "KV cache that they replace, bytes per token",
     }
     if state_bytes is not None and kv_bytes_per_token:
         values["even"] = state_bytes // kv_bytes_per_token + 1
-    labels["even"] = "context from which the state is the smaller, tokens"
+    labels["even"] = "context at which the state becomes smaller, tokens"
     return _table("memory for decoding", "size", labels, values, "{:,}")
 
 
 def _names(modules: list[str]) -> str:
+    """Return module names as Markdown code."""
     return ", ".join(f"`{module}`" for module in modules) or "none"
 
 
 def _making(report: dict, base: str, method: str, recipe: dict) -> str:
-    """A list: base, method, paper, tokens and seconds of each stage, versions."""
+    """Return a list of facts: base model, method, paper, tokens and seconds of each stage, versions."""
     paper = re.sub(r"\b\d{4}\.\d{4,5}\b", r"[\g<0>](https://arxiv.org/abs/\g<0>)", recipe.get("paper") or "")
     lines = {
         "base model": base,
         "method": f"`{method}`" + (f": {recipe['summary']}" if recipe.get("summary") else ""),
         "paper": paper,
-        "tokens of training": _pairs(report["tokens"], "{:,}"),
+        "training tokens": _pairs(report["tokens"], "{:,}"),
         "Medusa heads": _medusa(report.get("medusa")),
         "seconds": _pairs(report["seconds"], "{:,.1f}"),
         "versions": _pairs(report["versions"], "{}"),
@@ -178,18 +183,21 @@ def _making(report: dict, base: str, method: str, recipe: dict) -> str:
 
 
 def _medusa(facts: dict | None) -> str:
+    """Return the description of the Medusa heads."""
     if not facts:
         return ""
     return (
-        f"{facts['heads']}, in `medusa.safetensors`, with a tree of {facts['tree_nodes']} nodes: "
-        f"{_number(facts['expected_tokens_per_step'], '{:.2f}')} expected tokens a step"
+        f"{facts['heads']}, in `medusa.safetensors`, with a tree of {facts['tree_nodes']} nodes, "
+        f"{_number(facts['expected_tokens_per_step'], '{:.2f}')} expected tokens per step"
     )
 
 
 def _pairs(values: dict | None, style: str) -> str:
+    """Return names and numbers, separated by commas."""
     pairs = [f"{name} {_number(value, style)}" for name, value in (values or {}).items()]
     return ", ".join(pairs) or NOT_MEASURED
 
 
 def _number(value: float | str | None, style: str) -> str:
+    """Return a number as text, or "not measured" for None."""
     return NOT_MEASURED if value is None else style.format(value)

@@ -1,4 +1,4 @@
-"""The SHA-256 sums of the files that an artifact is loaded from."""
+"""SHA-256 sums of the files that an artifact is loaded from."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ CHUNK = 1 << 22  # bytes read at a time
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 of all files that loading an artifact may read."""
+    """Return the SHA-256 sums of all files that loading an artifact may read, by relative path."""
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and is_loaded(path.relative_to(folder))
     )
@@ -18,11 +18,12 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def is_loaded(path: Path) -> bool:
-    """Return whether loading reads a file, by its path inside the artifact."""
+    """Return True if loading reads a file. The path is relative to the artifact."""
     return any(matches(path.parts, pattern.split("/")) for pattern in LOADED)
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 sum of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -31,7 +32,7 @@ def sha256(path: Path) -> str:
 
 
 def changed(recorded: dict[str, str], folder: Path) -> str:
-    """Name the files that are not as recorded: changed, missing or new. Empty if all are."""
+    """List the files that differ from the recorded checksums: changed, missing or new. Empty if none do."""
     now = checksums(folder)
     kinds = {
         "changed": [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]],

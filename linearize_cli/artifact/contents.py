@@ -33,7 +33,9 @@ LOADED = (
     *(*WEIGHTS, *CODE, *TOKENIZER, *ADAPTER),
     *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),
 )
-# What the commands write into an artifact, and what Python adds when it imports the code.
+# Files that a push publishes.
+PUBLISHED = (*LOADED, *REPORTS, "linearize.json", "README.md", "LICENSE*", "NOTICE*")
+# Files that the commands write into an artifact, or Python when it imports the code.
 WRITTEN = (
     *(*LOADED, *HEADS, *REPORTS),
     *("linearize.json", "README.md", "log.jsonl"),
@@ -42,9 +44,9 @@ WRITTEN = (
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of the files and links in an artifact's folder that no command has written.
+    """Yield the relative paths of files and links in an artifact's folder that no command wrote.
 
-    A file that `linearize.json` lists among its checksums belongs to the artifact, whatever its name.
+    A file that `linearize.json` lists under `checksums` belongs to the artifact, whatever its name.
     """
     patterns = [pattern.split("/") for name in WRITTEN for pattern in (name, name + SUFFIX)]
     named = recorded(folder)
@@ -56,13 +58,24 @@ def foreign_files(folder: Path) -> Iterator[str]:
                 yield path.as_posix()
 
 
+def published_files(folder: Path) -> set[str]:
+    """Return the relative paths of the files of an artifact that are published, `checksums` of a report included."""
+    patterns, named = [pattern.split("/") for pattern in PUBLISHED], recorded(folder)
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.as_posix()
+        for path in paths
+        if path.as_posix() in named or any(matches(path.parts, pattern) for pattern in patterns)
+    }
+
+
 def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
-    """Return whether a path matches a pattern, folder by folder: `*` matches no `/`."""
+    """Return True if the parts of a path match the parts of a pattern. `*` does not match `/`."""
     return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
 
 
 def recorded(folder: Path) -> set[str]:
-    """Return the names under `checksums` in `linearize.json`, if it has any."""
+    """Return the file names under `checksums` in `linearize.json`, or an empty set."""
     try:
         checksums = json.loads((folder / "linearize.json").read_text())["checksums"]
     except (OSError, ValueError, KeyError, TypeError):

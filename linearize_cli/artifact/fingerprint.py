@@ -1,4 +1,7 @@
-"""The fingerprint of an artifact: logits that it computed when it was saved, to find a change that all forms share."""
+"""The fingerprint of an artifact: logits that it computed when it was saved.
+
+It finds a change that affects all forms of the model equally, such as a wrong constant or another tokenizer.
+"""
 
 import copy
 from typing import Any
@@ -13,16 +16,17 @@ from linearize_cli.runtime.dispatch import converted
 
 SEED, BEST = 20240608, 8
 LONGEST = 5_120  # tokens: 2.5 segments of 2,048
-LONGEST_READ = 1_024  # tokens of encoders and encoder-decoders, whose kept attention costs more
+LONGEST_READ = 1_024  # tokens for encoders and encoder-decoders, whose kept softmax attention costs more
 TEXT = "The quick brown fox jumps over 13 lazy dogs; naïve façade, 東京, 1.5e-3\n\tend"
 
 
 def fingerprint(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Compute the fingerprint of a model, in the dtype that it has.
+    """Compute the fingerprint of a model in its own dtype.
 
     Returns:
-        `seed` of the token sequences, `dtype` of the computation, `tokenizer` (the ids of a fixed text), and
-        `sequences`: for each its `length` and the 8 best tokens at its last position (`tokens`, `logits`).
+        `seed` of the token sequences, `dtype` of the computation, `tokenizer` (the ids of a fixed text) and
+            `sequences`. Each sequence has its `length` and the 8 best tokens at its last position (`tokens`,
+            `logits`).
     """
     sequences = []
     for length in lengths(task, model):
@@ -43,29 +47,33 @@ def differences(
     """Compare a model with the fingerprint of its artifact.
 
     Returns:
-        The largest difference of a logit, the largest logit, and whether the tokenizer splits the text in the same way.
+        the largest difference of a logit, the largest logit, and True if the tokenizer gives the recorded
+            ids.
 
     Raises:
-        ValueError: the record is not whole.
+        ValueError: the record is incomplete.
     """
     try:
         worst = largest = 0.0
         for own in recorded["sequences"]:
             logits = last_logits(task, model, sequence(model, own["length"], recorded["seed"]))
             expected = torch.tensor(own["logits"], dtype=torch.float64)
-            # Compare by token and by rank: a vocabulary in another order changes the first comparison alone.
+            # Compare by token and by rank. A reordered vocabulary changes only the comparison by token.
             for actual in (logits[own["tokens"]], logits.topk(len(expected)).values):
                 gap = (actual.double().cpu() - expected).abs().nan_to_num(nan=torch.inf)
                 worst = max(worst, gap.max().item())
             largest = max(largest, expected.abs().max().item())
         same = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"] == recorded["tokenizer"]
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the fingerprint in linearize.json is not whole: {error!r}") from error
+        raise ValueError(f"the fingerprint in linearize.json is incomplete: {error!r}") from error
     return worst, largest, same
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences, as far as positions go: 32, one window and a half, and 2.5 segments."""
+    """Return the lengths of the sequences: 32, one and a half windows, and 2.5 segments.
+
+    They are limited to the positions that the model has.
+    """
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
     most = reach(model) or longest
@@ -73,7 +81,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return `[length]` random tokens."""
+    """Return random tokens `[length]` int64."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)
@@ -81,12 +89,12 @@ def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
 
 @torch.inference_mode()
 def last_logits(task: Task, model: PreTrainedModel, row: Tensor) -> Tensor:
-    """Return the logits `[vocab]` (of a classifier: `[labels]`) after the last token of a row."""
+    """Return the logits `[vocab]` after the last token of a row, or a classifier's `[labels]`."""
     return task.last_logits(model, row).reshape(-1)
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the model itself where it computes in fp32 or fp64, else a copy in fp32; None if memory cannot hold it."""
+    """Return a model in fp32 or fp64 itself, else a copy in fp32, or None if memory is too small."""
     if model.dtype in (torch.float32, torch.float64):
         return model
     if model.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Loading an artifact."""
+"""Loading of artifacts, and checks that a folder is one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def load(
     trust_remote_code: bool = False,
     own_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A linearized model, in eval mode, and its tokenizer; `path` is a folder or a Hub id.
+    """Load a linearized model in eval mode, and its tokenizer.
 
     Args:
-        trust_remote_code: whether a feature map that the artifact brings along may run.
-        own_code: whether to run all of the code that the artifact carries, in place of this package's; it takes
-            `trust_remote_code`.
+        path: a folder or a Hub id.
+        device: the device of the weights by torch's name (`cuda:0`).
+        dtype: the dtype of the weights by torch's name. None keeps the artifact's.
+        trust_remote_code: True if a feature map that the artifact brings along may run.
+        own_code: True to run the artifact's code instead of this package's. It requires `trust_remote_code`.
 
     Raises:
-        UserError: there is no such artifact, it is no linearized model, or its files are damaged.
+        UserError: the artifact does not exist, is not a linearized model, or is damaged.
     """
     import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
     from linearize_cli.models.load import load_teacher
@@ -48,44 +50,56 @@ def load(
 
 
 def artifact_name(path: str | Path) -> str:
-    """A folder's whole name, for one called `demo` is no embedded teacher; a Hub id as it is."""
+    """Return a folder's absolute path, or a Hub id unchanged.
+
+    With its absolute path, a folder named `demo` is not taken for the embedded teacher.
+    """
     folder = user_path(path)
     return str(folder.resolve() if folder.is_dir() else path)
 
 
 def check_artifact(folder: Path) -> None:
-    """Refuse what is no folder or no artifact, and say what it is."""
+    """Check that a folder is an artifact.
+
+    Raises:
+        UserError: it is not, with what it is instead.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder", "Name the folder that `linearize convert` wrote.")
+        raise UserError(f"{folder} is not a folder", "Pass the folder that `linearize convert` wrote.")
     if not (folder / CONFIG).exists():
-        hint = "Name the folder that `linearize convert` wrote."
-        raise UserError(f"{folder} is no linearized artifact: it has no config.json", hint)
+        hint = "Pass the folder that `linearize convert` wrote."
+        raise UserError(f"{folder} is not a linearized artifact: it has no config.json", hint)
     config = read_config(folder)
     if "linearize" not in config:
-        what = f"{folder} is no linearized artifact: its config.json is that of a {config.get('model_type')} model"
+        what = (
+            f"{folder} is not a linearized artifact: config.json describes a {config.get('model_type')} model"
+        )
         raise UserError(what, f"Convert it first: linearize convert {folder}")
     modules = {name.partition(".")[0] for name in (config.get("auto_map") or {}).values() if name}
     missing = first_five(f"{name}.py" for name in modules if not (folder / f"{name}.py").exists())
     if missing:
-        raise UserError(f"{folder} lacks code that it loads by: {missing}", "Convert again.")
+        raise UserError(f"{folder} lacks its code files: {missing}", "Convert again.")
 
 
 def refuse_linearized(model: str) -> None:
-    """
+    """Check that a model is not already linearized.
+
     Raises:
-        UserError: `model` is a linearized model, not one that could be converted.
+        UserError: it is.
     """
     from linearize_cli.models.load import resolve_model
 
     if "linearize" in read_config(Path(resolve_model(model, weights=False))):
-        raise UserError(f"{model} is a linearized model already", "Name the softmax model it was made from.")
+        raise UserError(
+            f"{model} is already a linearized model", "Pass the softmax model that it was made from."
+        )
 
 
 def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
-    """A feature map of a user's own is code in the artifact; it enters the registry if it may run.
+    """Register the artifact's own feature map, if its recipe uses one. This runs code from the artifact.
 
     Raises:
-        UserError: it may not.
+        UserError: the code is missing or may not run.
     """
     from linearize_kernels.parts.far import FAR_PARTS
     from linearize_kernels.parts.feature_maps import FEATURE_MAPS

@@ -1,57 +1,62 @@
-"""Reads the two files that say what an artifact is: `linearize.json` and the `linearize` part of `config.json`."""
+"""Readers of the two files that describe an artifact: `linearize.json`, and `linearize` in `config.json`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import read_object
-from linearize_cli.methods.recipe import LARGEST, Attention, build
+from linearize_cli.methods.recipe import LARGEST, Attention
 
 REPORT, CONFIG = "linearize.json", "config.json"
-AGAIN = "Convert again, or fetch the artifact again."
-NUMBER = int | float
-# The type of each field; {kind} is an object with such values, [kind] a list of them. Null is always allowed.
+AGAIN = "Convert again, or download the artifact again."
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Texts = dict[str, Text | None]
+Counts = dict[str, int | None]
+Numbers = dict[str, float | None]
+# The type of each field. Null is always allowed.
 FIELDS: dict[str, Any] = {
     "schema": int,
-    "base_model": str,
-    "method": str,
-    "layers": {"": [str]},
+    "base_model": Text,
+    "method": Text,
+    "layers": dict[str, list[Text | None] | None],
     "seq_len": int,
-    "tokens": {"": int},
-    "perplexity": {"": NUMBER},
-    "ablation": {"": NUMBER},
-    "kl": {"": NUMBER},
-    "self_check": {"": NUMBER},
+    "tokens": Counts,
+    "perplexity": Numbers,
+    "ablation": Numbers,
+    "kl": Numbers,
+    "self_check": Numbers,
     "state_bytes": int,
-    "kv_bytes_per_token": NUMBER,
-    "seconds": {"": NUMBER},
-    "versions": {"": str},
-    "medusa": {"": object},
-    "task": str,
-    "checksums": {"": str},
-    "fingerprint": {"": object},
-    "card": str,
+    "kv_bytes_per_token": float,
+    "seconds": Numbers,
+    "versions": Texts,
+    "medusa": dict[str, Any],
+    "task": Text,
+    "checksums": Texts,
+    "fingerprint": dict[str, Any],
+    "card": Text,
 }
 CONVERSION: dict[str, Any] = {
-    "base_class": str,
-    "base_model_type": str,
-    "method": str,
-    "attention": {"": object},
-    "layers": {"": {"": NUMBER | bool}},
-    "softmax": [str],
+    "base_class": Text,
+    "base_model_type": Text,
+    "method": Text,
+    "attention": dict[str, Any],
+    "layers": dict[str, dict[str, float | bool | None] | None],
+    "softmax": list[Text | None],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
 OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
-    """Return the contents of `linearize.json`, or an empty dict if there is no such file.
+    """Return the contents of `linearize.json`, or an empty dict if the file does not exist.
 
     Args:
-        whole: refuse a report that lacks a field.
+        whole: True to require the file and all its fields.
 
     Raises:
-        UserError: the file cannot be read, or a field has the wrong type.
+        UserError: the file cannot be read, a field has the wrong type, or a required field is missing.
     """
     path = folder / REPORT
     if not path.exists() and not whole:
@@ -63,7 +68,7 @@ def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
-    """Return what is wrong with the contents of `linearize.json`, a phrase for each fault."""
+    """Return a phrase for each error in the contents of `linearize.json`."""
     faults = misfits(record, FIELDS)
     length = record.get("seq_len")
     if not faults and length is not None and not 1 <= length <= LARGEST:
@@ -79,33 +84,31 @@ def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of `config.json`, or an empty dict in a folder that has none (Meta's format).
+    """Return the contents of `config.json`, or an empty dict if the file does not exist (Meta's format).
 
     Raises:
-        UserError: the file cannot be read, or its `linearize` or `auto_map` is not one that a conversion writes.
+        UserError: the file cannot be read, or its `linearize` or `auto_map` is invalid.
     """
     path = folder / CONFIG
     if not path.exists():
         return {}
     config = read_object(path, AGAIN)
     if "linearize" in config and (faults := conversion_faults(config)):
-        raise UserError(f"{path} is not that of a conversion: {'; '.join(faults[:5])}", AGAIN)
+        raise UserError(f"{path} is not the config of a converted model: {'; '.join(faults[:5])}", AGAIN)
     return config
 
 
 def conversion_faults(config: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the `linearize` and `auto_map` parts of a config, a phrase for each fault."""
+    """Return a phrase for each error in the `linearize` and `auto_map` parts of a config."""
     record = config["linearize"]
     if not isinstance(record, dict):
         return ["linearize is not an object"]
-    faults = misfits({"auto_map": config.get("auto_map")}, {"auto_map": {"": str}}) + misfits(
-        record, CONVERSION
-    )
+    faults = misfits({"auto_map": config.get("auto_map")}, {"auto_map": Texts}) + misfits(record, CONVERSION)
     if faults:
         return faults
     if missing := [key for key in CONVERSION if record.get(key) is None]:
         return [f"linearize lacks {first_five(missing)}"]
-    build(Attention, record["attention"], "linearize.attention.", faults)
+    faults = Attention.faults(record["attention"], "linearize.attention.")
     for name, geometry in record["layers"].items():
         sizes = [(geometry or {}).get(size) for size in SIZES]
         if not all(type(size) is int and 0 < size <= LARGEST for size in sizes):
@@ -114,18 +117,14 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
 
 
 def misfits(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    """Return a phrase for each field whose value is not of its kind."""
+    """Return a phrase for each field whose value has the wrong type."""
     return [f"{key} is {data[key]!r:.60}" for key in kinds if key in data and not fits(data[key], kinds[key])]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a value is null or of a kind; see FIELDS."""
-    if value is None:
-        return True
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(fits(entry, kind[""]) for entry in value.values())
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(entry, kind[0]) for entry in value)
-    if isinstance(value, bool) and kind in (int, NUMBER):
+    """Return True if a value is null or of a type (see FIELDS)."""
+    try:
+        TypeAdapter(kind | None, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
         return False
-    return isinstance(value, kind) and not (kind is str and "\0" in value)
+    return True

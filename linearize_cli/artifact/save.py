@@ -17,17 +17,17 @@ def save_artifact(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> None:
-    """Write all but the report and the card: they need the artifact loaded again."""
+    """Write an artifact without its report and card, which need the reloaded artifact."""
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / "recipe.yaml", recipe.dump())
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner alone
+    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:
-    """Write `linearize.json` and the card, README.md, whose SHA-256 sum the former holds."""
+    """Write the card (README.md) and `linearize.json`, which holds the card's SHA-256 sum."""
     write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))
     report["card"] = sha256(folder / "README.md")
     write_json(folder / "linearize.json", report)

@@ -1,4 +1,4 @@
-"""`seal`: renew what an artifact records of itself, after a deliberate change."""
+"""`seal`: renew the checksums and the fingerprint of an artifact after a deliberate change."""
 
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ def seal(
     """Write the checksums of an artifact's files and its fingerprint into `linearize.json`.
 
     Args:
-        trust_remote_code: whether to compute the fingerprint by the code that the artifact carries.
+        artifact: the folder.
+        trust_remote_code: True to compute the fingerprint with the artifact's own code.
 
     Returns:
-        `artifact`, `files` (how many are sealed), and `changed` (which of them had changed, gone or come).
+        `artifact`, `files` (their number), and `changed` (the files that were changed, missing or new).
 
     Raises:
-        UserError: the folder is no whole artifact.
+        UserError: the folder is not a complete artifact.
     """
     folder = user_path(artifact)
     check_artifact(folder)

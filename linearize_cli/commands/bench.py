@@ -1,4 +1,4 @@
-"""`linearize bench`."""
+"""The `linearize bench` command."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import click
 from linearize_cli.commands.options import (
     Counts,
     TokenCounts,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -17,28 +17,28 @@ from linearize_cli.terminal import Terminal
 
 @click.command()
 @click.argument("artifact", default=".")
-@click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
+@click.option("--teacher", metavar="MODEL", help="The softmax model. Default: the artifact's base model.")
 @click.option(
     "--context",
     type=TokenCounts(),
     metavar="N,N",
-    help="Tokens; up to 8 times the trained length if not given.",
+    help="Context lengths. Default: up to 8 times the training length.",
 )
-@click.option("--batch", type=Counts(), metavar="N,N", default="1", show_default=True, help="Rows at a time.")
-@click.option("--plot", metavar="FILE", help="The figure, a PNG; ARTIFACT/bench.png if not given.")
+@click.option("--batch", type=Counts(), metavar="N,N", default="1", show_default=True, help="Batch sizes.")
+@click.option("--plot", metavar="FILE", help="The figure, a PNG. Default: ARTIFACT/bench.png.")
 @trust_option
 @model_options
 @command_options
 def bench(terminal: Terminal, context: list[int] | None, **arguments: Any) -> dict[str, Any]:
-    """Measure the speed and memory of ARTIFACT (default: this folder) beside its softmax teacher.
+    """Compare the speed and memory of ARTIFACT (default: this folder) with its softmax teacher.
 
-    Prefill, decoding and training by context, both models in turn on one thread; medians. The report goes to
-    ARTIFACT/bench.json, too, with a figure beside it.
+    It measures prefill, decoding and training by context length. The models run in turns on one thread, and
+    medians are reported. The report is also written to ARTIFACT/bench.json, with a figure.
     """
     from linearize_cli.metrics.benchmark import bench as run
     from linearize_cli.metrics.benchmark import render
 
-    calm_libraries()
+    quiet_libraries()
     report = run(context=context or (), terminal=terminal, **arguments)
     terminal.out.print(render(report))
     return report

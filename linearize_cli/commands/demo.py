@@ -1,4 +1,4 @@
-"""`linearize demo`."""
+"""The `linearize demo` command."""
 
 from typing import Any
 
@@ -6,17 +6,19 @@ import click
 
 from linearize_cli.commands.options import (
     TOKENS,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
 )
 from linearize_cli.terminal import Terminal
 
 
 @click.command()
-@click.option("-o", "--output", metavar="DIR", default="demo-augmented", show_default=True)
-@click.option("--tokens", type=TOKENS, help="Budget of recovery.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option(
+    "-o", "--output", metavar="DIR", default="demo-augmented", show_default=True, help="The output folder."
+)
+@click.option("--tokens", type=TOKENS, help="Training tokens. Default: 600k.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @model_options
 @command_options
@@ -25,7 +27,7 @@ def demo(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     from linearize_cli.conversion.demo import demo as run
     from linearize_cli.tables import demonstration
 
-    calm_libraries()
+    quiet_libraries()
     result = run(terminal=terminal, **arguments)
     terminal.out.print(demonstration(result))
     return result

@@ -1,4 +1,4 @@
-"""`linearize eval`."""
+"""The `linearize eval` command."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import click
 
 from linearize_cli.commands.options import (
     TokenCounts,
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     skip_option,
     trust_option,
 )
@@ -17,26 +17,29 @@ from linearize_cli.terminal import Terminal
 
 @click.command("eval")
 @click.argument("artifact", default=".")
-@click.option("--teacher", metavar="MODEL", help="Its softmax model; the one it was made from if not given.")
-@click.option("--data", metavar="SRC", help="Text to measure on; a demo artifact has its own.")
+@click.option("--teacher", metavar="MODEL", help="The softmax model. Default: the artifact's base model.")
+@click.option("--data", metavar="SRC", help="Text to measure on. A demo artifact has its own.")
 @skip_option
-@click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens of a block, such as 1k,8k.")
-@click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval (an extra: linearize-cli[eval]), by commas.")
+@click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens per block, such as 1k,8k.")
+@click.option(
+    "--tasks", metavar="NAMES", help="Tasks of lm_eval, separated by commas (requires linearize-cli[eval])."
+)
 @trust_option
 @model_options
 @command_options
 def evaluate(
     terminal: Terminal, context: list[int] | None, tasks: str | None, **arguments: Any
 ) -> dict[str, Any]:
-    """Measure ARTIFACT (default: this folder) beside its softmax teacher.
+    """Compare the quality of ARTIFACT (default: this folder) with its softmax teacher.
 
-    Perplexity by position, KL and agreement, recall by distance, what it writes, what each part carries. The
-    report goes to ARTIFACT/eval.json, too, with figures (eval-*.png) beside it.
+    It measures perplexity by position, KL and agreement with the teacher, recall by distance, and the
+    contribution of each part of the attention, and shows samples of text. The report is also written to
+    ARTIFACT/eval.json, with figures (eval-*.png).
     """
     from linearize_cli.metrics.evaluation import evaluate as run
     from linearize_cli.tables import evaluation
 
-    calm_libraries()
+    quiet_libraries()
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     report = run(context=context or (), tasks=names, terminal=terminal, **arguments)
     terminal.out.print(evaluation(report))

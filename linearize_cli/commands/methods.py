@@ -1,4 +1,4 @@
-"""`linearize methods`."""
+"""The `linearize methods` command."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from linearize_cli.terminal import Terminal
 @click.argument("name", type=METHOD, required=False)
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:
-    """List the methods, or print the recipe NAME (a method or a file). Code that a recipe names is not run."""
+    """List the methods, or print the recipe NAME (a method or a file). Code named in a recipe is not run."""
     from linearize_cli.methods.registry import method_names, read_recipe
     from linearize_cli.tables import method_table
 

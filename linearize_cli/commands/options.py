@@ -1,4 +1,4 @@
-"""What the commands' options have in common."""
+"""Options and parameter types that several commands share."""
 
 import sys
 import warnings
@@ -16,6 +16,8 @@ from linearize_cli.terminal import Terminal
 
 
 class TokenCount(click.ParamType):
+    """A number of tokens, such as 650k."""
+
     name = "N"
 
     def convert(self, value, param, ctx):
@@ -23,11 +25,13 @@ class TokenCount(click.ParamType):
 
         try:
             return parse_count(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number of tokens such as 650k or 40M", param, ctx)
+        except ValueError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
 
 
 class TokenCounts(TokenCount):
+    """Numbers of tokens, separated by commas."""
+
     name = "N,N"
 
     def convert(self, value, param, ctx):
@@ -35,17 +39,19 @@ class TokenCounts(TokenCount):
 
 
 class Method(click.ParamType):
-    """A method's name, or a recipe's file, which is read before anything heavy is imported."""
+    """A method's name or a recipe file. The file is parsed here, before slow imports."""
 
     name = "NAME|FILE"
 
     def convert(self, value, param, ctx):
         if value.endswith((".yaml", ".yml")):
-            read_yaml(user_path(value), "Correct the file, or name a method.")
+            read_yaml(user_path(value), "Correct the file, or pass the name of a method.")
         return value
 
 
 class Counts(click.ParamType):
+    """Positive whole numbers, separated by commas."""
+
     name = "N,N"
 
     def convert(self, value, param, ctx):
@@ -59,6 +65,8 @@ class Counts(click.ParamType):
 
 
 class Flops(click.ParamType):
+    """A number of FLOP/s, such as 200T."""
+
     name = "N"
     scales = {"G": 1e9, "T": 1e12, "P": 1e15}
 
@@ -77,6 +85,8 @@ TOKENS, FLOPS, METHOD = TokenCount(), Flops(), Method()
 
 
 def options(*decorators: Callable) -> Callable[[Callable], Callable]:
+    """Return a decorator that applies several decorators."""
+
     def apply(function: Callable) -> Callable:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -86,8 +96,9 @@ def options(*decorators: Callable) -> Callable[[Callable], Callable]:
 
 
 def command_options(function: Callable) -> Callable:
-    """`--json` and `-q`, which all commands have; the function gets a `terminal` and returns its result. A
-    result with the verdict FAIL ends the program with exit code 1.
+    """Add `--json` and `-q` to a command, and pass a `terminal` to its function.
+
+    The function returns the result. The program ends with exit code 1 if the result has the verdict FAIL.
     """
 
     @wraps(function)
@@ -102,14 +113,14 @@ def command_options(function: Callable) -> Callable:
         if isinstance(result, dict) and result.get("verdict") == "FAIL":
             sys.exit(CheckFailed.exit_code)
 
-    json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as data, too.")
-    quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    json_option = click.option("--json", "json_file", metavar="FILE", help="Also write the result as JSON.")
+    quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
     return json_option(quiet_option(run))
 
 
 @contextmanager
 def notices(terminal: Terminal) -> Iterator[None]:
-    """While open, show each Notice as a line on the terminal."""
+    """Show each Notice as a line on the terminal while the context is open."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
         default = warnings.showwarning
@@ -124,14 +135,14 @@ def notices(terminal: Terminal) -> Iterator[None]:
         yield
 
 
-def calm_libraries() -> None:
-    """Only our own progress and errors are shown."""
+def quiet_libraries() -> None:
+    """Hide the warnings and progress bars of other libraries."""
     import datasets
     import huggingface_hub
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for known in ("find_unused_parameters", "fan_in_fan_out"):  # torch and peft, on what is meant so
+    for known in ("find_unused_parameters", "fan_in_fan_out"):  # torch and peft warn about intended settings
         warnings.filterwarnings("ignore", message=known)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -140,12 +151,12 @@ def calm_libraries() -> None:
 
 
 model_options = options(
-    click.option("--device", default="cpu", show_default=True, help="Where it runs, as torch names it."),
     click.option(
-        "--dtype", default=None, help="float32, bfloat16 or float16; the checkpoint's own if not given."
+        "--device", default="cpu", show_default=True, help="The device by torch's name, such as cuda:0."
     ),
+    click.option("--dtype", default=None, help="float32, bfloat16 or float16. Default: the checkpoint's."),
     click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all chance."
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     ),
 )
 skip_option = click.option(
@@ -153,8 +164,8 @@ skip_option = click.option(
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Leave out up to N rows of text that cannot be used; else the first is an error.",
+    help="Skip up to N rows of text that cannot be used.",
 )
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that MODEL, ARTIFACT or the recipe brings along."
+    "--trust-remote-code", is_flag=True, help="Run Python code that MODEL, ARTIFACT or the recipe contains."
 )

@@ -1,4 +1,4 @@
-"""`linearize push`."""
+"""The `linearize push` command."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from linearize_cli.terminal import Terminal
 @click.argument("artifact", default=".")
 @click.argument("repo_id", required=False)
 @click.option("--private/--no-private", default=None, help="Visibility of a new repository.")
-@click.option("--revision", help="Branch to push to; it must exist.")
+@click.option("--revision", help="An existing branch to push to.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--commit-message", metavar="M")
-@click.option("--token", metavar="T", help="Instead of the one you signed in with.")
-@click.option("--dry-run", is_flag=True, help="Show what would be pushed.")
+@click.option("--commit-message", metavar="M", help="The commit's message.")
+@click.option("--token", metavar="T", help="An access token. Default: the one that you signed in with.")
+@click.option("--dry-run", is_flag=True, help="Show what would be pushed. Push nothing.")
 @command_options
 def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """Push ARTIFACT (default: this folder) to the Hub as REPO_ID (default: your name and the folder's)."""

@@ -1,13 +1,13 @@
-"""`linearize verify`."""
+"""The `linearize verify` command."""
 
 from typing import Any
 
 import click
 
 from linearize_cli.commands.options import (
-    calm_libraries,
     command_options,
     model_options,
+    quiet_libraries,
     trust_option,
 )
 from linearize_cli.terminal import Terminal
@@ -15,33 +15,38 @@ from linearize_cli.terminal import Terminal
 
 @click.command()
 @click.argument("artifact", default=".")
-@click.option("--prompts", metavar="FILE", help="Prompts for the greedy check: a line each, or JSONL.")
+@click.option("--prompts", metavar="FILE", help="Prompts of the greedy check: one per line, or JSONL.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens per prompt.")
 @click.option(
-    "--draft", metavar="medusa|lookup|MODEL", help="Drafter; medusa if ARTIFACT has heads, else lookup."
+    "--draft",
+    metavar="medusa|lookup|MODEL",
+    help="The drafter. Default: medusa if ARTIFACT has heads, else lookup.",
 )
 @click.option(
     "--target",
     type=click.Choice(["self", "teacher"]),
     default="self",
     show_default=True,
-    help="teacher: ARTIFACT drafts for its softmax model.",
+    help="The model that verifies drafts. teacher: the softmax model.",
 )
-@click.option("--tree", metavar="NAME|FILE", help="mc_sim_7b_63, chain, auto (with heads), or JSON choices.")
-@click.option("--quick", is_flag=True, help="Leave out rows, drafts, definition, long and most of sampling.")
+@click.option(
+    "--tree", metavar="NAME|FILE", help="auto (with heads), chain, mc_sim_7b_63, or a JSON file of choices."
+)
+@click.option("--quick", is_flag=True, help="Skip rows, drafts, definition, long and most of sampling.")
 @trust_option
 @model_options
 @command_options
 def verify(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
-    """Prove that all forms of ARTIFACT (default: this folder) compute the same, speculation among them, and measure it.
+    """Check that all forms of ARTIFACT (default: this folder) agree, including speculative decoding, and
+    measure them.
 
-    The report goes to ARTIFACT/verify.json, too. With --trust-remote-code, the code that ARTIFACT carries is run; else
-    this package's, which must be the same.
+    The report is also written to ARTIFACT/verify.json. With --trust-remote-code, the artifact's own code is
+    run. Otherwise this package's code is run, which must be the same.
     """
-    from linearize_cli.verification.verify import render
+    from linearize_cli.verification.report import render
     from linearize_cli.verification.verify import verify as run
 
-    calm_libraries()
+    quiet_libraries()
     report = run(**arguments, progress=lambda check: terminal.note(f"checking {check}"))
     terminal.out.print(render(report))
     return report

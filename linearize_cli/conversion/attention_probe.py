@@ -1,4 +1,4 @@
-"""What each attention module of a model hands to the attention interface, seen by running a few tokens."""
+"""A probe of a model: the arguments with which its modules call the attention interface."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +20,20 @@ ALONE = "it does not run on tokens alone"
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
-    """Which scores a boolean or additive mask leaves, as a boolean."""
+    """Return a boolean mask, True at visible scores, of a boolean or additive mask."""
     return mask if mask.dtype == torch.bool else mask > -1e4
 
 
 @dataclass
 class Call:
-    """What one module gave to the attention interface during the probe."""
+    """The arguments of a module's call of the attention interface.
+
+    Attributes:
+        query, key, value: the shapes `[B, heads, T, D]`.
+        mask: the attention mask. None if the module got no mask.
+        extra: the other keyword arguments.
+        count: the number of calls in one forward.
+    """
 
     query: torch.Size
     key: torch.Size
@@ -38,7 +45,7 @@ class Call:
 
 @dataclass
 class Probe:
-    """An attention function that records its calls and attends to nothing."""
+    """An attention function that records its calls and returns zeros."""
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)
 
@@ -50,7 +57,7 @@ class Probe:
 
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
-    """While open, the model runs with `recorder` for its attention, with full additive masks, in eval mode."""
+    """Use `recorder` as attention, in eval mode and with full additive masks, while the context is open."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
     before = [c._attn_implementation_internal for c in configs]
@@ -72,8 +79,11 @@ def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
-    """Two forwards of three tokens: the first finds the modules, the second, with a cache, sees what reaches
-    each. No marker reaches a layer of a model that returns no cache: its states are lost.
+    """Run three tokens through a model and record the attention call of each module.
+
+    The first forward finds the modules. The second one has a cache and shows which modules can receive a
+    state, by a marker in their keyword arguments. A model that does not return its cache loses the states, so
+    its markers are removed.
 
     Raises:
         UserError: the model does not run with a `DynamicCache`.
@@ -102,24 +112,27 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
 
 @contextmanager
 def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
-    """Turn what a model's own code raises into a UserError: that of some types fails with the sizes of some configs."""
+    """Turn any exception of the model's own code into a UserError.
+
+    Some model types fail with the sizes of some configs.
+    """
     try:
         yield
-    except Exception as error:  # other people's code, which may raise anything
+    except Exception as error:  # third-party code may raise any exception
         raise UserError(
             f"{type(model).__name__} cannot be converted: {otherwise} ({type(error).__name__}: {error})",
-            "Choose a model that does.",
+            "Choose another model.",
         ) from error
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """A decoder beside an encoder gets a token less, so that its attention to the encoder shows."""
+    """Return the model's inputs. A decoder gets a token less than its encoder, to reveal cross-attention."""
     decoder = {"decoder_input_ids": ids[:, :-1]} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **decoder}
 
 
 def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
-    """A plain cache for models of one stack that take any; an encoder-decoder makes its own."""
+    """Return the cache argument: a `DynamicCache` if the model takes one, nothing for an encoder-decoder."""
     takes = "past_key_values" in signature(model.forward).parameters
     return (
         {"past_key_values": DynamicCache(config=model.config)}
@@ -129,10 +142,12 @@ def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
 
 
 def is_cross(call: Call) -> bool:
+    """Return True if a call is cross-attention: its keys have another length."""
     return call.query[2] != call.key[2]
 
 
 def is_causal(module: nn.Module, call: Call) -> bool:
+    """Return True if a call's attention is causal."""
     if call.mask is None:
         return bool(getattr(module, "is_causal", True))
     seen = visible(call.mask[0, 0])
@@ -140,7 +155,7 @@ def is_causal(module: nn.Module, call: Call) -> bool:
 
 
 def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """As `runtime.dispatch.pass_state`, with a marker in place of the state."""
+    """Pass a marker as the state, as `runtime.dispatch.pass_state` passes the state."""
     parameters = signature(module.forward).parameters.values()
     if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
         return None
@@ -148,8 +163,9 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def score_bias(module: nn.Module, call: Call) -> Tensor | None:
-    """All that is added to the scores, minus infinity where the mask hides them, broadcastable to
-    `[B, heads, T, T]`; None: nothing is added.
+    """Return the sum of all biases on the scores, broadcastable to `[B, heads, T, T]`.
+
+    It is minus infinity where the mask hides the scores. Return None if nothing is added to the scores.
     """
     terms = [x for name, x in call.extra.items() if isinstance(x, Tensor) and name != "s_aux"]
     terms = [x for x in [*terms, call.mask] if x is not None and x.is_floating_point()]
@@ -165,14 +181,20 @@ def score_bias(module: nn.Module, call: Call) -> Tensor | None:
 
 
 def has_bias(module: nn.Module, call: Call) -> bool:
-    """Whether something other than 0 is added to scores that the mask leaves."""
+    """Return True if a bias other than 0 is added to visible scores."""
     bias = None if is_cross(call) else score_bias(module, call)
     return bias is not None and bool((bias.isfinite() & (bias != 0)).any())
 
 
 @dataclass
 class BiasProbe:
-    """An attention function that reads the position biases of some modules and attends to nothing."""
+    """An attention function that records the position biases of some modules and returns zeros.
+
+    Attributes:
+        wanted: the modules.
+        reach: the number of distances to record.
+        found: the biases by module.
+    """
 
     wanted: set[nn.Module]
     reach: int
@@ -188,11 +210,20 @@ class BiasProbe:
 
 
 def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
-    """A bias `[1, heads, T, T]` (minus infinity where hidden) as a function of distance, 0 at distance 0: `[heads,
-    reach]`, or to both sides, `[heads, 2 reach - 1]`; None if it is not one, or depends on the tokens.
+    """Return a bias as a function of token distance, 0 at distance 0, or None if it is not one.
 
-    A row of scores may be shifted as a whole, as ALiBi is in some models: softmax does not see it. Beyond the
-    last distance the last value goes on. Roundings of bfloat16 pass.
+    Softmax does not change if a row of scores is shifted as a whole, as ALiBi is in some models, so such
+    shifts are removed. Distances beyond the text get the last value. Rounding errors of bfloat16 are
+    tolerated.
+
+    Args:
+        bias: `[1, heads, T, T]`, minus infinity at hidden scores. A bias that requires gradients depends on
+            the tokens.
+        reach: the number of distances.
+        causal: False to return both directions.
+
+    Returns:
+        `[heads, reach]` if causal, else `[heads, 2 reach - 1]`.
     """
     if bias.requires_grad:
         return None
@@ -205,7 +236,7 @@ def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
 
 
 def one_side(bias: Tensor, reach: int) -> Tensor | None:
-    """The diagonals of a bias `[heads, T, T]` from the main one downwards, `[heads, reach]`."""
+    """Return the diagonals of a bias `[heads, T, T]`, from the main one down, `[heads, reach]`, or None."""
     scale = bias[bias.isfinite()].abs().max()
     curve = []
     for distance in range(min(reach, bias.shape[-1])):
@@ -222,9 +253,10 @@ def one_side(bias: Tensor, reach: int) -> Tensor | None:
 
 
 def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int) -> dict[nn.Module, Tensor]:
-    """The biases (see `by_distance`) of the modules that add one that is a function of distance alone.
+    """Return the biases (see `by_distance`) of the modules whose bias is a function of distance alone.
 
-    The forward of one row records what depends on the tokens: only the embeddings' output asks for gradients.
+    Only the output of the embeddings requires gradients, so a bias that requires gradients depends on the
+    tokens.
     """
     recorder = BiasProbe({module for module, call in calls.items() if has_bias(module, call)}, reach)
     if not recorder.wanted:

@@ -7,7 +7,7 @@ from accelerate.tracking import GeneralTracker
 
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.costs import costs
-from linearize_cli.conversion.estimate import estimate, measured_flops
+from linearize_cli.conversion.estimate import Estimate, measured_flops
 from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.phantom import Phantom
@@ -20,7 +20,6 @@ from linearize_cli.conversion.preflight import (
     with_batch_size,
 )
 from linearize_cli.data.readers import BadRows
-from linearize_cli.methods.recipe import with_budget
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.models.load import check_device, load_shape
 from linearize_cli.models.tasks import task_class
@@ -31,7 +30,7 @@ from linearize_cli.training.text import open_sources
 
 
 def default_output(model: str, method: str) -> Path:
-    """`./MODEL-METHOD`."""
+    """Return the default output folder, `./MODEL-METHOD`."""
     method = Path(method).stem if method.endswith((".yaml", ".yml")) else method
     return Path(f"{Path(model).name or 'model'}-{method.replace(':', '-')}")
 
@@ -66,19 +65,19 @@ def convert(
 ) -> dict[str, Any] | None:
     """Turn a softmax checkpoint into a linear-attention artifact.
 
-    The arguments are those of `linearize convert`; a tracker may also be one of accelerate's own kind. Returns
-    the report (the contents of `linearize.json`, and `output`); with `dry_run` the plan and its costs, by
-    the model's config alone, and nothing is written.
-    Of several processes only the main one returns it, the others None.
+    The arguments are those of `linearize convert`. A tracker may also be one of accelerate's trackers.
+
+    Returns:
+        the report: the contents of `linearize.json`, and `output`. With `dry_run`, the plan and its costs,
+            which need only the model's config, and nothing is written. Only the main process of a distributed
+            run returns the report.
 
     Raises:
-        UserError: anything the caller can mend. Nothing half-written is left.
-        CheckFailed: the converted model's forms do not agree; nothing is saved.
-        KeyboardInterrupt: `<output>.partial` is left for `resume`.
+        UserError: the caller can correct the error. No incomplete artifact is left.
+        CheckFailed: the forms of the converted model disagree. Nothing is saved.
+        KeyboardInterrupt: `<output>.partial` is kept for `resume`.
     """
-    recipe = with_budget(load_recipe(method, overrides, trust_remote_code), tokens)
-    if data:
-        recipe = with_budget(recipe, data=", ".join(data))
+    recipe = load_recipe(method, overrides, trust_remote_code).with_budget(tokens, ", ".join(data))
     job = Job(
         model,
         recipe,
@@ -113,10 +112,10 @@ def convert(
 def plan_report(
     job: Job, device: str, trust_remote_code: bool, processes: int, flops: float | None
 ) -> dict[str, Any]:
-    """What a conversion would do, and what that takes. Of the model only its config is read.
+    """Return the plan of a conversion and its estimated costs, from the model's config alone.
 
     Args:
-        flops: a second, of one process; None: measured on `device`.
+        flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)
     check_device(device)
@@ -149,7 +148,7 @@ def plan_report(
     dtype, where = model.dtype, "as given"
     if flops is None:
         name = str(dtype).removeprefix("torch.")
-        flops, where = measured_flops(device, dtype), f"a product of matrices in {name}, measured on {device}"
+        flops, where = measured_flops(device, dtype), f"a matrix product in {name}, measured on {device}"
     counted = costs(model, linear, softmax, job.recipe, length)
-    lines = estimate(counted, job, length, dtype.itemsize, processes, flops, where)
+    lines = Estimate(counted, job, length, dtype.itemsize, processes, flops, where).all()
     return {**report, "estimate": lines}

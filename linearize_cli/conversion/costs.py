@@ -1,51 +1,52 @@
-"""What a conversion costs by the model's shape alone: counted on its own code, with its weights on the meta device."""
+"""The numbers that a conversion's memory and time follow from: formulas of the shapes of its modules.
 
-from collections import Counter
-from contextlib import ExitStack
+Nothing runs here. Counts of parameters are exact. Bytes of activations are those of the tensors that autograd keeps,
+within about a factor of 1.5.
+"""
+
 from dataclasses import dataclass
 
-import torch
+from linearize_kernels.equation import LinearAttention
 from torch import nn
-from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from linearize_cli.conversion.attention_probe import Probe, inputs_of, recording
 from linearize_cli.conversion.layer_selection import conversion_record
-from linearize_cli.conversion.phantom import Phantom, learning_inputs, saved_bytes, shortened, watched
-from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Recipe
-from linearize_cli.models.batch import Batch
 from linearize_cli.models.layer import Layer
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.model import linear_parameters
-from linearize_cli.training.attention_transfer import Transfer
-from linearize_cli.training.distillation import Distillation
-from linearize_cli.training.streamed_layers import LayerBlocks
-from linearize_cli.training.student import student_and_teacher
+from linearize_cli.training.student import layer_of, lora_targets, vocabulary_parameters
 
-FEW = 8  # tokens of a forward whose products are counted
-MOST = 256  # and of one whose activations are
+FP32 = 4  # bytes
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_top_k")  # as configs name it
+RECOMPUTED = {
+    ("sliding", "softmax", "shared"),
+    ("group", "relu2", "none"),
+}  # forms that keep their inputs alone
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Numbers that a conversion's memory and time follow from.
+    """Numbers that memory and time follow from. Bytes and FLOPs are per token.
 
     Attributes:
-        parameters, bytes: of the base model.
-        layers: bytes of each decoder layer's weights; empty where the layers stand in no one list.
+        parameters: parameters of the base model.
+        bytes: bytes of the base model.
+        layers: bytes of the weights of each decoder layer; empty where the layers are not in one list.
         linear: parameters that conversion adds.
-        others: parameters that distillation trains beside these, LoRA's or the model's own.
-        copied: bytes of the teacher's own weights, where the model's own are trained.
-        products: multiply-adds a token outside attention, in one forward.
-        softmax, attention: FLOPs a token of all softmax attention that becomes linear, and of what it becomes.
-        stays: FLOPs a token of the softmax attention that stays.
-        width: of the hidden states.
-        transfer, distill: bytes a token that autograd keeps in each layer, in either stage.
-        loss: bytes a token that it keeps outside the layers, in distillation.
-        forward: bytes a token of what the modules of the largest layer return.
+        others: parameters that distillation trains besides these: LoRA, or the weights of the model.
+        copied: bytes of the teacher's own weights, where the weights of the model are trained.
+        products: multiply-adds outside attention in one forward.
+        softmax: FLOPs of the softmax attention that becomes linear.
+        attention: FLOPs of the linear attention.
+        stays: FLOPs of the softmax attention that stays.
+        width: size of the hidden states.
+        vocabulary: number of logits; 0 without a head.
+        transfer: bytes that autograd keeps in each layer during transfer.
+        distill: bytes that autograd keeps in each layer during distillation.
+        forward: bytes of the outputs of all modules in the largest layer.
+        inner: bytes of the features and scores of one layer, where the backward computes them again.
     """
 
     parameters: int
@@ -59,118 +60,133 @@ class Costs:
     attention: float
     stays: float
     width: int
+    vocabulary: int
     transfer: list[float]
     distill: list[float]
-    loss: float
     forward: float
+    inner: int
 
 
 def costs(
     model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], recipe: Recipe, length: int
 ) -> Costs:
-    """Converts `model`, which is on the meta device, and counts.
+    """Compute the costs of a conversion from the shapes of a model, which is linearized here.
 
     Args:
+        model: a model on the meta device.
         length: tokens of a block.
     """
-    base = dict(parameters=sum(p.numel() for p in model.parameters()), bytes=model.get_memory_footprint())
-    try:
-        blocks = LayerBlocks.of(model, [layer.name for layer in linear], 1, "meta")
-        layers = list(blocks.layers(model))
-    except UserError:
-        layers = []
-    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
-    native, returns = model.config._attn_implementation, [0] * len(layers)
-    results: list[int] = [0] * len(layers)
+    attentions, lora, head = linear + softmax, recipe.recover.distill.lora, model.get_output_embeddings()
+    width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
+    lists = dict.fromkeys(layer_of(model, layer.name).rpartition(".")[0] for layer in attentions)
+    layers = {f"{name}.{i}": x for name in lists for i, x in model.get_submodule(name).named_children()}
+    inside = [[x for x in attentions if f"{x.name}.".startswith(f"{name}.")] for name in layers]
+    projections = [sum(multiply_adds(model, x.name) for x in own) for own in inside]
+    outside = [multiply_adds(model, name) - part for name, part in zip(layers, projections, strict=True)]
+    base = dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes=model.get_memory_footprint(),
+        layers=[sum(p.nbytes for p in x.parameters()) for x in layers.values()] if len(lists) == 1 else [],
+        products=multiply_adds(model),
+    )
+    vocabulary = {id(p) for p in vocabulary_parameters(model)}
+    weights = [] if lora else [p for p in model.parameters() if id(p) not in vocabulary]
 
-    def see(index: int, output: object) -> None:
-        returns[index] = len(output) if isinstance(output, tuple) else 0
-
-    leaves = [[x for x in layer.modules() if next(x.children(), None) is None] for layer in layers]
-    owner = [i for i, some in enumerate(leaves) for _ in some]
-
-    def add(index: int, output: object) -> None:
-        results[owner[index]] += sum(x.nbytes for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor))
-
-    def ids(tokens: int) -> torch.Tensor:
-        return torch.zeros(1, tokens, dtype=torch.int64)
-
-    products = FlopCounterMode(display=False)
-    seen = (watched(layers, see), watched(sum(leaves, []), add), recording(model, Probe()))
-    with ExitStack() as opened, torch.no_grad(), products, Phantom():
-        for context in seen:
-            opened.enter_context(context)
-        model(**inputs_of(model, ids(FEW)), use_cache=False)
     linearize(model, conversion_record(model, recipe, linear, softmax))
-    model.requires_grad_(False)
-    learning = linear_parameters(model)
-    for parameter in learning:
-        parameter.requires_grad_(True)
-    tokens = min(length, MOST)
-    batch_ids = ids(tokens).repeat(2, 1)  # of one row alone, some copies are none
-    inputs = inputs_of(model, batch_ids) | {"use_cache": False}
-    batch = Batch(inputs, inputs.get("decoder_input_ids", batch_ids))
-    kinds = [kind(layer) for layer in layers]
-    first = [kinds.index(x) for x in kinds]
-
-    def saved(objective: nn.Module, behind_others: bool = False) -> tuple[list[float], float]:
-        with ExitStack() as opened:
-            opened.enter_context(shortened(layers, set(first), returns))
-            if behind_others:
-                opened.enter_context(learning_inputs([layers[i] for i in set(first)]))
-            counted = opened.enter_context(saved_bytes(layers))
-            opened.enter_context(Phantom())
-            objective(batch)
-        return [counted[i] / batch_ids.numel() for i in first], counted[None] / batch_ids.numel()
-
-    transfer, rest = saved(Transfer(model, native)) if learning else ([0.0] * len(layers), 0.0)
-    added = sum(p.numel() for p in learning)
-    student, teacher = student_and_teacher(model, recipe.recover.distill.lora, on_meta=True)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    held = {id(p) for p in student.parameters()}
-    copied = [p for p in teacher.parameters() if id(p) not in held] if teacher else []
-    objective = Distillation(student, native, recipe.recover.distill, teacher)
-    distill, loss = saved(objective)
-    distill[1:] = saved(objective, behind_others=True)[0][1:]
+    modules = {name: module.linear_attention for name, module in converted(model).items()}
+    updated = [model.get_submodule(name) for name in lora_targets(model, lora.targets)] if lora else []
+    updates = sum(lora.rank * sum(module.weight.shape) for module in updated)
+    transfer, distill, forward = [], [], []
+    for own, part in zip(inside, outside, strict=True):
+        attended = [modules[x.name] for x in own if x.name in modules]
+        kept = sum(input_bytes(x, itemsize) + (0 if recomputes(x) else inner_bytes(x)) for x in attended)
+        stays = itemsize * sum(heads_width(x) for x in own if x.name not in modules)
+        around = part / width * itemsize + 4 * width * FP32
+        transfer.append(kept if any(linear_parameters(x) for x in attended) else 0)
+        distill.append(kept + stays + around)
+        forward.append(around + itemsize * sum(map(heads_width, own)))
     return Costs(
         **base,
-        layers=sizes,
-        linear=added,
-        others=trained - added,
-        copied=sum(p.nbytes for p in copied),
-        products=products.get_total_flops() / 2 / FEW,
+        linear=sum(p.numel() for p in linear_parameters(model)),
+        others=updates + sum(p.numel() for p in weights),
+        copied=sum(p.nbytes for p in weights),
         softmax=sum(softmax_flops(layer, length) for layer in linear),
-        attention=attention_flops(model, tokens),
+        attention=sum(linear_flops(module) for module in modules.values()),
         stays=sum(softmax_flops(layer, length) for layer in softmax),
-        width=model.config.get_text_config().hidden_size,
-        transfer=transfer or [rest],
-        distill=distill or [loss],
-        loss=loss if distill else 0.0,
-        forward=max(results, default=0) / FEW,
+        width=width,
+        vocabulary=0 if head is None else len(head.weight),
+        transfer=transfer,
+        distill=distill,
+        forward=max(forward),
+        inner=max((inner_bytes(x) for x in modules.values() if recomputes(x)), default=0),
     )
 
 
-def kind(layer: nn.Module) -> tuple:
-    """Equal for layers of the same modules with parameters of the same shapes."""
-    modules = tuple((name, type(x).__name__) for name, x in layer.named_modules())
-    return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+def multiply_adds(model: PreTrainedModel, name: str = "") -> float:
+    """Return the multiply-adds per token of the matrices in a part of a model: a token is sent to some experts only."""
+    config = model.config.get_text_config()
+    experts = next((getattr(config, key) for key in EXPERTS_PER_TOKEN if hasattr(config, key)), None)
+    total = 0.0
+    for module in model.get_submodule(name).modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for p in module.parameters(recurse=False):
+            stacked = p.dim() == 3 and not isinstance(module, nn.Conv1d)
+            share = experts / len(p) if stacked and experts else 1
+            total += p.numel() * share if p.dim() > 1 else 0
+    return total
+
+
+def heads_width(layer: Layer) -> int:
+    """Return the entries of the queries, keys, values and outputs of a token."""
+    g = layer.geometry
+    return (g["heads"] + g["kv_heads"]) * (g["key_dim"] + g["value_dim"])
 
 
 def softmax_flops(layer: Layer, length: int) -> float:
-    """FLOPs a token of both products of softmax attention; a causal token sees half of the others on average."""
+    """Return the FLOPs per token of softmax attention. A causal token sees half of the block on average."""
     g, seen = layer.geometry, (length + 1) / 2 if layer.causal else length
     return 2 * g["heads"] * (g["key_dim"] + g["value_dim"]) * seen
 
 
-def attention_flops(model: PreTrainedModel, tokens: int) -> float:
-    """FLOPs a token of the products of all linear layers in one forward, counted on one layer of each equation."""
-    modules = [module.linear_attention for module in converted(model).values()]
-    one = {module.equation: module for module in modules}
-    total = 0.0
-    for equation, count in Counter(module.equation for module in modules).items():
-        heads = ((equation.heads, equation.key_dim), (equation.kv_heads, equation.key_dim))
-        shapes = (*heads, (equation.kv_heads, equation.value_dim))
-        with FlopCounterMode(display=False) as counter, Phantom(), torch.no_grad():
-            one[equation](*(torch.zeros(1, h, tokens, width) for h, width in shapes), None)
-        total += count * counter.get_total_flops() / tokens
-    return total
+def reach(attention: LinearAttention) -> tuple[int, int]:
+    """Return the keys that a query meets in the local part, and in the features of its own chunk."""
+    eq = attention.equation
+    if eq.scope == "group" and eq.size:
+        return eq.size, 0
+    return eq.chunk + (eq.recent if eq.causal else 2 * eq.recent), eq.chunk
+
+
+def feature_count(attention: LinearAttention) -> int:
+    """Return the features per head, 0 without a far part."""
+    return 0 if attention.far is None else attention.far.state_width[0]
+
+
+def linear_flops(attention: LinearAttention) -> float:
+    """Return the FLOPs per token of linear attention: scores, features within the chunk, state, learned parameters."""
+    eq, features, (local, chunk) = attention.equation, feature_count(attention), reach(attention)
+    scores = eq.heads * (eq.key_dim + eq.value_dim) * local
+    within = eq.heads * (features + eq.value_dim) * chunk if features else 0
+    state = (eq.heads + eq.far_heads) * features * eq.value_dim
+    return 2 * (scores + within + state + sum(p.numel() for p in attention.parameters()))
+
+
+def input_bytes(attention: LinearAttention, itemsize: int) -> int:
+    """Return the bytes per token of queries, keys and values, and of the output and its error in fp32."""
+    eq = attention.equation
+    inputs = eq.heads * eq.key_dim + eq.kv_heads * (eq.key_dim + eq.value_dim)
+    return itemsize * inputs + 2 * FP32 * eq.heads * eq.value_dim
+
+
+def inner_bytes(attention: LinearAttention) -> int:
+    """Return the bytes per token within linear attention: the features twice, and the scores four times."""
+    eq = attention.equation
+    features = 2 * (eq.heads + eq.far_heads) * feature_count(attention)
+    return FP32 * (features + 4 * eq.heads * reach(attention)[0])
+
+
+def recomputes(attention: LinearAttention) -> bool:
+    """Return whether autograd keeps the inputs alone, and the backward computes the features and scores again."""
+    eq = attention.equation
+    plain = eq.softcap is None and not eq.bias and eq.memory == "none" and eq.feature_map != "linformer"
+    return plain and eq.size > 0 and (eq.scope, eq.score, eq.combine) in RECOMPUTED

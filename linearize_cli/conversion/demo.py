@@ -11,13 +11,13 @@ from linearize_cli.metrics.evaluation import evaluate
 from linearize_cli.terminal import Terminal
 from linearize_cli.verification.verify import verify
 
-WINDOW = 32  # well below the distances over which the demo's text must be recalled
+WINDOW = 32  # well below the distances of the demo text's repeated words
 TOKENS = 600_000
 SEQ_LEN = 256
-LONGER = 4 * SEQ_LEN  # the length of blocks that show what lies beyond
-CONTEXT = 100_000
+LONGER = 4 * SEQ_LEN  # block length of the evaluation beyond the training length
+CONTEXT = 100_000  # context at which memory is compared
 TIMED = (SEQ_LEN, 8 * SEQ_LEN)  # contexts of the benchmark
-SECONDS = 6.0  # for its repeats
+SECONDS = 6.0  # time for its repeats
 
 
 def demo(
@@ -31,10 +31,11 @@ def demo(
     seed: int = 0,
     terminal: Terminal | None = None,
 ) -> dict[str, Any]:
-    """Convert the embedded teacher, measure the artifact beside it, verify it, and time both.
+    """Convert the embedded teacher, evaluate and verify the artifact, and benchmark both models.
 
-    Returns the report of `convert`, with that of `eval` and its `recall`, `verdict`, that of `bench` and the
-    `context` that memory is compared at.
+    Returns:
+        the report of `convert`, with `eval`, `recall`, `verdict`, `bench` and the `context` of the memory
+            comparison.
     """
     terminal = terminal or Terminal(quiet=True)
     report = convert(

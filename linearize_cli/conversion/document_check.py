@@ -1,4 +1,4 @@
-"""Whether a model keeps documents apart that are packed into one row."""
+"""A check of document masking: documents packed into one row must not attend to each other."""
 
 from inspect import signature
 
@@ -14,13 +14,17 @@ LENGTHS = (5, 9)
 
 
 @torch.no_grad()
-def check_apart(model: PreTrainedModel, native: str) -> None:
-    """Compare a document behind another with the same document alone, in the softmax teacher and converted.
+def check_document_masking(model: PreTrainedModel, native: str) -> None:
+    """Compare a packed second document with the same document alone, in the softmax teacher and in the
+    converted model.
+
+    Args:
+        native: the attention implementation of the base model (`sdpa`, `eager`).
 
     Raises:
-        UserError: one of the two lets a document see what lies before it.
+        UserError: a document attends to the one before it, or the model takes no position ids.
     """
-    hint = "Leave out recover.separate_documents: documents are then read as one text."
+    hint = "Remove recover.separate_documents. Documents are then read as one text."
     if "position_ids" not in signature(model.forward).parameters:
         raise UserError("recover.separate_documents: the model takes no position_ids", hint)
     vocabulary = model.config.get_text_config().vocab_size
@@ -42,7 +46,7 @@ def check_apart(model: PreTrainedModel, native: str) -> None:
     for who, (actual, limit) in (("base", teacher), ("converted", difference())):
         if not actual <= limit:
             raise UserError(
-                f"recover.separate_documents: the {who} model lets a document see the one before it "
+                f"recover.separate_documents: in the {who} model a document attends to the one before it "
                 f"(its logits differ by {actual:.2g})",
                 hint,
             )

@@ -1,178 +1,196 @@
-"""`convert --dry-run`: what a conversion takes in memory, disk and time, with the arithmetic of every line."""
+"""`convert --dry-run`: the memory, disk space and time of a conversion, with the arithmetic of every line."""
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from linearize_cli.conversion.costs import Costs
+from linearize_cli.conversion.costs import FP32, Costs
+from linearize_cli.training.distillation import LOGITS
 from linearize_cli.training.job import Job
 
-TRAINED = 16  # bytes of a parameter that learns: itself, its gradient and AdamW's two averages, 4 each
-KEPT = 12  # and of one in a training checkpoint, without its gradient
+TRAINED = 16  # bytes of a trained parameter: itself, its gradient and two averages of AdamW, 4 each
+KEPT = 12  # bytes of a trained parameter in a training checkpoint, which holds no gradient
+SEGMENT = 1024  # tokens whose features and scores exist at a time, where the backward computes them again
 
 
-class Lines:
-    """The lines of an estimate: what, how it comes about, and the number."""
+@dataclass
+class Estimate:
+    """The estimate of a conversion, section by section.
 
-    def __init__(self):
-        self.lines: list[dict[str, Any]] = []
-        self.section = ""
+    Attributes:
+        length: tokens of a block.
+        itemsize: bytes of a number in the dtype of the model.
+        processes: training processes, which share the weights and the batch.
+        flops: FLOP/s of one process.
+        source: how `flops` is known.
+        lines: the lines so far, each with `section`, `what`, `arithmetic`, `value` and `unit`.
+    """
+
+    costs: Costs
+    job: Job
+    length: int
+    itemsize: int
+    processes: int
+    flops: float
+    source: str
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    section: str = ""
+
+    def __post_init__(self):
+        recover, per_step = self.job.recipe.recover, self.length * self.job.batch_size
+        rows = -(-self.job.batch_size // self.processes)
+        self.tokens, self.batch = rows * self.length, f"{rows} x {self.length} tokens"
+        self.shared = f" / {self.processes} processes" if self.processes > 1 else ""
+        steps = recover.tokens // per_step if self.job.train else 0
+        transfer = round(steps * recover.transfer.share) if self.costs.linear else 0
+        self.budget = {"transfer": transfer * per_step, "distill": (steps - transfer) * per_step}
+        self.size, layers = recover.transfer.block_layers or 1, len(self.costs.layers)
+        self.blocks = [range(i, min(i + self.size, layers)) for i in range(0, layers, self.size)]
+        self.lora = recover.distill.lora
+        self.kind = "LoRA" if self.lora else "the model's own"
+
+    def all(self) -> list[dict[str, Any]]:
+        """Return the lines of all sections."""
+        self.model()
+        self.transfer()
+        if self.blocks:
+            self.transfer_by_blocks()
+        self.distillation()
+        self.disk()
+        self.time()
+        return self.lines
 
     def add(self, what: str, arithmetic: str, value: float, unit: str = "B") -> float:
-        self.lines.append(
-            {"section": self.section, "what": what, "arithmetic": arithmetic, "value": value, "unit": unit}
-        )
+        """Add a line to the section and return its value."""
+        line = {"section": self.section, "what": what, "arithmetic": arithmetic, "value": value, "unit": unit}
+        self.lines.append(line)
         return value
 
-    def total(self, what: str, *values: float) -> None:
-        self.add(what, "the sum", sum(values))
+    def total(self) -> float:
+        """Add the sum of the section's lines and return it."""
+        values = [line["value"] for line in self.lines if line["section"] == self.section]
+        return self.add("in all", "the sum", sum(values))
 
-
-def estimate(
-    costs: Costs, job: Job, length: int, itemsize: int, processes: int, flops: float, source: str
-) -> list[dict[str, Any]]:
-    """
-    Args:
-        length: tokens of a block; itemsize: bytes of a number in the model's dtype.
-        flops: a second, of one process; source: where that number comes from.
-
-    Returns:
-        Lines of `section`, `what`, `arithmetic`, `value` and `unit`.
-    """
-    out, c, recover = Lines(), costs, job.recipe.recover
-    rows = -(-job.batch_size // processes)
-    tokens, of_n = rows * length, f" / {processes} processes" if processes > 1 else ""
-    batch = f"{rows} x {length} tokens"
-    size = recover.transfer.block_layers or 1
-    spans = [range(i, min(i + size, len(c.layers))) for i in range(0, len(c.layers), size)]
-    steps = recover.tokens // (length * job.batch_size) if job.train else 0
-    transfer = round(steps * recover.transfer.share) if c.linear else 0
-    budget = {
-        "transfer": transfer * length * job.batch_size,
-        "distill": (steps - transfer) * length * job.batch_size,
-    }
-
-    out.section = "the model"
-    out.add("parameters", "of the base model", c.parameters, "parameters")
-    out.add("linear parameters", "added by the conversion, fp32", c.linear, "parameters")
-    lora = recover.distill.lora
-    kind = "LoRA" if lora else "the model's own"
-    reach = f"rank {lora.rank}, targets {lora.targets}, fp32" if lora else "all but the embeddings, fp32"
-    out.add(f"{kind} parameters", f"trained by distillation: {reach}", c.others, "parameters")
-
-    def trained(count: int, what: str) -> float:
-        return out.add(
-            what, f"{count:,} x {TRAINED} B{of_n}: fp32, gradient, AdamW", count * TRAINED / processes
+    def model(self) -> None:
+        self.section, c = "the model", self.costs
+        targets = (
+            f"rank {self.lora.rank}, targets {self.lora.targets}" if self.lora else "all but the embeddings"
+        )
+        self.add("parameters", "of the base model", c.parameters, "parameters")
+        self.add("linear parameters", "added by the conversion, fp32", c.linear, "parameters")
+        self.add(
+            f"{self.kind} parameters", f"trained by distillation: {targets}, fp32", c.others, "parameters"
         )
 
-    out.section = "on the device, transfer of all layers at once" + (", each process" if of_n else "")
-    weights = out.add("weights", f"of the checkpoint{of_n}", c.bytes / processes)
-    gathered = [max(c.layers)] if of_n and c.layers else []
-    for value in gathered:
-        out.add("a layer, gathered", "the largest", value)
-    learning = trained(c.linear, "linear parameters")
-    working = out.add("one layer's forward", f"{batch} x {c.forward:,.0f} B", tokens * c.forward)
-    kept = out.add(
-        "kept for backward", f"{batch} x {sum(c.transfer):,.0f} B, all layers", tokens * sum(c.transfer)
-    )
-    out.total("in all", weights, *gathered, learning, working, kept)
-
-    if spans:
-        out.section = f"on the device, transfer by blocks (recover.transfer.block_layers {size})"
-        others = out.add("weights outside the layers", "embeddings, norms, head", c.bytes - sum(c.layers))
-        largest = max(sum(c.layers[i] for i in span) for span in spans)
-        block = out.add("weights of a block", f"{size} of {len(c.layers)} layers, the largest block", largest)
-        share = max(sum(c.transfer[i] for i in span) for span in spans)
-        part = -(-c.linear * size // max(1, sum(x > 0 for x in c.transfer)))
-        learning = out.add(
-            "its linear parameters", f"{part:,} x {TRAINED} B: fp32, gradient, AdamW", part * TRAINED
+    def transfer(self) -> None:
+        self.section = "on the device, transfer of all layers at once" + (
+            ", each process" if self.shared else ""
         )
-        out.add("one layer's forward", f"{batch} x {c.forward:,.0f} B", working)
-        kept = out.add("kept for backward", f"{batch} x {share:,.0f} B", tokens * share)
-        out.total("in all", others, block, learning, working, kept)
+        self.weights()
+        self.trained("linear parameters", self.costs.linear, self.processes)
+        self.working()
+        self.kept(self.costs.transfer, ", all layers")
+        self.total()
 
-    out.section = "on the device, distillation" + (", each process" if of_n else "")
-    weights = out.add("weights", f"of the checkpoint{of_n}", c.bytes / processes)
-    for value in gathered:
-        out.add("a layer, gathered", "the largest", value)
-    copied = (
-        [out.add("the teacher's weights", f"a frozen copy{of_n}", c.copied / processes)] if c.copied else []
-    )
-    learning = trained(c.linear + c.others, f"linear and {kind} parameters")
-    loss = out.add("head and loss", f"{batch} x {c.loss:,.0f} B", tokens * c.loss)
-    kept = out.add(
-        "kept for backward", f"{batch} x {sum(c.distill):,.0f} B, all layers", tokens * sum(c.distill)
-    )
-    out.total("in all", weights, *gathered, *copied, learning, loss, kept)
-    if spans:
-        each = len(c.distill) * c.width * itemsize + max(c.distill)
-        kept = out.add(
-            "kept, gradient checkpointing",
-            f"{batch} x ({len(c.distill)} layers x {c.width} x {itemsize} B + one layer's {max(c.distill):,.0f} B)",
-            tokens * each,
+    def transfer_by_blocks(self) -> None:
+        c = self.costs
+        self.section = f"on the device, transfer by blocks (recover.transfer.block_layers {self.size})"
+        self.add("weights outside the layers", "embeddings, norms, head", c.bytes - sum(c.layers))
+        largest = max(sum(c.layers[i] for i in block) for block in self.blocks)
+        self.add("weights of a block", f"{self.size} of {len(c.layers)} layers, the largest block", largest)
+        learning = sum(x > 0 for x in c.transfer)
+        self.trained("its linear parameters", -(-c.linear * self.size // max(1, learning)))
+        self.working()
+        self.kept(max(([c.transfer[i] for i in block] for block in self.blocks), key=sum))
+        self.total()
+
+    def distillation(self) -> None:
+        self.section = "on the device, distillation" + (", each process" if self.shared else "")
+        c = self.costs
+        self.weights()
+        if c.copied:
+            self.add("the teacher's weights", f"a frozen copy{self.shared}", c.copied / self.processes)
+        self.trained(f"linear and {self.kind} parameters", c.linear + c.others, self.processes)
+        logits = min(self.tokens * c.vocabulary, LOGITS)
+        self.add(
+            "head and loss",
+            f"(2 x {logits:,} logits + {self.batch} x {c.width}) x {FP32} B",
+            (2 * logits + self.tokens * c.width) * FP32,
         )
-        out.total("in all, gradient checkpointing", weights, *gathered, *copied, learning, loss, kept)
+        self.working()
+        kept = self.kept(c.distill, ", all layers")
+        total = self.total()
+        if self.blocks:
+            inputs, most = f"{len(c.distill)} layers x {c.width} x {self.itemsize} B", max(c.distill)
+            less = self.tokens * (len(c.distill) * c.width * self.itemsize + most)
+            arithmetic = f"{self.batch} x ({inputs} + one layer's {most:,.0f} B)"
+            self.add("kept, gradient checkpointing", arithmetic, less)
+            self.add("in all, gradient checkpointing", "with that in its place", total - kept + less)
 
-    out.section = "on disk"
-    artifact = out.add("artifact", f"the weights + {c.linear:,} x 4 B", c.bytes + 4 * c.linear)
-    most = c.linear + (c.others if budget["distill"] else 0)
-    checkpoint = out.add("training checkpoint", f"{most:,} x {KEPT} B: fp32, AdamW", most * KEPT)
-    between = min(2, len(spans) - 1) if recover.transfer.block_layers else 0
-    hidden = out.add(
-        "hidden states between blocks",
-        f"{between} x {budget['transfer']:,} tokens x {c.width} x {itemsize} B",
-        between * budget["transfer"] * c.width * itemsize,
-    )
-    out.total("in all", artifact, checkpoint, hidden)
+    def weights(self) -> None:
+        c = self.costs
+        self.add("weights", f"of the checkpoint{self.shared}", c.bytes / self.processes)
+        if self.shared and c.layers:
+            self.add("a layer, gathered", "the largest", max(c.layers))
 
-    out.section = "time"
-    speed = out.add("FLOP/s of a process", source, flops, "FLOP/s")
-    forward = out.add(
-        "forward, outside attention",
-        f"2 x {c.products:,.0f} multiply-adds a token",
-        2 * c.products,
-        "FLOP/token",
-    )
-    teacher = out.add(
-        "softmax attention",
-        f"2 x heads x (key + value size) x {'half ' if c.softmax else ''}of {length} tokens, all layers",
-        c.softmax + c.stays,
-        "FLOP/token",
-    )
-    linear = out.add("linear attention", "counted on its own code", c.attention, "FLOP/token")
-    per_token = {
-        "transfer": out.add(
-            "transfer",
-            "forward + softmax attention + 3 x linear attention (forward, backward)",
-            forward + teacher + 3 * linear,
-            "FLOP/token",
-        ),
-        "distill": out.add(
-            "distill",
-            "3 x forward (teacher, student, backward to activations) + softmax attention + 3 x (linear + kept softmax)",
-            3 * forward + teacher + 3 * (linear + c.stays),
-            "FLOP/token",
-        ),
-    }
-    rate = f"/ ({processes} x {speed:.3g} FLOP/s)"
-    seconds = [
-        out.add(
-            f"{stage} time",
-            f"{budget[stage]:,} tokens x {per_token[stage]:.4g} FLOP {rate}",
-            budget[stage] * per_token[stage] / (processes * speed),
-            "s",
+    def trained(self, what: str, count: int, processes: int = 1) -> None:
+        shared = self.shared if processes > 1 else ""
+        arithmetic = f"{count:,} x {TRAINED} B{shared}: fp32, gradient, AdamW"
+        self.add(what, arithmetic, count * TRAINED / processes)
+
+    def working(self) -> None:
+        c, tokens = self.costs, min(self.tokens, SEGMENT)
+        self.add("one layer's forward", f"{self.batch} x {c.forward:,.0f} B", self.tokens * c.forward)
+        if c.inner:
+            self.add("within linear attention", f"{tokens} tokens x {c.inner:,} B", tokens * c.inner)
+
+    def kept(self, per_layer: list[float], layers: str = "") -> float:
+        arithmetic = f"{self.batch} x {sum(per_layer):,.0f} B{layers}"
+        return self.add("kept for backward", arithmetic, self.tokens * sum(per_layer))
+
+    def disk(self) -> None:
+        self.section, c, tokens = "on disk", self.costs, self.budget["transfer"]
+        self.add("artifact", f"the weights + {c.linear:,} x {FP32} B", c.bytes + FP32 * c.linear)
+        most = c.linear + (c.others if self.budget["distill"] else 0)
+        self.add("training checkpoint", f"{most:,} x {KEPT} B: fp32, AdamW", most * KEPT)
+        times = min(2, len(self.blocks) - 1) if self.job.recipe.recover.transfer.block_layers else 0
+        arithmetic = f"{times} x {tokens:,} tokens x {c.width} x {self.itemsize} B"
+        self.add("hidden states between blocks", arithmetic, times * tokens * c.width * self.itemsize)
+        self.total()
+
+    def time(self) -> None:
+        self.section, c, unit = "time", self.costs, "FLOP/token"
+        speed = self.processes * self.add("FLOP/s of a process", self.source, self.flops, "FLOP/s")
+        arithmetic = f"2 x {c.products:,.0f} multiply-adds a token"
+        forward = self.add("forward, outside attention", arithmetic, 2 * c.products, unit)
+        seen = f"{'half ' if c.softmax else ''}of {self.length} tokens"
+        arithmetic = f"2 x heads x (key + value size) x {seen}, all layers"
+        teacher = self.add("softmax attention", arithmetic, c.softmax + c.stays, unit)
+        arithmetic = "2 x (local scores + features within a chunk + state + parameters), all layers"
+        linear = self.add("linear attention", arithmetic, c.attention, unit)
+        arithmetic = "forward + softmax attention + 3 x linear attention (forward, backward)"
+        transfer = self.add("transfer", arithmetic, forward + teacher + 3 * linear, unit)
+        arithmetic = (
+            "3 x forward (teacher, student, backward to activations) + softmax attention "
+            "+ 3 x (linear + kept softmax)"
         )
-        for stage in budget
-    ]
-    again = budget["distill"] * (forward + linear + c.stays) / (processes * speed)
-    out.add("more with gradient checkpointing", "the student's forward again", again, "s")
-    out.add("in all", "the sum without it", sum(seconds), "s")
-    return out.lines
+        distill = self.add("distill", arithmetic, 3 * forward + teacher + 3 * (linear + c.stays), unit)
+        seconds = 0.0
+        for stage, per_token in (("transfer", transfer), ("distill", distill)):
+            tokens = self.budget[stage]
+            arithmetic = (
+                f"{tokens:,} tokens x {per_token:.4g} FLOP / ({self.processes} x {self.flops:.3g} FLOP/s)"
+            )
+            seconds += self.add(f"{stage} time", arithmetic, tokens * per_token / speed, "s")
+        again = self.budget["distill"] * (forward + linear + c.stays) / speed
+        self.add("more with gradient checkpointing", "the student's forward again", again, "s")
+        self.add("in all", "the sum without it", seconds, "s")
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square product of matrices on the device: the best of a few, under a second or two."""
+    """Return the FLOP/s of a product of square matrices on the device: the best of four, within two seconds."""
     size = 8192 if torch.device(device).type != "cpu" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

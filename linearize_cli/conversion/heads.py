@@ -1,4 +1,4 @@
-"""`heads`: Medusa heads for an artifact."""
+"""`heads`: train Medusa heads for an artifact."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
-from linearize_cli.methods.recipe import HeadStage, Recipe, build, with_budget
+from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
@@ -51,30 +51,33 @@ def heads(
     seed: int = 0,
     terminal: Terminal | None = None,
 ) -> dict[str, Any] | None:
-    """Train Medusa heads for an artifact's model, which stays as it is; they are saved in its folder.
+    """Train Medusa heads for an artifact and save them in its folder. Its model does not change.
 
-    The arguments are those of `linearize heads`; text, tokens and blocks are the conversion's if not given. Returns
-    the facts that `linearize.json` then has under `medusa`, and `output`; of several processes, on the main one.
+    The arguments are those of `linearize heads`. Text, tokens and block length default to the conversion's.
+
+    Returns:
+        the facts under `medusa` in `linearize.json`, and `output`. Only the main process of a distributed run
+            returns them.
 
     Raises:
-        UserError: anything the caller can mend. Nothing half-written is left.
-        KeyboardInterrupt: `<artifact>.heads.partial` is left for `resume`.
+        UserError: the caller can correct the error. No incomplete heads are left.
+        KeyboardInterrupt: `<artifact>.heads.partial` is kept for `resume`.
     """
     folder = user_path(artifact).resolve()
     if not (folder / "linearize.json").is_file():
         raise UserError(
-            f"{artifact} is no artifact in a folder", "Give the folder that `linearize convert` wrote."
+            f"{artifact} is not the folder of an artifact", "Pass the folder that `linearize convert` wrote."
         )
     if (folder / FILE).exists() and not (force or resume):
-        raise UserError(f"{artifact} has heads already", "Pass --force to replace them.")
+        raise UserError(f"{artifact} already has heads", "Pass --force to replace them.")
     report = read_record(folder, whole=True)
-    recipe = with_budget(saved_recipe(folder), tokens)
+    recipe = saved_recipe(folder).with_budget(tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
-    job = Job(str(folder), *asked, heads, HeadStage.lr if lr is None else lr, skip_bad_rows)
+    job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
     engine = Engine(device)
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
@@ -86,8 +89,8 @@ def heads(
                 made, dtype, facts = train(job, workspace.path, engine, terminal, trust_remote_code)
                 if engine.main:
                     made.save(folder, dtype)
-                    with replacing(folder / LOG) as beside:
-                        shutil.copy(workspace.path / LOG, beside)
+                    with replacing(folder / LOG) as temporary:
+                        shutil.copy(workspace.path / LOG, temporary)
                     record_heads(folder, report, facts)
                     workspace.save_state({**workspace.state, "report": facts})
     return {**facts, "output": str(artifact)} if engine.main else None
@@ -96,10 +99,13 @@ def heads(
 def train(
     job: Job, partial: Path, engine: Engine, terminal: Terminal, trust_remote_code: bool
 ) -> tuple[MedusaHeads, torch.dtype, dict[str, Any]]:
-    """Train heads for the artifact that the job names; return them, the model's dtype and the facts about them.
+    """Train heads for the artifact that a job names.
 
     Args:
-        partial: keeps the checkpoint and the log.
+        partial: the folder of the checkpoint and the log.
+
+    Returns:
+        the heads, the model's dtype, and the facts about the heads.
     """
     text = NamedText(job)
     model, tokenizer = load(
@@ -119,37 +125,33 @@ def train(
 
 
 def identity(report: dict[str, Any]) -> str:
-    """Identify an artifact by its `linearize.json`, whatever heads it has."""
+    """Return a hash of an artifact's `linearize.json` that does not depend on its heads."""
     rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """The recipe of an artifact; that its parts can be had is not asked here.
+    """Return the recipe of an artifact. Its parts need not be registered.
 
     Raises:
-        UserError: it is not whole.
+        UserError: the file cannot be read, or lacks keys.
     """
-    problems: list[str] = []
-    try:
-        recipe = build(Recipe, read_yaml(folder / "recipe.yaml"), "", problems)
-    except UserError as error:
-        problems.append(error.what)
-    if problems:
-        what = f"{folder / 'recipe.yaml'} cannot be read: {'; '.join(problems)}"
-        raise UserError(what, "Convert the model again, or fetch the artifact again.")
-    return recipe
+    path, hint = folder / "recipe.yaml", "Convert the model again, or download the artifact again."
+    data = read_yaml(path, hint)
+    if faults := Recipe.faults(data):
+        raise UserError(f"{path} cannot be read: {'; '.join(faults)}", hint)
+    return Recipe.model_validate(data)
 
 
 def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Record the facts about new heads in `linearize.json`, and in the card unless somebody has edited it."""
+    """Record the facts about new heads in `linearize.json`, and in the card unless it was edited."""
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     before, report = card(report, **name), {**report, "medusa": facts}
-    # A run that was killed may have written the new card already.
+    # A killed run may have written the new card already.
     untouched = path.is_file() and path.read_text() in (before, card(report, **name))
     if report.get("checksums"):
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
-    if untouched:  # before linearize.json: a run that is killed in between does this again
+    if untouched:  # before linearize.json, so that a resumed run can do this again
         write_text(path, card(report, **name))
         report["card"] = sha256(path)
     write_json(folder / "linearize.json", report)

@@ -1,4 +1,4 @@
-"""`inspect`: what of a model can be converted, and what that saves."""
+"""`inspect`: list the layers of a model that can be converted, and the memory that this saves."""
 
 from typing import Any
 
@@ -16,10 +16,11 @@ CONTEXTS = (1_000, 4_000, 32_000, 128_000)
 def inspect(
     model: str, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """The layers of a model, which of them can be converted, and bytes per sequence by context.
+    """List the layers of a model, the reason why a layer cannot be converted, and the bytes per sequence by
+    context.
 
     Raises:
-        UserError: the model cannot be loaded or has no layer that a conversion could start from.
+        UserError: the model cannot be loaded, or has no layer that dispatches its attention.
     """
     refuse_linearized(model)
     teacher, _ = load_teacher(model, dtype, device, trust_remote_code)

@@ -1,4 +1,4 @@
-"""Which layers of a model can be converted, and why not the others: found by a probe, not by name."""
+"""Selection of the layers to convert. A probe finds them, not their names."""
 
 from typing import Any
 
@@ -32,8 +32,8 @@ from linearize_cli.models.tasks import task_class
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
 
-# The places in a cache that a converted layer can take: `runtime.places.cache_layer`.
-PLACES = (
+# Cache layers that a converted layer's own can replace (see `runtime.places.cache_layer`).
+CACHE_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -43,20 +43,20 @@ AUTO = "auto:"
 
 
 def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) -> list[Layer]:
-    """Every attention module that the model's forward reaches, in order.
+    """Return all attention modules that the model's forward calls, in order.
 
     Args:
-        reach: distances over which a position bias is read, as many as the local part's size.
-        cross: whether attention to an encoder is to be converted.
+        reach: the number of distances at which a position bias is read: the size of the local window.
+        cross: True to convert cross-attention.
 
     Raises:
-        UserError: the model's code is not transformers' own, or none of its layers dispatches its attention.
+        UserError: the model's code is not part of transformers, or no layer dispatches its attention.
     """
     kind = type(model).__name__
     if getattr(transformers, kind, None) is not type(model):
         raise UserError(
             f"{kind} is not a class of transformers, and an artifact cannot carry another repository's code",
-            "Choose a checkpoint whose model type transformers knows itself.",
+            "Choose a checkpoint whose model type is part of transformers.",
         )
     with adapted(model):
         calls = probe(model)
@@ -72,7 +72,7 @@ def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) ->
                     if found
                     else " (it has no softmax attention)"
                 ),
-                "`linearize inspect MODEL` shows what a model can do.",
+                "`linearize inspect MODEL` shows which layers of a model can be converted.",
             )
         names = {module: name for name, module in model.named_modules()}
         decoder = model.get_decoder() if model.config.is_encoder_decoder else model
@@ -90,6 +90,7 @@ def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) ->
 
 
 def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
+    """Return the keyword arguments of `runtime.layer.equation` for a module."""
     scale = call.extra.get("scaling")
     softcap = call.extra.get("softcap")
     sides = {"cross": True} if is_cross(call) else {} if is_causal(module, call) else {"causal": False}
@@ -112,40 +113,43 @@ def refusal(
     encodes: bool,
     cross: bool,
 ) -> str | None:
-    """Why a layer cannot be converted; None: it can. One that sees both sides can where the model `encodes`, one
-    that attends to an encoder where `cross` says so.
+    """Return the reason why a layer cannot be converted, or None if it can.
+
+    Args:
+        encodes: True if bidirectional layers can be converted.
+        cross: True if cross-attention can be converted.
     """
     if is_cross(call) and not cross:
-        return "cross-attention: its keys come from elsewhere"
+        return "cross-attention: its keys come from another sequence"
     if not is_cross(call) and not is_causal(module, call) and not (encodes and sees_all(call)):
         return "its attention is not causal"
     if has_bias(module, call) and bias is None:
         return "it adds a bias to its scores that is not a function of distance alone"
     if not is_cross(call) and not is_causal(module, call):
-        return None  # it decodes nothing, so it needs no state
+        return None  # it does not decode, so it needs no state
     if call.count > 1:
         return f"it calls attention {call.count} times in one forward"
     if call.extra.get("linearize_state") != PROBE:
-        return "it is given no cache, returns none, or passes no keyword arguments on: no state can reach it"
+        return "it takes no cache, returns no cache or drops keyword arguments, so it cannot receive a state"
     if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx < 0:
         return "it has no layer_idx, so it has no place in a cache"
     if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
         return "it shares keys and values with other layers"
     place = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
     indexed = isinstance(module, Indexed) and type(place) is DynamicIndexedLayer
-    if type(place) not in PLACES and not indexed:
+    if type(place) not in CACHE_LAYERS and not indexed:
         return "its cache holds more than keys and values (an index or compressed keys, say)"
     return None
 
 
 def sees_all(call: Call) -> bool:
-    """Whether every token sees all of the probe's, which fit into any local window."""
+    """Return True if every token of the probe sees all others."""
     return call.mask is None or bool(visible(call.mask[0, 0]).all())
 
 
 @torch.no_grad()
 def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Start the position biases of a linearized model as the base model's: those of softmax scores."""
+    """Initialize the position biases of a linearized model from the base model's, for softmax scores."""
     for layer in layers:
         attention = model.get_submodule(layer.name).linear_attention
         if (
@@ -159,14 +163,14 @@ def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
 
 
 def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:
-    """The layers to convert, and those that stay softmax.
+    """Split the layers into those to convert and those that stay softmax.
 
     Args:
-        keep: softmax layers to keep besides: `N`, evenly spread, or `at:i,j,k`, counted from 0. Those of
+        keep: more layers to keep softmax: `N` (evenly spread) or `at:i,j,k` (indices from 0). The layers of
             `auto:N` are chosen later and count as linear here.
 
     Raises:
-        UserError: none can be converted, or `keep` names what is not there.
+        UserError: no layer can be converted, or `keep` names a layer that does not exist.
     """
     linear = [layer for layer in layers if layer.refusal is None]
     if not linear:
@@ -180,16 +184,18 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
 
 
 def measured_count(keep: str | None) -> int:
-    """How many layers to keep by measured KL: N of `auto:N`, else 0."""
+    """Return N of `auto:N`, the number of layers to choose by measured KL, else 0."""
     return int(keep.removeprefix(AUTO)) if keep and keep.startswith(AUTO) else 0
 
 
 def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], keep: str | None) -> None:
-    """T5 and its kin: a decoder's first layer makes the position biases of the others, for as many tokens as its
-    cache has keys. A converted layer's has none.
+    """Check that no softmax layer takes its position biases from a converted one.
+
+    In T5 a decoder's first layer computes the position biases for all layers, for as many tokens as its cache
+    has keys. A converted layer's cache has no keys.
 
     Raises:
-        UserError: a layer that stays softmax, or may with `auto:N`, takes its biases from one that does not.
+        UserError: a layer that stays softmax, or may with `auto:N`, takes its biases from a converted layer.
     """
 
     def makes_bias(layer: Layer) -> bool | None:
@@ -206,7 +212,11 @@ def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Laye
 
 
 def kept_indices(keep: str, count: int) -> list[int]:
-    """Which of `count` layers to keep: `2` of 8 are the layers 2 and 6; none yet of `auto:2`."""
+    """Return the indices of the layers to keep: `2` of 8 layers gives 2 and 6, and `auto:2` gives none yet.
+
+    Raises:
+        UserError: `keep` is invalid.
+    """
     kind, _, rest = keep.rpartition(":")
     try:
         numbers = [int(part) for part in rest.split(",")]
@@ -220,15 +230,15 @@ def kept_indices(keep: str, count: int) -> list[int]:
         return []
     raise UserError(
         f"--keep-softmax {keep}: the model has {count} layers that can be converted",
-        f"Use a number below {count} (spread evenly), auto:N with such a number (chosen by KL), or at:i,j,k with "
-        f"some of the layers 0 to {count - 1}.",
+        f"Use N (evenly spread) or auto:N (chosen by KL) with N below {count}, or at:i,j,k with indices "
+        f"from 0 to {count - 1}.",
     )
 
 
 def conversion_record(
     model: PreTrainedModel, recipe: Recipe, linear: list[Layer], softmax: list[Layer]
 ) -> dict[str, Any]:
-    """What a linearized config says of its conversion, under `linearize`: all that makes its layers again."""
+    """Return the `linearize` part of a linearized config, from which its layers can be built again."""
     return {
         "base_class": type(model).__name__,
         "base_model_type": model.config.model_type,

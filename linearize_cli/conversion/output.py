@@ -1,4 +1,4 @@
-"""The output folder of a conversion: what may be replaced, and how the new artifact takes the place of the old."""
+"""The output folder of a conversion: what may be replaced, and how a new artifact replaces an old one."""
 
 import ctypes
 import json
@@ -18,20 +18,22 @@ from linearize_cli.inputs import user_path
 from linearize_cli.training.job import Job
 
 ELSEWHERE = "Pass -o DIR to write elsewhere."
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
 
 
 def output_folder(name: str | Path) -> Path:
-    """Return the folder that `-o` names; of a symbolic link, the folder behind it.
+    """Return the folder that `-o` names. A symbolic link is resolved.
 
     Raises:
-        UserError: it cannot name an artifact.
+        UserError: it cannot be the folder of an artifact.
     """
     folder = user_path(name, ELSEWHERE)
     if folder.is_symlink():
         if not folder.exists():
             target = os.readlink(folder)
-            raise UserError(f"{folder} is a link to {target}, which is not there", f"Delete it. {ELSEWHERE}")
+            raise UserError(
+                f"{folder} is a link to {target}, which does not exist", f"Delete it. {ELSEWHERE}"
+            )
         folder = folder.resolve()
     if folder.name in ("", ".."):
         folder = folder.resolve()
@@ -41,11 +43,12 @@ def output_folder(name: str | Path) -> Path:
 
 
 class Output(Workspace):
-    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a whole artifact, or nothing.
+    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a complete artifact, or
+    nothing.
 
-    The run writes the new artifact to `DIR.partial/artifact`. If there is an old one, the two folders exchange
-    their names, in one step where the system can; else the old one waits in `DIR.partial/replaced` between two
-    renames, and the next run puts it back if this one is killed there.
+    The run writes the new artifact to `DIR.partial/artifact`. If there is an old one, the two folders
+    exchange their names, atomically if the system supports it. Otherwise the old artifact is moved to
+    `DIR.partial/replaced` between two renames. If the run is killed there, the next run moves it back.
     """
 
     def __init__(self, folder: Path):
@@ -53,34 +56,34 @@ class Output(Workspace):
         self.folder = folder
 
     def restore(self) -> None:
-        """Put the old artifact back if a run was killed between the two renames."""
+        """Move the old artifact back if a run was killed between the two renames."""
         if (self.path / OLD).is_dir() and not os.path.lexists(self.folder):
             os.rename(self.path / OLD, self.folder)
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of an interrupted run whose artifact is DIR already."""
+        """Return the report of an interrupted run whose artifact is already in place."""
         made = os.path.isdir(self.folder) and before and before.get("inode") == inode(self.folder)
         return super().finished(before) if made else None
 
     def check(self, job: Job, force: bool) -> None:
-        """Refuse to replace DIR, unless `force` allows it and DIR holds nothing but an artifact.
+        """Check that DIR may be replaced: with `force`, and if it holds only an artifact.
 
         Raises:
-            UserError: what is in the way.
+            UserError: it may not, with what it holds.
         """
         folder = self.folder
         if not os.path.lexists(folder):
             return
         if not force:
-            raise UserError(f"{folder} exists already", f"Pass --force to replace it. {ELSEWHERE}")
-        if why := precious(folder, job):
+            raise UserError(f"{folder} already exists", f"Pass --force to replace it. {ELSEWHERE}")
+        if why := reason_to_keep(folder, job):
             raise UserError(f"{folder} {why}, so --force does not delete it", ELSEWHERE)
 
     def put_in_place(self, job: Job, report: dict[str, Any]) -> None:
-        """Give the new artifact the name DIR. A kill leaves the old one or the new one there.
+        """Rename the new artifact to DIR. If the run is killed, either the old or the new artifact is there.
 
         Raises:
-            UserError: what is in the way of it.
+            UserError: DIR cannot be replaced.
         """
         new = self.path / NEW
         self.check(job, self.state["force"])  # the run may have taken hours
@@ -94,9 +97,11 @@ class Output(Workspace):
             raise UserError(f"cannot replace {self.folder}: {error.strerror}", "Move it away.") from error
 
     def replace_in_two_steps(self, new: Path) -> None:
-        """Give a folder the name DIR, and put the old one back if that fails."""
+        """Rename a folder to DIR, and move the old one back if that fails."""
         old = self.path / OLD
-        shutil.rmtree(old, ignore_errors=True)  # of a killed run that had put its artifact in place
+        shutil.rmtree(
+            old, ignore_errors=True
+        )  # left by a run that was killed after its artifact was in place
         os.rename(self.folder, old)
         try:
             os.rename(new, self.folder)
@@ -105,10 +110,10 @@ class Output(Workspace):
             raise
 
 
-def precious(folder: Path, job: Job) -> str | None:
-    """Return why a folder may not be deleted, as a verb with its object, or None if it is only an artifact."""
+def reason_to_keep(folder: Path, job: Job) -> str | None:
+    """Return why a folder may not be deleted, as a phrase with a verb, or None if it is only an artifact."""
     if not os.path.isdir(folder):
-        return "is no folder"
+        return "is not a folder"
     if os.path.ismount(folder):
         return "is a mount point"
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -120,18 +125,18 @@ def precious(folder: Path, job: Job) -> str | None:
         if shares_files(folder, path):
             return f"holds data ({source})"
         if path and path.resolve() in folder.resolve().parents:
-            return f"lies in the data folder {source}"
+            return f"is inside the data folder {source}"
     if edited_card(folder):
         return "holds a README.md that was edited"
     if foreign := list(foreign_files(folder)):
-        return f"holds files that belong to no artifact ({first_five(foreign)})"
+        return f"holds files that do not belong to an artifact ({first_five(foreign)})"
     if os.listdir(folder) and not (folder / "linearize.json").is_file():
-        return "is no artifact"
+        return "is not an artifact"
     return None
 
 
 def edited_card(folder: Path) -> bool:
-    """Return whether an artifact's card is another than the one that was written, as `linearize.json` has its sum."""
+    """Return True if an artifact's card differs from the one whose checksum `linearize.json` records."""
     try:
         written = json.loads((folder / "linearize.json").read_text(encoding="utf-8")).get("card")
         return written is not None and sha256(folder / "README.md") != written
@@ -140,13 +145,13 @@ def edited_card(folder: Path) -> bool:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the local path of a model or a source of text, or None if it is not on this machine."""
+    """Return the local path of a model or a text source, or None if it is not local."""
     path = Path(os.path.expanduser(name))
     return path if name not in (DEMO, SELF) and os.path.exists(path) else None
 
 
 def shares_files(folder: Path, path: Path | None) -> bool:
-    """Return whether a folder holds a file or folder, or a file that the latter links to."""
+    """Return True if a folder contains a path, or a file that this path links to."""
     if path is None:
         return False
     places = [path, *(file for file in path.glob("*") if file.is_file())]
@@ -160,9 +165,11 @@ def inode(folder: Path) -> int:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step. Return False, with nothing changed, if the system cannot."""
+    """Exchange the names of two folders atomically. Return False, with nothing changed, if that is
+    impossible.
+    """
     if sys.platform != "linux":
         return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # not in every C library
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # some C libraries lack it
     names = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
     return rename is not None and rename(*names) == 0

@@ -26,7 +26,6 @@ from linearize_cli.conversion.preflight import (
 )
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
-from linearize_cli.methods.compatibility import LINEAR
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
 from linearize_cli.models.layer import Layer
@@ -47,11 +46,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Place:
-    """Where a conversion works.
+    """The folders, the processes and the terminal of a conversion.
 
     Attributes:
-        output: the folder that the artifact will have.
-        partial: the workspace beside it. The artifact is written to `partial/artifact`.
+        output: the final folder of the artifact.
+        partial: the workspace in the same parent folder. The artifact is written to `partial/artifact`.
     """
 
     output: Path
@@ -65,7 +64,7 @@ def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, 
 
     Raises:
         UserError: the job, the model or the text cannot be used.
-        CheckFailed: the converted model's forms do not agree.
+        CheckFailed: the forms of the converted model disagree.
     """
     refuse_linearized(job.model)
     text = NamedText(job)
@@ -91,7 +90,7 @@ def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, 
 
 
 def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) -> Conversion:
-    """Load the teacher and its tokenizer, choose the layers, and check the job against them.
+    """Load the teacher and its tokenizer, choose the layers, and check the job.
 
     Raises:
         UserError: the job, the model or the text cannot be used.
@@ -125,29 +124,29 @@ def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[L
     """Return the layers that become linear, and those that stay softmax.
 
     Raises:
-        UserError: as `choose_layers` and `check_biases`.
+        UserError: see `choose_layers` and `check_biases`.
     """
     attention = job.recipe.attention
     reach = attention.local.size if attention.local else 1
-    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == LINEAR), job.keep_softmax)
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
     check_biases(model, linear, softmax, job.keep_softmax)
     return linear, softmax
 
 
 def warn_short_blocks(conversion: Conversion) -> None:
-    """Tell the user if the window covers a whole block, so that the linear part learns nothing."""
+    """Warn if the window covers a whole block, so that the linear part is not trained."""
     attention, length = conversion.job.recipe.attention, conversion.text.length
     if attention.far and attention.local and attention.local.size >= length:
         conversion.session.terminal.note(
-            f"the window ({attention.local.size}) is as long as a block ({length}): the linear part sees nothing "
-            "and learns nothing; raise --seq-len"
+            f"the window ({attention.local.size}) covers a whole block ({length}): the linear part is not "
+            "trained. Raise --seq-len."
         )
 
 
 def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dict[str, Any]]:
     """Train Medusa heads for the converted model, and return them with the facts about them.
 
-    They have a folder of their own, because the checkpoint beside it keeps what the model has learned.
+    They use their own folder, because the checkpoint in the session's folder holds the model's parameters.
     """
     session, folder = conversion.session, conversion.session.folder / "heads"
     if session.engine.main:
@@ -157,7 +156,7 @@ def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dic
 
 
 def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the contents of `linearize.json`, without what only the saved artifact shows."""
+    """Return the contents of `linearize.json`, without what needs the saved artifact."""
     job, text, results = conversion.job, conversion.text, conversion.results
     record = conversion.model.config.linearize
     done = {"transfer": steps.transfer, "distill": steps.distill} | results.get("steps", {})
@@ -196,7 +195,7 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
         name: the artifact's name in its card.
 
     Raises:
-        CheckFailed: the forms of the loaded model disagree; the message says which, and by how much.
+        CheckFailed: the forms of the loaded model disagree. The message says which, and by how much.
     """
     started, partial, text = time.monotonic(), conversion.session.folder, conversion.text
     model, folder = conversion.model.eval(), partial / "artifact"
@@ -214,7 +213,7 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
         differences, limit = self_check(text.task, model, loaded, ids)
         require_same(differences, limit)
         report["self_check"] = differences
-        # Layers that are streamed to the device stay in their dtype: a copy in fp32 might not fit the host.
+        # Streamed layers keep their dtype: the host might not hold a copy in fp32.
         exact = loaded if conversion.by_block else in_float32(loaded) or loaded
         report["fingerprint"] = fingerprint(text.task, exact, text.tokenizer)
     report["checksums"] = checksums(folder)

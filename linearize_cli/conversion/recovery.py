@@ -1,8 +1,8 @@
-"""Recovery: attention transfer, then distillation of the linearized model from its softmax teacher."""
+"""Recovery: attention transfer, then distillation from the softmax teacher."""
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from linearize_cli.conversion.stages import Conversion
@@ -12,9 +12,9 @@ from linearize_cli.training.attention_transfer import Transfer, WindowDropout
 from linearize_cli.training.distillation import Distillation
 from linearize_cli.training.layerwise_transfer import transfer_by_blocks
 from linearize_cli.training.loop import StagePlan, train
-from linearize_cli.training.student import merge, recomputed, student_and_teacher
+from linearize_cli.training.student import checkpointed, merge, student_and_teacher
 
-HELD_OUT = 64  # held-out blocks by which the best parameters are chosen
+HELD_OUT = 64  # held-out blocks that select the best parameters
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """Steps of both stages."""
+        """Return the steps of both stages."""
         return self.transfer + self.distill
 
 
 def recover(conversion: Conversion, steps: Steps) -> None:
-    """Train the linearized model: transfer, the choice of softmax layers, distillation. LoRA is merged at the end."""
+    """Train the linearized model: transfer, selection of softmax layers, distillation with LoRA merged at the
+    end.
+    """
     conversion.model.requires_grad_(False)
     for parameter in linear_parameters(conversion.model):
         parameter.requires_grad_(True)
@@ -59,7 +61,7 @@ def recover(conversion: Conversion, steps: Steps) -> None:
 
 
 def transfer(conversion: Conversion, steps: Steps) -> None:
-    """Train every linear layer on its softmax layer's output."""
+    """Train every linear layer on the output of its softmax layer."""
     started, options = time.monotonic(), conversion.job.recipe.recover.transfer
     session, model, native = conversion.session, conversion.model, conversion.native
     windows = WindowDropout(options.window_dropout, steps.transfer, conversion.job.seed)
@@ -71,7 +73,9 @@ def transfer(conversion: Conversion, steps: Steps) -> None:
     else:
         objectives = [Transfer(model, native, windows)]
     lr = transfer_rate(options, min(layer.geometry["key_dim"] for layer in conversion.linear))
-    plan = StagePlan("transfer", steps.transfer, conversion.text.tokens_per_step, replace(options, lr=lr))
+    plan = StagePlan(
+        "transfer", steps.transfer, conversion.text.tokens_per_step, options.model_copy(update={"lr": lr})
+    )
     held_out = partial(conversion.text.held_out_batches, session.engine, HELD_OUT)
     for objective in objectives:
         train(plan, objective, batches, session, held_out)
@@ -93,14 +97,14 @@ def distill(conversion: Conversion, steps: Steps) -> None:
         "distill",
         steps.distill,
         conversion.text.tokens_per_step,
-        replace(options, lr=lr, linear_lr=linear_lr),
+        options.model_copy(update={"lr": lr, "linear_lr": linear_lr}),
     )
     batches = conversion.text.batches(session.engine, steps.transfer)
     held_out = partial(conversion.text.held_out_batches, session.engine, HELD_OUT)
-    with recomputed(student) if options.checkpointing else nullcontext():
+    with checkpointed(student) if options.checkpointing else nullcontext():
         train(plan, objective, batches, session, held_out)
     if conversion.job.keep_adapter and session.engine.main:
         student.save_pretrained(session.folder / "adapter")
-        (session.folder / "adapter/README.md").unlink(missing_ok=True)  # an empty card
+        (session.folder / "adapter/README.md").unlink(missing_ok=True)  # the empty card that peft writes
     conversion.model = merge(student)
     conversion.add_seconds("distill", started)

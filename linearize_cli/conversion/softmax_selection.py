@@ -1,4 +1,4 @@
-"""`--keep-softmax auto:N`: the layers that the model misses most as softmax, by measured KL, and their return."""
+"""`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the KL to the teacher most."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,23 +12,23 @@ from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
 from linearize_cli.training.distillation import divergence
 
-NONE = "none"  # every layer linear
-ROWS = 32  # blocks of text that are measured on
+NONE = "none"  # the key of the model with all layers linear
+ROWS = 32  # blocks of text to measure on
 
 
 def best(kl: dict[str, float], count: int) -> list[str]:
-    """The `count` layers that lower the divergence most when restored, in the model's order."""
+    """Return the `count` layers that lower the KL most when they are softmax again, in the model's order."""
     layers = [name for name in kl if name != NONE]
     chosen = sorted(layers, key=kl.__getitem__)[:count]
     return [name for name in layers if name in chosen]
 
 
 class Restorer:
-    """Gives converted layers their softmax attention back.
+    """The means to give converted layers their softmax attention back.
 
     Args:
-        model: before its conversion, when every layer has the config that it shares with others.
-        names: the layers that are going to be converted.
+        model: the model before its conversion, when every layer still has the shared config.
+        names: the layers to convert.
         batch_of: makes the inputs of blocks.
     """
 
@@ -39,13 +39,15 @@ class Restorer:
         batch_of: Callable[[Blocks | Tensor], Batch] = causal_batch,
     ):
         self.model, self.native, self.batch_of = model, model.config._attn_implementation, batch_of
-        with adapted(model):  # which gives a config to modules that have none of their own
+        with adapted(model):  # it gives a config to modules that have none
             self.shared = {name: model.get_submodule(name).config for name in names}
 
     @contextmanager
     def restored(self, name: str) -> Iterator[None]:
-        """While open, one layer attends by softmax. The config that it shares must be native as well: by that
-        the model makes its masks, and linear layers take any, softmax layers only their own.
+        """Let one layer attend by softmax while the context is open.
+
+        Its shared config is set to the native implementation too. The model makes its masks by that config.
+        Linear layers accept any mask, softmax layers only their own.
         """
         configs = [self.model.get_submodule(name).config, self.shared[name]]
         before = [config._attn_implementation_internal for config in configs]
@@ -58,7 +60,7 @@ class Restorer:
                 config._attn_implementation_internal = implementation
 
     def restore(self, names: Sequence[str]) -> None:
-        """Make layers softmax for good, as if they had been kept from the start."""
+        """Make layers softmax permanently, as if they had never been converted."""
         record = self.model.config.linearize
         for name in names:
             module = self.model.get_submodule(name)
@@ -72,13 +74,16 @@ class Restorer:
     def divergences(
         self, model: nn.Module, batches: Sequence[Blocks | Tensor], progress: Callable[[int], None]
     ) -> dict[str, float]:
-        """KL(teacher ‖ model), a mean over the tokens of batches: `none` with every layer linear, and under each
-        layer's name with that layer alone restored.
+        """Return KL(teacher ‖ model), the mean over the tokens of batches.
 
         Args:
-            model: the converted one, or a sharded copy that shares its configs.
+            model: the converted model, or a sharded copy that shares its configs.
             batches: blocks, or ids `[B, L]`.
-            progress: called with the tokens that one of these forwards has read.
+            progress: called with the number of tokens after each forward of the model.
+
+        Returns:
+            the KL under `none` with every layer linear, and under each layer's name with that layer alone
+                softmax.
         """
         model.eval()
         kl = dict.fromkeys([NONE, *self.shared], 0.0)
@@ -93,4 +98,5 @@ class Restorer:
         return kl
 
     def logits(self, model: nn.Module, ids: Blocks | Tensor) -> Tensor:
+        """Return the logits `[B, T, vocab]` in fp32."""
         return model(**self.batch_of(ids).inputs).logits.float()

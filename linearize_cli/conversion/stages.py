@@ -1,4 +1,4 @@
-"""The stages of one conversion that are not training: swap, measurements, the choice of layers, ablation."""
+"""The stages of a conversion without training: swap, measurements, selection of layers, ablation."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize_cli.conversion.document_check import check_apart
+from linearize_cli.conversion.document_check import check_document_masking
 from linearize_cli.conversion.layer_selection import conversion_record, copy_biases, measured_count
 from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
 from linearize_cli.data.tokenize import marks_assistant
@@ -27,14 +27,15 @@ from linearize_cli.training.text import TextBlocks
 
 @dataclass
 class Conversion:
-    """One conversion, from the loaded teacher on.
+    """The state of one conversion.
 
     Attributes:
         model: the teacher until `swap`, then the linearized model.
         linear, softmax: the layers that become linear, and those that stay softmax.
-        by_block: the blocks of layers that visit the device, or None if the whole model is there.
-        teacher: the teacher's log-probabilities on the held-out blocks if quality is measured by KL (a model whose
-            task has no right answers), else None.
+        by_block: the blocks of layers that are copied to the device one by one. None if the whole model is
+            there.
+        teacher: the teacher's log-probabilities on the held-out blocks, if the task has no labels and quality
+            is measured by KL. Otherwise None.
     """
 
     job: Job
@@ -53,15 +54,15 @@ class Conversion:
 
     @property
     def native(self) -> str:
-        """The name of the base model's attention implementation."""
+        """Return the name of the base model's attention implementation."""
         return self.restorer.native
 
     def on_device(self, model: PreTrainedModel) -> AbstractContextManager:
-        """While open, a forward of the whole model runs on the device, wherever its weights are."""
+        """Let the whole model run on the device while the context is open."""
         return self.by_block.streamed(model) if self.by_block else nullcontext()
 
     def measure_teacher(self) -> None:
-        """Measure the teacher's perplexity, or keep its log-probabilities if the task has no right answers."""
+        """Measure the teacher's perplexity, or keep its log-probabilities if the task has no labels."""
         blocks, session = self.text.held_out, self.session
         if blocks is None or self.text.task.answers:
             self.measure("teacher")
@@ -73,7 +74,7 @@ class Conversion:
     def measure(self, name: str, title: str | None = None) -> None:
         """Record the perplexity, or the KL divergence from the teacher, under a name.
 
-        Nothing is done without held-out text, or if an interrupted run has measured it already.
+        It is skipped without held-out text, or if an interrupted run has already measured it.
         """
         blocks, session = self.text.held_out, self.session
         if blocks is None or name in self.results:
@@ -94,15 +95,15 @@ class Conversion:
         session.terminal.note(f"{title}: {value:.4f}")
 
     def add_seconds(self, stage: str, started: float) -> None:
-        """Add the time since `started` to a stage's seconds."""
+        """Add the time since `started` to the seconds of a stage."""
         seconds = self.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 
     def swap(self) -> None:
-        """Replace the attention of the chosen layers, and check that the model can be trained as asked.
+        """Replace the attention of the chosen layers, and check that the model can be trained as requested.
 
         Raises:
-            UserError: the model mixes packed documents, or has no next token for Medusa heads.
+            UserError: document masking fails, or Medusa heads have no next token to predict.
         """
         torch.manual_seed(self.job.seed)
         linearize(self.model, conversion_record(self.model, self.job.recipe, self.linear, self.softmax))
@@ -110,20 +111,20 @@ class Conversion:
         recover = self.job.recipe.recover
         with self.on_device(self.model):
             if self.job.train and recover.separate_documents:
-                check_apart(self.model, self.native)
+                check_document_masking(self.model, self.native)
             if self.job.medusa_heads:
                 check_heads(self.model, type(self.text.task))
         if self.job.train and recover.assistant_only and not marks_assistant(self.text.tokenizer):
             self.session.terminal.note(
-                "the chat template does not mark the assistant's words: all tokens count"
+                "the chat template does not mark the assistant's words, so all tokens are trained on"
             )
 
     def keep_softmax(self) -> None:
         """Choose the layers of `--keep-softmax auto:N` by KL, and give them their softmax attention back.
 
-        This runs after transfer: a layer that has learned its teacher's attention shows what the linear form cannot
-        compute, a layer just swapped mostly what it has not learned yet. It runs before distillation, in which the
-        other layers learn to work with the kept ones.
+        It runs after transfer. A layer just swapped would mostly show what it has not learned yet, while a
+        trained layer shows what the linear form cannot compute. It runs before distillation, in which the
+        other layers adapt to the kept ones.
         """
         count, session = measured_count(self.job.keep_softmax), self.session
         if not count:
@@ -136,18 +137,18 @@ class Conversion:
             model = session.engine.inference(self.model)
             with self.on_device(self.model), session.terminal.progress("KL by layer", total) as advance:
                 kl = self.restorer.divergences(model, batches, advance)
-            # Rounding may differ between processes; the choice must not.
+            # Rounding may differ between processes, but the choice must not.
             chosen = session.engine.on_main(lambda: {"kl": kl, "kept": best(kl, count)})
             self.results["keep_softmax"] = chosen
             self.add_seconds("measure", started)
             session.log.write("keep_softmax", **chosen)
-            session.terminal.note(f"kept softmax, by KL: {', '.join(chosen['kept'])}")
+            session.terminal.note(f"layers kept as softmax, by KL: {', '.join(chosen['kept'])}")
         kept = self.results["keep_softmax"]["kept"]
         self.restorer.restore(kept)
         self.linear = [layer for layer in self.linear if layer.name not in kept]
 
     def ablate(self) -> None:
-        """Measure the model without its local and without its linear part, if it has both."""
+        """Measure the model without its local part, and without its linear part, if it has both."""
         if self.text.held_out is None or not has_both_parts(self.model):
             return
         self.results["full"] = self.results.get("recovered", self.results.get("swapped"))
@@ -156,5 +157,5 @@ class Conversion:
                 self.measure(name, name.replace("_", " "))
 
     def selected(self, *names: str) -> dict[str, float | None]:
-        """Return measured values by name, None for those that were not measured."""
+        """Return measured values by name, with None for a value that was not measured."""
         return {name: self.results.get(name) for name in names}

@@ -1,4 +1,4 @@
-"""The folder beside an artifact in which a run works, so that an interrupted run can be resumed."""
+"""The working folder of a run, next to its artifact, from which an interrupted run can be resumed."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from linearize_cli.errors import CheckFailed, UserError, first_five
 from linearize_cli.files import SUFFIX, cannot_write, write_json
 from linearize_cli.training.job import Job
 
-FULL = 1 << 20  # free bytes below which a failure to write is put down to the disk
+FULL = 1 << 20  # free bytes below which a failed write is attributed to a full disk
 JOB, CHECKPOINT, NEW, OLD = "job.json", "checkpoint.pt", "artifact", "replaced"
 CONTENTS = {
     *(JOB, CHECKPOINT, NEW, OLD, "log.jsonl", "medusa.jsonl", "self.jsonl"),
@@ -27,25 +27,26 @@ CONTENTS = {
 
 
 class Workspace:
-    """The folder of one run. `job.json` in it marks the folder as ours and is deleted last.
+    """The working folder of one run. Its `job.json` marks it as made by linearize and is deleted last.
 
     Attributes:
         path: the folder.
-        state: the content of `job.json`: the run configuration, and `force`.
-        lock: the descriptor that keeps other runs out of the folder while it is open.
+        state: the contents of `job.json`: the run configuration, and `force`.
+        lock: the open file descriptor that locks out other runs.
     """
 
     def __init__(self, path: Path):
         self.path, self.state, self.lock = path, {}, None
 
     def open(self, job: Job, resume: bool, force: bool, artifact: str = "") -> dict[str, Any] | None:
-        """Create and lock the folder, or take over the one that an interrupted run left.
+        """Create and lock the folder, or take over the folder of an interrupted run.
 
         Args:
             artifact: identifies the artifact that the run adds to, if there is one.
 
         Returns:
-            The report of the interrupted run if only the deletion of this folder was left to do, else None.
+            the report of the interrupted run if it was finished except for the deletion of this folder.
+                Otherwise None.
 
         Raises:
             UserError: the run cannot start. Nothing has changed.
@@ -63,8 +64,8 @@ class Workspace:
                 self.clear()
             elif before and not (resume or force):
                 raise UserError(
-                    f"{self.path} is left of an interrupted run",
-                    "Pass --resume to go on, or --force to start over.",
+                    f"{self.path} was left by an interrupted run",
+                    "Pass --resume to continue it, or --force to start over.",
                 )
             force = force or bool(resume and before.get("force"))
             self.check(job, force)
@@ -79,13 +80,15 @@ class Workspace:
             raise
 
     def claim(self) -> dict[str, Any] | None:
-        """Create the folder if there is none, lock it, and return the `job.json` that an interrupted run left.
+        """Create the folder if it does not exist, lock it, and return the `job.json` of an interrupted run.
 
         Raises:
-            UserError: the folder cannot be written, another run has it, or it is not ours.
+            UserError: the folder cannot be written, is used by another run, or was not made by linearize.
         """
         if not self.path.parent.is_dir():
-            raise UserError(f"there is no folder {self.path.parent}", "Create it, or choose another folder.")
+            raise UserError(
+                f"the folder {self.path.parent} does not exist", "Create it, or choose another folder."
+            )
         try:
             self.path.mkdir(exist_ok=True)
             self.lock = os.open(self.path, os.O_RDONLY) if fcntl else None
@@ -111,41 +114,49 @@ class Workspace:
             raise
 
     def exclude_others(self) -> None:
-        """Lock the folder as long as this run has it open.
+        """Lock the folder until this run closes it.
 
         Raises:
-            UserError: another run has.
+            UserError: another run has locked it.
         """
         if self.lock is None:
             return
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run works in {self.path}", "Wait until it has ended.") from None
+            raise UserError(f"another run is using {self.path}", "Wait until it ends.") from None
         except OSError:
             pass  # this file system has no locks
 
     def require_same(self, asked: dict[str, Any], before: dict[str, Any] | None) -> None:
-        """Raise UserError unless `before` is the state of an interrupted run with the same configuration."""
+        """Check that an interrupted run had the same configuration.
+
+        Raises:
+            UserError: it had another one, or there is no interrupted run.
+        """
         if before is None:
-            raise UserError(f"nothing to resume: there is no {self.path}", "Run without --resume.")
+            raise UserError(f"nothing to resume: {self.path} does not exist", "Run without --resume.")
         now = json.loads(json.dumps(asked))
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"{self.path} is of a run with another {', '.join(changed)}",
+                f"{self.path} belongs to a run with different values of {', '.join(changed)}",
                 "Resume with the arguments of that run, or start over with --force.",
             )
 
     def restore(self) -> None:
-        """Put back what an interrupted run moved into the folder."""
+        """Move files back that an interrupted run moved into the folder."""
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of a run that was killed after it had put its result in place, or None."""
+        """Return the report of a run that was killed after its result was in place, or None."""
         return before and before.get("report")
 
     def check(self, job: Job, force: bool) -> None:
-        """Raise UserError if the result may not be put where it belongs."""
+        """Check that the result may be put in place.
+
+        Raises:
+            UserError: it may not.
+        """
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `job.json`."""
@@ -153,8 +164,9 @@ class Workspace:
         write_json(self.path / JOB, state)
 
     def clear(self) -> None:
-        """Delete the contents: the checkpoint first, so that a kill in between leaves a run that starts anew, and
-        `job.json` last.
+        """Delete the contents: the checkpoint first, and `job.json` last.
+
+        A run that is killed in between then leaves a folder from which the next run starts anew.
         """
         self.restore()
         order = {CHECKPOINT: 0, JOB: 2}
@@ -165,7 +177,7 @@ class Workspace:
                 path.unlink()
 
     def remove(self) -> None:
-        """Delete the folder and let other runs have its name."""
+        """Delete the folder and unlock it."""
         self.clear()
         self.path.rmdir()
         self.release()
@@ -178,11 +190,13 @@ class Workspace:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Delete the folder when the run ends. An interrupted run keeps it, and so does one that fails after training.
+        """Delete the folder when the run ends.
+
+        It is kept if the run is interrupted, or if it fails after training.
 
         Raises:
-            KeyboardInterrupt: the run was interrupted; the message says what was kept.
-            UserError: the disk is full, or what the run raised; the hint says what was kept.
+            KeyboardInterrupt: the run was interrupted. The message says what was kept.
+            UserError: the disk is full, or the run raised it. The hint says what was kept.
         """
         try:
             yield
@@ -190,7 +204,7 @@ class Workspace:
             if os.listdir(self.path) == [JOB]:
                 self.remove()
                 raise
-            raise KeyboardInterrupt(f"what was done is kept in {self.path}: go on with --resume") from None
+            raise KeyboardInterrupt(f"the progress is kept in {self.path}: continue with --resume") from None
         except CheckFailed:
             self.remove()
             raise
@@ -201,7 +215,7 @@ class Workspace:
                     shutil.rmtree(self.path / NEW, ignore_errors=True)
                 else:
                     self.remove()
-            where = f"What was trained is kept in {self.path}: go on with --resume."
+            where = f"The progress is kept in {self.path}: continue with --resume."
             hint = where if kept else "Nothing was kept."
             if disk_is_full(error, self.path.parent):
                 raise UserError("the disk is full", f"Free some space. {hint}") from error
@@ -209,14 +223,14 @@ class Workspace:
                 raise UserError(error.what, f"{error.hint}\n{hint}".strip()) from error
             raise
         else:
-            with suppress(OSError):  # the result is in place; the next run deletes what is left
+            with suppress(OSError):  # the result is in place, and the next run deletes the rest
                 self.remove()
         finally:
             self.release()
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the content of a `job.json`, or None if there is none that a run has written."""
+    """Return the contents of a `job.json`, or None if it does not exist or no run wrote it."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -225,7 +239,10 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def disk_is_full(error: Exception, folder: Path) -> bool:
-    """Return whether an error comes from a full disk: each library says so in its own way, and some only fail."""
+    """Return True if an error comes from a full disk.
+
+    Libraries report it in different ways, so an almost full disk counts too.
+    """
     if any(getattr(e, "errno", None) == errno.ENOSPC for e in (error, error.__cause__)):
         return True
     return not isinstance(error, UserError) and shutil.disk_usage(folder).free < FULL

@@ -1,18 +1,18 @@
-"""Small documents in plain English whose later words can only be known from earlier ones.
+"""Small synthetic documents in plain English, in which later words follow from earlier facts.
 
-A document is about one person. It tells some facts ("The code of Tom was 47."), goes on with a story, and comes
-back to each fact, often in other words ("Asked for a number, Tom said 47."). The repeated word is a name, an
-object, a number or the like, drawn from a pool of 20 to 40, and stands up to 200 tokens after it was last said: the
-recall that a window alone cannot do and that linear attention is known to be weak at (Arora et al., "Zoology",
-arXiv 2312.04927).
+A document is about one person. It states some facts ("The code of Tom was 47."), continues with a story, and
+returns to each fact, often in other words ("Asked for a number, Tom said 47."). The repeated word is a name,
+an object, a number or the like, drawn from 20 to 40 candidates. It is repeated after up to 200 tokens. A
+window alone cannot recall it, and linear attention is known to be weak at it (Arora et al., "Zoology", arXiv
+2312.04927).
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HELDOUT_SEED = 1  # of heldout.jsonl; train on any other
-FACTS = 7  # of a document, one of a kind
+HELDOUT_SEED = 1  # the seed of heldout.jsonl, never used for training
+FACTS = 7  # per document, each of another kind
 
 
 def _words(text: str) -> list[str]:
@@ -65,10 +65,10 @@ SPOTS = _words("""
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: the pool of its answers, the sentences that tell it, and more that only repeat it."""
+    """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it."""
 
     answers: list[str]
-    tells: list[str]
+    statements: list[str]
     repeats: list[str]
 
 
@@ -196,21 +196,28 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True)
 class Recall:
-    """A repeated word: `text[start:end]`, last said before at `told` (offsets in characters)."""
+    """A repeated word.
+
+    Attributes:
+        start, end: its range in the text, in characters.
+        previous: the start of its previous occurrence, in characters.
+    """
 
     start: int
     end: int
-    told: int
+    previous: int
 
 
 @dataclass(frozen=True)
 class Document:
+    """A text and its repeated words."""
+
     text: str
     recalls: tuple[Recall, ...]
 
 
 def generate_documents(seed: int, count: int) -> Iterator[Document]:
-    """`count` documents of about 240 tokens, always the same for a seed."""
+    """Yield `count` documents of about 240 tokens. The same seed gives the same documents."""
     rng = random.Random(seed)
     for _ in range(count):
         yield _document(rng)
@@ -220,17 +227,17 @@ def _document(rng: random.Random) -> Document:
     who = rng.choice(NAMES)
     facts = [(relation, rng.choice(relation.answers)) for relation in rng.sample(RELATIONS, FACTS)]
     later = rng.sample(facts, FACTS) + rng.sample(facts, FACTS // 2)
-    text, told, recalls = "", {}, []
+    text, previous, recalls = "", {}, []
     for relation, answer in facts + later:
-        repeated = answer in told
+        repeated = answer in previous
         if repeated or rng.random() < 0.3:
             text += _filler(rng) + " "
-        sentence = rng.choice(relation.tells + relation.repeats if repeated else relation.tells)
+        sentence = rng.choice(relation.statements + relation.repeats if repeated else relation.statements)
         before, after = sentence.replace("{who}", who).split("{answer}")
         start = len(text) + len(before)
         if repeated:
-            recalls.append(Recall(start, start + len(answer), told[answer]))
-        told[answer] = start
+            recalls.append(Recall(start, start + len(answer), previous[answer]))
+        previous[answer] = start
         text += f"{before}{answer}{after} "
     return Document(text.rstrip(), tuple(recalls))
 

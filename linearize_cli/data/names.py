@@ -1,4 +1,4 @@
-"""Names of models and text sources that are no files."""
+"""Names of models and text sources that are not files."""
 
-DEMO = "demo"  # the embedded teacher, and the text that comes with it
-SELF = "self"  # text sampled from the model itself
+DEMO = "demo"  # the embedded teacher, or its generated text
+SELF = "self"  # text sampled from the teacher

@@ -1,4 +1,4 @@
-"""Rows of files and datasets as documents."""
+"""Readers of text, JSONL and parquet files. They yield documents."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,25 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from linearize_cli.errors import UserError, first_five
-from linearize_cli.inputs import mended
+from linearize_cli.inputs import without_surrogates
 from linearize_cli.terminal import Terminal
 
-PIECE = 1 << 20  # characters of a text file read at once
+PART = 1 << 20  # characters of a text file that are read at once
 TEXT, CHATS = "text", ("messages", "conversations")
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT's files call them
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # the roles of ShareGPT files, and the usual names
 
 
 class BadRow(UserError):
-    """A row that cannot be used.
+    """A row that cannot be used: it has no text, is not valid, or the chat template refuses it.
 
     Args:
         where: the file and line, or the dataset and row.
+        what: what is wrong with it.
     """
 
     def __init__(self, where: str, what: str, hint: str = "Correct or remove it."):
-        super().__init__(
-            f"{where}: {what}", f"{hint} Or pass --skip-bad-rows N to leave out up to N such rows."
-        )
+        super().__init__(f"{where}: {what}", f"{hint} Or pass --skip-bad-rows N to skip up to N such rows.")
         self.where = where
 
 
@@ -34,9 +33,9 @@ class BadRows:
     """The rows of a run that cannot be used.
 
     Attributes:
-        allowed: how many of them are left out; one more is an error.
-        skipped: where those are that were left out, each once, however often it is read.
-        reported: how many of them the user knows of.
+        allowed: the number of rows that may be skipped. One more is an error.
+        skipped: the places (file and line) of the skipped rows. A row that is read twice counts once.
+        reported: the number of skipped rows that the user has seen.
     """
 
     allowed: int = 0
@@ -44,21 +43,25 @@ class BadRows:
     reported: int = 0
 
     def skip(self, error: BadRow) -> None:
-        """Leave a row out. Raises BadRow: too many are left out already."""
+        """Skip a row.
+
+        Raises:
+            BadRow: the allowed number of rows has been skipped already.
+        """
         if error.where not in self.skipped and len(self.skipped) >= self.allowed:
             raise error
         self.skipped.add(error.where)
 
     def report(self, terminal: Terminal) -> None:
-        """Write how many rows are left out, if more are than before."""
+        """Print the number of skipped rows if it has grown since the last report."""
         if len(self.skipped) > self.reported:
             self.reported = len(self.skipped)
             where = first_five(self.skipped)
-            terminal.note(f"rows left out because they cannot be used: {self.reported} ({where})")
+            terminal.note(f"skipped rows that cannot be used: {self.reported} ({where})")
 
 
 class Row(list):
-    """A document that is a row: the pieces of its text.
+    """A document that comes from one row: the parts of its text.
 
     Attributes:
         where: the file and line, or the dataset and row.
@@ -70,45 +73,50 @@ class Row(list):
 
 
 class Chat(Row):
-    """A document that is a list of messages, as a chat template takes them."""
+    """A document that is a list of messages, in the form that chat templates expect."""
 
 
-# A document as pieces of text, so that a long one is never whole in memory.
+# A document is a stream of text parts, so that a long one is never in memory as a whole.
 Document = Iterable[str] | Chat
 
 
 def document(row: Any, where: str) -> Document | None:
-    """Return what a row holds: its text, or its chat where it has no text. None if the row is empty.
+    """Return the document of a row: its text, or its chat if it has no text. Return None for an empty row.
 
     Lone surrogates, which are not valid Unicode, become U+FFFD.
 
+    Args:
+        row: the parsed row.
+        where: the file and line, or the dataset and row.
+
     Raises:
-        BadRow: the row has no field for either, or something else in it.
+        BadRow: the row has neither field, or the field has the wrong type.
     """
     if not isinstance(row, dict) or not {TEXT, *CHATS} & row.keys():
         raise BadRow(
             where,
-            "no row with a `text` or a `messages` field",
+            "the row has no `text` and no `messages` field",
             'A row must read like {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}.',
         )
     if text := row.get(TEXT):
         if not isinstance(text, str):
-            raise BadRow(where, "`text` is no string")
-        return Row([mended(text)], where)
+            raise BadRow(where, "`text` is not a string")
+        return Row([without_surrogates(text)], where)
     messages = next(filter(None, map(row.get, CHATS)), None)
     if not messages:
         return None
     if not isinstance(messages, list) or not all(map(is_message, messages)):
-        raise BadRow(where, "its messages are no list of objects with `role` and `content`")
-    return Chat(map(message, mended(messages)), where)
+        raise BadRow(where, "the messages are not a list of objects with `role` and `content`")
+    return Chat(map(message, without_surrogates(messages)), where)
 
 
 def is_message(entry: Any) -> bool:
+    """Return True if an entry is a message of a chat, in the usual or in ShareGPT's form."""
     return isinstance(entry, dict) and ("role" in entry or {"from", "value"} <= entry.keys())
 
 
 def message(entry: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it, of one in ShareGPT's form too."""
+    """Return a message with `role` and `content`, converted from ShareGPT's form if needed."""
     if "role" in entry:
         return entry
     speaker = entry["from"]
@@ -119,7 +127,15 @@ def message(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Document]:
-    """Yield the documents of rows that are not empty. A row comes with where it is; it may be a BadRow."""
+    """Yield the documents of rows, without the empty ones.
+
+    Args:
+        rows: pairs of a place (file and line) and a row. A row may be a BadRow.
+        bad: the bad rows of the run.
+
+    Raises:
+        BadRow: more rows are bad than may be skipped.
+    """
     for where, row in rows:
         try:
             if isinstance(row, BadRow):
@@ -133,21 +149,27 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
 
 
 def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
-    def pieces() -> Iterator[str]:
+    """Yield the only document of a text file, or nothing if the file is empty."""
+
+    def parts() -> Iterator[str]:
         try:
             with file.open(encoding="utf-8-sig") as stream:
-                while piece := stream.read(PIECE):
-                    yield piece + stream.readline()  # end at a line, so that no word is cut
+                while part := stream.read(PART):
+                    yield part + stream.readline()  # end at a line end, so that no word is cut
         except UnicodeDecodeError as error:
-            raise UserError(f"{file} is no UTF-8 text: {error}", "Convert it to UTF-8.") from None
+            raise UserError(f"{file} is not UTF-8 text: {error}", "Convert it to UTF-8.") from None
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}", "Check its rights.") from None
+            raise UserError(
+                f"cannot read {file}: {error.strerror or error}", "Check its permissions."
+            ) from None
 
     if file.stat().st_size:
-        yield pieces()
+        yield parts()
 
 
 def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
+    """Yield a document for each line of a JSONL file that is not empty."""
+
     def rows() -> Iterator[tuple[str, Any]]:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -159,16 +181,17 @@ def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
 
 
 def json_row(line: bytes, where: str, encoding: str) -> Any:
-    """Return what a line of JSON holds, or a BadRow."""
+    """Return the value of one line of JSON, or a BadRow if it cannot be parsed."""
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError:
-        return BadRow(where, "no UTF-8 text", "Convert the file to UTF-8, or correct the line.")
+        return BadRow(where, "it is not UTF-8 text", "Convert the file to UTF-8, or correct the line.")
     except (ValueError, RecursionError) as error:
-        return BadRow(where, f"no valid JSON: {error}")
+        return BadRow(where, f"it is not valid JSON: {error}")
 
 
 def read_parquet(file: Path, bad: BadRows) -> Iterator[Document]:
+    """Yield a document for each row of a parquet file that is not empty."""
     import pyarrow.parquet
 
     def rows() -> Iterator[tuple[str, Any]]:
@@ -183,10 +206,14 @@ def read_parquet(file: Path, bad: BadRows) -> Iterator[Document]:
         names = table.schema_arrow.names
         columns = [name for name in (TEXT, *CHATS) if name in names]
         if not columns:
-            raise UserError(f"{file} has no `text` or `messages` column", f"Its columns: {', '.join(names)}.")
+            raise UserError(
+                f"{file} has no `text` or `messages` column", f"Its columns are {', '.join(names)}."
+            )
         yield from documents(rows(), bad)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {file}: {error}", "It is damaged, or no parquet file.") from None
+        raise UserError(
+            f"cannot read {file}: {error}", "The file is damaged or not a parquet file."
+        ) from None
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}

@@ -1,4 +1,4 @@
-"""`--data self`: the teacher writes its own corpus, for users without data."""
+"""Text that the teacher samples for its own training (`--data self`), for users without data."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from linearize_cli.files import replacing
 from linearize_cli.terminal import Terminal
 
-ROWS = 32  # documents sampled at once
+ROWS = 32  # documents that are sampled in one batch
 LIBRARY, NAMESPACE = "linearize", "self"
 
 
@@ -29,16 +29,22 @@ def write_corpus(
     seed: int,
     terminal: Terminal,
 ) -> None:
-    """Sample documents of up to `length` tokens at temperature 1 into a JSONL file, until `tokens` are in it.
+    """Sample documents from the model at temperature 1 into a JSONL file.
 
-    Every batch has a seed of its own, so that an interrupted file is continued as if it had not been, and a
-    shorter corpus is the beginning of a longer one. What one conversion has sampled stays in the cache of
-    huggingface_hub, under a fingerprint of the teacher and of how it was sampled, for the next.
+    Every batch has its own seed. An interrupted file therefore continues with the same text, and a shorter
+    corpus is the beginning of a longer one. The finished text is also kept in the cache of huggingface_hub,
+    under a fingerprint of the teacher and of the settings. The next conversion of the same teacher reads it
+    from there.
+
+    Args:
+        path: the JSONL file to write or to continue.
+        tokens: the number of tokens at which sampling stops.
+        length: the largest length of a document, in tokens.
     """
     cached = corpus_cache(fingerprint(model, tokenizer, length, seed))
     if cached.exists() and not path.exists():
         shutil.copyfile(cached, path)
-        terminal.note(f"text that the model wrote before is read from {cached}")
+        terminal.note(f"text sampled by an earlier run is read from {cached}")
     batch = size = total = 0
     for lines in whole_batches(path):
         if total >= tokens:
@@ -62,7 +68,7 @@ def write_corpus(
 
 
 def whole_batches(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a corpus, a batch of documents at a time; a batch that was cut short is left out."""
+    """Yield the lines of a corpus file, one batch of documents at a time, without an incomplete batch."""
     if not path.exists():
         return
     with path.open("rb") as stream:
@@ -71,23 +77,23 @@ def whole_batches(path: Path) -> Iterator[list[bytes]]:
 
 
 def keep(path: Path, cached: Path, terminal: Terminal) -> None:
-    """Put a corpus into the cache, as a whole, unless a longer one is there."""
+    """Copy a corpus into the cache, unless the cache holds a longer one."""
     if cached.exists() and cached.stat().st_size >= path.stat().st_size:
         return
     try:
-        with replacing(cached, f".{os.getpid()}") as beside:
-            shutil.copyfile(path, beside)
+        with replacing(cached, f".{os.getpid()}") as temporary:
+            shutil.copyfile(path, temporary)
     except OSError as error:
-        terminal.note(f"the text is not kept for another conversion: {error}")
+        terminal.note(f"the sampled text could not be cached for later conversions: {error}")
 
 
 def corpus_cache(key: str) -> Path:
-    """Where the corpus with a fingerprint is kept."""
+    """Return the path of the cached corpus with a fingerprint."""
     return cached_assets_path(LIBRARY, NAMESPACE, key) / "corpus.jsonl"
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
-    """A name for all that the text depends on: the weights, the tokenizer and the settings."""
+    """Return a hash of everything that decides the text: the weights, the tokenizer and the settings."""
     digest = hashlib.sha256()
     settings = (type(model).__name__, model.device.type, ROWS, length, seed, end_ids(model, tokenizer))
     config = model.config.to_dict() | {"_name_or_path": None}
@@ -100,7 +106,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, leng
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a document; BOS begins the next one."""
+    """Return the tokens that end a document: EOS, and BOS, which begins the next document."""
     own = model.generation_config.eos_token_id
     ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, tokenizer.bos_token_id]
     return sorted({token for token in ends if token is not None})
@@ -108,7 +114,15 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
-    """Ids of ROWS texts, each from BOS, or from a random token where there is none, up to its end or `length`."""
+    """Sample ROWS texts from the model.
+
+    Args:
+        length: the largest length of a text, in tokens.
+
+    Returns:
+        token ids `[T_i]` int64 on the CPU. Each text starts with BOS, or with a random token if the tokenizer
+            has no BOS. The token that ends it is not included.
+    """
     if tokenizer.bos_token_id is not None:
         start = torch.full((ROWS, 1), tokenizer.bos_token_id)
     else:
@@ -117,13 +131,13 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: i
     plain = GenerationConfig(
         do_sample=True,
         top_k=0,
-        min_new_tokens=1,  # no document is empty
+        min_new_tokens=1,  # so that no document is empty
         max_new_tokens=length - 1,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
     )
-    # In the place of the model's own, whose penalties and cuts would change what it writes.
+    # The model's own settings are replaced: their penalties and top-k would change the distribution.
     own, model.generation_config = model.generation_config, plain
     try:
         output = model.generate(start, attention_mask=torch.ones_like(start)).cpu()

@@ -1,4 +1,4 @@
-"""Text sources as streams of documents, and documents as blocks of tokens."""
+"""Text sources: streams of documents, and blocks of tokens made from them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,12 +16,12 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.methods.recipe import Recover
 from linearize_cli.models.batch import Blocks
-from linearize_cli.models.tasks import Task, TokenBeyond
+from linearize_cli.models.tasks import MissingEmbedding, Task
 
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 HELD_OUT_SHARE = 0.01
-HELD_OUT_LIMIT = 500_000  # tokens held out at most, so that measuring stays a small part of a long run
-HELD_OUT_OF_STREAM = 500  # documents, of a stream whose end is not known
+HELD_OUT_LIMIT = 500_000  # largest number of held-out tokens, so that evaluation stays short in a long run
+HELD_OUT_OF_STREAM = 500  # documents held out of a stream of unknown length
 SUFFIXES = tuple(READERS)
 
 
@@ -30,10 +30,11 @@ class Source:
     """A named text source.
 
     Attributes:
-        documents: starts a new pass.
-        count: the number of documents, if known.
-        bad: the rows that cannot be used; sources of one run share it.
-        local: whether all of it is at hand, so that it can be read through before the start.
+        name: its name in messages.
+        documents: starts a new pass over the documents.
+        count: the number of documents. None if it is not known.
+        bad: the bad rows of the run. All sources of a run share it.
+        local: True if the data is on this machine, so that it can be checked before training.
     """
 
     name: str
@@ -44,14 +45,16 @@ class Source:
 
 
 def open_source(name: str, bad: BadRows | None = None) -> Source:
-    """A text file (one document), JSONL or parquet (`text` field, or a chat in `messages`), a folder of them, or a
-    Hub dataset `name[:config][:split]`; `demo` is the generated text of the embedded teacher.
+    """Open a text source.
 
     Args:
-        bad: the rows of the run that cannot be used; None allows none.
+        name: a text file (one document), a JSONL or parquet file (`text` or `messages` fields), a folder of
+            such files, a Hub dataset `name[:config][:split]`, or `demo` (the generated text of the embedded
+            teacher).
+        bad: the bad rows of the run. None allows none.
 
     Raises:
-        UserError: nothing is there, the form is unknown, it holds no text, or a row cannot be used.
+        UserError: the source does not exist, has an unknown format, holds no text, or has too many bad rows.
     """
     bad = bad or BadRows()
     if not name.strip():
@@ -71,13 +74,16 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
 
 
 def local_source(name: str, path: Path, bad: BadRows) -> Source:
+    """Open a file or a folder, and read all of it once to find errors and to count the documents."""
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"the folder {name} holds no {', '.join(SUFFIXES)} file", "Name one that does.")
+        raise UserError(
+            f"the folder {name} holds no {', '.join(SUFFIXES)} file", "Choose a folder that holds one."
+        )
     for file in files:
         if file.suffix not in SUFFIXES:
             raise UserError(
-                f"cannot read {file}: its ending is none of {', '.join(SUFFIXES)}", "Rename or convert it."
+                f"cannot read {file}: its suffix is not one of {', '.join(SUFFIXES)}", "Rename or convert it."
             )
 
     def read() -> Iterator[Document]:
@@ -86,17 +92,18 @@ def local_source(name: str, path: Path, bad: BadRows) -> Source:
                 yield from READERS[file.suffix](file, bad)
             except OSError as error:
                 raise UserError(
-                    f"cannot read {file}: {error.strerror or error}", "Check its rights."
+                    f"cannot read {file}: {error.strerror or error}", "Check its permissions."
                 ) from None
 
-    # All of it is decoded and parsed here: a fault at the end must not show after hours of training.
+    # Everything is parsed here, so that an error near the end is not found after hours of training.
     total = sum(any([True for _ in document]) for document in read())
     if total == 0:
-        raise UserError(f"{name} holds no text", "Name data with at least one document that is not empty.")
+        raise UserError(f"{name} holds no text", "Choose data with at least one document that is not empty.")
     return Source(name, read, total, bad, local=True)
 
 
 def demo_source(bad: BadRows) -> Source:
+    """Open the generated text of the embedded teacher."""
     from linearize_cli.data.demo_corpus import generate_documents
 
     def read() -> Iterator[Document]:
@@ -106,7 +113,14 @@ def demo_source(bad: BadRows) -> Source:
 
 
 def hub_source(name: str, bad: BadRows) -> Source:
-    """A streamed Hub dataset `name[:config][:split]`, split `train` unless named."""
+    """Open a Hub dataset as a stream.
+
+    Args:
+        name: `name[:config][:split]`. The split is `train` by default.
+
+    Raises:
+        UserError: the dataset cannot be opened.
+    """
     import datasets
 
     repo, *rest = name.split(":")
@@ -114,10 +128,10 @@ def hub_source(name: str, bad: BadRows) -> Source:
     datasets.disable_progress_bars()
     try:
         stream = datasets.load_dataset(repo, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the library raises many kinds for one cause: it cannot be had
+    except Exception as error:  # the library raises many exception types for one cause
         raise UserError(
             f"cannot open the dataset {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "Check the name and the network, or pass --data FILE with text of your own, or --data self.",
+            "Check the name and the network. Or pass --data FILE with your own text, or --data self.",
         ) from None
 
     def read() -> Iterator[Document]:
@@ -128,7 +142,7 @@ def hub_source(name: str, bad: BadRows) -> Source:
 
 
 def joined(sources: Iterable[Source]) -> Source:
-    """Several sources in one: a document of each in turn, until all are used up."""
+    """Join sources into one that interleaves their documents one by one until all are exhausted."""
     sources = list(sources)
     counts = [s.count for s in sources]
 
@@ -147,11 +161,16 @@ def joined(sources: Iterable[Source]) -> Source:
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
-    """Split off the last 1% of documents (at least one) for measuring; of a stream whose end is not among its
-    first 1,000, the first 500.
+    """Split a source into training text and evaluation text.
+
+    The last 1% of the documents (at least one) is held out. A stream of unknown length with at least 1,000
+    documents gives its first 500.
+
+    Returns:
+        the training source and the evaluation source.
 
     Raises:
-        UserError: there is only one.
+        UserError: the source has a single document.
     """
     total, limit = source.count, 2 * HELD_OUT_OF_STREAM
     if total is None:
@@ -160,7 +179,7 @@ def hold_out(source: Source) -> tuple[Source, Source]:
             return part(source, HELD_OUT_OF_STREAM, None), part(source, 0, HELD_OUT_OF_STREAM)
     if total < 2:
         raise UserError(
-            f"{source.name} holds a single document, so nothing can be held out of it",
+            f"{source.name} holds a single document, so no part of it can be held out for evaluation",
             "Pass --eval-data with text to measure on.",
         )
     kept = total - max(1, round(total * HELD_OUT_SHARE))
@@ -168,7 +187,7 @@ def hold_out(source: Source) -> tuple[Source, Source]:
 
 
 def part(source: Source, first: int, end: int | None) -> Source:
-    """The documents of a source from `first` on, before `end`."""
+    """Return the documents `first` to `end` (exclusive) of a source. With `end` None, all from `first` on."""
     name = source.name if first == 0 else f"{source.name} from document {first + 1} on"
     name += "" if end is None else f", {end - first} documents"
     rest = None if end is None else end - first
@@ -176,12 +195,12 @@ def part(source: Source, first: int, end: int | None) -> Source:
 
 
 def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of the joined documents, a piece at a time; each document starts with BOS if there is one."""
+    """Yield the token ids of the documents in parts. Each document starts with BOS, if there is one."""
     return (piece[0].tolist() for piece in encoded(source, tokenizer))
 
 
 def encoded(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield the documents as tokens, a piece at a time, as `encode` does, without those that are bad rows."""
+    """Yield the documents as tokens (see `encode`), without the bad rows."""
     for document in source.documents():
         if getattr(document, "where", None) in source.bad.skipped:
             continue
@@ -192,30 +211,33 @@ def encoded(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tens
 
 
 def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Find the rows of local text that cannot be used, before a run starts: chats that the template refuses and,
-    where the tokenizer has tokens that the model has no embeddings for, text with such tokens. What comes from
-    the Hub is checked as it is read.
+    """Check local text before a run starts, and skip its bad rows.
+
+    A row is bad if the chat template refuses it, or if it has a token without an embedding in the model. Text
+    from the Hub is checked while it is read.
 
     Raises:
-        BadRow: there are more such rows than may be left out.
+        BadRow: more rows are bad than may be skipped.
     """
     for document in source.documents() if source.local else ():
         where = getattr(document, "where", source.name)
         try:
-            if task.beyond:
+            if task.without_embedding:
                 for piece in encode(document, tokenizer):
                     task.check_tokens(piece[0])
             elif isinstance(document, Chat):
                 check_chat(document, tokenizer)
-        except TokenBeyond as error:
+        except MissingEmbedding as error:
             source.bad.skip(BadRow(where, error.what, error.hint))
         except BadRow as error:
             source.bad.skip(error)
 
 
 def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
-    """Consecutive blocks of `length` tokens of the joined documents, `[3, length]` as `encode` has them; the rest
-    is dropped.
+    """Yield consecutive blocks of the joined documents, without the incomplete last one.
+
+    Returns:
+        blocks `[3, length]`, with the rows that `encode` describes.
     """
     pending = torch.empty(3, 0, dtype=torch.long)
     for piece in encoded(source, tokenizer):
@@ -227,7 +249,7 @@ def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: i
 
 
 def blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
-    """Consecutive blocks of `length` tokens of the joined documents, int64 `[length]`; the rest is dropped."""
+    """Yield consecutive blocks `[length]` int64 of the joined documents, without the incomplete last one."""
     return (block[0] for block in encoded_blocks(source, tokenizer, length))
 
 
@@ -240,12 +262,13 @@ def batches(
     separate: bool = False,
     assistant_only: bool = False,
 ) -> Iterator[Blocks]:
-    """Batches of `size` blocks of `length` tokens without end: the source is read again when it is used up.
+    """Yield batches of `size` blocks of `length` tokens without end. An exhausted source is read again.
 
     Args:
-        skip: batches to leave out at the start, to go on where a run was interrupted; they are read again.
-        separate: mark where documents begin.
-        assistant_only: mark what counts, where the chat template tells; blocks without any are left out.
+        skip: the number of batches to skip at the start. A resumed run continues there.
+        separate: mark the document starts (see `Blocks.starts`).
+        assistant_only: mark the tokens of the assistant (see `Blocks.counted`). Blocks without one are
+            skipped.
 
     Raises:
         UserError: the source does not fill one block.
@@ -278,13 +301,16 @@ def stream(
     recover: Recover,
     skip: int = 0,
 ) -> Iterator[Blocks]:
-    """`batches`, marked as a recipe wants them."""
+    """Yield batches (see `batches`) with the marks that the recipe requests."""
     marks = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
     return batches(source, tokenizer, length, size, skip, **marks)
 
 
 def evaluation_blocks(source: Source, tokenizer, length: int, limit: int | None = None) -> Tensor:
-    """All blocks of an evaluation text, `[N, length]`, at most `limit` tokens.
+    """Return all blocks of an evaluation text, `[N, length]` int64.
+
+    Args:
+        limit: the largest number of tokens. None means no limit.
 
     Raises:
         UserError: the text does not fill one block.

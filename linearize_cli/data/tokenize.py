@@ -1,4 +1,4 @@
-"""Documents as tokens: text by the tokenizer, chats by its chat template."""
+"""Tokenization of documents. Chats are rendered by the chat template of the tokenizer."""
 
 import re
 import signal
@@ -13,17 +13,22 @@ from transformers import PreTrainedTokenizerBase
 from linearize_cli.data.readers import BadRow, Chat, Document
 from linearize_cli.errors import UserError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what transformers looks for
+GENERATION = re.compile(
+    r"\{%-?\s*generation\s*-?%\}"
+)  # the tag by which transformers finds the assistant's tokens
 
-RENDER_SECONDS = 5  # of one chat at most
+RENDER_SECONDS = 5  # time limit for the rendering of one chat
 
-# Token ids, and for each 1 if it counts as something to learn to say.
+# Token ids, and for each of them 1 if it is a training target.
 Tokens = tuple[list[int], list[int]]
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """A document a piece at a time, from its BOS on if there is one: `[3, n]` int64, the rows being the ids, 1 for
-    a token that counts as something to learn to say, and 1 for the document's first.
+    """Yield the tokens of a document in parts, starting with BOS if the tokenizer has one.
+
+    Returns:
+        tensors `[3, n]` int64. Row 0 holds the token ids. Row 1 is 1 where a token is a training target. Row
+            2 is 1 at the first token of the document.
 
     Raises:
         UserError: see `check_chat`.
@@ -36,6 +41,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
 
 
 def text_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Yield the tokens of a text. All of them are training targets."""
     if tokenizer.bos_token_id is not None:
         yield [tokenizer.bos_token_id], [1]
     for piece in document:
@@ -44,31 +50,30 @@ def text_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> Itera
 
 
 def check_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render a chat by the template of the tokenizer.
+    """Check that the tokenizer's chat template renders a chat.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the template does not end.
+        UserError: the tokenizer has no chat template, or the template does not finish in time.
         BadRow: the template refuses the chat.
     """
     if not tokenizer.chat_template:
         raise UserError(
-            "the data holds chats (`messages`), and the model's tokenizer has no chat template",
+            "the data holds chats (`messages`), but the model's tokenizer has no chat template",
             "Use data with a `text` field, or a model that was trained on chats.",
         )
-    what = f"{chat.where}: the model's chat template did not end within {RENDER_SECONDS} seconds"
+    what = f"{chat.where}: the model's chat template did not finish within {RENDER_SECONDS} seconds"
     try:
-        with at_most(
-            RENDER_SECONDS, UserError(what, "Correct the chat template in the folder of the model.")
-        ):
+        with at_most(RENDER_SECONDS, UserError(what, "Correct the chat template in the model's folder.")):
             tokenizer.apply_chat_template(list(chat), tokenize=False)
     except UserError:
         raise
-    except Exception as error:  # a template is code, which may raise anything
+    except Exception as error:  # a template is code, and may raise any exception
         said = f"the model's chat template refuses the chat: {error}"
         raise BadRow(chat.where, said, f"Correct or remove it: {str(chat)[:100]} ...") from None
 
 
 def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Yield the tokens of a chat. Only the assistant's are training targets if the template marks them."""
     check_chat(chat, tokenizer)
     marks = marks_assistant(tokenizer)
     read = tokenizer.apply_chat_template(
@@ -85,7 +90,10 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Toke
 
 @contextmanager
 def at_most(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise an error if what runs inside takes longer. Only the main thread can be interrupted, and not on Windows."""
+    """Raise an error if the code inside the context takes longer than `seconds`.
+
+    There is no time limit outside the main thread or on Windows, where no signal can interrupt the code.
+    """
 
     def stop(*unused: object) -> None:
         raise error
@@ -103,5 +111,5 @@ def at_most(seconds: float, error: Exception) -> Iterator[None]:
 
 
 def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template says which tokens are the assistant's."""
+    """Return True if the chat template marks the tokens of the assistant."""
     return bool(tokenizer.chat_template and GENERATION.search(tokenizer.get_chat_template()))

@@ -1,13 +1,13 @@
-"""The embedded teacher: a tiny Llama-style model and its text, with which `linearize demo` works offline."""
+"""The embedded teacher, a tiny Llama-style model with its text, which lets `linearize demo` work offline."""
 
 from pathlib import Path
 
 
 def teacher_path() -> Path:
-    """The folder of the embedded model, in Hugging Face format (made by `examples/train_demo_teacher.py`)."""
+    """Return the folder of the embedded model. `examples/train_demo_teacher.py` made it."""
     return Path(__file__).parent / "teacher"
 
 
 def heldout_path() -> Path:
-    """JSONL of documents that the embedded model has not seen, `{"text": ...}` a line."""
+    """Return the JSONL file of documents that the embedded model was not trained on."""
     return Path(__file__).parent / "heldout.jsonl"

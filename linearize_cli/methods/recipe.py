@@ -1,291 +1,308 @@
-"""A method as data: which parts its equation has, where it comes from, and how it is recovered.
+"""The schema of a recipe: which parts the equation of a method has, its paper, and how quality is recovered.
 
-A recipe is a YAML file that states deviations from the defaults below.
+A recipe is a YAML file that states deviations from the defaults below. `compatibility` has the rules between keys.
 """
 
 import difflib
 import math
-import types
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Union, get_args, get_origin
+import reprlib
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
-LARGEST = 2**31 - 1  # of a whole number in a recipe
+LARGEST = 2**31 - 1  # the largest whole number in a recipe
+MOST = 8192  # features, sinks or ranks: more would outweigh the cache or the weights that they replace
 
 
-@dataclass(frozen=True)
-class Local:
-    """The near part: `size` tokens of exact attention."""
+def parse_count(value: Any) -> int:
+    """Return a number of tokens that is written as `650k`, `40M` or `1_000`.
 
-    scope: str = "sliding"
-    size: int = 64
+    Raises:
+        ValueError: the value is not such a number, or not positive.
+    """
+    scales = {"k": 10**3, "m": 10**6, "b": 10**9}
+    number = value
+    try:
+        if isinstance(value, str):
+            digits = value.strip().lower().replace("_", "").replace(",", "")
+            scale = scales.get(digits[-1:], 1)
+            number = float(digits[:-1] if scale > 1 else digits) * scale
+        if not isinstance(number, bool) and 1 <= number < 1e18 and number == int(number):
+            return int(number)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("should be a number of tokens such as 650k or 40M")
+
+
+def parse_number(value: Any) -> Any:
+    """Return the number in a text, or the value itself. YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def parse_rate(value: Any) -> float | str:
+    """Return a learning rate or `auto`. Raises ValueError: the value is neither."""
+    rate = parse_number(value)
+    if value == "auto" or (type(rate) in (int, float) and 0 < rate < math.inf):
+        return rate
+    raise ValueError("should be a number above 0, or auto")
+
+
+Number = Annotated[FiniteFloat, BeforeValidator(parse_number)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Weight = Annotated[Number, Field(ge=0)]
+Rate = Annotated[float | str, BeforeValidator(parse_rate)]
+Tokens = Annotated[int, BeforeValidator(parse_count)]
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Width = Annotated[int, Field(ge=0, le=LARGEST)]
+Dimension = Annotated[int, Field(ge=1, le=MOST)]
+
+
+class Part(BaseModel):
+    """A group of keys. Unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @classmethod
+    def faults(cls, data: Any, prefix: str = "") -> list[str]:
+        """Return what is wrong with plain data: the key path, the value and the valid ones, a line for each fault."""
+        try:
+            cls.model_validate(data)
+        except ValidationError as error:
+            return [cls._fault(prefix, **fault) for fault in error.errors()]
+        return []
+
+    @classmethod
+    def _fault(cls, prefix: str, type: str, loc: tuple, msg: str, input: Any, **other: Any) -> str:
+        path, value = (prefix + ".".join(map(str, loc))).rstrip("."), reprlib.repr(input)
+        if type == "missing":
+            return f"{path}: missing"
+        if type in ("extra_forbidden", "invalid_key"):
+            known = cls._kinds(loc[:-1])[0].model_fields
+            near = difflib.get_close_matches(str(loc[-1]), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            return f"{path}: unknown key ({hint})"
+        kinds = cls._kinds(loc)
+        if type == "model_type":
+            return f"{path or 'recipe'}: {value} should have keys ({', '.join(kinds[0].model_fields)})"
+        or_null = ", or null" if NoneType in kinds else ""
+        return f"{path}: {value} {msg.removeprefix('Value error, ').removeprefix('Input ')}{or_null}"
+
+    @classmethod
+    def _kinds(cls, path: tuple) -> tuple:
+        """Return the types of the value at a path below this group."""
+        kinds = (cls,)
+        for key in path:
+            kind = kinds[0].model_fields[key].annotation
+            kinds = get_args(kind) or (kind,)
+        return kinds
+
+
+class Local(Part):
+    """The local part: exact attention to `size` tokens, in a sliding window or within groups."""
+
+    scope: Literal["sliding", "group"] = "sliding"
+    size: Size = 64
     score: str = "softmax"
 
 
-@dataclass(frozen=True)
-class Far:
-    """The rest of the past, through a feature map into a state of fixed size; `key_weight`: each key counts with a
-    learned weight.
+class Far(Part):
+    """The linear part: older tokens enter a state of fixed size through a feature map.
+
+    Attributes:
+        feature_dim: size of the feature map, where it has a choice.
+        per_query_head: key features per query head instead of per KV head.
+        key_weight: multiply the features of each key by a learned weight.
     """
 
     feature_map: str = "hedgehog"
-    feature_dim: int | None = None
+    feature_dim: Dimension | None = None
     per_query_head: bool = False
     key_weight: bool = False
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(Part):
     """How the state forgets."""
 
     kind: str = "none"
 
 
-@dataclass(frozen=True)
-class Conv:
-    """The depthwise conv over values: live taps, 0 for none. They end at the token or, where attention sees both
-    sides, lie around it.
-    """
+class Conv(Part):
+    """The depthwise conv over values, `width` taps wide (0: no conv). It is causal where attention is, else centred."""
 
-    width: int = 0
+    width: Width = 0
 
 
-@dataclass(frozen=True)
-class Attention:
-    """One layer's equation. `cross` is a decoder's attention to an encoder: softmax, or linear through `far`'s
-    feature map alone.
+class Attention(Part):
+    """The equation of one layer.
+
+    Attributes:
+        cross: attention of a decoder to an encoder: softmax, or linear through the feature map of `far` alone.
     """
 
     local: Local | None = None
     far: Far | None = None
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory = Memory()
     combine: str = "shared"
-    conv: Conv = field(default_factory=Conv)
-    sinks: int = 0
-    cross: str = "softmax"
+    conv: Conv = Conv()
+    sinks: Annotated[int, Field(ge=0, le=MOST)] = 0
+    cross: Literal["softmax", "linear"] = "softmax"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What the two stages of training have in common.
+class Stage(Part):
+    """The options that both stages of training have.
 
     Attributes:
-        warmup: share of the steps in which the rate rises, before it falls to zero as a cosine.
-        clip: the longest gradient (norm over all that is trained) that is followed at its length; null: any.
-        evaluate: share of the steps between two looks at held-out text, the best of which counts in the end; 0: none.
-        early_stop: looks without an improvement after which the stage ends; null: it goes on to its last step.
-        key: where its rate is set.
+        warmup: share of the steps in which the learning rate rises, before it falls to zero as a cosine.
+        clip: maximum gradient norm over all trained parameters; null: no clipping.
+        evaluate: share of the steps between two evaluations on held-out text; 0: no evaluation. The parameters of
+            the best evaluation are kept.
+        early_stop: evaluations without an improvement after which the stage ends; null: never.
+        key: the key of the learning rate, for messages.
     """
 
     key: ClassVar[str]
-    warmup: float = 0.1
-    clip: float | None = 1.0
-    evaluate: float = 0.0
-    early_stop: int | None = None
+    warmup: Share = 0.1
+    clip: Annotated[Number, Field(gt=0)] | None = 1.0
+    evaluate: Share = 0.0
+    early_stop: Size | None = None
 
 
-@dataclass(frozen=True)
 class Transfer(Stage):
-    """Each layer learns its softmax layer's output.
+    """Attention transfer: each linear layer learns the output of its softmax layer.
 
     Attributes:
-        share: that of the tokens.
-        lr: the rate; auto: 1e-2 at heads of 128 and more for smaller ones, so that it stays the same share of a
-            projection's entries, which are 1 / sqrt(head size) long.
-        window_dropout: how probable it is that a step has a random shorter window in every layer, so that the far
-            part learns what it hides; at the first step, from where it falls to 0 at the last.
-        block_layers: how many layers are on the device at a time; 0 or null: all.
+        share: share of the training tokens.
+        lr: learning rate; auto: 1e-2 for heads of size 128, in proportion to 1 / sqrt(head size) for others, as the
+            entries of a projection.
+        window_dropout: probability that a step shortens the window of every layer at random, so that the linear
+            part learns the tokens of the window too. It falls from this value at the first step to 0 at the last.
+        block_layers: number of layers on the device at a time; 0 or null: all.
     """
 
-    share: float = 0.4
-    lr: float | str = 1e-2
-    window_dropout: float = 0.0
-    block_layers: int | None = 0
-    linear_lr: ClassVar[None] = None  # all that transfer trains is linear
+    share: Share = 0.4
+    lr: Rate = 1e-2
+    window_dropout: Share = 0.0
+    block_layers: Width | None = 0
+    linear_lr: ClassVar[None] = None  # transfer trains linear parameters only
     key: ClassVar[str] = "recover.transfer.lr"
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(Part):
     """Low-rank updates of the weights.
 
     Attributes:
-        rank: of the updates.
-        alpha: their factor, times the rank.
-        targets: the Linear layers that have one: `attention`, those of the converted modules, or `all`, those of
-            the layers around them too (MLPs).
+        rank: rank of the updates.
+        alpha: scale of the updates, times the rank.
+        targets: the Linear layers that get an update: those of the converted modules (`attention`), or those of
+            the decoder layers around them too (`all`).
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str = "attention"
+    rank: Dimension = 8
+    alpha: Number = 16.0
+    targets: Literal["attention", "all"] = "attention"
 
 
-@dataclass(frozen=True)
 class Distill(Stage):
-    """The whole model learns the teacher's logits.
+    """Distillation: the whole model learns the logits of the teacher.
 
     Attributes:
-        lr: the rate; auto: falls with the model's width.
-        linear_lr: that of the linear parts alone; auto: three times `lr`; null: as `lr`.
-        kl: weight of the divergence from the teacher's logits.
-        ce: weight of the cross entropy of the right answers.
-        hidden: weight of the last hidden states' squared error; for classifiers, whose logits say little.
-        lora: what is trained beside the linear parts; null: every weight but the embeddings, beside a frozen copy
-            of the teacher.
-        checkpointing: compute activations again in the backward instead of keeping them: less memory, more time.
+        lr: learning rate; auto: falls with the width of the model.
+        linear_lr: learning rate of the linear parameters; auto: three times `lr`; null: `lr`.
+        kl: weight of the KL divergence from the logits of the teacher.
+        ce: weight of the cross entropy of the next tokens.
+        hidden: weight of the squared error of the last hidden states, for classifiers, whose logits say little.
+        lora: what is trained besides the linear parameters; null: every weight but the embeddings, with a frozen
+            copy of the teacher.
+        checkpointing: gradient checkpointing, which takes less memory and more time.
     """
 
-    lr: float | str = "auto"
-    linear_lr: float | str | None = None
-    kl: float = 1.0
-    ce: float = 0.0
-    hidden: float = 0.0
-    lora: Lora | None = field(default_factory=Lora)
+    lr: Rate = "auto"
+    linear_lr: Rate | None = None
+    kl: Weight = 1.0
+    ce: Weight = 0.0
+    hidden: Weight = 0.0
+    lora: Lora | None = Lora()
     checkpointing: bool = False
     key: ClassVar[str] = "recover.distill.lr"
 
 
-@dataclass(frozen=True)
 class HeadStage(Stage):
-    """Medusa heads learn which tokens follow so many places later; no part of a recipe.
+    """Training of Medusa heads, each of which predicts the token at a fixed distance. Not a part of a recipe.
 
     Attributes:
-        lr: the rate; auto: falls with the model's width.
-        decay: a head counts so many times as much as the one before.
+        lr: learning rate; auto: falls with the width of the model.
+        decay: weight of the loss of each head relative to the head before.
     """
 
-    lr: float | str = "auto"
-    decay: float = 0.8
+    lr: Rate = "auto"
+    decay: Number = 0.8
     linear_lr: ClassVar[None] = None  # the model is frozen
     key: ClassVar[str] = "--lr"
 
 
-@dataclass(frozen=True)
-class Recover:
-    """Training: tokens in all, and the text they come from. `separate_documents` lets no document see another
-    in its block; `assistant_only` learns what the assistant says in a chat and nothing else.
+class Recover(Part):
+    """Training: the number of tokens and the text.
+
+    Attributes:
+        separate_documents: mask attention between the documents of a block.
+        assistant_only: learn only from what the assistant says in a chat.
     """
 
-    tokens: int = 40_000_000
+    tokens: Tokens = 40_000_000
     data: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
     separate_documents: bool = False
     assistant_only: bool = False
-    transfer: Transfer = field(default_factory=Transfer)
-    distill: Distill = field(default_factory=Distill)
+    transfer: Transfer = Transfer()
+    distill: Distill = Distill()
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Part):
+    """A method as data."""
+
     name: str
     summary: str = ""
     paper: str = ""
-    attention: Attention = field(default_factory=Attention)
-    recover: Recover = field(default_factory=Recover)
+    attention: Attention = Attention()
+    recover: Recover = Recover()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the recipe as plain data, with every key."""
+        return self.model_dump()
 
     def dump(self) -> str:
-        """The recipe as YAML, every key spelled out."""
+        """Return the recipe as YAML, with every key."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def with_budget(self, tokens: int | None = None, data: str | None = None) -> "Recipe":
+        """Return the recipe with the tokens and the data of the command line, where they are given."""
+        given = {key: value for key, value in (("tokens", tokens), ("data", data)) if value}
+        return self.model_copy(update={"recover": self.recover.model_copy(update=given)})
 
 
 def names_code(feature_map: object) -> bool:
-    """Return whether a feature map is a user's own, in Python code beside the recipe: `FILE.py:CLASS`."""
+    """Return whether a feature map is Python code of the user's own beside the recipe: `FILE.py:CLASS`."""
     return isinstance(feature_map, str) and ".py:" in feature_map
 
 
-def parse_count(text: Any) -> int:
-    """A number of tokens: `650k`, `40M`, `1_000`.
-
-    Raises:
-        ValueError: not such a number, or not positive.
-    """
-    if isinstance(text, str):
-        scales = {"k": 10**3, "m": 10**6, "b": 10**9}
-        digits = text.strip().lower().replace("_", "").replace(",", "")
-        scale = scales.get(digits[-1:], 1)
-        number = float(digits[:-1] if scale > 1 else digits) * scale
-    else:
-        number = text if isinstance(text, int | float) and not isinstance(text, bool) else 0
-    if not 1 <= number < 1e18 or number != int(number):
-        raise ValueError(text)
-    return int(number)
-
-
-def build(cls: type, data: Any, path: str, problems: list[str]) -> Any:
-    """A dataclass from plain data; whatever does not fit is added to `problems` with its key path."""
-    if not isinstance(data, dict):
-        problems.append(
-            f"{path.rstrip('.')}: expected keys ({', '.join(f.name for f in fields(cls))}), got {data!r}"
-        )
-        return None
-    known = {f.name: f.type for f in fields(cls)}
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else f" (known here: {', '.join(known)})"
-            problems.append(f"{path}{key}: unknown key{hint}")
-    values = {key: _value(known[key], data[key], f"{path}{key}", problems) for key in data if key in known}
-    if cls is Recipe and "name" not in values:
-        problems.append("name: missing")
-        return None
-    return cls(**values)
-
-
-def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if is_dataclass(option):
-            return build(option, value, f"{path}.", problems)
-    if int in options and path.endswith("tokens"):
-        try:
-            return parse_count(value)
-        except ValueError:
-            problems.append(f"{path}: expected a number of tokens such as 650k, got {value!r}")
-            return None
-    if float in options and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML 1.1 reads 1e-3 as text
-            if math.isfinite(number):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    if any(type(value) is option for option in options if option is not float):
-        if type(value) is not int or abs(value) <= LARGEST:
-            return value
-        problems.append(f"{path}: the number is beyond {LARGEST}")
-        return None
-    names = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
-    problems.append(f"{path}: expected {names}, got {value!r}")
-    return None
-
-
 def transfer_rate(transfer: Transfer, head_dim: int) -> float:
-    """The rate of transfer: as stated, or by the size of the heads' keys."""
+    """Return the learning rate of transfer for keys of `head_dim` entries per head."""
     return 1e-2 * (128 / head_dim) ** 0.5 if transfer.lr == "auto" else transfer.lr
 
 
 def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
-    """The rates of distillation, `lr` and `linear_lr`: as stated, or falling with the model's width (2e-3 at 64, 2e-4
-    at 4096) and three times that.
+    """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
+
+    `auto` is 2e-3 at width 64 and 2e-4 at 4096, and three times that for the linear parameters.
     """
     rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
 
 
 def head_rate(stage: HeadStage, width: int) -> float:
-    """The rate of Medusa heads: as stated, or Medusa's 1e-3 at 4096 and more for smaller widths (6.5e-3 at 96)."""
+    """Return the learning rate of Medusa heads: `auto` is Medusa's 1e-3 at width 4096 and 6.5e-3 at 96."""
     return 1e-3 * (4096 / width) ** 0.5 if stage.lr == "auto" else stage.lr
-
-
-def with_budget(recipe: Recipe, tokens: int | None = None, data: str | None = None) -> Recipe:
-    """The recipe with the command line's budget and data written into it."""
-    recover = recipe.recover
-    return replace(
-        recipe, recover=replace(recover, tokens=tokens or recover.tokens, data=data or recover.data)
-    )

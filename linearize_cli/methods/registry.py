@@ -1,4 +1,4 @@
-"""The methods by name: recipes that come with the package, their augmented forms, and files of a user's own."""
+"""The registry of methods: the recipes of the package, their augmented forms, and files of the user."""
 
 import difflib
 import os
@@ -13,7 +13,7 @@ from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import DEEPEST, parse_yaml, read_yaml, user_path
 from linearize_cli.methods.compatibility import misfits
-from linearize_cli.methods.recipe import Recipe, build, names_code
+from linearize_cli.methods.recipe import Recipe, names_code
 from linearize_cli.runtime.bundle import load_own_code
 
 DEFAULT, DEFAULT_BASE = "augmented", "hedgehog"
@@ -21,17 +21,17 @@ ALL_KEYS = "`linearize methods augmented` prints a recipe with every key."
 
 
 def method_names() -> list[str]:
-    """The names of the methods that come with the package: the default, the bases, and the bases augmented."""
+    """Return the names of the package's methods: the default, the bases, and the augmented bases."""
     names = sorted(p.name[: -len(".yaml")] for p in _folder().iterdir() if p.name.endswith(".yaml"))
     bases = [name for name in names if name != DEFAULT]
     return [DEFAULT, *bases, *(f"{DEFAULT}:{base}" for base in bases if base != DEFAULT_BASE)]
 
 
 def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it. Code that it names is not run.
+    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it, without running its code.
 
     Raises:
-        UserError: unknown method, unreadable file, unknown keys or unfit values (all of them at once).
+        UserError: the method is unknown, the file cannot be read, or the recipe is invalid. Names every fault.
     """
     data, where = read_data(method, overrides)
     if names_code(feature_map_of(data)):
@@ -40,10 +40,10 @@ def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load_recipe(method: str, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> Recipe:
-    """Read a recipe as `read_recipe`, and enter a feature map of the user's own in the registry by running its code.
+    """Read a recipe, and register the feature map of the user that it names by running its code.
 
     Raises:
-        UserError: as `read_recipe`; or the recipe names code and `trust_remote_code` is not given.
+        UserError: see `read_recipe`, or the recipe names code and `trust_remote_code` is not given.
     """
     data, where = read_data(method, overrides)
     if names_code(feature_map_of(data)):
@@ -58,7 +58,7 @@ def load_recipe(method: str, overrides: Iterable[str] = (), trust_remote_code: b
 
 
 def read_data(method: str, overrides: Iterable[str]) -> tuple[dict, str]:
-    """Return a recipe as plain data with the overrides applied, and what to call it in messages."""
+    """Return a recipe as plain data with the overrides applied, and its name in messages."""
     data, where = _read(method)
     for override in overrides:
         _apply(data, override)
@@ -69,24 +69,19 @@ def checked(data: dict, where: str) -> Recipe:
     """Return the recipe of plain data.
 
     Raises:
-        UserError: unknown keys, unfit values or parts that do not go together (all of them at once).
+        UserError: unknown keys, invalid values or parts that do not fit together. Names all of them.
     """
-    problems: list[str] = []
-    recipe = build(Recipe, data, "", problems)
-    if not problems:
-        problems = list(misfits(recipe))
-    if problems:
-        raise UserError(
-            f"the recipe {where} cannot be used:\n" + "\n".join(f"  {p}" for p in problems), ALL_KEYS
-        )
-    return recipe
+    faults = Recipe.faults(data) or misfits(Recipe.model_validate(data))
+    if faults:
+        raise UserError("\n  ".join((f"the recipe {where} cannot be used:", *faults)), ALL_KEYS)
+    return Recipe.model_validate(data)
 
 
 def augment(base: dict) -> dict:
-    """The seed's augmentation of a base recipe (arXiv 2406.07368): a local part and a masked conv.
+    """Return a base recipe with a local part and a masked conv (arXiv 2406.07368).
 
-    A base without a local part gets the default's window and sinks. Far features that are weights share its
-    normaliser; others join through a gate.
+    A base without a local part gets the window and the sinks of the default. Positive features share its normaliser.
+    Other features are joined by a gate.
     """
     default = yaml.safe_load(_text(DEFAULT))["attention"]
     attention = {**base["attention"], "conv": default["conv"]}
@@ -109,7 +104,7 @@ def _folder():
 
 
 def _read(method: str) -> tuple[dict, str]:
-    """A recipe as plain data, and what to call it in messages."""
+    """Return a recipe as plain data, and its name in messages."""
     if method.endswith((".yaml", ".yml")):
         data = read_yaml(user_path(method), "Correct the file, or name a method.")
         if not isinstance(data, dict):
@@ -134,7 +129,7 @@ def _text(name: str) -> str:
 
 
 def feature_map_of(data: dict) -> object:
-    """Return `attention.far.feature_map` of a recipe that may have any form."""
+    """Return `attention.far.feature_map` of plain data, or None if there is no such key."""
     for key in ("attention", "far", "feature_map"):
         data = data.get(key) if isinstance(data, dict) else None
     return data
@@ -163,7 +158,7 @@ def own_file(data: dict, where: str) -> Path:
 
 
 def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
-    """Run a user's file: its class enters itself in the registry, and `data` then names it as the registry does.
+    """Run the file of a user's feature map, which registers itself, and write its registered name into `data`.
 
     Raises:
         UserError: the file fails, or has no such feature map.
@@ -189,8 +184,8 @@ def try_feature_map(cls: type[FeatureMap], feature_dim: int | None, where: str) 
     """Run a user's feature map once, on random queries and keys.
 
     Raises:
-        UserError: it fails, its features are of another shape or not finite, or give negative weights though it
-            says that they are positive.
+        UserError: it fails, its features have another shape or are not finite, or they give negative weights although
+            the class declares them positive.
     """
     heads, tokens, size = 3, 33, 8
     x = torch.randn(2, heads, tokens, size, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""A model with one part of its linear layers left out: what does the other carry?"""
+"""Ablation of the converted layers: the model without their local part, or without their global part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +7,22 @@ from transformers import PreTrainedModel
 
 from linearize_cli.runtime.dispatch import converted
 
-ABLATIONS = {"local_only": "far", "linear_only": "local"}  # a measurement's name: the part that it leaves out
+ABLATIONS = {"local_only": "far", "linear_only": "local"}  # name of a measurement -> the part it leaves out
 
 
 def has_both_parts(model: PreTrainedModel) -> bool:
+    """Return True if the model's method has a local and a global part."""
     attention = model.config.linearize["attention"]
     return bool(attention.get("local") and attention.get("far"))
 
 
 @contextmanager
 def without(model: PreTrainedModel, part: str) -> Iterator[None]:
-    """Leave a part ("local" or "far") out of every converted layer, of the normaliser too; the conv stays."""
+    """Leave one part out of every converted layer, and of its normaliser, while the context is open.
+
+    Args:
+        part: "local", or "far" for the global part. The conv always stays.
+    """
     layers = [module.linear_attention for module in converted(model).values()]
     try:
         for layer in layers:

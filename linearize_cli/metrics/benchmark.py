@@ -1,4 +1,4 @@
-"""`bench`: the speed and memory of an artifact beside its softmax teacher."""
+"""`bench`: the speed and memory of an artifact, compared with its softmax teacher."""
 
 import gc
 import time
@@ -16,20 +16,20 @@ from linearize_cli.artifact.record import read_record
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.speed import PHASES, measure, unmeasured
 from linearize_cli.metrics.timing import machine, one_thread
-from linearize_cli.models.load_errors import brief
 from linearize_cli.models.tasks import context_length, last_position, task_of
 from linearize_cli.tables import number, size, table
 from linearize_cli.terminal import Terminal
 from linearize_cli.versions import versions
 
 SCHEMA = 1
-LENGTHS = (1, 2, 4, 8)  # times the trained length: the contexts, if none are asked for
-SHORTEST = 8  # tokens of a context
-SECONDS = 60.0
+LENGTHS = (1, 2, 4, 8)  # default contexts, in multiples of the trained length
+SHORTEST = 8  # tokens of the shortest context allowed
+SECONDS = 60.0  # time for all repeats together
 
 
 def bench(
@@ -47,30 +47,37 @@ def bench(
     terminal: Terminal | None = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """`linearize bench`: time an artifact and its softmax teacher in turn, in one process, on one thread, over random
-    tokens, and write `bench.json` and a figure into the artifact. See `measure.speed` for the phases.
+    """Time an artifact and its softmax teacher, and write `bench.json` and a figure (`linearize bench`).
+
+    Both models run in turn, in one process, on one CPU thread, over random tokens. `metrics.speed` describes the
+    phases.
 
     Args:
-        teacher: the model it was made from; None: the one that its linearize.json names.
-        context: tokens of a row. Empty: the length it was trained at, and 2, 4 and 8 times that, as far as both
-            models have positions and the time allows.
-        batch: rows at a time.
-        plot: where the figure goes; None: `bench.png` in the artifact, if that is written to.
-        seconds: that repeats may take in all. What was asked for by `context` runs at least once.
-        trust_remote_code: whether code that either model brings along may run.
-        write: whether to write into the artifact.
+        artifact: the artifact's folder.
+        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json names.
+        context: lengths of a row in tokens. If empty, 1, 2, 4 and 8 times the trained length are measured, as far as
+            both models have positions and the time allows.
+        batch: numbers of rows in a batch.
+        plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
+        seconds: time for all repeats together. Contexts that were asked for run at least once.
+        trust_remote_code: allow both models to run their own code.
+        device: the torch device to run on.
+        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        seed: the seed of the random tokens.
+        write: write the report and the figure into the artifact.
 
     Returns:
-        The contents of `bench.json`. A row tells of one `model`, `phase`, `context` and `batch`:
-            seconds: the median of `repeats`, of one forward, one step of decoding, or one forward and backward.
-            tokens_per_s: of all rows together.
-            peak_bytes: the most that tensors take at a time: the model's weights, the cache it begins with, and all
-                that is allocated meanwhile, as torch's allocator counts it; None on devices other than CPU and CUDA.
-            state_bytes: the cache after the context, of all rows; None where there is none.
-            reason: why the numbers are None: out of memory, positions, time; None: they are not.
+        The contents of `bench.json`. Each row has a `model`, `phase`, `context` and `batch`, and:
+            seconds: the median over `repeats` of one forward, one decoding step, or one forward and backward.
+            tokens_per_s: the throughput of all rows of the batch together.
+            peak_bytes: the peak memory of the weights, the initial cache and all tensors allocated during the run.
+                None on devices other than CPU and CUDA.
+            state_bytes: the size of the cache of all rows after the context, or None without a cache.
+            reason: why the numbers are None (out of memory, positions or time), or None if they were measured.
 
     Raises:
-        UserError: anything the caller can mend. Nothing half-written is left.
+        UserError: the artifact or the teacher cannot be loaded, an argument is out of range, or a file cannot be
+            written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
@@ -83,7 +90,7 @@ def bench(
     if write or plot:
         check_writable(figure, "--plot" if plot else "")
     if figure.suffix.lower() != ".png":
-        raise UserError(f"--plot {figure} is no PNG", "Name a file that ends in .png.")
+        raise UserError(f"--plot {figure} is not a PNG file", "Name a file that ends in .png.")
     student, tokenizer = load(
         folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -98,13 +105,13 @@ def bench(
     try:
         ids = random_tokens(student, tokenizer, shape, seed)
     except (RuntimeError, MemoryError) as error:
-        what = f"no memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
-        raise UserError(what, "Ask for less with --context and --batch.") from None
+        what = f"not enough memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
+        raise UserError(what, "Use a smaller --context or --batch.") from None
     cells = [(rows, length) for rows in batches for length in contexts]
     phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
     share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
-    gc.collect()  # what is freed while memory is watched, and was there before, cannot be counted
+    gc.collect()  # older garbage that is freed during a measurement would falsify the peak
     with one_thread():
         on = machine(device)
         for many, length in cells:
@@ -112,7 +119,7 @@ def bench(
             if length > limit:
                 reason = f"beyond the {limit:,} positions that the model has learned"
             elif rows and not context and time.perf_counter() > ends:
-                reason = f"{seconds:g} seconds were over: ask for it with --context {length}"
+                reason = f"not run within {seconds:g} seconds: ask for it with --context {length}"
             for phase in phases:
                 if reason:
                     rows += [unmeasured(name, phase, length, many, reason) for name in models]
@@ -138,16 +145,21 @@ def bench(
 
 
 def check_sizes(context: Sequence[int], batch: Sequence[int]) -> None:
+    """Check that contexts and batches are large enough.
+
+    Raises:
+        UserError: a context is too short, or a batch has no row.
+    """
     if any(length < SHORTEST for length in context):
         raise UserError(f"--context {min(context)} is too short", f"Use at least {SHORTEST} tokens.")
     if not batch or min(batch) < 1:
-        raise UserError("--batch must name one row or more at a time", "For example --batch 1,8.")
+        raise UserError("--batch must be at least 1", "Pass one or more sizes, for example --batch 1,8.")
 
 
 def random_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int
 ) -> Tensor:
-    """Tokens of no meaning, `[B, context]`, none of them special."""
+    """Return random token ids `[B, context]` without special tokens."""
     every = torch.arange(model.config.get_text_config().vocab_size)
     vocabulary = every[~torch.isin(every, torch.tensor(tokenizer.all_special_ids, dtype=every.dtype))]
     chosen = torch.randint(len(vocabulary), shape, generator=torch.Generator().manual_seed(seed))
@@ -155,19 +167,19 @@ def random_tokens(
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """Tokens/s, cache and peak memory of both models, side by side."""
+    """Return a table of tokens/s, cache size and peak memory of both models, side by side."""
     names = ("teacher", "student")
     columns = [f">{what}\n{name}" for what in ("tokens/s", "cache", "peak") for name in names]
     rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher", *columns[2:])
     found = {(r["phase"], r["batch"], r["context"], r["model"]): r for r in report["rows"]}
-    places = list(dict.fromkeys(key[:3] for key in found))
+    cells = list(dict.fromkeys(key[:3] for key in found))
     reasons: list[str] = []
-    for place in places:
-        pair = [found[(*place, name)] for name in names]
+    for cell in cells:
+        pair = [found[(*cell, name)] for name in names]
         speeds, caches, peaks = (
             [row[key] for row in pair] for key in ("tokens_per_s", "state_bytes", "peak_bytes")
         )
-        phase, batch, context = place
+        phase, batch, context = cell
         rows.add_row(
             phase,
             str(batch),
@@ -183,9 +195,9 @@ def render(report: dict[str, Any]) -> RenderableType:
         ]
     on = report["machine"]
     where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread of {on['cores']} cores, {report['dtype']}"
-    return Group(rows, "", *reasons, f"{where}; medians, both models in turn")
+    return Group(rows, "", *reasons, f"{where}; medians, the models timed alternately")
 
 
 def ratio(teacher: float | None, student: float | None) -> float | None:
-    """How many times as fast the student is; None: one of them was not measured."""
+    """Return the student's speed divided by the teacher's, or None if either was not measured."""
     return None if teacher is None or student is None else student / teacher

@@ -1,4 +1,4 @@
-"""Whether tokens are drawn from a model's own distribution: the probability integral transform, and a chi-square."""
+"""A test that tokens follow a model's distribution: the probability integral transform and a chi-square test."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ BINS = 20
 
 
 def distribution(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Return the probabilities `[M, vocab]` that tokens are to be drawn from, in fp64.
+    """Return the probabilities `[M, vocab]` that tokens are sampled from, in fp64 on the CPU.
 
     Args:
-        top_p: the mass that the most probable tokens must hold; all others get 0.
+        logits: `[M, vocab]`.
+        top_p: keep the most probable tokens up to this total probability. All others get 0.
     """
     p = (logits.double() / temperature).softmax(-1).cpu()
     if top_p < 1:
@@ -25,12 +26,17 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tens
 def integral_transform(
     logits: Tensor, tokens: Tensor, temperature: float, generator: torch.Generator, top_p: float = 1.0
 ) -> Tensor:
-    """`[M]` in [0, 1): where each token lies in its distribution. Of tokens that were drawn from it, uniform.
+    """Compute the randomised probability integral transform of each token.
 
-    Tokens are ordered by falling probability; a token's place is the mass before it, and a random share of its own.
+    Tokens are ordered by falling probability. The value is the probability of all tokens before this one, plus a
+    random share of its own. If the tokens follow the distribution, the values are uniform.
 
     Args:
-        logits: `[M, vocab]` that the tokens `[M]` were drawn from, at this temperature and `top_p`.
+        logits: `[M, vocab]`, the distributions of the tokens at this temperature and `top_p`.
+        tokens: `[M]`.
+
+    Returns:
+        `[M]` in [0, 1), in fp64.
     """
     p = distribution(logits, temperature, top_p)
     order = p.argsort(dim=-1, descending=True, stable=True)
@@ -41,14 +47,15 @@ def integral_transform(
     return (before.gather(-1, rank) - own + share * own).squeeze(-1).clamp(0, 1 - 1e-12)
 
 
-def uniformity(places: Tensor, bins: int = BINS) -> dict[str, Any]:
-    """A chi-square test that places `[M]` in [0, 1) are uniform.
+def uniformity(values: Tensor, bins: int = BINS) -> dict[str, Any]:
+    """Test with a chi-square test that values `[M]` in [0, 1) are uniform.
 
     Returns:
-        `tokens` M, `chi_square` of `bins` bins, and `p_value`: how probable a chi-square as large is if they are.
+        `tokens`: M. `bins`. `chi_square`: the statistic. `p_value`: the probability of a statistic at least as large
+        if the values are uniform.
     """
-    counts = (places * bins).long().bincount(minlength=bins).double()
-    expected = len(places) / bins
+    counts = (values * bins).long().bincount(minlength=bins).double()
+    expected = len(values) / bins
     chi_square = ((counts - expected).square() / expected).sum()
     p_value = torch.special.gammaincc(torch.tensor((bins - 1) / 2).double(), chi_square / 2)
-    return {"tokens": len(places), "bins": bins, "chi_square": chi_square.item(), "p_value": p_value.item()}
+    return {"tokens": len(values), "bins": bins, "chi_square": chi_square.item(), "p_value": p_value.item()}

@@ -1,4 +1,4 @@
-"""Whether a model computes the same in every way in which it can be run: logits on one batch of rows, compared."""
+"""Comparisons of a model's logits between its modes: prefill, chunked prefill, decoding, padding and reloading."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,21 @@ from linearize_cli.errors import UserError
 from linearize_cli.models.decoding import Decoder, marked
 from linearize_cli.models.tasks import Task
 
-PIECES = (7, 1, 13, 64, 2, 33)  # of a chunked prefill
+CHUNKS = (7, 1, 13, 64, 2, 33)  # tokens of the chunks of a chunked prefill, repeated in a cycle
 
 
 @dataclass
 class Comparison:
-    """The difference that came closest to its limit, of all that one check compared.
+    """The worst difference of one check: the one with the largest ratio to its limit.
 
-    A limit is the tolerance times the largest magnitude, at least 1: that of the model's logits, or that of
-    the compared tensor if it is larger: rounding in a state is no smaller than in the logits that it makes.
-    Whole numbers (positions, counts) must be equal.
+    The limit is the tolerance times the largest magnitude of the model's logits or of the compared tensor, and at
+    least the tolerance itself. Integers (positions, counts) must be equal.
+
+    Attributes:
+        tolerance: the relative difference that is allowed.
+        largest: the largest absolute logit of the model.
+        diff: the worst difference so far.
+        limit: the limit of that difference.
     """
 
     tolerance: float
@@ -35,6 +40,7 @@ class Comparison:
         self.limit = self.tolerance * max(1.0, self.largest)
 
     def add(self, actual: Tensor, expected: Tensor) -> None:
+        """Compare two tensors of the same shape, and keep their difference if it is the worst so far."""
         diff, limit = difference(actual, expected), 0.5
         if expected.is_floating_point():
             limit = self.tolerance * max(1.0, self.largest, finite_max(expected))
@@ -42,25 +48,25 @@ class Comparison:
             self.diff, self.limit = diff, limit
 
     def include(self, other: "Comparison") -> None:
-        """Take over what another comparison found, if it came closer to its limit."""
+        """Keep the difference of another comparison if it is the worst so far."""
         if other.diff / other.limit > self.diff / self.limit:
             self.diff, self.limit = other.diff, other.limit
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference; a NaN counts as the largest number of the type, equal infinities as 0."""
+    """Return the largest absolute difference. A NaN gives the largest number of the dtype, equal infinities 0."""
     wide = torch.promote_types(actual.dtype, torch.float32)
     gap = (actual.to(wide) - expected.to(wide)).abs().masked_fill(actual == expected, 0.0)
     return gap.nan_to_num(nan=torch.finfo(wide).max).max().item()
 
 
 def finite_max(x: Tensor) -> float:
-    """The largest magnitude among the finite elements."""
+    """Return the largest absolute value of the finite elements."""
     return x.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
 
 
 def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, seed: int) -> Tensor:
-    """`[2, length]`: random tokens, and those of the texts, joined and repeated."""
+    """Return rows `[2, length]`: random tokens, and the texts' tokens joined and repeated."""
     vocabulary = model.get_input_embeddings().num_embeddings
     random = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     joined = torch.tensor([token for ids in texts for token in ids])
@@ -68,21 +74,31 @@ def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, see
     return torch.stack([random, text]).to(model.device)
 
 
-def run(decoder: Decoder, rows: Tensor, pieces: list[int]) -> tuple[Tensor, Cache]:
-    """Logits of rows that are fed piece by piece, and the cache after them."""
+def run(decoder: Decoder, rows: Tensor, chunks: list[int]) -> tuple[Tensor, Cache]:
+    """Read rows `[B, T]` in chunks of these lengths.
+
+    Returns:
+        The logits `[B, T, vocab]`, and the cache after them.
+    """
     cache = decoder.new_cache()
-    return torch.cat([decoder(part, cache) for part in rows.split(pieces, 1)], 1), cache
+    return torch.cat([decoder(part, cache) for part in rows.split(chunks, 1)], 1), cache
 
 
 def rounding_noise(
     logits_of: Callable[[Tensor], Tensor], rows: Tensor, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """How far rounding alone moves a logit, and the largest logit.
+    """Measure how much rounding alone changes a logit.
 
-    The noise is the largest change of a logit when the same sequences go alone or together through forwards
-    without a cache, so that matrix products have other shapes: whole rows, and single tokens (M = 1 against
-    M = k). It is at least one rounding of the largest logit. Neither a cache nor pads take part, so that no
-    fault of theirs passes for noise.
+    The noise is the largest difference between sequences in a batch and the same sequences alone, for whole rows and
+    for single tokens. Only the shapes of the matrix products differ. The forwards use neither a cache nor padding,
+    so faults of these cannot hide in the noise.
+
+    Args:
+        logits_of: `[B, T]` ids -> logits.
+        rows: `[B, T]`.
+
+    Returns:
+        The noise, at least one rounding of the largest logit, and the largest absolute logit.
 
     Raises:
         UserError: the logits are not numbers.
@@ -95,7 +111,7 @@ def rounding_noise(
         noise = max(noise, difference(alone, logits))
     if logits.isnan().any():
         raise UserError(
-            "the model's logits are not numbers (NaN)", "Try another --dtype; else convert again."
+            "the model's logits are not numbers (NaN)", "Try another --dtype, or convert the model again."
         )
     largest = finite_max(logits)
     return max(noise, torch.finfo(dtype).eps * largest), largest
@@ -104,8 +120,16 @@ def rounding_noise(
 def compare_forms(
     decoder: Decoder, rows: Tensor, size: int, prefill: Comparison, chunked: Comparison
 ) -> None:
-    """One forward without a cache, and prefills of many lengths, against decoding; then an uneven chunked
-    prefill. Prefills shorter than the conv and ones that end at a window's or group's edge are among them.
+    """Compare the forms of a model with decoding one token at a time.
+
+    The forms are one forward without a cache, prefills of many lengths, and a prefill in uneven chunks. Some prefills
+    are shorter than the conv, some end at a window or group boundary.
+
+    Args:
+        rows: `[B, T]`.
+        size: tokens between two boundaries of a window or group.
+        prefill: collects the differences of full forwards and prefills.
+        chunked: collects the differences of the chunked prefill.
     """
     length = rows.shape[1]
     full = decoder(rows)
@@ -120,22 +144,23 @@ def compare_forms(
 
 
 def uneven(length: int) -> Iterator[int]:
-    for piece in cycle(PIECES):
-        yield min(piece, length)
-        length -= piece
+    """Yield the lengths of uneven chunks that add up to `length`."""
+    for chunk in cycle(CHUNKS):
+        yield min(chunk, length)
+        length -= chunk
         if length <= 0:
             return
 
 
 def lengths_around(size: int, most: int) -> list[int]:
-    """Lengths of rows at the edges of windows and groups."""
+    """Return lengths of rows, up to `most`, around the boundaries of windows and groups."""
     return [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= most]
 
 
 def compare_padding(
     task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison, steps: int = 8
 ) -> None:
-    """Compare a padded batch of texts of different lengths, its prefill and 8 single tokens, with each text alone."""
+    """Compare a padded batch of texts of different lengths, and `steps` single tokens, with each text alone."""
     lengths = lengths_around(size, rows.shape[1] - steps)
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths)]
     follow = torch.stack([rows[i % 2, n : n + steps] for i, n in enumerate(lengths)])
@@ -150,12 +175,13 @@ def compare_batch(
     worst: Comparison,
     cache: Cache | None = None,
 ) -> None:
-    """Compare texts in one padded batch, and the turns that follow them, with one forward of each text alone (see
-    `Task.alone`), without a cache.
+    """Compare a padded batch, decoded with a cache, with a forward of each text alone without a cache.
 
     Args:
-        texts: `[T_i]` each; turns: `[B, n]` each, what all rows continue with.
-        cache: an empty one; None: a new one.
+        texts: the rows' texts, `[T_i]` each.
+        turns: tokens that follow the texts, `[B, n]` each, one forward for each.
+        cache: an empty cache to use. None makes a new one.
+        worst: collects the differences.
     """
     decoder, ids, mask = task.start(model, texts)
     cache = decoder.new_cache() if cache is None else cache
@@ -172,14 +198,14 @@ def compare_batch(
 
 
 def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:
-    """A padded batch of rows of different lengths against each row alone."""
+    """Compare rows of different lengths in one padded batch with each row alone, without a cache."""
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths_around(size, rows.shape[1]))]
     for text, logits in zip(texts, task.read(model, texts), strict=True):
         worst.add(logits, task.read(model, [text])[0])
 
 
 def compare_reload(task: Task, model: PreTrainedModel, rows: Tensor, worst: Comparison) -> None:
-    """The model against itself, saved and loaded again."""
+    """Compare the model with itself after it was saved and loaded."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()

@@ -1,4 +1,4 @@
-"""`eval`: an artifact beside its softmax teacher."""
+"""`eval`: the quality of an artifact, compared with its softmax teacher."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,8 +32,8 @@ from linearize_cli.terminal import Terminal
 from linearize_cli.versions import versions
 
 SCHEMA = 1
-TIMES = 8  # the trained length: the longest context, if none is asked for
-SHORTEST = 8  # tokens of a block
+TIMES = 8  # the longest default context, in multiples of the trained length
+SHORTEST = 8  # tokens of the shortest block allowed
 FIGURES = ("eval-perplexity.png", "eval-recall.png", "eval-transfer.png")
 
 
@@ -53,25 +53,31 @@ def evaluate(
     terminal: Terminal | None = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """`linearize eval`: measure an artifact beside its softmax teacher, and write `eval.json` and figures into it.
+    """Compare an artifact with its softmax teacher, and write `eval.json` and figures into it (`linearize eval`).
 
     Args:
-        teacher: the model it was made from; None: the one that its linearize.json names.
-        data: text to measure on, as of `convert`; None: the demo's, of a demo artifact.
-        skip_bad_rows: rows of it that may be left out because they cannot be used.
-        context: tokens of a block; the first is that of the overall numbers, the longest that of those by
-            position. Empty: the length it was trained at, and up to 8 times that, as far as the model's
-            positions and the text allow.
-        tasks: of lm_eval, by name, or as YAML files.
-        tokens: of text at most; None: all (of a stream, 500,000).
-        trust_remote_code: whether code that either model brings along may run.
-        write: whether to write into the artifact.
+        artifact: the artifact's folder.
+        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json names.
+        data: the text to measure on, in the forms that `convert` accepts. None uses the demo's held-out text, for a
+            demo artifact only.
+        skip_bad_rows: the number of unusable rows of the data that may be skipped.
+        context: block lengths in tokens. The first is used for the overall numbers, the longest for the numbers by
+            position. If empty, the trained length and up to 8 times that are used, as far as the model's positions
+            and the text allow.
+        tasks: tasks of lm_eval, by name or as YAML files.
+        tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
+        trust_remote_code: allow both models to run their own code.
+        device: the torch device to run on.
+        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        seed: the seed of recall probes and of sampled text.
+        write: write the report and the figures into the artifact.
 
     Returns:
-        The contents of `eval.json`; what does not apply to this kind of model, or was not asked for, is None.
+        The contents of `eval.json`. Parts that do not apply to the model, or were not asked for, are None.
 
     Raises:
-        UserError: anything the caller can mend. Nothing half-written is left.
+        UserError: the artifact, the teacher or the data cannot be loaded, an argument does not fit them, or a file
+            cannot be written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
@@ -91,7 +97,7 @@ def evaluate(
     original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
     task = task_of(student, tokenizer)
     if harness and not isinstance(task, CausalLM):
-        raise UserError(f"--tasks: {task.kind} is no causal language model", "Leave the option out.")
+        raise UserError(f"--tasks: {task.kind} is not a causal language model", "Leave the option out.")
     text.read_through(source, tokenizer, task)
     limit = text.HELD_OUT_LIMIT if tokens is None and source.count is None else tokens
     ids = torch.tensor(list(islice(chain.from_iterable(text.tokens(source, tokenizer)), limit)))
@@ -103,7 +109,7 @@ def evaluate(
     reach = context_length(original) if isinstance(task, CausalLM) else max(contexts)
     if max(contexts) > reach:
         terminal.note(
-            f"beyond {reach} tokens the teacher itself is outside its context: no fair reference there"
+            f"beyond {reach} tokens the teacher is outside its own context, so it is no fair reference there"
         )
     report = {
         "schema": SCHEMA,
@@ -127,7 +133,13 @@ def evaluate(
 
 
 def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
-    """The text to measure on; a local one by its name alone, for a report may be published."""
+    """Open the text to measure on.
+
+    A local source is named by its file name alone, because the report may be published.
+
+    Raises:
+        UserError: no text was given, or it is `self`, or it cannot be opened.
+    """
     if data is None and demo:
         return replace(text.open_source(str(heldout_path())), name="held-out text of the demo")
     if data is None:
@@ -137,7 +149,8 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
         )
     if data == SELF:
         raise UserError(
-            "--data self: a teacher is no reference on its own writing", "Pass text that it did not write."
+            "--data self would measure the teacher on its own text",
+            "Pass text that the teacher did not write.",
         )
     source = text.open_source(data, bad)
     local = user_path(data)
@@ -145,10 +158,10 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
 
 
 def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:
-    """Tokens of a block, the one of the overall numbers first.
+    """Return the block lengths in tokens. The first is used for the overall numbers.
 
     Raises:
-        UserError: blocks longer than the text, or than learned positions.
+        UserError: a block is longer than the text, or than the teacher's learned positions.
     """
     limit, have = last_position(pair.teacher), len(pair.text)
     for length in asked or [trained]:
@@ -159,7 +172,7 @@ def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> li
             )
         if length > have:
             raise UserError(
-                f"the text ({name}) has {have:,} tokens, less than one block of {length:,}",
+                f"the text ({name}) has {have:,} tokens, fewer than one block of {length:,}",
                 "Pass more text with --data, or a smaller --context.",
             )
     if asked or not isinstance(pair.task, CausalLM):
@@ -169,6 +182,7 @@ def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> li
 
 
 def draw(folder: Path, report: dict[str, Any]) -> None:
+    """Write the figures of a report that have data into the artifact's folder."""
     drawn = (plots.by_position(report), plots.by_distance(report), plots.transfer(folder / "log.jsonl"))
     for name, figure in zip(FIGURES, drawn, strict=True):
         if figure is not None:

@@ -1,4 +1,4 @@
-"""What a model writes beside its teacher: how much of it repeats itself, and where it first differs."""
+"""Generated text of a student and its teacher: the share of repeated n-grams, and where the texts first differ."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,12 @@ NGRAM = 4
 
 
 def greedy(logits: Tensor) -> Tensor:
+    """Return the most probable tokens `[R]` of logits `[R, vocab]`."""
     return logits.argmax(-1)
 
 
 def sampling(seed: int) -> Callable[[Tensor], Tensor]:
-    """Tokens at temperature 1, with chance of its own that no device changes."""
+    """Return a function that samples at temperature 1, with a CPU generator so that all devices sample the same."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
@@ -30,7 +31,14 @@ def sampling(seed: int) -> Callable[[Tensor], Tensor]:
 def continued(
     task: Task, model: PreTrainedModel, rows: Tensor, new: int, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`[R, new]`: tokens that follow rows `[R, T]`, by `choose` from logits `[R, vocab]`. No token ends a row."""
+    """Continue rows `[R, T]` with `new` tokens each. No token ends a row early.
+
+    Args:
+        choose: logits `[R, vocab]` -> tokens `[R]`.
+
+    Returns:
+        The new tokens `[R, new]`, on the CPU.
+    """
     decoder, token, _ = task.start(model, list(rows.to(model.device)))
     cache, written = decoder.new_cache(), []
     for _ in range(new):
@@ -40,7 +48,7 @@ def continued(
 
 
 def repetition(rows: Tensor) -> float | None:
-    """The share of n-grams of 4 tokens that stood in the same row before; rows `[R, T]`."""
+    """Return the share of 4-grams that occur earlier in the same row of `[R, T]`, or None if rows are too short."""
     if rows.shape[1] < NGRAM:
         return None
     ngrams = [[tuple(ngram) for ngram in row] for row in rows.unfold(1, NGRAM, 1).tolist()]
@@ -48,7 +56,7 @@ def repetition(rows: Tensor) -> float | None:
 
 
 def agreed(rows: Tensor, others: Tensor) -> float:
-    """Tokens at the start of a row that both have, on average over rows `[R, T]`."""
+    """Return the mean length of the prefix that two sets of rows `[R, T]` have in common."""
     return (rows == others).cumprod(1).sum(1).double().mean().item()
 
 
@@ -60,15 +68,18 @@ def generation(
     seed: int,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Greedy and sampled continuations of the first `prompt` tokens of text `[R, T]`, T - prompt tokens each.
+    """Compare greedy and sampled continuations of both models.
 
     Args:
         models: `teacher` and `student`.
+        text: `[R, T]`. Its first `prompt` tokens are the prompt, and T - prompt new tokens are generated.
+        seed: the seed of sampling, the same for both models.
+        progress: called with the number of tokens just generated.
 
     Returns:
-        `repetition: {greedy: {teacher, student}, sampled: {teacher, student}, text}` (`text`: of the text's own
-        continuation) and `exact_match: {mean, of}`, tokens at the start of the student's greedy continuation that
-        are the teacher's.
+        `repetition: {greedy: {teacher, student}, sampled: {teacher, student}, text}`, where `text` is the repetition
+        of the text's own continuation. `exact_match: {mean, of}`: the mean number of tokens at the start of the
+        greedy continuations that are the same, of T - prompt.
     """
     new = text.shape[1] - prompt
     written: dict[str, dict[str, Tensor]] = {"greedy": {}, "sampled": {}}

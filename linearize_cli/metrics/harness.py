@@ -1,4 +1,4 @@
-"""Tasks of the LM Evaluation Harness (`lm_eval`, an optional extra), through its own Python API."""
+"""Tasks of the LM Evaluation Harness (`lm_eval`, an optional dependency)."""
 
 import logging
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from linearize_cli.inputs import user_path
 
 
 class Harness:
-    """Loads tasks once and runs them on any causal language model.
+    """Tasks of lm_eval, loaded once, to run on any causal language model.
 
     Args:
-        names: of tasks or groups, as `lm_eval ls tasks` lists them, or YAML files of your own.
+        names: names of tasks or groups from `lm_eval ls tasks`, or YAML files.
 
     Raises:
-        UserError: lm_eval is not installed, or there is no such task.
+        UserError: lm_eval is not installed, or a task is unknown or cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -38,21 +38,21 @@ class Harness:
         if unknown:
             raise UserError(
                 f"lm_eval has no task {first_five(unknown)}",
-                "`lm_eval ls tasks` lists them; a task of your own is a YAML file: --tasks my-task.yaml",
+                "`lm_eval ls tasks` lists the names. Your own task is a YAML file: --tasks my-task.yaml",
             )
         try:
             self.manager.load(self.names)
-        except Exception as error:  # what it raises depends on the task, its file and the data behind it
+        except Exception as error:  # the type depends on the task, its file and its data
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"lm_eval cannot load {', '.join(names)}: {said}",
-                "Its data must be at hand, or the network; a file must be a task as lm_eval describes it.",
+                "Check that its data is on this machine or can be downloaded, and that a YAML file is a valid task.",
             ) from error
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
     ) -> dict[str, dict[str, Any]]:
-        """`{task: {metric: value}}`."""
+        """Run all tasks on a model and return `{task: {metric: value}}`."""
         results = self.evaluate(
             model=self.model(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8),
             tasks=self.names,

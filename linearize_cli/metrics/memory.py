@@ -1,4 +1,4 @@
-"""Bytes that a sequence holds while it is decoded: a state of fixed size, or keys and values per token."""
+"""The memory of one sequence during decoding: the constant state, and keys and values per token."""
 
 from collections.abc import Iterable
 
@@ -11,33 +11,34 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def state_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all linear layers' states, for one sequence of any length; layers that see both sides keep none."""
+    """Return the bytes of the states of all causal linear layers, for one sequence of any length."""
     layers = (module.linear_attention for module in converted(model).values())
     return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
 
 
 def saved_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that the linear layers' softmax attention would keep per token."""
+    """Return the bytes of keys and values per token that softmax attention would keep in the linear layers."""
     equations = [module.linear_attention.equation for module in converted(model).values()]
     numbers = sum(eq.kv_heads * (eq.key_dim + eq.value_dim) for eq in equations if eq.causal)
     return numbers * model.dtype.itemsize
 
 
 def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
-    """Bytes of keys and values that softmax attention in these layers keeps per decoded token."""
+    """Return the bytes of keys and values per decoded token that softmax attention keeps in these layers."""
     geometries = (layer.geometry for layer in layers if layer.caches)
     numbers = sum(x["kv_heads"] * (x["key_dim"] + x["value_dim"]) for x in geometries)
     return numbers * torch.empty(0, dtype=dtype).element_size()
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all that a cache holds: states, keys and values, and what other layers keep."""
+    """Return the bytes of all tensors of a cache: states, keys and values, and those of other layers."""
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     return sum(held_bytes(x) for layer in cache.layers for x in vars(layer).values())
 
 
 def held_bytes(x: object) -> int:
+    """Return the bytes of a tensor, a `State` or a dict of them, and 0 for other objects."""
     if isinstance(x, State):
         return x.nbytes()
     if isinstance(x, dict):

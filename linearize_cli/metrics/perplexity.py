@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, as the contract defines it."""
+"""Perplexity on held-out text."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,12 @@ def perplexity(
     progress: Callable[[int], None] = lambda tokens: None,
     task: Task | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood of the right answers over blocks `[N, L]`: for a causal language
-    model L - 1 predictions each. Arguments as of `predictions`.
+    """Compute the perplexity of a model on blocks `[N, L]`: exp of the mean negative log-likelihood.
+
+    A causal language model makes L - 1 predictions in each block. The arguments are those of `predictions`.
+
+    Raises:
+        UserError: the logits are not numbers.
     """
     return predictions([model], blocks, task, progress, batch_size).perplexity(0)
 
@@ -31,7 +35,7 @@ def log_probabilities(
     progress: Callable[[int], None],
     task: Task,
 ) -> Tensor:
-    """What a classifier makes of each block: `[N, L]` -> `[N, classes]` fp32, on the CPU."""
+    """Return a classifier's log-probabilities `[N, classes]` of blocks `[N, L]`, in fp32 on the CPU."""
     parts, device = [], next(model.parameters()).device
     with evaluating(model):
         for ids in blocks.split(batch_size):

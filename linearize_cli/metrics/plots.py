@@ -1,4 +1,4 @@
-"""What `eval` and `bench` measured, as small figures."""
+"""The figures of `eval` and `bench`."""
 
 import json
 from collections import defaultdict
@@ -14,11 +14,11 @@ from linearize_cli.files import cannot_write, replacing
 
 TEACHER, STUDENT = {"color": "0.45", "linestyle": "--"}, {"color": "C0"}
 MARKERS = "os^vDP"
-SMOOTHED = 50  # points of a training curve
+SMOOTHED = 50  # the most points of a training curve, each the mean of several steps
 
 
 def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure that belongs to no display."""
+    """Return a figure with one set of axes, which needs no display."""
     drawing = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = drawing.subplots()
     name_axes(axes, title, x, y)
@@ -26,21 +26,27 @@ def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Set the title and labels of axes, and the style that all figures share."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(drawing: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a figure as a PNG file. An existing file is replaced only when the new one is complete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
-        with replacing(path) as beside:
-            drawing.savefig(beside, format="png", dpi=150)
+        with replacing(path) as temporary:
+            drawing.savefig(temporary, format="png", dpi=150)
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def by_position(report: dict[str, Any]) -> Figure | None:
+    """Draw the perplexity of both models by position in the block, or return None without data."""
     parts = [part for part in report["perplexity"]["by_position"] or () if part["teacher"] is not None]
     if not parts:
         return None
@@ -60,10 +66,11 @@ def by_position(report: dict[str, Any]) -> Figure | None:
 
 
 def by_distance(report: dict[str, Any]) -> Figure | None:
+    """Draw the recall of both models by distance, or return None without data."""
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return None
-    drawing, axes = figure("recall by distance", "tokens since it was told", "share recalled")
+    drawing, axes = figure("recall by distance", "tokens since the fact was stated", "share recalled")
     for (measure, values), marker in zip(measures.items(), "os", strict=False):
         parts = [part for part in values["by_distance"] if part["teacher"] is not None]
         at = [(part["distance"] + part.get("until", part["distance"])) / 2 for part in parts]
@@ -80,7 +87,11 @@ def by_distance(report: dict[str, Any]) -> Figure | None:
 
 
 def transfer(log: Path) -> Figure | None:
-    """The loss of every layer over the steps of transfer, from the log of the conversion."""
+    """Draw each layer's loss over the steps of attention transfer, from the conversion's log.
+
+    Returns:
+        The figure, or None if the log is missing or damaged, or has no such steps.
+    """
     curves = defaultdict(list)
     try:
         for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
@@ -89,10 +100,10 @@ def transfer(log: Path) -> Figure | None:
                 for layer, loss in record.get("layers", {}).items():
                     curves[layer].append((int(record["step"]), float(loss)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # a damaged log is no reason to lose what was measured
+        return None  # a damaged log must not lose the rest of the report
     if not curves:
         return None
-    drawing, axes = figure("transfer, layer by layer", "step", "relative error of the layer's output")
+    drawing, axes = figure("attention transfer by layer", "step", "relative error of the layer's output")
     colours = colormaps["viridis"]
     for number, (layer, points) in enumerate(curves.items()):
         width = -(-len(points) // SMOOTHED)
@@ -109,7 +120,7 @@ def transfer(log: Path) -> Figure | None:
 
 
 def by_context(report: dict[str, Any]) -> Figure:
-    """What `bench` measured: a panel of tokens/s for each phase, and below them two of memory."""
+    """Draw a report of `bench`: a panel of tokens/s for each phase, and two panels of memory below."""
     phases = list(dict.fromkeys(row["phase"] for row in report["rows"]))
     panels = [(phase, [phase], "tokens_per_s", "tokens/s") for phase in phases]
     panels += [
@@ -117,10 +128,10 @@ def by_context(report: dict[str, Any]) -> Figure:
         ("peak memory", phases, "peak_bytes", "bytes"),
     ]
     drawing = Figure(figsize=(10, 6), layout="constrained")
-    places = [*drawing.subplots(2, 3).flat]
-    for axes in (*places[len(phases) : 3], places[5]):
+    grid = [*drawing.subplots(2, 3).flat]
+    for axes in (*grid[len(phases) : 3], grid[5]):
         axes.set_axis_off()
-    for axes, panel in zip((*places[: len(phases)], *places[3:5]), panels, strict=True):
+    for axes, panel in zip((*grid[: len(phases)], *grid[3:5]), panels, strict=True):
         draw_panel(axes, report, *panel)
     return drawing
 
@@ -128,6 +139,13 @@ def by_context(report: dict[str, Any]) -> Figure:
 def draw_panel(
     axes: Axes, report: dict[str, Any], title: str, phases: list[str], key: str, unit: str
 ) -> None:
+    """Draw one measurement by context, with a line for each model, phase and batch size.
+
+    Args:
+        phases: the phases to draw.
+        key: the measurement's key in the report's rows.
+        unit: the label of the y axis.
+    """
     name_axes(axes, title, "context, tokens", unit)
     batches, several = list(dict.fromkeys(row["batch"] for row in report["rows"])), len(phases) > 1
     for (model, phase, batch), points in series(report["rows"], phases, key).items():
@@ -146,7 +164,7 @@ def draw_panel(
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     legend = axes.legend(frameon=False, fontsize=6)
-    if several:  # it stands in the empty place beside
+    if several:  # the legend goes into the empty panel on the right
         legend.set(loc="upper left", in_layout=False)
         legend.set_bbox_to_anchor((1, 1))
 
@@ -154,7 +172,7 @@ def draw_panel(
 def series(
     rows: list[dict[str, Any]], phases: list[str], key: str
 ) -> dict[tuple[str, str, int], list[tuple[int, float]]]:
-    """The points `(context, value)` of each model, phase and batch, by context."""
+    """Return the points `(context, value)` of each model, phase and batch size, sorted by context."""
     found = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["phase"] in phases and row[key] is not None:

@@ -1,6 +1,6 @@
-"""What models predict at each position of the same text, and how far they agree.
+"""The predictions of several models at each position of the same text, and how far they agree.
 
-Logits are never whole for a long text or a large vocabulary: a causal language model reads these piece by piece.
+A causal language model reads a long text in chunks, so that the logits of the whole text are never in memory.
 """
 
 import math
@@ -18,19 +18,19 @@ from linearize_cli.models.batch import IGNORED, causal_batch
 from linearize_cli.models.decoding import Decoder
 from linearize_cli.models.tasks import CausalLM, Task
 
-AT_ONCE = 8192  # tokens of a forward
-LOGITS = 1 << 26  # numbers among its logits
+AT_ONCE = 8192  # the most tokens in one forward
+LOGITS = 1 << 26  # the most logits in one forward
 
 
 @dataclass
 class Predictions:
-    """Sums over blocks of the predictions made at each position: of a causal language model, the token after it.
+    """Sums over blocks of the predictions at each position. A causal language model predicts the next token there.
 
     Attributes:
-        count: `[T]` fp64, predictions that have a right answer; of a classifier, all.
-        loss: `[models, T]`, negative log-likelihoods of the right answers, in nats.
-        kl: `[models - 1, T]`, KL(first model ‖ this one), in nats, of each model after the first.
-        same: `[models - 1, T]`, how often its best token is the first model's.
+        count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all count.
+        loss: `[models, T]`, the negative log-likelihood of the right answers, in nats.
+        kl: `[models - 1, T]`, KL(first model ‖ this model) in nats, for each model after the first.
+        same: `[models - 1, T]`, the number of positions where both have the same most probable token.
     """
 
     count: Tensor
@@ -39,11 +39,16 @@ class Predictions:
     same: Tensor
 
     def perplexity(self, model: int, start: int = 0, end: int | None = None) -> float | None:
-        """Of one model, at the positions start, .., end - 1; None: no prediction there."""
+        """Return the perplexity of one model at positions start, ..., end - 1, or None without predictions there.
+
+        Args:
+            model: the model's index.
+        """
         count = self.count[start:end].sum().item()
         return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
 
     def mean(self, sums: Tensor) -> float:
+        """Return the mean over all predictions of one of the sums, such as `kl`. With two models it is `[1, T]`."""
         return (sums.sum() / self.count.sum()).item()
 
 
@@ -55,12 +60,13 @@ def predictions(
     progress: Callable[[int], None] = lambda tokens: None,
     batch_size: int = 8,
 ) -> Predictions:
-    """Read blocks `[N, L]` with each model.
+    """Read blocks `[N, L]` with each model and compare their predictions.
 
     Args:
-        task: what makes inputs and answers of a block; None: a causal language model's.
+        models: the first one is the reference of `kl` and `same`.
+        task: makes the inputs and answers of a block. None is the task of a causal language model.
         progress: called with the number of tokens just read.
-        batch_size: blocks in one forward; fewer where they are long.
+        batch_size: the most blocks in one forward. Long blocks are read in smaller batches.
 
     Raises:
         UserError: a model's logits are not numbers.
@@ -88,12 +94,15 @@ def predictions(
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
+    """Return the most tokens that a model may read in one forward, by the size of its logits."""
     return max(1, min(AT_ONCE, LOGITS // model.config.get_text_config().vocab_size))
 
 
 def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
-    """Logits of a causal language model on ids `[B, T]`, at most so many tokens of a row at once: longer rows
-    go through a cache.
+    """Yield the logits `[B, n, vocab]` of a causal language model on ids `[B, T]`, in chunks.
+
+    Args:
+        tokens: the length of a chunk. Longer rows are read with a cache.
     """
     if ids.shape[1] <= tokens:
         yield model(input_ids=ids, use_cache=False).logits
@@ -105,8 +114,14 @@ def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
 
 
 def score(answers: Tensor, *logits: Tensor) -> Tensor:
-    """The sums of `Predictions`, stacked, over the rows of answers `[B, T]` and of each model's logits
-    `[B, T, vocab]`, `[B, vocab]` of a classifier -> `[3 · models - 1, T]` fp64 on the CPU.
+    """Compute the stacked sums of `Predictions` over the rows of a batch.
+
+    Args:
+        answers: `[B, T]`, `IGNORED` where there is no right answer.
+        logits: one tensor for each model, `[B, T, vocab]`, or `[B, vocab]` of a classifier.
+
+    Returns:
+        `[3 * models - 1, T]`: count, loss, kl and same, in fp64 on the CPU.
     """
     counted = answers != IGNORED
     first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)
@@ -120,7 +135,7 @@ def score(answers: Tensor, *logits: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """The models in evaluation mode meanwhile."""
+    """Put models into evaluation mode while the context is open."""
     before = [model.training for model in models]
     try:
         for model in models:

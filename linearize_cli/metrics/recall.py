@@ -1,4 +1,4 @@
-"""How often a model names the word that only an earlier sentence of the same document can tell it."""
+"""Recall of facts in the demo's documents: words that only an earlier sentence of the same document determines."""
 
 from collections.abc import Iterable
 
@@ -7,30 +7,26 @@ import torch
 from linearize_cli.data.demo_corpus import Document
 from linearize_cli.errors import UserError
 
-DISTANCES = (
-    (0, 32),
-    (32, 64),
-    (64, 128),
-    (128, 256),
-)  # in tokens, upper end excluded; longer ones join the last
+# Bins of distances in tokens, without the upper end. Longer distances count in the last bin.
+DISTANCES = ((0, 32), (32, 64), (64, 128), (128, 256))
 
 
 @torch.inference_mode()
 def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16) -> dict:
-    """Teacher-forced top-1 accuracy at the repeated words of `documents`.
+    """Measure the teacher-forced top-1 accuracy at the repeated words of documents.
 
-    A word of several tokens counts as recalled if each is the argmax of the logits one position earlier. The
-    distance is the number of tokens from where the word was told to where it is repeated.
+    A word of several tokens counts as recalled if each token is the argmax of the logits one position earlier. The
+    distance is the number of tokens from where the word was stated to where it is repeated.
 
     Args:
-        model: a causal LM; in evaluation mode, on any device.
-        tokenizer: a fast tokenizer: character offsets have to be found among the tokens.
-        documents: of `linearize_cli.data.demo_corpus`.
-        batch_size: documents per forward, padded on the right.
+        model: a causal language model in evaluation mode, on any device.
+        tokenizer: a fast tokenizer, because character offsets are mapped to tokens.
+        documents: documents of `linearize_cli.data.demo_corpus`.
+        batch_size: documents in one forward, padded on the right.
 
     Returns:
         {"accuracy": float, "count": int, "by_distance": [{"distance": [lo, hi], "accuracy": float or None,
-        "count": int}]}; an accuracy is None where nothing was counted.
+        "count": int}]}. An accuracy is None if its count is 0.
 
     Raises:
         UserError: the tokenizer is not a fast one.
@@ -53,10 +49,10 @@ def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16
 
 
 def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int, bool]]:
-    """(distance in tokens, whether it was recalled) of each recall."""
+    """Return a pair for each repeated word: the distance in tokens, and True if it was recalled."""
     rows = tokenizer([document.text for document in documents])
     length = max(map(len, rows["input_ids"]))
-    # Padded by hand: a tokenizer may pad on the left, or have no padding token.
+    # Pad without the tokenizer, which may pad on the left or have no padding token.
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows["input_ids"]], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows["input_ids"]])
     logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False).logits
@@ -65,14 +61,16 @@ def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int
     for row, document in enumerate(documents):
         for item in document.recalls:
             start, last = rows.char_to_token(row, item.start), rows.char_to_token(row, item.end - 1)
-            distance = start - rows.char_to_token(row, item.told)
+            distance = start - rows.char_to_token(row, item.previous)
             results.append((distance, all(right[row][start - 1 : last])))
     return results
 
 
 def _in_bin(distance: int, lo: int, hi: int) -> bool:
+    """Return True if a distance belongs to a bin of `DISTANCES`. The last bin has no upper end."""
     return lo <= distance and (distance < hi or hi == DISTANCES[-1][1])
 
 
 def _score(rights: list[bool]) -> dict:
+    """Return the accuracy (None for an empty list) and the count of some recalls."""
     return {"accuracy": sum(rights) / len(rights) if rights else None, "count": len(rights)}

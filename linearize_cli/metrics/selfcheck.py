@@ -1,4 +1,4 @@
-"""What every conversion proves before it is saved: the forms of the model agree."""
+"""The self-check of every conversion before it is saved: all modes of the model must give the same logits."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,27 @@ from linearize_cli.models.decoding import Decoder
 from linearize_cli.models.tasks import Task, context_length
 from linearize_cli.runtime.dispatch import converted
 
-# Largest logit difference allowed, relative to the largest logit: about 200 roundings of fp32, and what many
-# layers of rounding add up to in the narrow types.
+# Largest logit difference allowed, relative to the largest logit. In fp32 this is about 200 roundings. In half
+# precision it is what the rounding of many layers adds up to.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PADS, LAST = 11, 8  # pads of a row, and single tokens at the end
+PADS, LAST = 11, 8  # pads before a row, and single tokens at the end of a row
 
 
 @torch.no_grad()
 def self_check(
     task: Task, model: PreTrainedModel, again: PreTrainedModel, ids: Tensor
 ) -> tuple[dict[str, float | None], float]:
-    """Return the largest logit differences between the forms of a model on ids `[2, L]`, and what is allowed.
+    """Compare the modes of a model.
 
-    `incremental`: one forward against single tokens from the first on, pieces and single tokens again, None for what
-    does not decode; `padded`: a row alone against the same row with pads, and where the model decodes through a cache
-    too; `reload`: `again`, the model as it was saved.
+    Args:
+        again: the same model after it was saved and loaded.
+        ids: `[2, L]`.
+
+    Returns:
+        The largest logit differences, and the limit for all of them:
+            incremental: one forward against decoding with single tokens and chunks. None for an encoder.
+            padded: a row alone against the same row with pads. Decoding with a cache is included.
+            reload: the model against `again`.
     """
     rows, row = list(ids), ids[0, PADS:]
     logits = torch.stack(task.read(model, rows))
@@ -45,49 +51,60 @@ def self_check(
 
 
 def first_edge(model: PreTrainedModel, length: int) -> int:
-    """Return how many tokens pass the first window or group of every layer by a third, with sinks and conv."""
+    """Return the number of tokens that fill the sinks and 4/3 of the first window or group of every layer."""
     equations = [module.linear_attention.equation for module in converted(model).values()]
     return min(length, max(eq.sinks + eq.recent + eq.recent // 3 for eq in equations) + 5)
 
 
 def require_same(differences: dict[str, float | None], limit: float) -> None:
-    """Raises CheckFailed: which forms differ, and by how much."""
-    # Written so that a nan fails too.
+    """Check that all differences are within the limit.
+
+    Raises:
+        CheckFailed: it names the modes that differ, and by how much.
+    """
+    # `not x <= limit` is also true for NaN.
     failed = [form for form, x in differences.items() if x is not None and not x <= limit]
     if failed:
         raise CheckFailed(
             "the self-check refused the converted model: logits differ by "
             + ", ".join(f"{differences[form]:.2g} ({form})" for form in failed)
-            + f", {limit:.2g} is allowed",
-            "Nothing was saved. `linearize inspect MODEL` shows its layers; --keep-softmax at:... leaves some out.",
+            + f", and {limit:.2g} is allowed",
+            "Nothing was saved. See the layers with `linearize inspect MODEL`, and leave some out with "
+            "--keep-softmax at:i,j.",
         )
 
 
 def incremental_difference(decoder: Decoder, ids: Tensor, edge: int) -> float:
-    """Return the largest logit difference between one forward and decoding: single tokens from the first on beyond
-    the first `edge`, two uneven pieces, and single tokens again.
+    """Return the largest logit difference between one forward of ids `[B, L]` and decoding them with a cache.
+
+    Decoding reads `edge` single tokens, then two uneven chunks, then single tokens again.
     """
     cache, left = decoder.new_cache(), max(0, ids.shape[1] - edge - LAST)
-    pieces = [1] * edge + [piece for piece in (left * 2 // 3, left - left * 2 // 3) if piece]
-    pieces += [1] * (ids.shape[1] - sum(pieces))
-    parts = ids.split(pieces, 1)
+    lengths = [1] * edge + [chunk for chunk in (left * 2 // 3, left - left * 2 // 3) if chunk]
+    lengths += [1] * (ids.shape[1] - sum(lengths))
+    parts = ids.split(lengths, 1)
     return largest(torch.cat([decoder(part, cache) for part in parts], 1), decoder(ids))
 
 
 def compare_padded_decoding(
     task: Task, model: PreTrainedModel, ids: Tensor, edge: int, worst: Comparison
 ) -> None:
-    """Compare a padded batch with a cache, decoded token by token beyond the first `edge`, with its rows alone."""
+    """Compare a padded batch, followed by `edge` single tokens with a cache, with each row alone."""
     first, last = [ids[0, :PADS], ids[1, :2]], ids[:, PADS : PADS + edge]
     compare_batch(task, model, first, last.split(1, 1), worst)
 
 
 def largest(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference."""
     return (actual - expected).abs().max().item()
 
 
 def check_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.Tensor:
-    """Tokens `[2, L]` for the self-check, long enough to cross every window and group."""
+    """Return ids `[2, L]` for the self-check, long enough to cross a boundary of every window and group.
+
+    Args:
+        blocks: evaluation blocks to take the tokens from. Random tokens are used if they are None or too few.
+    """
     recent = max(module.linear_attention.equation.recent for module in converted(model).values())
     length = min(3 * max(recent, 32) + 45, context_length(model))
     if blocks is not None and blocks.numel() >= 2 * length:

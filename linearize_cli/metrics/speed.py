@@ -1,9 +1,10 @@
-"""How fast a student is beside its teacher, and what memory both take, phase by phase.
+"""The speed and memory of a student and its teacher in each phase.
 
-- **prefill**: one forward over the context, with a cache and the logits of the last token alone. An encoder, which
-  keeps no cache, reads the context; of an encoder-decoder, the encoder does, and the decoder begins.
-- **decode**: one token of every row, with a cache that holds all but the last tokens of the context, up to the whole.
-- **train**: forward and backward over the context, all weights learning, without an optimizer or dropout.
+- **prefill**: one forward over the context, with a cache and the logits of the last token only. An encoder has no
+  cache. In an encoder-decoder, the encoder reads the context and the decoder its first token.
+- **decode**: one token for every row, with a cache that holds the context except its last tokens, which are decoded.
+- **train**: one forward and backward over the context, with gradients for all weights, without an optimizer or
+  dropout.
 """
 
 import gc
@@ -25,36 +26,37 @@ from linearize_cli.models.batch import IGNORED
 from linearize_cli.models.decoding import Decoder
 from linearize_cli.models.tasks import Task
 
-REPEATS = 9  # at most
-STEPS = 32  # of decoding, at most
-UNTIMED = 2  # runs before the timed ones: one that warms up, one whose memory is watched
+REPEATS = 9  # the most timed repeats
+STEPS = 32  # the most timed decoding steps
+UNTIMED = 2  # runs before the timed ones: a warm-up, and one whose peak memory is measured
 
 
 class Phase:
-    """What a model does with ids `[B, context]` in one phase; `once` does it once.
+    """One phase of a model on ids `[B, context]`.
 
     Attributes:
-        tokens: that it reads each time.
-        repeats: at most, the untimed ones not counted.
-        cache: what it left behind last, or goes on with; None: it keeps none.
-        goes_on: whether it begins with its cache.
-        held: bytes of the cache that it began with when its memory was watched.
+        tokens: the number of tokens that each run reads.
+        repeats: the most timed runs.
+        cache: the cache of the last run, or None if the phase has none.
+        keeps_cache: True if each run continues with the cache of the run before.
+        initial_bytes: the size of that cache before the run whose peak memory is measured.
     """
 
     repeats = REPEATS
     cache: Cache | None = None
-    goes_on = False
-    held = 0
+    keeps_cache = False
+    initial_bytes = 0
 
     def __init__(self, task: Task, model: PreTrainedModel, ids: Tensor):
         self.task, self.model, self.ids = task, model, ids
         self.tokens = ids.numel()
 
     def once(self) -> None:
+        """Run the phase once."""
         raise NotImplementedError
 
-    def begun(self, ids: Tensor) -> tuple[Decoder, Cache]:
-        """A decoder that has read ids, and its cache."""
+    def prefilled(self, ids: Tensor) -> tuple[Decoder, Cache]:
+        """Read ids `[B, T]` and return the decoder and its cache."""
         decoder, first, _ = self.task.start(self.model, list(ids))
         cache = decoder.new_cache()
         decoder.begin(first, cache)
@@ -62,34 +64,41 @@ class Phase:
 
 
 class Prefill(Phase):
+    """One forward over the context."""
+
     @torch.no_grad()
     def once(self) -> None:
+        """Read the context, with a new cache if the model decodes."""
         if self.task.decodes:
-            self.cache = self.begun(self.ids)[1]
+            self.cache = self.prefilled(self.ids)[1]
         else:
             self.model(**self.task.batch(self.ids).inputs)
 
 
 class Decode(Phase):
-    goes_on = True
+    """One decoding step for every row, after the context."""
+
+    keeps_cache = True
 
     @torch.no_grad()
     def __init__(self, task: Task, model: PreTrainedModel, ids: Tensor):
         super().__init__(task, model, ids)
         steps = min(UNTIMED + STEPS, ids.shape[1] // 2)
         self.tokens, self.repeats = len(ids), steps - UNTIMED
-        self.decoder, self.cache = self.begun(ids[:, :-steps])
+        self.decoder, self.cache = self.prefilled(ids[:, :-steps])
         self.following = iter(ids[:, -steps:].split(1, 1))
 
     @torch.no_grad()
     def once(self) -> None:
+        """Decode the next token of every row."""
         self.decoder(next(self.following), self.cache)
 
 
 class Train(Phase):
-    """A classifier, which text has no answers for, learns to say its first class."""
+    """One forward and backward. Plain text has no labels for a classifier, so its label is class 0."""
 
     def once(self) -> None:
+        """Compute the gradients of all weights and drop them."""
         batch = self.task.batch(self.ids)
         logits = self.model(**batch.inputs).logits
         labels = logits.new_zeros(len(self.ids), dtype=torch.long) if batch.labels is None else batch.labels
@@ -104,21 +113,28 @@ PHASES: dict[str, type[Phase]] = {"prefill": Prefill, "decode": Decode, "train":
 def measure(
     phase: str, task: Task, models: Mapping[str, PreTrainedModel], ids: Tensor, budget: float
 ) -> list[dict[str, Any]]:
-    """A row of `bench.json` for each model, measured in turn with the others: the repeats take `budget` seconds at
-    most, or as long as one.
+    """Measure one phase of all models, which take turns in every repeat.
+
+    Args:
+        models: by name, `teacher` and `student`.
+        ids: `[B, context]`.
+        budget: seconds for all repeats. At least one repeat runs.
+
+    Returns:
+        A row of `bench.json` for each model. Its numbers are None if memory ran out.
     """
     about = (phase, ids.shape[1], len(ids))
     ready: dict[str, Phase] = {}
     peaks: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {}
     for name, model in models.items():
-        with memory_permitting(model):
+        with skip_if_out_of_memory(model):
             found, more = peak_bytes(
                 partial(warm, phase, task, model, ids), methodcaller("once"), model.device
             )
-            peaks[name] = None if more is None else model.get_memory_footprint() + found.held + more
+            peaks[name] = None if more is None else model.get_memory_footprint() + found.initial_bytes + more
             ready[name] = found
-    with memory_permitting(*models.values()):
+    with skip_if_out_of_memory(*models.values()):
         repeats = min((found.repeats for found in ready.values()), default=0)
         ways = {name: found.once for name, found in ready.items()}
         seconds = interleaved(ways, ids.device, repeats, budget)
@@ -131,15 +147,16 @@ def measure(
 
 
 def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
+    """Return a phase of a model after one warm-up run."""
     found = PHASES[phase](task, model, ids)
     found.once()
-    found.held = cache_bytes(found.cache) if found.goes_on else 0
+    found.initial_bytes = cache_bytes(found.cache) if found.keeps_cache else 0
     return found
 
 
 @contextmanager
-def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
-    """Ends early where there is no memory left, and then makes room."""
+def skip_if_out_of_memory(*models: PreTrainedModel) -> Iterator[None]:
+    """Leave the context without an error if memory runs out, and free the gradients and the GPU's cached memory."""
     failed = False
     try:
         yield
@@ -147,7 +164,7 @@ def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         failed = True
-    if failed:  # the error, and so its frames, are gone
+    if failed:  # after the except block, so that the error's frames no longer hold tensors
         for model in models:
             model.zero_grad()
         gc.collect()
@@ -156,10 +173,12 @@ def memory_permitting(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def row(model: str, phase: str, context: int, batch: int) -> dict[str, Any]:
+    """Return the keys that identify a row of `bench.json`."""
     return {"model": model, "phase": phase, "context": context, "batch": batch}
 
 
 def measured(row: dict[str, Any], phase: Phase, seconds: list[float], peak: int | None) -> dict[str, Any]:
+    """Return a row of `bench.json` with its measurements, from the seconds of each repeat."""
     return {
         **row,
         "seconds": median(seconds),
@@ -172,5 +191,6 @@ def measured(row: dict[str, Any], phase: Phase, seconds: list[float], peak: int 
 
 
 def unmeasured(model: str, phase: str, context: int, batch: int, reason: str) -> dict[str, Any]:
+    """Return a row of `bench.json` without measurements, with the reason."""
     numbers = dict.fromkeys(("seconds", "tokens_per_s", "peak_bytes", "state_bytes"))
     return {**row(model, phase, context, batch), **numbers, "repeats": 0, "reason": reason}

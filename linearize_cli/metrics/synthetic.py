@@ -1,4 +1,4 @@
-"""Recall by distance of any causal language model: what a row told so many tokens ago, and nothing else can say."""
+"""Synthetic recall probes for any causal language model: associative recall and passkey retrieval, by distance."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.metrics.predictions import read, tokens_at_once
 
-ROWS = 32  # of one distance
-CANDIDATES = 4 * ROWS
+ROWS = 32  # rows for each distance
+CANDIDATES = 4 * ROWS  # random numbers, of which ROWS with the same number of tokens are used
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows `[R, T]` whose last `answers` tokens repeat what was told `distance` tokens before."""
+    """Rows `[R, T]` whose last `answers` tokens repeat tokens from `distance` positions earlier."""
 
     distance: int
     rows: Tensor
@@ -24,7 +24,7 @@ class Probe:
 
 
 def distances(window: int, longest: int) -> list[int]:
-    """Half the window, the window and its doubles, below the `longest` row."""
+    """Return distances below `longest`: half the window (at least 8 tokens), doubled again and again."""
     found, distance = [], max(window // 2, 8)
     while distance < longest:
         found.append(distance)
@@ -35,20 +35,25 @@ def distances(window: int, longest: int) -> list[int]:
 def pair_probe(
     vocabulary: Tensor, opening: list[int], distance: int, generator: torch.Generator
 ) -> Probe | None:
-    """Associative recall: a random pair of tokens (key, value), random others without that key, the key again;
-    the answer is the value. As in Zoology (arXiv 2312.04927), with one pair asked for.
+    """Build a probe of associative recall, as in Zoology (arXiv 2312.04927), with one query.
+
+    A row has a random key and value, random other tokens without the key, and the key again. The answer is the value.
 
     Args:
-        vocabulary: `[V]`, the tokens to draw from; None is returned of fewer than 3.
-        opening: what every text begins with (BOS, or nothing).
+        vocabulary: `[V]`, the tokens to sample from.
+        opening: the tokens that every row begins with (BOS, or none).
+        distance: tokens from the first pair to the second.
+
+    Returns:
+        The probe, or None if the vocabulary has fewer than 3 tokens.
     """
     if len(vocabulary) < 3:
         return None
     key = torch.randint(len(vocabulary), (ROWS, 1), generator=generator)
     others = torch.randint(len(vocabulary) - 1, (ROWS, distance - 1), generator=generator)
     value_and_filler = vocabulary[others + (others >= key)]
-    told = torch.cat([vocabulary[key], value_and_filler], 1)
-    rows = torch.cat([torch.tensor([opening] * ROWS, dtype=torch.long), told, told[:, :2]], 1)
+    body = torch.cat([vocabulary[key], value_and_filler], 1)
+    rows = torch.cat([torch.tensor([opening] * ROWS, dtype=torch.long), body, body[:, :2]], 1)
     return Probe(distance, rows, 1)
 
 
@@ -59,11 +64,17 @@ def passkey_probe(
     distance: int,
     generator: torch.Generator,
 ) -> Probe | None:
-    """A sentence with a random number, real text, and the sentence again (passkey retrieval, arXiv 2305.16300);
-    the answer is the number. None: the tokenizer does not tell numbers apart, or the distance is too short.
+    """Build a probe of passkey retrieval (arXiv 2305.16300).
+
+    A row has a sentence with a random number, real text, and the sentence again. The answer is the number.
 
     Args:
-        text: `[N]` tokens to fill up with.
+        text: `[N]`, the tokens between the two sentences.
+        opening: the tokens that every row begins with (BOS, or none).
+        distance: tokens from the first sentence to the second.
+
+    Returns:
+        The probe, or None if the tokenizer maps all numbers to the same tokens or the distance is too short.
     """
     numbers = torch.randint(10_000, 100_000, (CANDIDATES,), generator=generator).tolist()
     by_length = defaultdict(list)
@@ -83,7 +94,7 @@ def passkey_probe(
 
 @torch.inference_mode()
 def recalled(model: PreTrainedModel, probe: Probe) -> float:
-    """The share of rows all of whose answer's tokens the model ranks first, each after the right ones."""
+    """Return the share of rows where every token of the answer is the model's argmax (teacher-forced)."""
     tokens, right = tokens_at_once(model), 0
     for rows in probe.rows.split(max(1, tokens // probe.rows.shape[1])):
         rows = rows.to(model.device)
@@ -97,7 +108,14 @@ def recalled(model: PreTrainedModel, probe: Probe) -> float:
 def by_distance(
     models: dict[str, PreTrainedModel], probes: list[Probe], progress: Callable[[int], None]
 ) -> dict | None:
-    """`{**means by model, by_distance: [{distance, **shares by model}]}`; None without probes."""
+    """Measure the recall of several models on probes of several distances.
+
+    Args:
+        progress: called with the number of tokens of each probe.
+
+    Returns:
+        `{NAME: mean share, ..., by_distance: [{distance, NAME: share, ...}]}`, or None without probes.
+    """
     if not probes:
         return None
     parts = []

@@ -1,4 +1,4 @@
-"""The parts of `eval.json`: what a student does beside its teacher."""
+"""The parts of `eval.json`: measurements of a student compared with its teacher."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +18,15 @@ from linearize_cli.models.tasks import CausalLM, Task
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.terminal import Terminal
 
-BINS = 16  # of positions
-DOCUMENTS = 100  # of the demo's, for recall
-PROMPT, NEW, PROMPTS = 32, 64, 8  # of the generation checks
-NO_WINDOW = 32  # what distances are multiples of where a method has no window
+BINS = 16  # bins of positions
+DOCUMENTS = 100  # documents of the demo for recall
+PROMPT, NEW, PROMPTS = 32, 64, 8  # generation: prompt tokens, new tokens, number of prompts
+NO_WINDOW = 32  # replaces the window size in recall distances if a method has no window
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and its student, and the text `[N]` that they are measured on."""
+    """A teacher and its student, with the text `[N]` (token ids) that both are measured on."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -38,15 +38,23 @@ class Pair:
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
+        """Return both models by name, the teacher first."""
         return {"teacher": self.teacher, "student": self.student}
 
     def blocks(self, length: int) -> Tensor:
-        """Consecutive blocks `[N, length]`; the rest is dropped."""
+        """Return the text as consecutive blocks `[N, length]`. The rest is dropped."""
         return self.text[: len(self.text) // length * length].view(-1, length)
 
 
 def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
-    """`perplexity`, `kl`, `top1_agreement` and `ablation`; perplexities are None where text has no answers."""
+    """Measure `perplexity`, `kl`, `top1_agreement` and `ablation`.
+
+    Args:
+        contexts: block lengths in tokens. The first is used for the overall numbers.
+
+    Returns:
+        These parts of `eval.json`. Perplexities are None for a task without answers in plain text.
+    """
     models, answers, by_context, by_length = list(pair.models.values()), pair.task.answers, [], {}
     for length in contexts:
         blocks = pair.blocks(length)
@@ -87,6 +95,12 @@ def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
 
 
 def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, float | None]:
+    """Measure the student's perplexity without its local part, and without its global part.
+
+    Args:
+        length: the block length in tokens.
+        full: the perplexity of the whole student. If it is None, nothing is measured.
+    """
     results: dict[str, float | None] = {"full": full, **dict.fromkeys(ABLATIONS)}
     if full is None or not has_both_parts(pair.student):
         return results
@@ -101,7 +115,14 @@ def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, f
 
 
 def measure_recall(pair: Pair, longest: int, demo: bool) -> dict[str, Any]:
-    """`recall` and `passkey`: of the demo, of its documents alone; of other models, in rows made for it."""
+    """Measure `recall` and `passkey`, or None where they do not apply.
+
+    The demo's models are measured on the demo's documents, other causal language models on synthetic probes.
+
+    Args:
+        longest: the longest row in tokens.
+        demo: True for the demo's models.
+    """
     if not isinstance(pair.task, CausalLM):
         return {"recall": None, "passkey": None}
     if demo:
@@ -127,12 +148,16 @@ def measure_recall(pair: Pair, longest: int, demo: bool) -> dict[str, Any]:
 
 
 def window(model: PreTrainedModel) -> int:
-    """The longest near part of its layers, 0 where they have none."""
+    """Return the size of the largest local part (window or group) of a model's layers, or 0 if they have none."""
     return max(layer.linear_attention.equation.size for layer in converted(model).values())
 
 
 def demo_recall(pair: Pair) -> dict[str, Any]:
-    """As `recall`, by the name of the model; a distance stands for those from it up to `until`."""
+    """Measure both models on the demo's documents.
+
+    Returns:
+        The result of `recall`, with a share for each model. A bin covers distances from `distance` to `until - 1`.
+    """
     documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
     found = {name: recall(model, pair.tokenizer, documents) for name, model in pair.models.items()}
     bins = zip(*(result["by_distance"] for result in found.values()), strict=True)
@@ -149,7 +174,7 @@ def demo_recall(pair: Pair) -> dict[str, Any]:
 
 
 def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
-    """Continuations of a few places of the text, far apart."""
+    """Compare the continuations of a few prompts that are spread over the text."""
     prompt = min(PROMPT, length // 2)
     rows = pair.blocks(prompt + min(NEW, length - prompt))
     rows = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]
@@ -159,7 +184,7 @@ def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
 
 
 def measure_tasks(pair: Pair, harness: Harness) -> dict[str, Any]:
-    """`{task: {metric: {teacher, student}}}`."""
+    """Run lm_eval's tasks on both models and return `{task: {metric: {teacher, student}}}`."""
     pair.terminal.note(f"lm_eval: {', '.join(harness.names)}")
     found = {name: harness.run(model, pair.tokenizer, pair.seed) for name, model in pair.models.items()}
     return {

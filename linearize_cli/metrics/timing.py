@@ -1,4 +1,4 @@
-"""Seconds and bytes of what is run, and the machine that they belong to."""
+"""Run time, peak memory, and the description of the machine."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 from torch.autograd import profiler_legacy
 from torch.profiler import record_function
 
-RUN = "the run whose memory is measured"
+RUN = "the run whose memory is measured"  # its name among the profiler's events
 
 Run = Callable[[], object]
 Prepared = TypeVar("Prepared")
@@ -21,11 +21,16 @@ Prepared = TypeVar("Prepared")
 def interleaved(
     ways: Mapping[str, Run], device: torch.device | str, repeats: int, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of each way, all of them one after the other in every repeat, so that they meet the same machine.
+    """Time several functions in turn, so that changes of the machine's speed affect all of them alike.
 
     Args:
-        device: where they run; it has finished before a clock is read.
-        repeats: at most, and at least one; no more begins once `budget` seconds are over.
+        ways: the functions by name.
+        device: the device that they run on. It is synchronised before each reading of the clock.
+        repeats: the most repeats. Each runs every function once.
+        budget: seconds after which no further repeat begins. The first repeat always runs.
+
+    Returns:
+        The seconds of each repeat, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.perf_counter()
@@ -42,7 +47,7 @@ def interleaved(
 
 
 def finish(device: torch.device | str) -> None:
-    """Wait for what the device was given."""
+    """Wait until the device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -50,8 +55,16 @@ def finish(device: torch.device | str) -> None:
 def peak_bytes(
     prepare: Callable[[], Prepared], run: Callable[[Prepared], object], device: torch.device | str
 ) -> tuple[Prepared, int | None]:
-    """What `prepare` returns, and the most bytes that tensors take while `run` works on it, beyond what they took
-    before; None: the device's allocator does not tell.
+    """Measure the peak memory of tensors during a run.
+
+    Args:
+        prepare: makes the argument of `run`.
+        run: the function to measure.
+        device: the device that it runs on.
+
+    Returns:
+        The result of `prepare`, and the peak bytes allocated during `run` beyond those allocated before it. The
+        bytes are None on devices other than CPU and CUDA.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -69,8 +82,8 @@ def peak_bytes(
 def cpu_peak_bytes(
     prepare: Callable[[], Prepared], run: Callable[[Prepared], object]
 ) -> tuple[Prepared, int]:
-    """As `peak_bytes`, from the allocator's events: it knows only what was allocated since it is watched."""
-    # The profiler that torch.profiler replaced is the one that prints nothing.
+    """Measure the peak memory of a run on the CPU from the allocator's events (see `peak_bytes`)."""
+    # torch.profiler would print to the terminal, and this older profiler does not.
     torch.autograd._enable_profiler_legacy(profiler_legacy.profile(profile_memory=True).config())
     try:
         prepared = prepare()
@@ -89,12 +102,13 @@ def cpu_peak_bytes(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that there is no memory left, on a GPU or not."""
+    """Return True if an error means that memory ran out, on a GPU or a CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """Let torch use one CPU thread while the context is open."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,13 +118,13 @@ def one_thread() -> Iterator[None]:
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """What a speed depends on: the CPU's model, its cores and the threads that torch uses, and the GPU's name."""
+    """Return the CPU's name, the number of cores, the threads that torch uses, and the GPU's name or None."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def cpu() -> str:
-    """The CPU's model, or its architecture where the system does not tell."""
+    """Return the CPU's model name, or its architecture if the system does not report one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

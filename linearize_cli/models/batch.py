@@ -1,4 +1,4 @@
-"""Blocks of text, and a batch as a model takes it."""
+"""Blocks of tokens, and the batches that a model takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-IGNORED = -100  # a label that no answer is right for, as torch's cross entropy has it
+IGNORED = -100  # a label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of text.
+    """Blocks of tokens.
 
     Attributes:
         ids: `[B, L]` int64.
-        starts: `[B, L]` bool, where a document begins that the model must read by itself; None: a block is one.
-        counted: `[B, L]` bool, the tokens to learn to say; None: all.
+        starts: `[B, L]` bool, True at the first token of each document that attention must not cross into
+            (document masking). None means that each block is one document.
+        counted: `[B, L]` bool, True at the tokens to train on. None means all tokens.
     """
 
     ids: Tensor
@@ -26,7 +27,7 @@ class Blocks:
     counted: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
-        """The same with a function applied to every tensor."""
+        """Return the blocks with a function applied to each tensor."""
         return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
 
     def to(self, device: torch.device | str) -> "Blocks":
@@ -39,19 +40,19 @@ class Blocks:
         return len(self.ids)
 
     def numel(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return self.ids.numel()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as the model takes it.
+    """A batch in the form that a model takes.
 
     Attributes:
-        inputs: the keyword arguments of its forward.
-        labels: the right answer at each position of the logits, `[B, T]` int64, IGNORED where there is none;
-            None: text alone has no answers.
-        counted: the positions of the logits that are learned from, `[B, T]` bool; None: all.
+        inputs: the keyword arguments of the model's `forward`.
+        labels: `[B, T]` int64, the correct token at each position of the logits, or IGNORED. None if the task
+            has no labels.
+        counted: `[B, T]` bool, the positions of the logits to train on. None means all positions.
     """
 
     inputs: dict[str, Any]
@@ -60,7 +61,11 @@ class Batch:
 
 
 def causal_batch(blocks: Blocks | Tensor) -> Batch:
-    """Each token's answer is the next one of its document."""
+    """Return the batch of a causal language model. The label of each token is the next token of its document.
+
+    Args:
+        blocks: blocks, or ids `[B, L]` without marks.
+    """
     if not isinstance(blocks, Blocks):
         blocks = Blocks(blocks)
     ids, starts, counted = blocks.ids, blocks.starts, blocks.counted
@@ -74,6 +79,10 @@ def causal_batch(blocks: Blocks | Tensor) -> Batch:
 
 
 def document_positions(starts: Tensor) -> Tensor:
-    """`[B, L]` bool, true where a document begins -> each token's place in its document, int64."""
+    """Return the position of each token in its document, `[B, L]` int64.
+
+    Args:
+        starts: `[B, L]` bool, True at the first token of each document.
+    """
     slot = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
     return slot - slot.where(starts, 0).cummax(-1).values

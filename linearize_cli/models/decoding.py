@@ -1,4 +1,4 @@
-"""How a model continues rows of tokens, and rows of different lengths in one batch."""
+"""Decoding of rows of tokens with a cache, and batches of rows of different lengths."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -18,10 +18,14 @@ def forward(
     mask: Tensor | None = None,
     last: bool = False,
 ) -> Tensor:
-    """Logits `[B, T, vocab]` of ids `[B, T]`; mask `[B, past + T]`, 0 for the pads on the left, None: no pads.
-    `last`: only the last token's are wanted, and a model that can leaves the others out.
+    """Return the logits `[B, T, vocab]` of token ids `[B, T]`.
 
-    Positions are given as `generate` gives them: what some models make of none is not what they make of these.
+    Position ids are passed as `generate` passes them, because some models compute others by default.
+
+    Args:
+        mask: `[B, past + T]`, 0 at the pads on the left. None means no pads.
+        last: True if only the last token's logits are needed. A model with `logits_to_keep` then returns `[B,
+            1, vocab]`.
     """
     if mask is None:
         past = 0 if cache is None else cache.get_seq_length()
@@ -35,7 +39,7 @@ def forward(
 
 
 class Decoder:
-    """Continues rows of tokens, with a cache or without one."""
+    """A decoder of rows of tokens, with or without a cache."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -44,8 +48,9 @@ class Decoder:
         return forward(self.model, ids, cache, mask)
 
     def begin(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits of the first tokens, `[B, T, vocab]`, or of the last of them alone where the model can say only
-        these, `[B, 1, vocab]`.
+        """Return the logits of the prompt, `[B, T, vocab]`.
+
+        A model that can compute the last position alone returns `[B, 1, vocab]`.
         """
         return forward(self.model, ids, cache, last=True)
 
@@ -53,12 +58,12 @@ class Decoder:
         return DynamicCache(config=self.model.config)
 
     def own(self, cache: Cache) -> Cache:
-        """The part of the cache that holds the decoder's own tokens."""
+        """Return the part of the cache that holds the decoder's own tokens."""
         return cache
 
 
 class SourceDecoder(Decoder):
-    """The decoder of an encoder-decoder beside a source that was read once; a source of one row serves all."""
+    """The decoder of an encoder-decoder, with an encoded source. A source of one row serves all rows."""
 
     def __init__(self, model: PreTrainedModel, source: Tensor, source_mask: Tensor):
         super().__init__(model)
@@ -79,7 +84,7 @@ class SourceDecoder(Decoder):
     begin = __call__
 
     def new_cache(self) -> Cache:
-        config = self.model.get_decoder().config  # the model's own counts the encoder's layers, in T5
+        config = self.model.get_decoder().config  # the top-level config of T5 counts the encoder's layers
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
 
     def own(self, cache: Cache) -> Cache:
@@ -87,38 +92,54 @@ class SourceDecoder(Decoder):
 
 
 def counts_pads(model: PreTrainedModel) -> bool:
-    """Whether the base model's positions count pads: it is given no positions, and adds none by distance."""
+    """Return True if pads shift the positions of the base model's tokens.
+
+    They do if the model takes no position ids and adds no bias by distance.
+    """
     biased = all(module.linear_attention.equation.bias for module in converted(model).values())
     return not biased and "position_ids" not in signature(model.forward).parameters
 
 
 def alone(model: PreTrainedModel, row: Tensor, pads: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of a row `[T]` that must read as the same row behind pads: the row by itself or, of a model
-    whose positions count pads, behind as many pads of other tokens.
+    """Return the ids and the mask, `[1, T]`, of a row that must give the same logits as the row behind pads.
+
+    Args:
+        row: `[T]`.
+        pads: the number of pads. A model whose positions count pads gets as many pads with another token id.
+            Any other model gets the row without pads.
     """
     other = (int(row[0]) + 1) % model.config.get_text_config().vocab_size
     return pad_left([row], other, pads if counts_pads(model) else 0)
 
 
 def unpadded(model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-    """Logits `[T, vocab]` that a row `[T]` behind pads must have."""
+    """Return the logits `[T, vocab]` that a row `[T]` behind pads must have."""
     ids, mask = alone(model, row, pads)
     return marked(forward(model, ids, None, mask), mask)[0]
 
 
 def pad_left(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids `[B, T]` of rows `[T_i]`, and the mask `[B, T]` that is 0 on the pads."""
+    """Pad rows on the left.
+
+    Args:
+        rows: token ids `[T_i]`.
+        extra: the number of pads beyond the longest row.
+
+    Returns:
+        ids `[B, T]` and a mask `[B, T]` that is 0 at the pads.
+    """
     return padded(rows, pad_id, extra, lambda missing: (missing, 0))
 
 
 def pad_right(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """As `pad_left`, with the pads behind the rows."""
+    """Pad rows on the right. The arguments and the result are those of `pad_left`."""
     return padded(rows, pad_id, extra, lambda missing: (0, missing))
 
 
 def padded(
     rows: Sequence[Tensor], pad_id: int, extra: int, sides: Callable[[int], tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
+    """Pad rows to one length. `sides` maps a number of pads to the pads on the left and on the right."""
     around = [sides(max(map(len, rows)) + extra - len(row)) for row in rows]
     ids = [pad(row, pads, value=pad_id) for row, pads in zip(rows, around, strict=True)]
     mask = [pad(torch.ones_like(row), pads) for row, pads in zip(rows, around, strict=True)]
@@ -126,5 +147,5 @@ def padded(
 
 
 def marked(logits: Tensor, mask: Tensor) -> list[Tensor]:
-    """The logits of each row where its mask is 1."""
+    """Return the logits of each row at the positions where its mask is 1."""
     return [row[own.bool()] for row, own in zip(logits, mask, strict=True)]

@@ -1,4 +1,4 @@
-"""What a conversion knows of one attention layer."""
+"""The description of one attention layer of a base model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,15 @@ import torch
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax.
+    """An attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax.
 
     Attributes:
-        bias: `[heads, distances]` what the base model adds to a score by the distance of its tokens, where it
-            does, laid out as `LinearAttention.distance_bias`; 0 at distance 0.
-        caches: whether softmax attention in it keeps keys and values of every token that is decoded.
+        name: the module's name in the model.
+        geometry: the keyword arguments of `runtime.layer.equation`.
+        refusal: the reason why it cannot be converted. None if it can.
+        bias: `[heads, distances]`, the bias that the base model adds to scores by token distance (ALiBi, T5),
+            in the layout of `LinearAttention.distance_bias`, 0 at distance 0. None if it adds none.
+        caches: True if the softmax layer caches the keys and values of all decoded tokens.
     """
 
     name: str

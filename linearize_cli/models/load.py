@@ -1,6 +1,6 @@
-"""Loads any model that a user names.
+"""Loading of base models from the Hub, from local folders and from the package.
 
-torch and transformers are imported inside the functions: `linearize --help` does not wait for them.
+torch and transformers are imported inside the functions, so that `linearize --help` starts fast.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
-from linearize_cli.models.load_errors import NAMES, brief, explained
+from linearize_cli.models.load_errors import NAMES, explained
 from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Parameters below which threads wait for one another longer than they work; on a busy machine, many times longer.
+# Below this number of parameters, threads spend more time on synchronization than on work.
 SMALL = 20_000_000
 FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
     "and consolidated.*.pth (Meta). A LoRA adapter must first be merged into its base model."
 )
-CONFIG_FILE = "Correct it, or take it again from where the model came from."
-WEIGHT_FILES = "config.json and the weight files must be of one model that this transformers supports."
+CONFIG_FILE = "Correct it, or download it again."
+WEIGHT_FILES = (
+    "config.json and the weight files must belong to one model that this version of transformers supports."
+)
 TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model) beside config.json."
 
 
@@ -37,18 +40,18 @@ def load_teacher(
     trust_remote_code: bool = False,
     own_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that `model` names, of a kind that can be converted, in eval mode, and its tokenizer.
+    """Load a base model in eval mode, and its tokenizer.
 
     Args:
-        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo`; see `resolve_model`.
-        dtype: of the weights, by torch's name (`bfloat16`); None keeps the checkpoint's.
-        device: where the weights go, by torch's name (`cuda:0`).
-        trust_remote_code: whether Python code in the checkpoint may run. If not, a model that needs it is
-            refused; nothing asks. Pickled weights are read as tensors only, with or without it.
-        own_code: whether an artifact runs the code that it carries, in place of this package's.
+        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo`. See `resolve_model`.
+        dtype: the dtype of the weights by torch's name (`bfloat16`). None keeps the checkpoint's.
+        device: the device of the weights by torch's name (`cuda:0`).
+        trust_remote_code: True if Python code in the checkpoint may run. Otherwise a model that needs it is
+            refused, without a prompt. Pickled weights are always read as tensors only.
+        own_code: True if an artifact runs the code that it carries instead of this package's code.
 
     Raises:
-        UserError: the checkpoint is missing, not whole, not accessible or of another kind.
+        UserError: the checkpoint is missing, incomplete, not accessible or of an unsupported kind.
     """
     import torch
 
@@ -63,7 +66,7 @@ def load_teacher(
         loaded, tokenizer = _load_hugging_face(
             model, source, torch_dtype, device, trust_remote_code, own_code
         )
-    # Not the folder of the local cache: the name is kept where the model or an adapter of it is saved.
+    # The model and its adapters are saved with the user's name for it, not with the cache's folder.
     loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
     if device == "cpu" and loaded.num_parameters() < SMALL:
         torch.set_num_threads(1)
@@ -71,8 +74,10 @@ def load_teacher(
 
 
 def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that `model` names without its weights: on the meta device, made from its config alone. A folder
-    in Meta's format must have its weights too: they tell the sizes. See `load_teacher`.
+    """Build the model on the meta device, from its config alone. See `load_teacher` for the arguments and
+    errors.
+
+    A folder in Meta's format needs its weights too, because they determine the sizes.
     """
     from linearize_cli.models.meta_llama import is_meta_folder, meta_llama_config
 
@@ -98,47 +103,52 @@ def _shape(
             dtype=dtype or config.dtype or torch.float32,
             attn_implementation=None,  # see _load_hugging_face
             trust_remote_code=trust_remote_code,
-            experts_implementation="eager",  # the one that takes any dtype there
+            experts_implementation="eager",  # the only one that takes any dtype on the meta device
         )
     return model.eval()
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that torch can run on a device.
+
     Raises:
-        UserError: nothing can run on it.
+        UserError: torch cannot.
     """
     import torch
 
     try:
         if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("tensors on the meta device hold no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device `{device}` cannot be used.", brief(error)) from error
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | None:
-    """
+    """Return the torch dtype with a name, or None for None.
+
     Raises:
-        UserError: weights cannot have it.
+        UserError: it is not a floating-point dtype.
     """
     import torch
 
     found = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UserError(f"`{dtype}` is no dtype that weights can have.", "Use float32, bfloat16 or float16.")
+        raise UserError(f"`{dtype}` is not a floating-point dtype.", "Use float32, bfloat16 or float16.")
     return found
 
 
 def resolve_model(model: str, weights: bool = True) -> str:
-    """The local folder of the checkpoint that `model` names; from the Hub, what it needs is downloaded first, its
-    weights only if they are wanted.
+    """Return the local folder of a checkpoint. A checkpoint on the Hub is downloaded first.
 
-    `demo` is the embedded teacher (`./demo` a folder of that name). A folder that exists wins over a Hub id.
+    An existing folder takes precedence over a Hub id. `demo` is the embedded teacher, and `./demo` a folder.
+
+    Args:
+        model: a Hub id, a local folder or `demo`.
+        weights: False to download the small files only.
 
     Raises:
-        UserError: there is no such folder, it holds no checkpoint, or the Hub does not give it.
+        UserError: the folder does not exist, holds no checkpoint, or the download fails.
     """
     if not model.strip():
         raise UserError("MODEL is empty.", NAMES)
@@ -151,17 +161,17 @@ def resolve_model(model: str, weights: bool = True) -> str:
         _require_checkpoint(path, path)
         return str(path)
     if path.exists():
-        raise UserError(f"{path} is a file.", f"Name the folder it is in. {NAMES}")
+        raise UserError(f"{path} is a file.", f"Pass the folder that contains it. {NAMES}")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{path}: no such folder.", NAMES)
-    from linearize_cli.artifact.hub import limited_waits
+    from linearize_cli.hub import limited_waits
 
     with limited_waits(), explained(model, "the checkpoint", FORMATS):
         return _download(model, weights)
 
 
 def _download(model: str, weights: bool) -> str:
-    """The folder of a Hub repository's snapshot: its small files and one format of its weights, if wanted."""
+    """Download the small files of a Hub repository, and one format of its weights if requested."""
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str, commit: str | None = None) -> Path:
@@ -181,6 +191,7 @@ def _download(model: str, weights: bool) -> str:
 
 
 def _require_checkpoint(model: str | Path, folder: Path) -> None:
+    """Check that a folder holds config.json or params.json."""
     if not any((folder / name).is_file() for name in ("config.json", "params.json")):
         raise UserError(f"{model} has neither config.json nor params.json.", FORMATS)
 
@@ -188,6 +199,7 @@ def _require_checkpoint(model: str | Path, folder: Path) -> None:
 def _load_meta(
     model: str, source: str, dtype: torch.dtype | None, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint in Meta's format."""
     from linearize_cli.models.meta_llama import load_meta_llama, load_meta_tokenizer
 
     with explained(model, "the checkpoint", FORMATS):
@@ -206,6 +218,7 @@ def _load_hugging_face(
     trust_remote_code: bool,
     own_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer."""
     import transformers
     from transformers import AutoTokenizer
 
@@ -224,7 +237,7 @@ def _load_hugging_face(
             config=config,
             dtype=dtype or "auto",
             device_map=device,
-            # sdpa where the class supports it, else eager, whatever config.json asks for.
+            # None overrides config.json: sdpa if the class supports it, else eager.
             attn_implementation=None,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -235,7 +248,7 @@ def _load_hugging_face(
 
 
 def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
-    """The config, and the Auto class that loads the model."""
+    """Return the config, and the name of the Auto class that loads the model."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)
@@ -244,26 +257,30 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
     if kind is None and not own_code:
         raise UserError(f"{model}: config.json has no model_type.", FORMATS)
     if kind not in CONFIG_MAPPING and not own_code:
-        what = f"{model}: this transformers does not know the model_type `{kind}` in config.json."
+        what = f"{model}: the installed transformers does not support model_type `{kind}` of config.json."
         raise UserError(what, "Update it: pip install --upgrade transformers")
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = _auto_class(config, own_code)
     if name is None:
-        what = f"{model}: by its config.json it is a `{kind}`, not a causal language model, encoder-decoder or encoder."
-        raise UserError(what, "Choose a model that transformers' AutoModelForCausalLM loads, say.")
+        what = f"{model}: `{kind}` in config.json is not a causal LM, encoder-decoder or encoder."
+        raise UserError(what, "Choose a model that AutoModelForCausalLM loads, for example.")
     return config, name
 
 
 def _own_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
-    """Return the config of a class that the artifact's own code defines; with it, its own model class is loaded."""
+    """Return the config as a class from the artifact's own code. It then loads the artifact's own model
+    class.
+    """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return get_class_from_dynamic_module(config.auto_map["AutoConfig"], source).from_pretrained(source)
 
 
 def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
-    """The Auto class of the class that config.json names, else the first that knows the model type or its own
-    code; an encoder (`is_decoder` is false) is no causal language model.
+    """Return the name of the Auto class that loads a model, or None.
+
+    It is the Auto class of the architecture in config.json, else the first one that supports the model type
+    or the checkpoint's own code. A model with `is_decoder` false is an encoder.
     """
     import transformers
 
@@ -283,7 +300,7 @@ def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
 
 
 def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without tokenizer files, transformers may make a tokenizer that knows special tokens alone."""
+    """Refuse a tokenizer with special tokens only. transformers makes one if there are no tokenizer files."""
     special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     if len(tokenizer.get_vocab().keys() - special) < 2:
         raise UserError(f"{model} has no tokenizer files.", TOKENIZER_FILES)
@@ -291,7 +308,7 @@ def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silences transformers' table of missing weights: check_loaded makes it an error."""
+    """Silence transformers' table of missing weights, which `check_loaded` turns into an error."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,9 +1,10 @@
 """Meta's original Llama format: `params.json`, `consolidated.NN.pth` shards and `tokenizer.model`.
 
 The shards are the slices of a tensor-parallel model, one per GPU. They are joined and renamed in memory into
-a transformers `LlamaForCausalLM`; nothing is written. The layout is that of https://github.com/meta-llama/llama
-and https://github.com/meta-llama/llama-models. The files of the original Llama and of Llama 2 look the same:
-both get a context of 4096 tokens, though the original saw 2048 (`max_seq_len` in `params.json` overrides it).
+a transformers `LlamaForCausalLM`. Nothing is written to disk. The layout is that of
+https://github.com/meta-llama/llama and https://github.com/meta-llama/llama-models. The files of Llama 1 and
+of Llama 2 look the same. Both get a context of 4096 tokens, although Llama 1 was trained with 2048
+(`max_seq_len` in `params.json` overrides it).
 """
 
 import base64
@@ -32,7 +33,7 @@ UNUSED = {"multiple_of", "ffn_dim_multiplier", "max_batch_size"}  # the MLP's wi
 CONTEXT_BY_ROPE_THETA = {500_000: 8192, 1_000_000: 16384}  # Llama 3, Code Llama
 SCALED_ROPE_CONTEXT = 131072
 
-# Meta's name: (transformers' name, the axis along which shards cut it; None where every shard has it whole)
+# Meta's name: (transformers' name, the axis along which it is sharded, or None if it is replicated)
 LAYER_TENSORS = {
     "attention.wq": ("self_attn.q_proj", 0),
     "attention.wk": ("self_attn.k_proj", 0),
@@ -45,23 +46,23 @@ LAYER_TENSORS = {
     "ffn_norm": ("post_attention_layernorm", None),
 }
 
-DOWNLOAD_AGAIN = "Download the checkpoint again: the file is cut short or is not one of Meta's Llama files."
+DOWNLOAD_AGAIN = "Download the checkpoint again: the file is truncated or is not one of Meta's Llama files."
 
 
 def is_meta_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder in Meta's format. A `config.json` beside it means Hugging Face's format."""
+    """Return True if a folder is in Meta's format. With a `config.json` it is in Hugging Face's format."""
     return Path(path, "params.json").is_file() and not Path(path, "config.json").is_file()
 
 
 def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
-    """The model in the folder `path`, on the CPU, in eval mode.
+    """Load the model of a folder on the CPU, in eval mode.
 
     Args:
         path: a folder with `params.json` and `consolidated.NN.pth`.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: the dtype of the weights. None keeps the checkpoint's.
 
     Raises:
-        UserError: a file is missing, unreadable, or at odds with `params.json`. Pickled code never runs.
+        UserError: a file is missing, unreadable or does not match `params.json`. Pickled code never runs.
     """
     folder = Path(path)
     params = _read_params(folder / "params.json")
@@ -73,7 +74,11 @@ def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> Llama
 
 
 def meta_llama_config(path: str | Path) -> LlamaConfig:
-    """The config of the model in the folder `path`, with its dtype. Raises as `load_meta_llama`."""
+    """Return the config of the model of a folder, with its dtype.
+
+    Raises:
+        UserError: see `load_meta_llama`.
+    """
     folder = Path(path)
     shards = {file: _read_shard(file) for file in _shard_files(folder)}
     config = _config(_read_params(folder / "params.json"), shards)
@@ -82,6 +87,7 @@ def meta_llama_config(path: str | Path) -> LlamaConfig:
 
 
 def _read_params(file: Path) -> dict:
+    """Return `params.json` after a check of its keys."""
     params = read_object(file, DOWNLOAD_AGAIN)
     if missing := REQUIRED - params.keys():
         raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
@@ -91,13 +97,14 @@ def _read_params(file: Path) -> dict:
     unknown = {key for key, value in params.items() if value is not None} - REQUIRED - OPTIONAL - UNUSED
     if unknown:
         raise UserError(
-            f"{file} has {first_five(unknown)}, unknown to Llama 1 to 3: as a Llama it would be wrong.",
+            f"{file} has {first_five(unknown)}, which Llama 1 to 3 do not have: it would load wrongly.",
             "Use the model's Hugging Face checkpoint (with `config.json`) instead.",
         )
     return params
 
 
 def _shard_files(folder: Path) -> list[Path]:
+    """Return the shard files in order. Raise a UserError if one is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i in range(max(len(files), 1)):
         expected = folder / f"consolidated.{i:02d}.pth"
@@ -105,17 +112,18 @@ def _shard_files(folder: Path) -> list[Path]:
             found = first_five(file.name for file in files) or "no shard"
             raise UserError(
                 f"{expected} is missing: the folder holds {found}.",
-                "Download the missing shard into the folder; shards count from 00.",
+                "Download the missing shard into the folder. Shards are numbered from 00.",
             )
     return files
 
 
 def _read_shard(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard by name."""
     try:
         shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file} holds Python code besides tensors. It was not run.",
+            f"{file} contains Python code in addition to tensors. It was not run.",
             "Take the checkpoint from a source you trust, or use one with safetensors files.",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
@@ -128,11 +136,11 @@ def _read_shard(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _config(params: dict, shards: Shards) -> LlamaConfig:
-    """The sizes: from `params.json` and, where it leaves them open, from the first shard's tensors."""
+    """Return the model's config, from `params.json` and from the shapes of the first shard's tensors."""
     (file, first), dim = next(iter(shards.items())), params["dim"]
     names = ("layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "tok_embeddings.weight")
     if missing := [name for name in names if name not in first or first[name].dim() != 2]:
-        raise UserError(f"{file} lacks {first_five(missing)}: it is not a Llama's shard.", DOWNLOAD_AGAIN)
+        raise UserError(f"{file} lacks {first_five(missing)}: it is not a shard of a Llama.", DOWNLOAD_AGAIN)
     query, gate, embedding = (first[name].shape for name in names)
     needed = dim // query[0]
     if dim % query[0] == 0 and needed != len(shards):
@@ -143,22 +151,22 @@ def _config(params: dict, shards: Shards) -> LlamaConfig:
     vocab = embedding[0] * (len(shards) if _embedding_axis(embedding, dim) == 0 else 1)
     if (params.get("vocab_size") or -1) not in (-1, vocab):
         raise UserError(
-            f"{file.parent / 'params.json'}: vocab_size {params['vocab_size']} is {vocab} in {file.name}.",
+            f"{file.parent / 'params.json'}: vocab_size is {params['vocab_size']}, but {vocab} in {file.name}.",
             DOWNLOAD_AGAIN,
         )
     layers = {int(name.split(".")[1]) for name in first if re.match(r"layers\.\d+\.", name)}
     if params["n_layers"] != len(layers):
         raise UserError(
-            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, and {file.name} holds {len(layers)}.",
-            "params.json and the shards must be of one model.",
+            f"{file.parent / 'params.json'}: n_layers is {params['n_layers']!r}, but {file.name} has {len(layers)}.",
+            "params.json and the shards must belong to one model.",
         )
     theta = params.get("rope_theta") or 10_000
     context = CONTEXT_BY_ROPE_THETA.get(theta, 4096)
     rope = {"rope_type": "default", "rope_theta": float(theta)}
     if params.get("use_scaled_rope"):
         context = SCALED_ROPE_CONTEXT
-        # params.json leaves the factor out: 32 for Llama 3.2 1B and 3B, which alone are narrower than 4096,
-        # else 8 (https://github.com/meta-llama/llama-models/issues/241).
+        # params.json lacks the factor. It is 32 for Llama 3.2 1B and 3B, the only ones narrower than 4096,
+        # and 8 otherwise (https://github.com/meta-llama/llama-models/issues/241).
         factor = params.get("rope_scaling_factor") or (8 if dim >= 4096 else 32)
         rope |= {"rope_type": "llama3", "factor": float(factor), "original_max_position_embeddings": 8192}
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -177,15 +185,18 @@ def _config(params: dict, shards: Shards) -> LlamaConfig:
 
 
 def _embedding_axis(shape: torch.Size, dim: int) -> int:
-    """Llama 1 and 2 cut the embedding [vocabulary, dim] along its width, Llama 3 along the vocabulary."""
+    """Return the axis along which the embedding [vocabulary, dim] is sharded.
+
+    Llama 1 and 2 shard it along its width, Llama 3 along the vocabulary.
+    """
     return 0 if shape[1] == dim else 1
 
 
 def _join(config: LlamaConfig, shards: Shards) -> dict[str, torch.Tensor]:
-    """The whole tensors under transformers' names. Each shard's names and shapes are checked first."""
+    """Check the names and shapes of all shards, and join them into tensors under transformers' names."""
     first = next(iter(shards.values()))
     embedding_axis = _embedding_axis(first["tok_embeddings.weight"].shape, config.hidden_size)
-    names = {  # Meta's name: (transformers' name, cut axis)
+    names = {  # Meta's name: (transformers' name, shard axis)
         "tok_embeddings.weight": ("model.embed_tokens.weight", embedding_axis),
         "norm.weight": ("model.norm.weight", None),
     }
@@ -209,13 +220,18 @@ def _join(config: LlamaConfig, shards: Shards) -> dict[str, torch.Tensor]:
 
 
 def _check_shards(config: LlamaConfig, shards: Shards, names: dict) -> None:
+    """Check that each shard has the names and shapes that the config requires."""
     with torch.device("meta"):
         whole = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     for file, shard in shards.items():
         if missing := names.keys() - shard.keys():
-            raise UserError(f"{file} lacks {first_five(missing)}, due by params.json.", DOWNLOAD_AGAIN)
+            raise UserError(
+                f"{file} lacks {first_five(missing)}, which params.json requires.", DOWNLOAD_AGAIN
+            )
         if unexpected := shard.keys() - names.keys():
-            raise UserError(f"{file} has {first_five(unexpected)}, not due by params.json.", DOWNLOAD_AGAIN)
+            raise UserError(
+                f"{file} has {first_five(unexpected)}, which params.json does not call for.", DOWNLOAD_AGAIN
+            )
         for meta, (hf, axis) in names.items():
             expected = [size // len(shards) if i == axis else size for i, size in enumerate(whole[hf])]
             if list(shard[meta].shape) != expected:
@@ -226,17 +242,18 @@ def _check_shards(config: LlamaConfig, shards: Shards, names: dict) -> None:
 
 
 def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders each head's rows for RoPE: Meta rotates rows 2i and 2i+1 together, transformers i and i + d/2.
+    """Reorder the rows of each head for RoPE. Meta rotates rows 2i and 2i+1 together, transformers i and i +
+    d/2.
 
     Args:
-        weight: [heads * d, dim].
+        weight: `[heads * d, dim]`.
     """
     rows, dim = weight.shape
     return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 
 
 def load_meta_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in the folder `path`; it puts BOS before each text, as Llama expects.
+    """Load the tokenizer of a folder. It puts BOS before each text, as Llama expects.
 
     `tokenizer.model` is a SentencePiece model (Llama 1 and 2) or tiktoken's BPE ranks (Llama 3).
 
@@ -252,6 +269,7 @@ def load_meta_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+    """Load a SentencePiece model as a fast tokenizer, and check that both give the same tokens."""
     reference = SentencePieceProcessor()
     try:
         reference.Load(str(file))
@@ -275,7 +293,7 @@ def _sentencepiece(file: Path) -> PreTrainedTokenizerFast:
 
 
 class _Llama3Converter(TikTokenConverter):
-    """Reads the ranks itself: transformers would need the `tiktoken` package for that alone."""
+    """A converter that reads the ranks itself, because transformers would need the `tiktoken` package."""
 
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
@@ -284,6 +302,7 @@ class _Llama3Converter(TikTokenConverter):
 
 
 def _tiktoken(file: Path) -> PreTrainedTokenizerFast:
+    """Load tiktoken's BPE ranks as a fast tokenizer with Llama 3's special tokens."""
     # The 256 tokens after the ranks, by Llama 3.1's names; in Llama 3.0 some of them are still reserved.
     named = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>"}
     named |= {6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>"}
@@ -299,6 +318,7 @@ def _tiktoken(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _with_bos(backend: Tokenizer, bos: str, eos: str, unk: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a fast tokenizer that puts BOS before each text."""
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )

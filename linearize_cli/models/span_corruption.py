@@ -1,4 +1,4 @@
-"""Text with gaps, as masked models and encoder-decoders learn to fill them."""
+"""Span corruption: texts with gaps, on which masked models and encoder-decoders are trained."""
 
 import zlib
 from collections.abc import Sequence
@@ -7,23 +7,30 @@ import torch
 from torch import Tensor
 
 NOISE = 0.15  # share of a block's tokens that are masked
-SPAN = 3  # tokens of a masked span, on average (T5, arXiv 1910.10683)
+SPAN = 3  # average number of tokens in a masked span (T5, arXiv 1910.10683)
 
 
-def chance(row: Tensor) -> torch.Generator:
-    """Chance that the row's own tokens decide: a resumed run and every measurement see the same."""
+def row_generator(row: Tensor) -> torch.Generator:
+    """Return a generator seeded by the row's tokens, so that every pass masks the same tokens."""
     return torch.Generator().manual_seed(zlib.crc32(row.cpu().numpy().tobytes()))
 
 
 def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Random gaps (start, end) of a text: NOISE of its tokens in spans of SPAN on average, as many whatever the
-    chance; the last one ends the text.
+    """Draw the gaps (start, end) of a text. They hold NOISE of its tokens, in spans of SPAN tokens on
+    average.
+
+    Args:
+        length: the number of tokens in the text.
+        most: the largest number of gaps.
+
+    Returns:
+        the gaps in order. Their number does not depend on the generator. The last gap ends the text.
     """
     noise = max(1, round(NOISE * length))
-    pieces = max(1, min(round(noise / SPAN), length - noise, most))
+    gaps = max(1, min(round(noise / SPAN), length - noise, most))
 
     def parts(total: int) -> Tensor:
-        cuts = torch.randperm(total - 1, generator=generator)[: pieces - 1].sort().values + 1
+        cuts = torch.randperm(total - 1, generator=generator)[: gaps - 1].sort().values + 1
         return torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([total]))
 
     kept, hidden = parts(length - noise), parts(noise)
@@ -32,7 +39,7 @@ def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int,
 
 
 def fill(tokens: list[int], gaps: list[tuple[int, int]], marks: Sequence[int]) -> list[int]:
-    """The text with a mark in the place of each gap."""
+    """Return the text with each gap replaced by a mask token."""
     result, last = [], 0
     for mark, (start, end) in zip(marks, gaps, strict=False):
         result += [*tokens[last:start], mark]

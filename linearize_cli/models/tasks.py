@@ -1,5 +1,7 @@
-"""What a kind of model is for: how a block of tokens becomes its inputs, which answers are right, and how it reads
-and continues rows of tokens. The kind follows from the Auto class that loads the model's class.
+"""The tasks of models: causal LM, masked LM, classification, encoder-decoder.
+
+A task turns blocks of tokens into inputs and labels, and reads and continues rows of tokens. It follows from
+the Auto class that loads the model's class.
 """
 
 from collections.abc import Sequence
@@ -23,29 +25,30 @@ from linearize_cli.models.decoding import (
     pad_right,
     unpadded,
 )
-from linearize_cli.models.span_corruption import NOISE, chance, fill, spans
+from linearize_cli.models.span_corruption import NOISE, fill, row_generator, spans
 from linearize_cli.runtime.config import PREFIX, auto_class
 
 
-class TokenBeyond(UserError):
-    """A token of the tokenizer that the model has no embedding for."""
+class MissingEmbedding(UserError):
+    """A token id of the tokenizer that has no embedding in the model."""
 
 
 def config_value(config: PreTrainedConfig, name: str) -> Any:
-    """Return a value of a config, or of the part of it that describes the text model. None if neither has it."""
+    """Return a value of a config, or of its text model's part. Return None if neither has it."""
     parts = (config, config.get_text_config(decoder=True))
     return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)
 
 
 class Task:
-    """A kind of model.
+    """The task of a model with its tokenizer.
 
     Attributes:
-        auto_class: the Auto class that loads its models; pipeline: the Hub's name for what they do.
-        encodes: whether its attention may look to both sides.
-        decodes: whether it continues rows of tokens; if not, it has no `start`.
-        answers: whether text tells the right answers; if not, a model is measured by its distance to the
-            teacher.
+        auto_class: the Auto class that loads its models.
+        pipeline: the Hub's name of the task.
+        encodes: True if its attention may be bidirectional.
+        decodes: True if it can continue rows of tokens. Otherwise it has no `start`.
+        answers: True if text gives labels. Otherwise a model is measured by its distance to the teacher.
+        without_embedding: the token ids without an embedding, and their names.
     """
 
     auto_class: str
@@ -55,73 +58,100 @@ class Task:
     answers = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        """Raises UserError: the model or its tokenizer lacks what the task needs."""
+        """Read the special tokens.
+
+        Raises:
+            UserError: the model or its tokenizer lacks something that the task needs.
+        """
         self.kind = type(model).__name__.removeprefix(PREFIX)
         self.pad_id = config_value(model.config, "pad_token_id")
         self.embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
         names = {token: name for name, token in tokenizer.get_vocab().items()}
-        self.beyond = {
+        self.without_embedding = {
             token: name for token, name in names.items() if self.embeddings and token >= self.embeddings
         }
 
     def batch(self, blocks: Blocks | Tensor) -> Batch:
-        """The inputs and answers of blocks, or of ids `[B, L]` without marks. The same row always gives the same
-        ones.
+        """Return the inputs and labels of blocks. The same row always gives the same ones.
+
+        Args:
+            blocks: blocks, or ids `[B, L]` without marks.
+
+        Raises:
+            MissingEmbedding: see `check_tokens`.
         """
         blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
         self.check_tokens(blocks.ids)
         return self.ask(blocks)
 
     def check_tokens(self, ids: Tensor) -> None:
-        """
+        """Check that the model has an embedding for each token.
+
         Raises:
-            TokenBeyond: one of the tokens has no row in the model's embeddings.
+            MissingEmbedding: it lacks one.
         """
-        if self.beyond and ids.numel() and (token := int(ids.max())) >= self.embeddings:
-            raise TokenBeyond(
-                f"the token {token} ({self.beyond.get(token)!r}) has no row in the model's embeddings (0 to "
-                f"{self.embeddings - 1})",
-                "The tokenizer was extended without the model: save the model after resize_token_embeddings, or "
-                "take the token out of the tokenizer's files.",
+        if self.without_embedding and ids.numel() and (token := int(ids.max())) >= self.embeddings:
+            raise MissingEmbedding(
+                f"the token {token} ({self.without_embedding.get(token)!r}) has no embedding in the model "
+                f"(ids 0 to {self.embeddings - 1})",
+                "The tokenizer was extended but the model was not: call resize_token_embeddings and save, or "
+                "remove the token from the tokenizer's files.",
             )
 
     def ask(self, blocks: Blocks) -> Batch:
-        """As `batch`; only causal language models read the marks."""
+        """Return the inputs and labels of blocks. Only causal language models use the marks."""
         raise NotImplementedError
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
-        """Logits of rows of any lengths in one padded batch, `extra` pads more than needed: for each row all that
-        it alone determines.
+        """Return the logits of rows of any lengths, computed in one padded batch.
+
+        Args:
+            rows: token ids `[T_i]`.
+            extra: the number of pads beyond the longest row.
+
+        Returns:
+            the logits of each row, without those of pads.
         """
         raise NotImplementedError
 
     def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
-        """Return the logits `[vocab]` after the last token of a row; a classifier's are `[labels]`."""
+        """Return the logits `[vocab]` after the last token of a row, or a classifier's `[labels]`."""
         (logits,) = self.read(model, [row])
         return logits if logits.dim() == 1 else logits[-1]
 
     def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-        """Logits that a row beside so many pads must have."""
+        """Return the logits that a row must have in a batch with `pads` pads."""
         return self.read(model, [row])[0]
 
     def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
-        """What continues these texts, `[T_i]` each: a decoder, its first tokens and their mask, `[B, T]`."""
+        """Prepare the continuation of texts.
+
+        Args:
+            texts: token ids `[T_i]`.
+
+        Returns:
+            a decoder, its first tokens `[B, T]` and their mask `[B, T]`.
+        """
         raise NotImplementedError
 
     def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
-        """What must continue a text beside so many pads as `start` does."""
+        """Prepare the continuation that a text must have in a batch with `pads` pads. See `start`."""
         return self.start(model, [text])
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """The tokens of a text to go on from."""
+        """Return the token ids of a prompt."""
         return tokenizer(text)["input_ids"]
 
     def given(self, ids: Tensor) -> int:
-        """How many tokens of what `generate` returns for ids `[1, T]` it did not write."""
+        """Return the number of leading tokens in the output of `generate` for ids `[1, T]` that were not
+        generated.
+        """
         raise NotImplementedError
 
 
 class CausalLM(Task):
+    """Prediction of the next token."""
+
     auto_class, pipeline = "AutoModelForCausalLM", "text-generation"
     encodes, decodes = False, True
 
@@ -153,15 +183,15 @@ class CausalLM(Task):
 
 
 class Encoder(Task):
-    """Reads a row of tokens between the marks of its tokenizer ([CLS] and [SEP], where it has them)."""
+    """The base of encoder tasks. A row is read between [CLS] and [SEP], if the tokenizer has them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, tokenizer)
         require(self.pad_id, f"{self.kind} has no pad_token_id in its config.json", "Add the tokenizer's.")
         self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
 
-    def framed(self, ids: Tensor) -> Tensor:
-        """The block with the marks in the place of its first and last token."""
+    def with_special_tokens(self, ids: Tensor) -> Tensor:
+        """Return the blocks with the special tokens in place of the first and the last token."""
         ids = ids.clone()
         for place, mark in ((0, self.first), (-1, self.last)):
             if mark is not None:
@@ -169,12 +199,13 @@ class Encoder(Task):
         return ids
 
     def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
+        """Return the logits and the mask of rows, padded on the right."""
         ids, mask = pad_right(rows, self.pad_id, extra)
         return model(input_ids=ids, attention_mask=mask).logits, mask
 
 
 class MaskedLM(Encoder):
-    """15% of a block's tokens are hidden; these are the answers."""
+    """Prediction of masked tokens, 15% of a block."""
 
     auto_class, pipeline = "AutoModelForMaskedLM", "fill-mask"
 
@@ -185,9 +216,9 @@ class MaskedLM(Encoder):
         )
 
     def ask(self, blocks: Blocks) -> Batch:
-        ids = self.framed(blocks.ids)
-        order = torch.stack([torch.rand(ids.shape[1], generator=chance(row)) for row in ids])
-        order[:, [0, -1]] = 2.0  # the marks are never hidden
+        ids = self.with_special_tokens(blocks.ids)
+        order = torch.stack([torch.rand(ids.shape[1], generator=row_generator(row)) for row in ids])
+        order[:, [0, -1]] = 2.0  # the special tokens are never masked
         hidden = torch.zeros_like(order, dtype=torch.bool)
         hidden.scatter_(1, order.argsort(-1)[:, : max(1, round(NOISE * ids.shape[1]))], True)
         hidden = hidden.to(ids.device)
@@ -198,6 +229,8 @@ class MaskedLM(Encoder):
 
 
 class SequenceClassification(Encoder):
+    """Prediction of a text's class, distilled without labels."""
+
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     answers = False
 
@@ -210,16 +243,18 @@ class SequenceClassification(Encoder):
             )
 
     def ask(self, blocks: Blocks) -> Batch:
-        return Batch({"input_ids": self.framed(blocks.ids)}, None)
+        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         return list(self.encode(model, rows, extra)[0])
 
 
 class Seq2SeqLM(Task):
-    """The encoder reads a text with gaps, the decoder writes what is missing: behind sentinels where the
-    tokenizer has them (T5, arXiv 1910.10683), else the whole text (BART's infilling, arXiv 1910.13461), else,
-    without a mask token, the text's second half.
+    """Prediction of the missing parts of a text by an encoder-decoder.
+
+    With sentinel tokens the decoder writes the missing spans (T5, arXiv 1910.10683). Without them it writes
+    the whole text (BART's infilling, arXiv 1910.13461). Without a mask token it writes the second half of the
+    text.
     """
 
     auto_class, pipeline = "AutoModelForSeq2SeqLM", "text2text-generation"
@@ -247,8 +282,8 @@ class Seq2SeqLM(Task):
 
     def ask(self, blocks: Blocks) -> Batch:
         ids = blocks.ids
-        room = ids.shape[1] - len(self.before) - len(self.after)
-        pairs = [self.corrupt(row[:room].tolist(), chance(row)) for row in ids]
+        length = ids.shape[1] - len(self.before) - len(self.after)
+        pairs = [self.corrupt(row[:length].tolist(), row_generator(row)) for row in ids]
         source, labels = (
             torch.tensor([[*self.before, *x, *self.after] for x in part], device=ids.device)
             for part in zip(*pairs, strict=True)
@@ -257,6 +292,7 @@ class Seq2SeqLM(Task):
         return Batch({"input_ids": source, "decoder_input_ids": given, "use_cache": False}, labels)
 
     def spans_behind_sentinels(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        """Return the text with a sentinel for each gap, and the gaps after their sentinels (T5)."""
         gaps = spans(len(tokens), len(self.sentinels) - 1, generator)
         target = []
         for mark, (start, end) in zip(self.sentinels, gaps, strict=False):
@@ -264,10 +300,12 @@ class Seq2SeqLM(Task):
         return fill(tokens, gaps, self.sentinels), [*target, self.sentinels[len(gaps)]]
 
     def infilling(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        """Return the text with a mask for each gap, and the whole text (BART)."""
         gaps = spans(len(tokens), len(tokens), generator)
         return fill(tokens, gaps, [self.mask_id] * len(gaps)), tokens
 
     def halves(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
+        """Return the two halves of the text."""
         return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
@@ -288,21 +326,24 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task_class(model: PreTrainedModel) -> type[Task]:
-    """The task of a model, softmax or linearized, by its class; a class that no Auto class names writes text."""
+    """Return the task of a model, softmax or linearized, by its class. The default is CausalLM."""
     return TASKS.get(auto_class(type(model).__name__.removeprefix(PREFIX)), CausalLM)
 
 
 def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task of a model with its tokenizer.
+    """Return the task of a model with its tokenizer.
 
     Raises:
-        UserError: one of them lacks what the task needs.
+        UserError: one of them lacks something that the task needs.
     """
     return task_class(model)(model, tokenizer)
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that a row may have: rows of learned positions are fewer where some stand for pads (RoBERTa)."""
+    """Return the largest number of tokens in a row.
+
+    It is less than the number of learned positions if some of these are reserved for pads (RoBERTa).
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     for module in model.modules():
         positions = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
@@ -312,8 +353,10 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Tokens beyond which the model has no positions, because it learned them or holds them in a table; None:
-    it computes them (RoPE, ALiBi) or has none.
+    """Return the number of tokens beyond which the model has no positions.
+
+    Return None if the positions are computed (RoPE, ALiBi) or if there are none. A limit exists if they are
+    learned or held in a table.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
@@ -324,19 +367,22 @@ def last_position(model: PreTrainedModel) -> int | None:
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
     ]
     sizes = {size for shape in (*embeddings, *(b.shape for b in model.buffers())) for size in shape}
-    # Some tables hold a few rows more (OPT's two).
+    # Some tables hold a few more rows (OPT's two).
     return context_length(model) if any(limit <= size <= limit + 8 for size in sizes) else None
 
 
 def reach(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a converted model can read. None: any number, for states and computed positions have no
-    end. A layer that stays softmax may have a table of its own, as long as the context.
+    """Return the largest number of tokens that a converted model can read.
+
+    Return None if it has no limit. A layer that stays softmax may have its own table of positions, as long as
+    the context.
     """
     last = last_position(model)
     return context_length(model) if last is None and model.config.linearize["softmax"] else last
 
 
 def require(token: int | None, what: str, hint: str) -> int:
+    """Return a token id. Raise a UserError if it is None."""
     if token is None:
         raise UserError(what, hint)
     return token

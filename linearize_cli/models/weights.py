@@ -1,4 +1,4 @@
-"""Checks that the weight files of a checkpoint fit its config.json, before and after loading."""
+"""Checks that the weight files of a checkpoint match its config.json, before and after loading."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 FORMATS = ("model*.safetensors", "pytorch_model*.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# Keys of a config that count what is built in turn, and a number that no model comes near (Doge has 16,384 experts).
+# Config keys that count modules, and a limit far above any model's (Doge has 16,384 experts).
 COUNTS = {re.compile(r"(layers?|blocks?|depth)$"): 2048, re.compile(r"experts?$"): 1 << 15}
-PER_BYTE = 8  # weights that a byte can hold, of one bit each
-FEW = 1 << 28  # weights that any machine has memory for
-ONE_MODEL = "config.json and the weight files must be of one model, and all the weight files be there."
+PER_BYTE = 8  # largest number of weights in a byte, at one bit each
+FEW = 1 << 28  # number of weights that fit on any machine
+ONE_MODEL = "config.json and the weight files must belong to one model, and no weight file may be missing."
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the weight files of a checkpoint's folder; a Trainer leaves other .bin files beside them."""
+    """Return the weight files of a checkpoint's folder, without a Trainer's other .bin files."""
     names = (*FORMATS, "adapter_model.safetensors", "adapter_model.bin")
     return sorted(file for name in names for file in Path(folder).glob(name))
 
 
 def check_sizes(model: str, config: dict[str, Any]) -> None:
-    """Refuse a config that counts more layers or experts than any model has: building them would take hours.
+    """Refuse a config with more layers or experts than any model has. To build them would take hours.
 
     Raises:
-        UserError: which key.
+        UserError: a count is too large.
     """
     for key, value in config.items():
         if isinstance(value, dict):
@@ -43,9 +43,10 @@ def check_sizes(model: str, config: dict[str, Any]) -> None:
 
 
 def check_files(model: str, folder: str | Path) -> None:
-    """
+    """Check that a folder has weight files, and every file that its index names.
+
     Raises:
-        UserError: the folder has no weight files, or its index names files that are not in it.
+        UserError: files are missing, or the index is invalid.
     """
     folder = Path(folder)
     for index in (folder / name for name in INDEXES if (folder / name).is_file()):
@@ -57,66 +58,78 @@ def check_files(model: str, folder: str | Path) -> None:
         )
         if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
             raise UserError(
-                f"{index} names a file outside its folder, or no file.",
-                "Its weight_map must map the name of each weight to the name of a file beside it.",
+                f"{index}: an entry of weight_map is not the name of a file in its folder.",
+                "weight_map must map the name of each weight to the name of a file in the same folder.",
             )
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
                 f"{model} lacks the weight files {first_five(str(folder / name) for name in missing)}.",
-                f"Download them into the folder: {index.name} names them.",
+                f"Download them into the folder. {index.name} lists them.",
             )
     if not any((folder / name).is_file() for name in (*INDEXES, "model.safetensors", "pytorch_model.bin")):
         others = first_five(file.name for file in folder.glob("*.safetensors"))
         raise UserError(
-            f"{model} has no weights: neither model.safetensors, pytorch_model.bin nor an index is there.",
+            f"{model} has no weights: no model.safetensors, no pytorch_model.bin and no index.",
             f"Download them into it{f', or rename them (it holds {others})' if others else ''}.",
         )
 
 
 def hashable(value: Any) -> bool:
+    """Return True if a JSON value can be an element of a set."""
     return isinstance(value, str | int | float | None)
 
 
 def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
-    """Refuse a model, built without its weights, that is far larger than its weight files.
+    """Refuse a model that is far larger than its weight files, before memory is allocated for it.
+
+    Args:
+        shape: the model on the meta device.
 
     Raises:
-        UserError: before the memory is allocated that a wrong config.json asks for.
+        UserError: config.json does not match the files.
     """
     held, wanted = sum(file.stat().st_size for file in weight_files(folder)), shape.num_parameters()
     if wanted > max(PER_BYTE * held, FEW):
         raise UserError(
-            f"{model}: config.json asks for {wanted:,} weights, and the weight files hold {held:,} bytes.",
+            f"{model}: config.json describes {wanted:,} weights, but the weight files hold {held:,} bytes.",
             ONE_MODEL,
         )
 
 
 def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Check that every stored weight was loaded and that every parameter had one: transformers fills missing ones at
-    random. Weights that the model has no place for are a Notice, unless they make it another model.
+    """Check that every stored weight was loaded and that every parameter was stored.
+
+    transformers fills missing weights at random. A weight that the model does not use is reported as a
+    Notice, unless the result would be another model.
+
+    Args:
+        info: the loading info of `from_pretrained`.
 
     Raises:
-        UserError: weights are missing or have another shape; a layer or a bias would be left out; an adapter is there.
+        UserError: weights are missing or have another shape, a layer or a bias would be ignored, or there is
+            an adapter.
     """
     if missing := info["missing_keys"]:
         raise UserError(*_missing(model, loaded, missing))
     if info["mismatched_keys"]:
         shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
-        raise UserError(f"{model}, by config.json, has wrong shapes: {first_five(shapes)}.", ONE_MODEL)
+        raise UserError(
+            f"{model} has weights whose shapes do not match config.json: {first_five(shapes)}.", ONE_MODEL
+        )
     if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise UserError(f"{model} has a LoRA adapter beside it.", "Merge it with peft's merge_and_unload().")
+        raise UserError(f"{model} contains a LoRA adapter.", "Merge it with peft's merge_and_unload().")
     if left := info["unexpected_keys"]:
         if own := [name for name in left if _is_own(name, loaded)]:
             raise UserError(
-                f"{model} holds weights that config.json has no place for: {first_five(own)}.",
-                f"{ONE_MODEL} Without them it would be another model.",
+                f"{model} holds weights that config.json does not describe: {first_five(own)}.",
+                f"{ONE_MODEL} Without these weights it would be another model.",
             )
-        text = f"{model}: weights that a {type(loaded).__name__} has no place for are left out: {first_five(left)}"
+        text = f"{model}: weights that {type(loaded).__name__} does not use are ignored: {first_five(left)}"
         warnings.warn(text, Notice, stacklevel=2)
 
 
 def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[str, str]:
-    """Return what is missing and what to do. A model without a head lacks its head alone."""
+    """Return the text and the hint of the error about missing weights. A missing head has its own text."""
     named = next(iter(loaded.config.architectures or ()), None)
     body = f"{loaded.base_model_prefix}."
     if named and named != type(loaded).__name__ and not any(name.startswith(body) for name in missing):
@@ -128,16 +141,18 @@ def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[st
 
 
 def _is_own(name: str, loaded: PreTrainedModel) -> bool:
-    """Return whether a weight is one more layer of a kind that the model has, or one more part of such a layer."""
+    """Return True if an unused weight is one more layer, or one more part of a layer, of a kind that the
+    model has.
+    """
     text, index = loaded.config.get_text_config(decoder=True), re.search(r"\.layers\.(\d+)\.", name)
     drafting = getattr(text, "num_nextn_predict_layers", None) or 0
     if index and drafting and 0 <= int(index[1]) - text.num_hidden_layers < drafting:
-        return False  # it only drafts (multi-token prediction), as the config says
+        return False  # the config says that it is for multi-token prediction only
     kinds = {_kind(key) for key in loaded.state_dict()}
     owner, _, _ = _kind(name).rpartition(".")
     return _kind(name) in kinds or f"{owner}.weight" in kinds
 
 
 def _kind(name: str) -> str:
-    """Return the name of a weight without the numbers of its layer and expert."""
+    """Return the name of a weight with the numbers of layer and expert replaced by `*`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

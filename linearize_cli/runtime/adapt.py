@@ -1,4 +1,4 @@
-"""Puts adapters before the classes of one model's attention modules; the classes themselves stay as they are."""
+"""Adapter classes for the attention modules of a model. The original classes do not change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +23,18 @@ def eager_attention_forward(
     position_bias: Tensor | None = None,
     **unused: object,
 ) -> tuple[Tensor, Tensor]:
-    """The softmax attention of an adapted module, as other models have it in their own files.
+    """Compute the softmax attention of an adapted module.
 
-    query `[B, heads, T, D]`, key and value `[B, kv, N, D]` -> `[B, T, heads, Dv]` and the weights. The mask is
-    additive or boolean, the bias additive; both broadcast to `[B, heads, T, N]`.
+    The name and the signature are those of the functions in transformers' modeling files.
+
+    Args:
+        query: `[B, heads, T, D]`.
+        key, value: `[B, kv, N, D]`.
+        attention_mask: additive or boolean, broadcastable to `[B, heads, T, N]`.
+        position_bias: additive, broadcastable to `[B, heads, T, N]`.
+
+    Returns:
+        the output `[B, T, heads, Dv]` and the weights `[B, heads, T, N]`.
     """
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling
@@ -41,7 +49,7 @@ def eager_attention_forward(
 
 
 def adapted_class(original: type) -> type:
-    """`Adapted<Original>`: the class of transformers behind its adapter."""
+    """Return `Adapted<Original>`, a class of the adapter and the original class of transformers."""
     if original not in _classes:
         adapter = ADAPTERS[key_of(original)]
         namespace = {"__module__": __name__, "original": original}
@@ -50,24 +58,28 @@ def adapted_class(original: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`Adapted<Original>`: so pickle finds it, in a process that has not made it yet too."""
+    """Return the class `Adapted<Original>` by name, creating it if needed, so that pickle finds it."""
     for key in ADAPTERS:
         package, _, original = key.partition(".")
         if name == PREFIX + original:
             file = import_module(f"transformers.models.{package}.modeling_{package}")
             return adapted_class(getattr(file, original))
-    raise AttributeError(f"no adapter is behind {name!r}")
+    raise AttributeError(f"{name!r} is not the name of an adapted class")
 
 
 def key_of(cls: type) -> str:
-    """`bloom.BloomAttention` of a class in transformers' models; empty for others."""
+    """Return the key in ADAPTERS of a class in transformers' models (`bloom.BloomAttention`), or an empty
+    string.
+    """
     path = cls.__module__.split(".")
     return f"{path[2]}.{cls.__name__}" if path[:2] == ["transformers", "models"] else ""
 
 
 def adapt(model: nn.Module) -> list[nn.Module]:
-    """Put its adapter before the class of each module that has one, and give it a `config` where it has none:
-    that of the module around it. Returns the modules that got an adapter.
+    """Give each module with an entry in ADAPTERS its adapted class, and its parent's `config` if it has none.
+
+    Returns:
+        the adapted modules.
     """
     found, configs = [], {"": model.config}
     for name, module in model.named_modules():
@@ -82,7 +94,7 @@ def adapt(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
-    """While open, the model's modules have their adapters."""
+    """Adapt the model's modules while the context is open."""
     had = {module for module in model.modules() if "config" in vars(module)}
     modules = adapt(model)
     try:

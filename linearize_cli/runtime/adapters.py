@@ -1,8 +1,8 @@
-"""Attention modules of transformers that compute softmax themselves, brought to the attention interface.
+"""Adapters for attention modules of transformers that compute softmax themselves.
 
-An adapter goes before such a module's class (`adapt.adapt`). It hands queries, keys and values to the interface
-where the module's own config selects one of ours (all are called `linearize...`); otherwise the module's own
-forward runs.
+An adapter is a base class placed before such a module's class (see `adapt.adapt`). If the module's config
+selects an attention implementation named `linearize...`, it passes queries, keys and values to the attention
+interface. Otherwise the module's own forward runs.
 """
 
 import sys
@@ -20,12 +20,12 @@ _state: ContextVar = ContextVar("linearize_state", default=None)
 
 
 class Adapter:
-    """Goes before an attention class.
+    """The base class of adapters.
 
     Attributes:
-        native_mask: the model's own code works on the mask, so it must be of the base model's kind.
-        mask_is_all: the base model's attention hides and biases by its mask alone.
-        mask_has_biases: the model adds its position bias to its mask.
+        native_mask: True if the model's own code needs a mask of the base model's kind.
+        mask_is_all: True if the base model's attention gets hidden tokens and biases from its mask alone.
+        mask_has_biases: True if the model adds its position bias to its mask.
     """
 
     is_causal = True
@@ -34,22 +34,31 @@ class Adapter:
     mask_has_biases = False
 
     def selected(self) -> bool:
+        """Return True if the config selects one of our attention implementations."""
         return self.config._attn_implementation.startswith("linearize")
 
     def attend(self, query, key, value, mask, scaling, **kwargs) -> Tensor:
-        """`[B, heads, T, D]`, `[B, kv, T, D]` -> `[B, T, heads, Dv]`."""
+        """Call the selected attention implementation.
+
+        Args:
+            query: `[B, heads, T, D]`.
+            key, value: `[B, kv, T, D]`.
+
+        Returns:
+            `[B, T, heads, Dv]`.
+        """
         function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return function(
             self, query.to(value.dtype), key.to(value.dtype), value, mask, scaling=scaling, **kwargs
         )[0]
 
     def heads(self, x: Tensor, dim: int) -> Tensor:
-        """`[B, T, heads * dim] -> [B, heads, T, dim]`."""
+        """Split the heads: `[B, T, heads * dim]` to `[B, heads, T, dim]`."""
         return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
 class Method(Adapter):
-    """GPT-J and its like, which compute attention in a method of their own."""
+    """The adapter of GPT-J and similar models, which compute attention in a method `_attn`."""
 
     def forward(self, *args, linearize_state=None, **kwargs):
         token = _state.set(linearize_state)
@@ -66,15 +75,16 @@ class Method(Adapter):
         return out.transpose(1, 2), None
 
     def attention_scale(self) -> float:
+        """Return the scale of the scores."""
         return 1.0 / float(self.scale_attn)
 
     def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
-        """More of the interface's arguments."""
+        """Return more arguments of the attention interface."""
         return {}
 
 
 class GPTNeo(Method):
-    """Unscaled; a local layer masks what is beyond its window."""
+    """The adapter of GPT-Neo: unscaled scores, and local layers that mask tokens beyond their window."""
 
     mask_is_all = False
 
@@ -86,19 +96,25 @@ class GPTNeo(Method):
         return 1.0
 
     def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
-        near = self.bias[:, :, keys - queries : keys, :keys]
+        visible = self.bias[:, :, keys - queries : keys, :keys]
         hidden = torch.finfo(self.q_proj.weight.dtype).min
         return {
-            "position_bias": torch.zeros_like(near, dtype=self.q_proj.weight.dtype).masked_fill(~near, hidden)
+            "position_bias": torch.zeros_like(visible, dtype=self.q_proj.weight.dtype).masked_fill(
+                ~visible, hidden
+            )
         }
 
 
 class GPTNeoXJapanese(Method):
+    """The adapter of GPT-NeoX Japanese."""
+
     def attention_scale(self) -> float:
         return 1.0 / self.norm_factor
 
 
 class Bloom(Adapter):
+    """The adapter of Bloom, which passes ALiBi as a separate argument."""
+
     mask_is_all = False
 
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
@@ -116,10 +132,11 @@ class Bloom(Adapter):
 
 
 class Falcon(Adapter):
-    """Rotary, or ALiBi, which the model adds to its mask."""
+    """The adapter of Falcon, with rotary positions, or with ALiBi, which the model adds to its mask."""
 
     @property
     def native_mask(self) -> bool:
+        """Return True with ALiBi, which the model adds to its mask."""
         return self.config.alibi
 
     mask_has_biases = native_mask
@@ -139,6 +156,8 @@ class Falcon(Adapter):
 
 
 class Mpt(Adapter):
+    """The adapter of MPT, whose mask is True at hidden tokens."""
+
     native_mask = True
     mask_is_all = False
 
@@ -158,7 +177,7 @@ class Mpt(Adapter):
 
 
 class Bart(Adapter):
-    """XGLM, TrOCR and MVP: the decoder's attention, not its attention to an encoder."""
+    """The adapter of XGLM, TrOCR and MVP, for the decoder's self-attention only."""
 
     def forward(
         self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
@@ -173,7 +192,7 @@ class Bart(Adapter):
 
 
 class Bert(Adapter):
-    """RemBERT, RoFormer, Megatron-BERT and BigBird as decoders."""
+    """The adapter of RemBERT, RoFormer, Megatron-BERT and BigBird as decoders."""
 
     @property
     def is_causal(self) -> bool:
@@ -197,6 +216,8 @@ class Bert(Adapter):
 
 
 class Git(Bert):
+    """The adapter of GIT, whose text attention is causal."""
+
     is_causal = True
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
@@ -204,7 +225,10 @@ class Git(Bert):
 
 
 class DiffLlama(Adapter):
-    """Two softmax attentions with the same queries and keys are one whose values are twice as wide."""
+    """The adapter of DiffLlama.
+
+    Its two softmax attentions share queries and keys, so they are computed as one with values twice as wide.
+    """
 
     def forward(
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
@@ -228,14 +252,16 @@ class DiffLlama(Adapter):
 
 
 class Indexed(Adapter):
-    """DeepSeek's sparse attention, which reaches the interface by itself; see `Indexer`."""
+    """The adapter of DeepSeek's sparse attention, which uses the interface itself. See `Indexer`."""
 
     native_mask = True
 
 
 class Indexer(Adapter):
-    """Chooses the keys that sparse attention sees. A linear layer sees all of them and asks for none: it keeps
-    no index keys. As its teacher, softmax sees all too, which is the same up to `index_topk` tokens.
+    """The adapter of the module that selects the keys of sparse attention.
+
+    It selects all keys, because a linear layer sees all of them, and it stores no index keys. The softmax
+    teacher then sees all keys too. Up to `index_topk` tokens this is the original attention.
     """
 
     def forward(self, hidden_states, q_resid, position_embeddings, attention_mask, *args, **kwargs):
@@ -248,16 +274,16 @@ class Indexer(Adapter):
 
 
 def modeling(module: Adapter):
-    """The modeling file of the class behind an adapter."""
+    """Return the modeling file of an adapted class."""
     return sys.modules[module.original.__module__]
 
 
 def appended(cache: Cache | None, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """All keys and values of a decoder's self-attention, once these are in its cache."""
+    """Append keys and values to the self-attention cache, and return all of its keys and values."""
     return (key, value) if cache is None else of_self_attention(cache).update(key, value, index)
 
 
-# `package.Class` under transformers.models -> what goes before the class.
+# `package.Class` under transformers.models -> its adapter.
 ADAPTERS: dict[str, type[Adapter]] = {
     "axk2.AXK2Attention": Indexed,
     "axk2.AXK2Indexer": Indexer,

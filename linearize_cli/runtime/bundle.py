@@ -1,8 +1,7 @@
-"""The code that travels inside an artifact: a flat copy of this package and of `linearize_kernels`.
+"""The code inside an artifact: a flat copy of this package and of `linearize_kernels`.
 
-transformers loads a repository's code from one folder, without subfolders; so each module becomes one file
-beside the weights, and imports between them are rewritten to relative ones. Run from such a copy, it copies
-itself.
+transformers loads a repository's code from one folder without subfolders. So each module becomes one file in
+the artifact, and imports between them become relative ones. When such a copy runs, it copies itself.
 """
 
 import ast
@@ -23,19 +22,21 @@ FLAT = {
     "linearize_cli.runtime": "linearize_runtime",
     "linearize_kernels": "linearize_kernels",
 }
-OWN = "linearize_own_"  # modules with a user's feature map
+OWN = "linearize_own_"  # prefix of modules with a user's feature map
 
 
 def auto_map(*model_classes: type) -> dict[str, str]:
-    """Return what config.json tells the Auto classes of these `model.AUTO_MODELS`."""
+    """Return the `auto_map` of config.json for classes of `model.AUTO_MODELS`."""
     models = {cls.auto_class: f"modeling_linearized.{cls.__name__}" for cls in model_classes}
-    # The config class is named from the model's file: of a folder, transformers keys a module by all the files that it
-    # imports, and a config class that another artifact shares would bring that one's model class along.
+    # The config class is loaded from the model's file. transformers caches a module by the hash of all files
+    # that it imports, and a config class shared with another artifact would load the other one's model class.
     return {"AutoConfig": "modeling_linearized.LinearizedConfig", **models}
 
 
 def flat_name(module: str) -> str:
-    """`linearize_kernels.reference.block` -> `linearize_kernels_reference_block`."""
+    """Return the flat name of a module: `linearize_kernels_reference_block` for
+    `linearize_kernels.reference.block`.
+    """
     if module in FLAT:
         return FLAT[module]
     package, _, name = module.rpartition(".")
@@ -43,9 +44,9 @@ def flat_name(module: str) -> str:
 
 
 def sources() -> dict[str, str]:
-    """File name in the artifact -> text, for every module that loading an artifact imports."""
+    """Return the text of every module that loading an artifact imports, by its file name in the artifact."""
     here = Path(__file__).parent
-    if not __name__.startswith("linearize_cli."):  # this is a copy already, and so are its neighbours
+    if not __name__.startswith("linearize_cli."):  # this module is itself such a copy
         names = {f"{FLAT[module]}.py" for module in ENTRIES} | {p.name for p in here.glob("linearize_*.py")}
         return {name: (here / name).read_text() for name in sorted(names)}
     files, pending = {}, list(ENTRIES)
@@ -60,7 +61,7 @@ def sources() -> dict[str, str]:
 
 
 def our_imports(source: str) -> list[ast.ImportFrom]:
-    """The `from linearize_... import` statements of a module."""
+    """Return the `from linearize_... import` statements of a module."""
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
     return [
         node for node in nodes if (node.module or "").split(".")[0] in ("linearize_cli", "linearize_kernels")
@@ -78,7 +79,11 @@ def flatten(source: str) -> str:
 
 
 def load_own_code(path: Path) -> ModuleType:
-    """Run a user's Python file, as written or as an artifact carries it, as the module `linearize_own_NAME`."""
+    """Run a user's Python file as the module `linearize_own_NAME`.
+
+    Args:
+        path: the original file, or its copy in an artifact.
+    """
     name = OWN + path.stem.removeprefix(OWN)
     modules = walk_packages(import_module("linearize_kernels").__path__, "linearize_kernels.")
     packed = {flat_name(module.name): module.name for module in modules}
@@ -92,7 +97,7 @@ def load_own_code(path: Path) -> ModuleType:
 
 
 def copy_code(folder: Path, feature_map: str | None) -> None:
-    """Write the flat modules into a folder, and with them the user's module that has the feature map."""
+    """Write the flat modules into a folder, and the user's module that defines the feature map."""
     files = sources()
     cls = FEATURE_MAPS.get(feature_map)
     if cls is not None and cls.__module__.startswith(OWN):

@@ -9,15 +9,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "linearized"
 PREFIX = "Linearized"
-# Auto class -> model type -> the class that it loads. The first that fits a class is that class's own: some
-# encoder-decoders are listed as masked language models too.
+# Auto class -> model type -> the class that it loads. The first entry that fits a class counts, because some
+# encoder-decoders are also listed as masked language models.
 AUTO_CLASSES: dict[str, dict[str, str]] = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-# Auto class -> as above: a converted model of another kind loads as these, with a head of theirs that may be new.
+# The same for Auto classes that load a model with another head than it was converted with. It may be new.
 HEADS: dict[str, dict[str, str]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -30,17 +30,18 @@ _registered: list[type] = []
 
 
 class LinearizedConfig(PreTrainedConfig):
-    """Resolves to a subclass of the base model's config class when it is loaded.
+    """The config class of artifacts. Loading returns an instance of a subclass of the base model's config
+    class.
 
-    `config.linearize` holds `base_class`, `base_model_type`, `attention` (the recipe's part), `layers`
-    (module name -> geometry), `softmax` (names of the layers kept) and `method`.
+    `config.linearize` holds `base_class`, `base_model_type`, `attention` (from the recipe), `layers` (module
+    name -> geometry), `softmax` (names of the softmax layers) and `method`.
     """
 
     model_type = MODEL_TYPE
 
     @staticmethod
     def concrete(base_model_type: str) -> type[PreTrainedConfig]:
-        """The config class of linearized models of one base type."""
+        """Return the config class of linearized models of a base model type."""
         if base_model_type not in _concrete:
             base = CONFIG_MAPPING[base_model_type]
             name = PREFIX + base.__name__
@@ -61,32 +62,34 @@ class LinearizedConfig(PreTrainedConfig):
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:
-    """`Linearized<Base>Config`: so pickle finds it, in a process that has not made it yet too."""
+    """Return the class `Linearized<Base>Config` by name, creating it if needed, so that pickle finds it."""
     return LinearizedConfig.concrete(base_of(name).model_type)
 
 
 def base_of(name: str) -> type:
-    """The class of transformers that `Linearized<Base>` names.
+    """Return the class of transformers with the name `<Base>` in `Linearized<Base>`.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: it does not exist.
     """
     base = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
     if base is None:
-        raise AttributeError(f"no class of transformers is behind {name!r}")
+        raise AttributeError(f"{name!r} does not name a linearized class of transformers")
     return base
 
 
 def auto_class(base_class: str) -> str | None:
-    """The name of the Auto class that loads models of this class of transformers; None: none that we know."""
+    """Return the name of the Auto class that loads a class of transformers, or None if it is not in
+    AUTO_CLASSES.
+    """
     return next((name for name, classes in AUTO_CLASSES.items() if base_class in classes.values()), None)
 
 
 def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """Return the config of the same linearized model behind the head that an Auto class loads.
+    """Return the config of a linearized model with the head that an Auto class loads.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: transformers has no such model, or could not load the weights of its body.
     """
     record = config.linearize
     base, own = record["base_class"], auto_class(record["base_class"])
@@ -99,7 +102,7 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     before, after = (getattr(transformers, cls).base_model_prefix + "." for cls in (base, wanted))
     if name == "AutoModel":
         after = ""
-    elif after != before:  # transformers would not load the weights of the body
+    elif after != before:  # transformers would not find the weights of the body
         raise refusal
     config, record = copy.copy(config), dict(record, base_class=wanted)
     record["layers"] = {after + k.removeprefix(before): geometry for k, geometry in record["layers"].items()}
@@ -109,6 +112,6 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def register(*model_classes: type) -> None:
-    """Let the Auto classes load linearized models without `trust_remote_code`."""
+    """Register config and model classes, so that Auto classes load artifacts without `trust_remote_code`."""
     AutoConfig.register(MODEL_TYPE, LinearizedConfig, exist_ok=True)
     _registered.extend(model_classes)

@@ -1,5 +1,6 @@
-"""Linear attention of a decoder to an encoder: every token of the source is far, and read through a feature map
-(arXiv 2406.07368).
+"""Linear cross-attention of a decoder to an encoder (arXiv 2406.07368).
+
+All tokens of the source belong to the global part, which reads them through a feature map.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from linearize_cli.runtime.places import check_empty, grown
 
 
 class CrossCacheLayer(MappedRows, DynamicLayer):
-    """Holds S `[B, far, F, Dv]` and z `[B, far, F]` of the source. Models read the length of its keys and values:
-    these are zeros that take no memory.
+    """The cache of a linear cross-attention: S `[B, far, F, Dv]` and z `[B, far, F]` of the source.
+
+    Models read the length of the cache's keys and values. These are expanded zeros without memory.
     """
 
     def __init__(self):
@@ -26,19 +28,22 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
         self.state: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store the length of the source and return its keys and values."""
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = (x.new_zeros(()).expand_as(x) for x in (key_states, value_states))
         return key_states, value_states
 
     def reset(self) -> None:
+        """Delete the state."""
         super().reset()
         self.state = None
 
     def nbytes(self) -> int:
-        """Bytes of the state; 0 before the first token."""
+        """Return the bytes of the state, 0 before the first token."""
         return 0 if self.state is None else sum(x.nbytes for x in self.state)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function that selects or reorders rows to the state."""
         if self.state is not None:
             self.state = tuple(map(function, self.state))
             rows = self.state[0].shape[0]
@@ -46,8 +51,9 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
 
 
 class LinearizedCrossAttention(LinearAttention):
-    """`o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over the tokens j of the source. The equation has a
-    feature map and no other part.
+    """Linear cross-attention to the tokens j of a source.
+
+    `o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)`. Its equation has a feature map and no other part.
     """
 
     def forward(
@@ -59,11 +65,19 @@ class LinearizedCrossAttention(LinearAttention):
         linearize_state: CrossCacheLayer | None = None,
         **unused: object,
     ) -> Tensor:
-        """Map query `[B, heads, T, D]`, key and value `[B, kv, N, D]` to `[B, T, heads, Dv]` in query's dtype.
+        """Compute the attention of a decoder's tokens to the source.
 
         Args:
-            attention_mask: `[B, 1, T, N]`, boolean or additive, from which the source's pads are read; None: none.
-            linearize_state: the layer's place in the cache; once it holds a source, key and value are not read.
+            query: `[B, heads, T, D]`.
+            key, value: `[B, kv, N, D]`. They are not read if the cache holds a source.
+            attention_mask: `[B, 1, T, N]`, boolean or additive, that hides the source's pads. None means no pads.
+            linearize_state: the layer's cache.
+
+        Returns:
+            `[B, T, heads, Dv]` in query's dtype.
+
+        Raises:
+            ValueError: see `read`.
         """
         state = None if linearize_state is None else linearize_state.state
         with loaded(self):
@@ -84,16 +98,16 @@ class LinearizedCrossAttention(LinearAttention):
         seen = shown(mask)
         if not torch.compiler.is_compiling() and not bool((seen == seen[:, :1, :1]).all()):
             raise ValueError(
-                "a linear attention to an encoder cannot follow this 4-D attention mask: it takes one that hides the "
+                "linear cross-attention cannot follow this 4-D attention mask: it takes one that hides the "
                 "same tokens of the encoder from every query and head"
             )
         return encode(self, key, value, seen[:, 0, 0].expand(key.shape[0], -1))
 
     def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
-        """Return the cache's layer for the source, turned into a `CrossCacheLayer` while it is still empty.
+        """Return the cache's layer for the source. An empty layer is replaced by a `CrossCacheLayer`.
 
         Raises:
-            RuntimeError: the layer holds something else already.
+            RuntimeError: the layer holds keys and values of another kind.
         """
         cache = cache.cross_attention_cache
         layer = grown(cache, index)
@@ -104,7 +118,7 @@ class LinearizedCrossAttention(LinearAttention):
 
 
 def cross_equation(attention: dict, geometry: dict) -> Equation:
-    """The equation of a cross-attention: the recipe's feature map alone."""
+    """Return the equation of a cross-attention, which has the recipe's feature map only."""
     far = attention["far"]
     names = ("heads", "kv_heads", "key_dim", "value_dim", "scale")
     return Equation(

@@ -26,7 +26,7 @@ _classes: dict[type, type] = {}
 
 
 class LinearizeMixin:
-    """Goes before the base model's class: attaches the converted layers that `config.linearize` names."""
+    """A base class placed before the base model's class. It attaches the layers in `config.linearize`."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -34,13 +34,18 @@ class LinearizeMixin:
         self.post_init()
 
     def attach_linear_attention(self) -> None:
+        """Attach linear attention to the modules in `config.linearize`.
+
+        Raises:
+            ValueError: the model lacks one of them.
+        """
         record = self.config.linearize
         adapt(self)
         names = {name for name, _ in self.named_modules()}
         missing = [name for name in (*record["layers"], *record["softmax"]) if name not in names]
         if missing:
             raise ValueError(
-                f"{type(self).__name__} does not fit this linearized model: it has no {missing[0]}"
+                f"{type(self).__name__} does not match this linearized model: it has no {missing[0]}"
             )
         attach(
             self,
@@ -49,15 +54,15 @@ class LinearizeMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Else transformers skips the buffers that a base model computes for its parts (Falcon-H1).
+        # With True, transformers skips the buffers that a base model computes for its parts (Falcon-H1).
         return False
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        # transformers initialises a module through its nearest PreTrainedModel, which does not know ours.
+        # transformers initializes a module through its nearest PreTrainedModel, which does not know ours.
         for module in self.modules():
             if isinstance(module, LinearAttention) and not getattr(module, "_is_hf_initialized", False):
-                # Tensors on meta stay on disk; what was loaded beside them must stay too.
+                # Tensors on the meta device are on disk. The loaded ones must not be reset either.
                 tensors = (x for x in (*module.parameters(), *module.buffers()) if not x.is_meta)
                 if not all(getattr(x, "_is_hf_initialized", False) for x in tensors):
                     module.reset_parameters()
@@ -66,7 +71,7 @@ class LinearizeMixin:
         super().initialize_weights()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, and the code that loads it where `linearize` is not installed."""
+        """Save the model, and the code that loads it where `linearize` is not installed."""
         self.config.auto_map = auto_map(*auto_models(self.config))
         result = super().save_pretrained(save_directory, *args, **kwargs)
         far = self.config.linearize["attention"].get("far") or {}
@@ -74,7 +79,7 @@ class LinearizeMixin:
         return result
 
     def read_tree(self, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
-        """As `tree.read_tree`."""
+        """Read a token tree. See `tree.read_tree`."""
         return read_tree(self, cache, ids, parents)
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -84,12 +89,12 @@ class LinearizeMixin:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
-            # The layers must be in place before past recording is turned on; plain layers cannot record.
+            # Our cache layers must be in place before past recording is activated: others cannot record.
             for name, geometry in self.config.linearize["layers"].items():
                 module = self.get_submodule(name)
                 if geometry.get("causal", True) and has_layer(cache, module.layer_idx):
                     layer = module.linear_attention.place(cache, module.layer_idx)
-                    # `generate` makes masks for what can be compiled; such a model makes them of the pads itself.
+                    # `generate` makes masks for compilable caches. Such a model makes its own from the pads.
                     layer.is_compileable &= not getattr(module, "native_mask", False)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
@@ -97,7 +102,7 @@ class LinearizeMixin:
 
 
 def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class `Linearized<Base>` of linearized models of one base class."""
+    """Return the class `Linearized<Base>` of linearized models of a base class."""
     if base not in _classes:
         name, base_type = f"Linearized{base.__name__}", base.config_class.model_type
         namespace = {
@@ -106,11 +111,11 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "linear_attention"},
             # vLLM's transformers backend would run the modules without their state.
             "_supports_attention_backend": False,
-            # Converted layers read pads from the mask of kept ones, and cannot from a BlockMask.
+            # Linear layers read pads from the mask of softmax layers, which a BlockMask does not allow.
             "_supports_flex_attn": False,
         }
         _classes[base] = type(name, (LinearizeMixin, base), namespace)
-        # transformers looks up weight renamings (MoE experts, say) by class name or model type.
+        # transformers finds weight renamings (for example of MoE experts) by class name or model type.
         for source in (base.__name__, base_type):
             mapping = get_checkpoint_conversion_mapping(source)
             if mapping is not None:
@@ -120,17 +125,17 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
-    """`Linearized<Base>`: so pickle finds it, in a process that has not made it yet too."""
+    """Return the class `Linearized<Base>` by name, creating it if needed, so that pickle finds it."""
     return linearized_class(base_of(name))
 
 
 def concrete_model(config) -> type[PreTrainedModel]:
-    """The model class for a linearized config."""
+    """Return the model class of a linearized config."""
     return linearized_class(getattr(transformers, config.linearize["base_class"]))
 
 
 class AutoLinearized:
-    """What `auto_map` names for one Auto class; resolves to `Linearized<Base>` when a config is at hand."""
+    """The class that `auto_map` names for an Auto class. Loading returns a model of `Linearized<Base>`."""
 
     auto_class: str
     _auto_class = None
@@ -202,7 +207,7 @@ AUTO_MODELS: dict[str, type[AutoLinearized]] = {
 
 
 def auto_models(config) -> list[type[AutoLinearized]]:
-    """Return those that load a linearized model: its own, and those with another head."""
+    """Return the classes that load a linearized model, with its own head or with another."""
     record = config.linearize
     own = auto_class(record["base_class"])
     others = [name for name, classes in HEADS.items() if record["base_model_type"] in classes]
@@ -210,10 +215,10 @@ def auto_models(config) -> list[type[AutoLinearized]]:
 
 
 def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
-    """Swap the attention of `model` in place, and give it the class and config of a linearized model.
+    """Swap the attention of a model in place, and give it the class and config of a linearized model.
 
     Args:
-        record: the `config.linearize` record; see `LinearizedConfig`.
+        record: the `config.linearize` record (see `LinearizedConfig`).
     """
     base, config = type(model), model.config
     config.__class__ = LinearizedConfig.concrete(record["base_model_type"])
@@ -225,5 +230,5 @@ def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
 
 
 def linear_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that conversion added."""
+    """Return the parameters that the conversion added."""
     return [p for m in model.modules() if isinstance(m, LinearAttention) for p in m.parameters()]

@@ -1,4 +1,4 @@
-"""Parameters that accelerate keeps on the CPU or on disk, and loads for the time of a forward."""
+"""Loading of parameters that accelerate has offloaded to the CPU or to disk."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,24 +7,25 @@ from torch import nn
 
 
 def offloaded(layer: nn.Module) -> list[nn.Module]:
-    """Return the parts of a layer whose own tensors accelerate has unloaded."""
+    """Return the submodules of a layer whose own tensors are offloaded."""
     parts = [layer]
-    for part in parts:  # as `modules()`, in a tenth of its time: this runs for every token
+    for part in parts:  # this runs for every token, and `modules()` takes ten times as long
         parts += filter(None, part._modules.values())
     hooked = [part for part in parts if "_hf_hook" in part.__dict__]
     return [part for part in hooked if any(x is not None and x.is_meta for x in own_tensors(part))]
 
 
 def own_tensors(module: nn.Module) -> list:
+    """Return a module's own parameters and buffers, without those of its submodules."""
     return [*module._parameters.values(), *module._buffers.values()]
 
 
 def loaded(layer: nn.Module) -> AbstractContextManager[None]:
-    """Keep the tensors of all parts of a layer on its device until the block ends.
+    """Keep all tensors of a layer on its device while the context is open.
 
-    accelerate loads a module's own tensors when that module is called, and unloads them after the call. The equation
-    reads parameters of its parts without calling them. So the parts are loaded together, and calls of them unload
-    nothing.
+    accelerate loads a module's own tensors when that module is called, and unloads them after the call. The
+    equation reads parameters of submodules without calling them. So all submodules are loaded together, and
+    calling them unloads nothing.
     """
     parts = offloaded(layer)
     return kept_loaded(parts) if parts else nullcontext()
@@ -32,7 +33,7 @@ def loaded(layer: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def kept_loaded(parts: list[nn.Module]) -> Iterator[None]:
-    """Load the parts of a layer, and unload them when the block ends."""
+    """Load the parts, and unload them when the context closes."""
     calls = [part.forward for part in parts]
     for part in parts:
         part._hf_hook.pre_forward(part)

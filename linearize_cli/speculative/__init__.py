@@ -1,3 +1,5 @@
-"""Speculative decoding of linearized models: a drafter proposes a tree of tokens, one forward verifies it against the
-constant state, the accepted path is committed.
+"""Speculative decoding of linearized models.
+
+A drafter proposes a token tree. One forward of the model verifies the tree against the constant state. The accepted
+path is then committed to the state.
 """

@@ -1,7 +1,7 @@
-"""Which nodes of a tree the target accepts, and the token that follows them.
+"""Acceptance rules of speculative decoding.
 
-A rule says of every node whether it may follow its parent, and which token follows it where no child does. The
-longest accepted path counts.
+A rule decides for every node of a token tree whether it may follow its parent. It also chooses the token that follows
+each node if no child is accepted. The longest accepted path is kept.
 """
 
 from dataclasses import dataclass
@@ -13,44 +13,62 @@ from transformers import TopPLogitsWarper
 
 
 class Rule(Protocol):
-    """Attributes: `lossless`: whether the tokens are distributed as the target's own."""
+    """An acceptance rule.
+
+    Attributes:
+        lossless: True if the tokens follow the target's own distribution.
+    """
 
     lossless: bool
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Decide which nodes are accepted.
+
         Args:
-            logits: `[B, N, vocab]` of the nodes; ids: `[B, N]` their tokens; parents: `[N]`, -1 for the root.
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, -1 for the root.
 
         Returns:
-            `[B, N]` bool, whether a node may follow its parent (the root always does), and `[B, N]`, the token after
-            each node.
+            `[B, N]` bool, True where a node may follow its parent (always for the root), and `[B, N]`, the token that
+            follows each node.
         """
 
 
 def follows(tokens: Tensor, ids: Tensor, parents: Tensor) -> Tensor:
-    """Which nodes are the token `[B, N]` that follows their parent."""
+    """Return `[B, N]` bool, True for the root and for nodes whose token is the one that follows their parent.
+
+    Args:
+        tokens: `[B, N]`, the token that follows each node.
+        ids: `[B, N]`, the nodes' own tokens.
+        parents: `[N]`, -1 for the root.
+    """
     return (tokens[:, parents.clamp_min(0)] == ids) | (parents < 0)
 
 
 class Greedy:
-    """The most probable token, always."""
+    """The rule of greedy decoding: a child is accepted if it is the argmax."""
 
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Accept the children that are the argmax of their parent's logits (see `Rule`)."""
         tokens = logits.argmax(-1)
         return follows(tokens, ids, parents), tokens
 
 
 @dataclass
 class Sampling:
-    """A token is drawn from the target's own distribution at every node, and a child is accepted if it is that token.
+    """The rule of sampling: a token is sampled from the target at every node, and a child is accepted if it is it.
 
-    With `top_p`, the distribution is cut to the fewest most probable tokens that hold this mass.
+    This is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft distribution that puts all its mass on the
+    drafted token. A child x is accepted with probability p(x). If no child is accepted, the token follows p without
+    the children.
 
-    This is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft that is certain of its tokens: a child x is
-    accepted with probability p(x), and where none is, the token is drawn from p without the children.
+    Attributes:
+        temperature: divides the logits.
+        generator: a CPU generator, or None for torch's global one.
+        top_p: sample from the fewest most probable tokens that hold this probability.
     """
 
     temperature: float = 1.0
@@ -59,11 +77,12 @@ class Sampling:
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Accept the children that are the token sampled at their parent (see `Rule`)."""
         tokens = self.draw(logits)
         return follows(tokens, ids, parents), tokens
 
     def draw(self, logits: Tensor) -> Tensor:
-        """`[B, N, vocab] -> [B, N]`, by a generator of the CPU, so that no device changes the draws."""
+        """Sample tokens `[B, N]` from logits `[B, N, vocab]`, on the CPU so that all devices sample the same."""
         scores = (logits.double() / self.temperature).flatten(0, 1)
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores)
@@ -73,8 +92,10 @@ class Sampling:
 
 @dataclass
 class Typical(Sampling):
-    """Typical acceptance (Medusa, arXiv 2401.10774, sec. 2.3.1): a child is accepted if the target's probability of it
-    is above `min(epsilon, delta · exp(-entropy))`. The tokens are NOT distributed as the target's.
+    """Typical acceptance (Medusa, arXiv 2401.10774, sec. 2.3.1). It is lossy.
+
+    A child is accepted if its probability under the target is above `min(epsilon, delta * exp(-entropy))`. The tokens
+    do NOT follow the target's distribution.
     """
 
     epsilon: float = 0.09
@@ -82,6 +103,7 @@ class Typical(Sampling):
     lossless = False
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Accept the children that are probable enough, and sample the following tokens (see `Rule`)."""
         p = (logits.double() / self.temperature).softmax(-1)
         entropy = torch.special.entr(p).sum(-1)
         bound = (self.delta * (-entropy).exp()).clamp_max(self.epsilon)
@@ -91,8 +113,11 @@ class Typical(Sampling):
 
 
 def longest(accepted: Tensor, visible: Tensor) -> Tensor:
-    """`[B]`: the deepest node of each row that is accepted with all its ancestors, the first of equals; accepted
-    `[B, N]`, visible `[N, N]` as in `Shape`.
+    """Return the deepest node `[B]` of each row that is accepted with all its ancestors. Ties go to the first node.
+
+    Args:
+        accepted: `[B, N]` bool.
+        visible: `[N, N]` bool, True where node j is node i or an ancestor of it.
     """
     reached = (accepted[:, None, :] | ~visible).all(-1)
     return (reached * visible.sum(-1)).argmax(-1)

@@ -1,5 +1,6 @@
-"""Assisted generation of transformers, step by step: one model drafts a chain, the other verifies it. And what such a
-pair gains, by its acceptance and its costs.
+"""Speculative decoding with a second model, by transformers' assisted generation, and its expected speedup.
+
+One model drafts a chain of tokens, the other verifies it.
 """
 
 import time
@@ -18,27 +19,30 @@ from linearize_cli.models.tasks import last_position
 from linearize_cli.speculative.decode import Step
 from linearize_cli.speculative.pairs import Pair
 
-DRAFTED = 5  # tokens that the drafter writes for a forward of the target
+DRAFTED = 5  # tokens that the drafter proposes for each forward of the target
 
 
 class Steps(BaseStreamer):
-    """Makes steps of what transformers streams: the prompt first, then the tokens that each forward gave."""
+    """A streamer that turns transformers' output into steps: first the prompt, then the tokens of each forward."""
 
     def __init__(self, report: Callable[[Step], None]):
         self.report, self.drafted = report, 0
-        self.known: int | None = None  # tokens beside the drafted ones that the target's next forward reads
+        self.known: int | None = None  # tokens that the target's next forward reads besides the drafted ones
 
     def before_forward(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+        """Count the drafted tokens that the target is about to read. This is a forward pre-hook."""
         self.drafted = kwargs["input_ids"].shape[1] - self.known
 
     def put(self, value: Tensor) -> None:
+        """Report the tokens of a forward as a step. The first call has the prompt and reports nothing."""
         if self.known is None:
             self.known = value.shape[-1]
             return
         self.known, tokens = 1, value.flatten().tolist()
         self.report(Step([tokens], [len(tokens) - 1], self.drafted + 1))
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Accept the end of the text. All steps are reported already."""
 
 
 def assisted(
@@ -51,34 +55,38 @@ def assisted(
     stop: Sequence[int] = (),
     report: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
-    """Continue a prompt with the target of a pair. The tokens are those of the target alone: greedily the very same,
-    sampled (torch's global generator) of the same distribution.
+    """Continue a prompt with the target of a pair.
+
+    Greedy tokens are those of the target alone. Sampled tokens follow the target's distribution and use torch's
+    global generator.
 
     Args:
-        prompt: of at least one token.
-        max_new: tokens to generate, fewer where one of `stop` ends them.
-        drafted: tokens that the drafter writes for a forward of the target.
+        prompt: at least one token.
+        max_new: the most tokens to generate.
+        drafted: tokens that the drafter proposes for each forward of the target.
         temperature: 0 is greedy.
-        report: called with each step as it comes.
+        stop: tokens that end the text.
+        report: called with each step as it is made.
 
     Returns:
-        A step for each forward of the target; `nodes` counts the last token and the drafted ones.
+        A step for each forward of the target. `nodes` counts the last token and the drafted ones.
 
     Raises:
-        UserError: the prompt and the new tokens are more than one of the models has positions for.
+        UserError: the prompt and the new tokens exceed the positions of one of the models.
     """
     for model in (pair.target, pair.drafter):
         limit = last_position(model)
         if limit is not None and len(prompt) + max_new > limit:
             what = (
-                f"{len(prompt)} tokens and {max_new} new ones: {type(model).__name__} has {limit} positions"
+                f"{len(prompt)} prompt tokens and {max_new} new ones exceed the {limit} positions of "
+                f"{type(model).__name__}"
             )
             raise UserError(what, "Shorten the prompt, or pass a smaller --max-new.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     target = GenerationConfig(
         max_new_tokens=max_new,
         eos_token_id=list(stop) or None,
-        pad_token_id=stop[0] if stop else None,  # another would be taken for pads where the prompt has it
+        pad_token_id=stop[0] if stop else None,  # another token in the prompt would be taken for padding
         use_cache=True,
         **sampling,
     )
@@ -89,15 +97,15 @@ def assisted(
     )
     steps: list[Step] = []
 
-    def took(step: Step) -> None:
+    def record(step: Step) -> None:
         steps.append(step)
         report(step)
 
-    streamer = Steps(took)
+    streamer = Steps(record)
     ids = torch.tensor([list(prompt)], device=pair.target.device)
     hook = pair.target.register_forward_pre_hook(streamer.before_forward, with_kwargs=True)
     try:
-        with generating_by(pair.target, target), generating_by(pair.drafter, drafter), torch.inference_mode():
+        with with_config(pair.target, target), with_config(pair.drafter, drafter), torch.inference_mode():
             mask = torch.ones_like(ids)
             pair.target.generate(ids, attention_mask=mask, assistant_model=pair.drafter, streamer=streamer)
     finally:
@@ -106,9 +114,10 @@ def assisted(
 
 
 @contextmanager
-def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """While open, the config is in the place of the model's own, whose penalties and cuts would change what it
-    writes.
+def with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace a model's generation config while the context is open.
+
+    The model's own config may have penalties or filters that would change the text.
     """
     own, model.generation_config = model.generation_config, config
     try:
@@ -118,8 +127,11 @@ def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 
 def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """Of chains: how many drafted tokens were reached by verification at each depth, all before them being accepted,
-    and how many of these were accepted.
+    """Count the drafted tokens of chains by depth.
+
+    Returns:
+        For depth 1, 2, ...: the number of tokens whose predecessors were all accepted, and how many of these were
+        accepted themselves.
     """
     chains = [(step.nodes - 1, n) for step in steps for n in step.accepted if n is not None]
     depths = range(1, max((length for length, _ in chains), default=0) + 1)
@@ -128,25 +140,30 @@ def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
 
 
 def acceptance(steps: Sequence[Step]) -> float:
-    """α: the share of the tokens reached that were accepted; 0 where none was drafted."""
+    """Return α, the share of accepted tokens among those whose predecessors were all accepted. It is 0 without any."""
     reached, accepted = by_depth(steps)
     return sum(accepted) / max(sum(reached), 1)
 
 
 def speedup(alpha: float, drafted: int, cost: float, verification: float = 1.0) -> float:
-    """Tokens a second against the target alone (arXiv 2211.17192, theorem 3.8), each drafted token being accepted with
-    probability α: `(1 - α^(γ+1)) / ((1 - α) (γ c + v))`.
+    """Compute the expected speedup over the target alone (arXiv 2211.17192, theorem 3.8).
+
+    It is `(1 - α^(γ+1)) / ((1 - α) (γ c + v))`, if each drafted token is accepted with probability α.
 
     Args:
-        drafted: γ.
-        cost: c, the drafter's time for a token in forwards of the target.
-        verification: v, the target's time for γ + 1 tokens at once in forwards of one; the theorem has 1.
+        alpha: α.
+        drafted: γ, the number of drafted tokens.
+        cost: c, the drafter's time for one token, divided by the target's time for one token.
+        verification: v, the target's time for γ + 1 tokens at once, divided by its time for one. The theorem has 1.
     """
     return sum(alpha**depth for depth in range(drafted + 1)) / (drafted * cost + verification)
 
 
 def break_even(drafted: int, cost: float, verification: float = 1.0) -> float | None:
-    """The α from which on a pair is faster than its target alone; None: no α is enough."""
+    """Return the smallest α at which the pair is as fast as its target alone, or None if no α is enough.
+
+    The arguments are those of `speedup`.
+    """
     if speedup(1.0, drafted, cost, verification) < 1:
         return None
     low, high = 0.0, 1.0
@@ -160,7 +177,7 @@ def break_even(drafted: int, cost: float, verification: float = 1.0) -> float | 
 def measured_costs(
     pair: Pair, prompt: Sequence[int], drafted: int = DRAFTED, repeats: int = 15
 ) -> tuple[float, float]:
-    """c and v of `speedup` behind a prompt, on this machine: medians, the forwards taken in turn."""
+    """Measure c and v of `speedup` on this machine, after a prompt. The forwards take turns, and medians are used."""
     ids = torch.tensor([list(prompt)], device=pair.target.device)
     runs = [(pair.target, 1), (pair.drafter, 1), (pair.target, drafted + 1)]
     caches = [DynamicCache(config=model.config) for model, _ in runs]

@@ -1,4 +1,4 @@
-"""The loop of speculative decoding, of any number of rows at once."""
+"""The loop of speculative decoding, for a batch of any size."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from linearize_cli.speculative.drafts import Drafter
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward of the target gave.
+    """The result of one forward of the target.
 
     Attributes:
-        tokens: new tokens of each row; none of a row that has ended.
-        accepted: how deep in each row's tree the accepted path went; None for the prompt's forward, and for a row
-            that has ended.
-        nodes: of the tree.
+        tokens: the new tokens of each row. The list is empty for a row that has ended.
+        accepted: the depth of the accepted path in each row's tree. None for the prompt's forward, and for a row that
+            has ended.
+        nodes: the number of nodes of the tree.
     """
 
     tokens: list[list[int]]
@@ -40,31 +40,30 @@ def speculate(
     stop: Sequence[int] = (),
     context: int | None = None,
 ) -> Iterator[Step]:
-    """Continue prompts with a linearized model; a step of the iteration is a forward of the model.
+    """Continue prompts with a linearized model, and yield a step for each forward of the model.
 
     Args:
-        prompts: each of at least one token.
-        max_new: tokens to generate for each.
-        rule: how tokens are chosen; None: greedily.
-        stop: tokens that end a row; the row has it as its last.
-        context: positions that the model has, where a row ends; None: any number.
+        prompts: token ids, at least one for each prompt.
+        drafter: proposes the token trees.
+        max_new: the most new tokens for each prompt.
+        rule: the acceptance rule. None is greedy.
+        stop: tokens that end a row. The row includes the token.
+        context: the number of positions of the model, at which a row ends. None is unlimited.
 
     Raises:
-        UserError: a layer keeps what no tree can branch off, or a prompt leaves no position.
+        UserError: a layer's cache cannot branch into a tree, or a prompt fills the context.
     """
     rule, stop = rule or Greedy(), set(stop)
     rows, left = [list(prompt) for prompt in prompts], [max_new] * len(prompts)
     if context is not None:
         left = [min(max_new, context - len(row)) for row in rows]
         if min(left) < 1:
-            what = (
-                f"a prompt of {max(map(len, rows))} tokens leaves no room: the model has {context} positions"
-            )
+            what = f"a prompt of {max(map(len, rows))} tokens fills the model's {context} positions, so none is left"
             raise UserError(what, "Shorten the prompt.")
     cache, hidden, logits = prefill(model, rows)
 
     def take(row: int, tokens: list[int]) -> list[int]:
-        """Append tokens to a row, up to its end; what was appended."""
+        """Append tokens to a row, up to a stop token or the row's limit, and return the appended ones."""
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
         tokens = tokens[: min(end, left[row])]
         left[row] = 0 if tokens[-1] in stop else left[row] - len(tokens)
@@ -104,14 +103,14 @@ def speculate(
 
 
 def written(steps: Iterable[Step]) -> list[list[int]]:
-    """The new tokens of each row."""
+    """Return the new tokens of each row, joined over the steps."""
     rows = zip(*(step.tokens for step in steps), strict=True)
-    return [[token for tokens in pieces for token in tokens] for pieces in rows]
+    return [[token for tokens in row for token in tokens] for row in rows]
 
 
 @torch.inference_mode()
 def why_no_tree(model: PreTrainedModel) -> str | None:
-    """Why no token tree can branch off what the model keeps; None: it can."""
+    """Return why the model cannot verify a token tree, or None if it can. It verifies a small tree to find out."""
     cache, _, _ = prefill(model, [[0]])
     try:
         model.read_tree(cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
@@ -121,12 +120,13 @@ def why_no_tree(model: PreTrainedModel) -> str | None:
 
 
 def cannot_branch(why: object) -> UserError:
-    hint = "It decodes without drafts: linearize generate ARTIFACT PROMPT."
+    """Return the error for a model that cannot verify a token tree."""
+    hint = "Decode without speculation: linearize generate ARTIFACT PROMPT."
     return UserError(f"the model cannot verify a token tree: {why}", hint)
 
 
 def prefill(model: PreTrainedModel, rows: list[list[int]]) -> tuple[Cache, Tensor, Tensor]:
-    """The cache after the rows, and the last tokens' hidden states `[B, width]` and logits `[B, vocab]`."""
+    """Read the rows and return the cache, and the hidden states `[B, width]` and logits `[B, vocab]` after them."""
     ids, mask = pad_left([torch.tensor(row, device=model.device) for row in rows])
     cache = DynamicCache(config=model.config)
     with read_by_head(model) as hidden:

@@ -1,4 +1,4 @@
-"""What a drafter proposes, and prompt lookup, the drafter that needs nothing."""
+"""Drafts, the interface of drafters, and prompt lookup, a drafter without parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,23 +7,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHAIN = 8  # tokens that lookup drafts at most
+CHAIN = 8  # the most tokens that lookup drafts
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A token tree for every row, of one topology.
+    """Token trees for all rows of a batch, with the same topology.
 
     Attributes:
-        ids: `[B, N]`, node 0 being the last token of the row so far.
-        parents: of the N nodes, -1 for node 0; parents come before their children.
+        ids: `[B, N]`. Node 0, the root, is the last token of the row so far.
+        parents: the parent of each node, -1 for the root. Parents come before their children.
     """
 
     ids: Tensor
     parents: Sequence[int]
 
     def at_most(self, depth: int) -> "Draft":
-        """Without the nodes that are further than `depth` below the root; the root stays."""
+        """Return the draft without the nodes that are more than `depth` below the root. The root always stays."""
         nodes, depths = [], []
         for node, parent in enumerate(self.parents):
             depths.append(0 if parent < 0 else depths[parent] + 1)
@@ -36,28 +36,33 @@ class Draft:
 
 
 class Drafter(Protocol):
+    """The interface of drafters."""
+
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """
+        """Propose a token tree for each row.
+
         Args:
-            rows: all tokens of each row so far; the last one is the root of its tree.
-            hidden: `[B, width]`, what the model's head made that last token of.
+            rows: all tokens of each row so far. The last one becomes the root of the row's tree.
+            hidden: `[B, width]`, the last hidden states, from which the LM head predicted the last tokens.
         """
 
 
 class NoDraft:
-    """Plain decoding: the tree is its root."""
+    """The drafter of plain decoding. Its tree is the root alone."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return the root of each row."""
         return Draft(torch.tensor([row[-1:] for row in rows], device=hidden.device), [-1])
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Prompt lookup: the tokens that followed the latest earlier occurrence of the row's last tokens.
+    """Prompt lookup: the draft is the text after the latest earlier occurrence of the row's last tokens.
 
     Attributes:
-        length: tokens drafted at most.
-        ngram: last tokens to look for, fewer where so many do not occur; `least` at least.
+        length: the most tokens to draft.
+        ngram: the number of last tokens to search for. If they do not occur, fewer are tried.
+        least: the fewest last tokens to search for.
     """
 
     length: int = CHAIN
@@ -65,15 +70,17 @@ class Lookup:
     least: int = 1
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return a chain for each row, as long as the longest continuation found."""
         found = [self.continuation(row) for row in rows]
         length = max(map(len, found))
-        # A row with fewer goes on with its last token: a guess as good as any, and verified like any.
+        # Shorter continuations are filled with the row's last token. Any guess will do, because all are verified.
         ids = [
             [row[-1], *more, *row[-1:] * (length - len(more))] for row, more in zip(rows, found, strict=True)
         ]
         return Draft(torch.tensor(ids, device=hidden.device), range(-1, length))
 
     def continuation(self, row: Sequence[int]) -> Sequence[int]:
+        """Return up to `length` tokens after the latest earlier occurrence of the row's end, or none."""
         for size in range(min(self.ngram, len(row) - 1), self.least - 1, -1):
             ngram = row[-size:]
             for start in range(len(row) - size - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""`generate`: continue a prompt, printing text as it comes."""
+"""`generate`: the continuation of a prompt, streamed to standard output."""
 
 import time
 from typing import Any
@@ -35,32 +35,43 @@ def generate(
     dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Continue a prompt with an artifact and stream it to standard output; an encoder-decoder answers it.
+    """Continue a prompt with an artifact and stream the text to standard output. An encoder-decoder answers it.
 
     Args:
-        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" with n-grams of the text so far.
-        tree: of "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
+        artifact: the artifact's folder or Hub id.
+        prompt: the text to continue.
+        max_new: the most tokens to generate.
+        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" drafts from the text so far. None
+            decodes without drafts.
+        tree: the tree for "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
         temperature: 0 is greedy.
-        top_p: the mass of the most probable tokens that are sampled from.
-        typical: accept drafts that are typical of the model: more of them, but the text is no longer distributed as
-            the model's own.
+        top_p: sample from the fewest most probable tokens that hold this probability.
+        typical: use typical acceptance. It accepts more drafts, but the text no longer follows the model's
+            distribution.
+        trust_remote_code: allow the artifact to run its own code.
+        device: the torch device to run on.
+        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        seed: the seed of sampling.
+
+    Returns:
+        The text, its new tokens, their rate, and with `speculative` the acceptance and the number of forwards.
 
     Raises:
-        UserError: no such artifact, one that writes no text, an empty prompt, an unfit temperature, a drafter or a
-            tree that is not there, or a model that cannot verify drafts.
+        UserError: the artifact cannot be loaded or is an encoder, the prompt is empty, options are out of range or
+            do not go together, the heads or the tree are missing, or the model cannot verify drafts.
     """
     check_options(speculative, tree, temperature, top_p, typical)
     model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     task = task_of(model, tokenizer)
     if not task.decodes:
         raise UserError(
-            f"{artifact} is an encoder ({task.kind}): it reads text and writes none",
+            f"{artifact} is an encoder ({task.kind}), which cannot generate text",
             f"Use it through transformers' {task.auto_class}.",
         )
     ids = torch.tensor([task.prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():
         raise UserError(
-            "the prompt is empty, and this tokenizer has no token to begin a text with", "Give a PROMPT."
+            "the prompt is empty, and this tokenizer has no BOS token to start from", "Pass a PROMPT."
         )
     task.check_tokens(ids)
     ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_special_tokens=True)
@@ -91,24 +102,29 @@ def generate(
 def check_options(
     speculative: str | None, tree: str | None, temperature: float, top_p: float, typical: bool
 ) -> None:
-    """Raises UserError: they are out of range, or do not go together."""
+    """Check that options are in range and go together.
+
+    Raises:
+        UserError: they are not, or do not.
+    """
     if not 0 <= temperature <= 100:
         raise UserError(
-            f"--temperature {temperature} is not between 0 and 100", "0 is greedy, 1 is the model's own."
+            f"--temperature {temperature} is not between 0 and 100",
+            "Use 0 for greedy decoding, 1 for the model's own distribution.",
         )
     if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "1 leaves no token out.")
+        raise UserError(f"--top-p {top_p} is not above 0 and at most 1", "Use 1 to keep all tokens.")
     if top_p < 1 and (typical or not temperature):
         raise UserError(
-            "--top-p is for sampling without --typical",
+            "--top-p needs sampling without --typical",
             "Add --temperature T, such as 0.7, or leave --top-p out.",
         )
     if tree and speculative != MEDUSA:
-        raise UserError("--tree is for Medusa heads", "Add --speculative medusa.")
+        raise UserError("--tree needs Medusa heads", "Add --speculative medusa.")
     if typical and not speculative:
-        raise UserError("--typical says which drafts are accepted", "Add --speculative medusa or lookup.")
+        raise UserError("--typical needs speculative decoding", "Add --speculative medusa or lookup.")
     if typical and not temperature:
-        raise UserError("--typical is a way of sampling", "Add --temperature T, such as 0.7.")
+        raise UserError("--typical needs sampling", "Add --temperature T, such as 0.7.")
 
 
 def plain_text(
@@ -120,7 +136,7 @@ def plain_text(
     top_p: float,
     pad: int | None,
 ) -> tuple[list[int], dict[str, Any]]:
-    """All tokens, by transformers' `generate`, and nothing more to tell."""
+    """Continue ids `[1, T]` with transformers' `generate`, and return all tokens and no further facts."""
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
         if temperature
@@ -145,8 +161,11 @@ def speculative_text(
     drafter: Drafter,
     rule: Rule,
 ) -> tuple[list[int], dict[str, Any]]:
-    """All tokens, by speculative decoding, and what it was like: `forwards`, and `acceptance`, tokens a forward on
-    average. The prompt's own forward, which gave the first token, is left out of both.
+    """Continue ids `[1, T]` with speculative decoding.
+
+    Returns:
+        All tokens, and `forwards`, `lossless` and `acceptance`: the mean number of tokens per forward. The prompt's
+        own forward, which gives the first token, is not counted.
     """
     row, counts = ids[0].tolist(), []
     streamer.put(ids.cpu())
@@ -167,7 +186,8 @@ def speculative_text(
 
 
 def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedModel) -> Drafter:
-    """
+    """Return the drafter "lookup" or "medusa".
+
     Raises:
         UserError: the artifact has no heads, or the tree does not fit them.
     """
@@ -178,6 +198,7 @@ def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedMode
 
 
 def rule_of(temperature: float, top_p: float, typical: bool, seed: int) -> Rule:
+    """Return the acceptance rule: greedy at temperature 0, else typical acceptance or sampling."""
     if not temperature:
         return Greedy()
     return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed), top_p)

@@ -1,4 +1,4 @@
-"""Medusa heads (arXiv 2401.10774): what a model's last hidden state says about the tokens after the next one."""
+"""Medusa heads (arXiv 2401.10774): predictions of the tokens after the next one, from the last hidden state."""
 
 import json
 from collections.abc import Sequence
@@ -25,14 +25,19 @@ FILE = "medusa.safetensors"
 
 
 class MedusaHeads(nn.Module):
-    """K heads in one product. Head k = 1 .. K says, of the hidden state that the model's own head reads, the token k
-    places after the one that the model's head says: `U_k (h + SiLU(W_k h + b_k))`.
+    """K Medusa heads, computed in one batched product.
+
+    From the hidden state h that the LM head reads, head k = 1, ..., K predicts the token k positions after the LM
+    head's. Its logits are `U_k (h + SiLU(W_k h + b_k))`.
 
     Attributes:
-        weight: `[K, width, width]`; bias: `[K, width]`; output: `[K, vocab, width]`; output_bias: `[K, vocab]`, or
-            None.
-        acceptance: how often the r-th best candidate of head k is right, `acceptance[k - 1][r]`; empty: unknown.
-        tree: the choices that are best on the machine where that was measured.
+        weight: W, `[K, width, width]`.
+        bias: b, `[K, width]`.
+        output: U, `[K, vocab, width]`.
+        output_bias: `[K, vocab]`, or None if the LM head has no bias.
+        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right. Empty if it was not
+            measured.
+        tree: the tree with the most expected tokens per second on the machine where the heads were tuned.
     """
 
     def __init__(self, heads: int, width: int, vocabulary: int, has_bias: bool = False):
@@ -46,10 +51,10 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel, heads: int) -> "MedusaHeads":
-        """Heads that say what the model's own does, in fp32, where the model is.
+        """Return heads that start from the model's LM head, in fp32, on the model's device.
 
         Raises:
-            UserError: the model's own head is no matrix.
+            UserError: the LM head has no weight matrix.
         """
         made = cls(heads, *sizes(model))
         own = model.get_output_embeddings()
@@ -60,32 +65,39 @@ class MedusaHeads(nn.Module):
         return made.to(model.device)
 
     def __len__(self) -> int:
+        """Return the number of heads K."""
         return len(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[N, width] -> [K, N, vocab]`."""
+        """Return the logits `[K, N, vocab]` of hidden states `[N, width]`."""
         rows = hidden.expand(len(self), *hidden.shape)
         states = rows + silu(torch.baddbmm(self.bias[:, None], rows, self.weight.mT))
         logits = states @ self.output.mT
         return logits if self.output_bias is None else logits + self.output_bias[:, None]
 
     def drafter(self, tree: Choices | None = None) -> "Medusa":
-        """What drafts a tree of the heads' candidates, their own if none is given."""
+        """Return a drafter of a tree of the heads' candidates. None uses the heads' own tree."""
         return Medusa(self, tree or self.tree)
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write `medusa.safetensors`, as a whole or not at all."""
+        """Write `medusa.safetensors`. An existing file is replaced only when the new one is complete."""
         tensors = {name: x.detach().to(dtype).contiguous().cpu() for name, x in self.named_parameters()}
         tree = [list(path) for path in self.tree.paths]
         facts = {"heads": len(self), "acceptance": self.acceptance, "tree": tree}
-        with replacing(folder / FILE) as beside:
-            save_file(tensors, beside, {key: json.dumps(value) for key, value in facts.items()})
-            beside.chmod((folder / "config.json").stat().st_mode)  # else readable for its owner alone
+        with replacing(folder / FILE) as temporary:
+            save_file(tensors, temporary, {key: json.dumps(value) for key, value in facts.items()})
+            temporary.chmod((folder / "config.json").stat().st_mode)  # otherwise only the owner could read it
 
 
 @dataclass(frozen=True)
 class Medusa:
-    """Drafts a tree of the heads' best candidates: a node of depth k and rank r is the candidate r of head k."""
+    """A drafter of token trees from Medusa heads. A node of depth k and rank r is candidate r of head k.
+
+    Attributes:
+        heads: the Medusa heads.
+        tree: the tree of candidates.
+        buffers: the nodes' candidate indices, by device.
+    """
 
     heads: MedusaHeads
     tree: Choices
@@ -93,35 +105,37 @@ class Medusa:
 
     @cached_property
     def parents(self) -> list[int]:
+        """Return the parent of each node, -1 for the root."""
         return self.tree.parents
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Fill the tree with each row's best candidates. `hidden` is `[B, width]`."""
         root = torch.tensor([row[-1:] for row in rows], device=hidden.device)
         if not self.tree.paths:
             return Draft(root, self.parents)
         best = self.heads(hidden.to(self.heads.weight.dtype)).topk(self.tree.width).indices  # [K, B, width]
-        nodes = best.transpose(0, 1).flatten(1)[:, self.places(hidden.device)]
+        nodes = best.transpose(0, 1).flatten(1)[:, self.candidate_indices(hidden.device)]
         return Draft(torch.cat([root, nodes], 1), self.parents)
 
-    def places(self, device: torch.device) -> Tensor:
-        """Where each node's token stands among all candidates of a row, head by head."""
+    def candidate_indices(self, device: torch.device) -> Tensor:
+        """Return the index `[N - 1]` of each node's token among a row's candidates, ordered by head and rank."""
         if device not in self.buffers:
-            places = [(len(path) - 1) * self.tree.width + path[-1] for path in self.tree.paths]
-            self.buffers[device] = torch.tensor(places, device=device)
+            indices = [(len(path) - 1) * self.tree.width + path[-1] for path in self.tree.paths]
+            self.buffers[device] = torch.tensor(indices, device=device)
         return self.buffers[device]
 
 
 def sizes(model: PreTrainedModel) -> tuple[int, int, bool]:
-    """The width and the vocabulary of the model's own head, and whether it has a bias.
+    """Return the width, the vocabulary size, and True for a bias, of the model's LM head.
 
     Raises:
-        UserError: it is no matrix.
+        UserError: the LM head has no weight matrix.
     """
     own = model.get_output_embeddings()
     weight = getattr(own, "weight", None)
     if weight is None or weight.dim() != 2:
         raise UserError(
-            f"{type(model).__name__} has no output embedding that heads could start from",
+            f"{type(model).__name__} has no LM head (output embedding) that Medusa heads could start from",
             "Use --speculative lookup, which needs no heads.",
         )
     return weight.shape[1], weight.shape[0], getattr(own, "bias", None) is not None
@@ -129,7 +143,10 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, bool]:
 
 @torch.no_grad()
 def last_hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """`[B, T, width]`: what the model's head reads; it is given one token to read, for its logits are not needed."""
+    """Return the last hidden states `[B, T, width]`, which the LM head reads.
+
+    The logits are not needed, so the LM head computes those of one token only.
+    """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> tuple:
@@ -145,32 +162,32 @@ def last_hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
-    """The heads that an artifact's folder holds, in the model's dtype and on its device.
+    """Load the Medusa heads of an artifact's folder, in the model's dtype and on its device.
 
     Raises:
-        UserError: it holds none, they are damaged, or they are another model's.
+        UserError: the folder has no heads, or they are damaged or belong to another model.
     """
     path = Path(folder) / FILE
     again = f"Train them: linearize heads {folder} --force"
     if not path.is_file():
         raise UserError(
             f"{folder} has no Medusa heads (no {FILE})",
-            f"Train them: linearize heads {folder}. Or use lookup.",
+            f"Train them with `linearize heads {folder}`, or use lookup.",
         )
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         if "heads" not in metadata:
-            raise ValueError("it holds no Medusa heads")
+            raise ValueError("it has no Medusa heads")
         if not all(x.isfinite().all() for x in tensors.values()):
-            raise ValueError("its numbers are not finite")
+            raise ValueError("some of its weights are not finite")
         facts = {key: json.loads(value) for key, value in metadata.items()}
         acceptance, tree = facts["acceptance"], facts["tree"]
         choices = Choices.of(tree) if is_choices(tree) or tree == [] else None
         rates = all(isinstance(rate, float | int) for rates in acceptance for rate in rates)
         if choices is None or not rates or facts["heads"] != len(tensors["weight"]):
-            raise ValueError("its metadata do not fit it")
+            raise ValueError("its metadata do not fit its weights")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is damaged: {reason}", again) from None
@@ -179,21 +196,20 @@ def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
     found = {name: tuple(x.shape) for name, x in tensors.items()}
     if found != expected:
         name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise UserError(
-            f"{path} is of another model: {name} is {found.get(name)}, here it is {expected.get(name)}", again
-        )
+        what = f"{path} belongs to another model: {name} is {found.get(name)}, and here {expected.get(name)}"
+        raise UserError(what, again)
     if choices.depth > len(heads) or choices.width > heads.output.shape[1]:
-        raise UserError(f"{path} is damaged: its tree is beyond its heads", again)
+        raise UserError(f"{path} is damaged: its tree needs more heads or candidates than it has", again)
     heads.load_state_dict(tensors)
     heads.acceptance, heads.tree = acceptance, choices
     return heads.to(model.device, model.dtype).requires_grad_(False).eval()
 
 
 def check_heads(model: PreTrainedModel, task: type[Task]) -> None:
-    """Check that Medusa heads can draft for a model.
+    """Check that a model can verify drafts.
 
     Raises:
-        UserError: the model writes no text from left to right, or cannot verify a tree.
+        UserError: the model is not a causal language model, or cannot verify a token tree.
     """
     if task is not CausalLM:
         raise UserError(

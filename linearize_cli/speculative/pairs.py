@@ -1,5 +1,7 @@
-"""Two models of one tokenizer, one of which drafts for the other: a model for an artifact, or an artifact for the
-softmax model it was made from, on one set of base weights where its adapter was kept.
+"""Pairs of a target and a drafter with the same tokenizer.
+
+A model drafts for an artifact, or an artifact drafts for its softmax teacher. In the second case both share the base
+weights if the artifact has its adapter.
 """
 
 import copy
@@ -25,10 +27,13 @@ LINEAR = ".linear_attention."
 
 @dataclass(frozen=True)
 class Pair:
-    """The drafter's tokens are the target's.
+    """A target and a drafter with the same tokens.
 
     Attributes:
-        shared: whether the models hold their base weights together.
+        target: the model whose text is generated.
+        drafter: the model that proposes tokens.
+        tokenizer: the tokenizer of both.
+        shared: True if both use the same tensors for the base weights.
     """
 
     target: PreTrainedModel
@@ -45,10 +50,17 @@ def drafted_by(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
-    """An artifact, and a model that drafts for it, softmax or linearized.
+    """Load an artifact, and a model that drafts for it. The drafter may be a softmax or a linearized model.
+
+    Args:
+        artifact: the artifact's folder or Hub id.
+        drafter: the drafter's folder or Hub id.
+        device: the torch device of both.
+        dtype: torch's name of the dtype. None uses each model's own.
+        trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be had, or they do not fit each other.
+        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
     """
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     target, tokenizer = load(artifact, **options, own_code=trust_remote_code)
@@ -66,15 +78,19 @@ def drafting_for_teacher(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
-    """The softmax model that an artifact was made from, and the artifact, which drafts for it. Where it has its
-    adapter, all but LoRA and the linear parts is held once: then the drafter's tensors are the target's own.
+    """Load the softmax model that an artifact was made from, and the artifact as its drafter.
+
+    If the artifact has its adapter, both share all weights except LoRA and the linear attention parts.
 
     Args:
-        teacher: where that model is; None: where linearize.json says that it was.
-        dtype: None: the artifact's.
+        artifact: the artifact's folder or Hub id.
+        teacher: the softmax model's folder or Hub id. None uses `base_model` of linearize.json.
+        device: the torch device of both.
+        dtype: torch's name of the dtype. None uses the artifact's.
+        trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be had, or they do not fit each other.
+        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
     """
     enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     folder = Path(resolve_model(artifact_name(artifact)))
@@ -83,10 +99,10 @@ def drafting_for_teacher(
     if record is None:
         what = f"{artifact} is a {config.get('model_type')} model, not a linearized one"
         raise UserError(what, f"Convert it first: linearize convert {artifact}")
-    hint = "The softmax model it was made from must be where `base_model` of linearize.json says."
+    hint = "The softmax model that it was made from must be at the path of `base_model` in linearize.json."
     name = teacher or read_record(folder).get("base_model")
     if name is None:
-        raise UserError(f"{artifact} has no linearize.json that names its teacher", hint)
+        raise UserError(f"{artifact} has no linearize.json with the path of its teacher", hint)
     dtype = dtype or config.get("dtype")
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     try:
@@ -95,20 +111,26 @@ def drafting_for_teacher(
     except UserError as error:
         raise UserError(f"no teacher for {artifact}: {error.what}", f"{error.hint}\n{hint}") from error
     if type(target).__name__ != record["base_class"]:
-        raise UserError(
-            f"{name} is a {type(target).__name__}, and {artifact} was a {record['base_class']}", hint
-        )
+        what = f"{name} is a {type(target).__name__}, but {artifact} was made from a {record['base_class']}"
+        raise UserError(what, hint)
     shared = (folder / ADAPTER).is_dir()
-    drafter, other = (beside(target, folder, record), tokenizer) if shared else load(artifact, **options)
+    if shared:
+        drafter, other = sharing_weights(target, folder, record), tokenizer
+    else:
+        drafter, other = load(artifact, **options)
     check_pair(name, target, tokenizer, str(artifact), drafter, other)
     return Pair(target, drafter, tokenizer, shared)
 
 
-def beside(teacher: PreTrainedModel, folder: Path, record: dict) -> PreTrainedModel:
-    """The linearized model of an artifact with an adapter, on the teacher's own parameters and buffers.
+def sharing_weights(teacher: PreTrainedModel, folder: Path, record: dict) -> PreTrainedModel:
+    """Load the linearized model of an artifact with an adapter, on the teacher's own parameters and buffers.
+
+    Args:
+        folder: the artifact's folder.
+        record: `linearize` of its config.json.
 
     Raises:
-        UserError: the artifact's weights are not whole, or another teacher's.
+        UserError: the artifact's weights are incomplete, or belong to another teacher.
     """
     own = {id(tensor): tensor for tensor in chain(teacher.parameters(), teacher.buffers())}
     student = linearize(copy.deepcopy(teacher, own), record)
@@ -124,7 +146,7 @@ def beside(teacher: PreTrainedModel, folder: Path, record: dict) -> PreTrainedMo
             raise UserError(f"{folder} lacks the weights {first_five(missing)}", hint)
         student.load_state_dict(linear, strict=False)
     with explained(str(folder / ADAPTER), "the adapter", hint, str(folder / ADAPTER)):
-        vars(student).pop("hf_device_map", None)  # by which peft would move parameters
+        vars(student).pop("hf_device_map", None)  # peft would move parameters by this map
         wrapped = PeftModel(student, PeftConfig.from_pretrained(folder / ADAPTER))
         loaded = wrapped.load_adapter(str(folder / ADAPTER), "default", torch_device=str(teacher.device))
         if loaded.missing_keys or loaded.unexpected_keys:
@@ -141,20 +163,24 @@ def check_pair(
     drafter: PreTrainedModel,
     other: PreTrainedTokenizerBase,
 ) -> None:
-    """
+    """Check that two models can work as target and drafter.
+
+    Args:
+        target_name: the target's name in errors.
+        drafter_name: the drafter's name in errors.
+        other: the drafter's tokenizer.
+
     Raises:
-        UserError: one of the models is no decoder, or cannot take tokens back, or their tokens differ.
+        UserError: a model is not a causal language model or cannot be rolled back, or the vocabularies differ.
     """
     for name, model, own in ((target_name, target, tokenizer), (drafter_name, drafter, other)):
         if not isinstance(task_of(model, own), CausalLM):
             what = f"{name} ({type(model).__name__}) is no causal language model"
-            raise UserError(what, "Only those draft, or are drafted for.")
+            raise UserError(what, "Target and drafter must both be causal language models.")
         if model._is_stateful:
-            what = f"{name} ({type(model).__name__}) has a recurrent state, which cannot take rejected tokens back"
+            what = f"{name} ({type(model).__name__}) has a recurrent state, which cannot be rolled back"
             raise UserError(what, "Decode it without speculation.")
     sizes = [model.config.get_text_config().vocab_size for model in (target, drafter)]
     if tokenizer.get_vocab() != other.get_vocab() or sizes[0] != sizes[1]:
         what = f"{drafter_name} has another vocabulary ({sizes[1]:,}) than {target_name} ({sizes[0]:,})"
-        raise UserError(
-            what, "Name a drafter with the same tokenizer: a smaller model of the same family, say."
-        )
+        raise UserError(what, "Use a drafter with the same tokenizer, such as a smaller model of its family.")

@@ -1,4 +1,4 @@
-"""Token trees as choices: which candidate of which head every node is, and which tree is worth its cost."""
+"""Token trees in Medusa's form (choices of candidates), and the choice of the tree with the best speed."""
 
 import heapq
 from bisect import bisect_left
@@ -10,11 +10,11 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_json, user_path
 
 CHAIN, AUTO = "chain", "auto"
-NODES = 64  # of an optimised tree at most, its root included
+NODES = 64  # the most nodes of an optimised tree, including the root
 Rates = Sequence[Sequence[float]]  # acceptance[depth - 1][rank]
 
-# Medusa's tree for Vicuna 7B, a node a choice (arXiv 2401.10774, FasterDecoding/Medusa): depths run together, a
-# digit a rank.
+# Medusa's tree for Vicuna 7B (arXiv 2401.10774, FasterDecoding/Medusa). Each word is a node, each digit the rank of
+# the candidate at one depth.
 MC_SIM_7B_63 = (
     "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 "
     "0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
@@ -23,59 +23,63 @@ MC_SIM_7B_63 = (
 
 @dataclass(frozen=True)
 class Choices:
-    """A tree below its root, in Medusa's form: a node is the ranks of the candidates on its way from the root, so
-    `(0, 2)` is the third best candidate of the second head behind the best one of the first.
+    """A token tree in Medusa's form. A node is the tuple of candidate ranks on the path from the root.
+
+    For example, `(0, 2)` is the third best candidate of the second head, after the best one of the first head.
 
     Attributes:
-        paths: of the nodes, shorter ones first.
+        paths: the nodes without the root, shorter ones first.
     """
 
     paths: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, paths: Iterable[Sequence[int]]) -> "Choices":
-        """
+        """Return the tree with these nodes.
+
         Raises:
-            ValueError: a node stands there twice, is the root, or has no parent.
+            ValueError: a node is listed twice, is the root, or has no parent.
         """
         ordered = sorted(map(tuple, paths), key=lambda path: (len(path), path))
         known = {(), *ordered}
         for path, before in zip(ordered, [None, *ordered], strict=False):
             if path == before or not path:
-                raise ValueError(f"{list(path)} stands there twice" if path else "[] is the root itself")
+                raise ValueError(f"{list(path)} is listed twice" if path else "[] is the root itself")
             if path[:-1] not in known:
-                raise ValueError(f"{list(path)} has no parent: {list(path[:-1])} is not there")
+                raise ValueError(f"{list(path)} has no parent: {list(path[:-1])} is missing")
         return cls(tuple(ordered))
 
     @property
     def parents(self) -> list[int]:
-        """Of the root, -1, and of the nodes."""
+        """Return the parent of each node, with the root first as node 0. The root's parent is -1."""
         place = {path: i for i, path in enumerate(self.paths, 1)} | {(): 0}
         return [-1, *(place[path[:-1]] for path in self.paths)]
 
     @property
     def depth(self) -> int:
-        """How far the deepest node is below the root."""
+        """Return the depth of the deepest node. The root has depth 0."""
         return max(map(len, self.paths), default=0)
 
     @property
     def width(self) -> int:
-        """Candidates that a head must give."""
+        """Return the number of candidates that each head must give."""
         return max((path[-1] for path in self.paths), default=-1) + 1
 
     def expected(self, acceptance: Rates) -> float:
-        """Tokens that a step gives on average, the one after the accepted path included, if heads are right
-        independently of one another.
+        """Return the expected tokens per step, including the token after the accepted path.
+
+        The heads are assumed to be right independently of one another.
         """
         return 1 + sum(probability(path, acceptance) for path in self.paths)
 
 
 def probability(path: Sequence[int], acceptance: Rates) -> float:
+    """Return the probability that a node and all its ancestors are accepted."""
     return prod(rates[rank] for rates, rank in zip(acceptance, path, strict=False))
 
 
 def chain(depth: int) -> Choices:
-    """The best candidate all the way."""
+    """Return the chain of the best candidates of `depth` heads."""
     return Choices(tuple((0,) * n for n in range(1, depth + 1)))
 
 
@@ -83,51 +87,55 @@ NAMED = {"mc_sim_7b_63": Choices.of([tuple(map(int, ranks)) for ranks in MC_SIM_
 
 
 def named_tree(name: str, depth: int, vocabulary: int, best: Choices) -> Choices:
-    """The tree that a user names: `auto`, `chain`, `mc_sim_7b_63`, or a JSON file of choices.
+    """Return the tree that a user names: `auto`, `chain`, `mc_sim_7b_63`, or a JSON file of choices.
 
     Args:
-        depth: heads that there are; vocabulary: candidates that each has.
-        best: what `auto` stands for.
+        depth: the number of heads.
+        vocabulary: the number of candidates of each head.
+        best: the tree for `auto`.
 
     Raises:
-        UserError: no such tree, or one that the heads cannot fill.
+        UserError: the tree does not exist, or needs more heads or candidates than there are.
     """
     known = {AUTO: best, CHAIN: chain(depth), **NAMED}
     tree = known[name] if name in known else read_choices(name, known)
     if tree.depth > depth:
         raise UserError(
             f"--tree {name} is {tree.depth} deep, but there are {depth} heads",
-            "Take its deeper nodes out, or train more heads.",
+            "Remove its deeper nodes, or train more heads.",
         )
     if tree.width > vocabulary:
         raise UserError(
-            f"--tree {name} asks for rank {tree.width - 1}, but the vocabulary has {vocabulary} tokens",
-            "Ranks begin at 0.",
+            f"--tree {name} uses rank {tree.width - 1}, but the vocabulary has {vocabulary} tokens",
+            f"Use ranks from 0 to {vocabulary - 1}.",
         )
     return tree
 
 
 def read_choices(file: str, known: Iterable[str]) -> Choices:
-    """A JSON file such as `[[0], [1], [0, 0]]`.
+    """Read a tree from a JSON file such as `[[0], [1], [0, 0]]`.
+
+    Args:
+        known: the names of trees that the error lists if there is no such file.
 
     Raises:
-        UserError: it is not there, or is no tree.
+        UserError: the file does not exist, or is not a tree.
     """
-    hint = "It is a list of choices, a list of ranks each, such as [[0], [1], [0, 0]]."
+    hint = "Write a list of nodes, each a list of ranks, such as [[0], [1], [0, 0]]."
     path = user_path(file)
     if not path.is_file():
-        raise UserError(f"--tree {file}: no such file", f"Name {', '.join(known)}, or a file of choices.")
+        raise UserError(f"--tree {file}: no such file", f"Use {', '.join(known)}, or a JSON file of nodes.")
     paths = read_json(path, hint)
     if not is_choices(paths):
-        raise UserError(f"--tree {file} is no list of lists of ranks, which are whole numbers from 0", hint)
+        raise UserError(f"--tree {file} is not a list of lists of ranks (whole numbers from 0)", hint)
     try:
         return Choices.of(paths)
     except ValueError as error:
-        raise UserError(f"--tree {file} is no tree: {error}", hint) from None
+        raise UserError(f"--tree {file} is not a tree: {error}", hint) from None
 
 
 def is_choices(data: object) -> bool:
-    """Whether data has the form of choices: lists of numbers from 0, not empty as a whole."""
+    """Return True if data is a non-empty list of lists of integers from 0."""
     return (
         isinstance(data, list)
         and bool(data)
@@ -136,10 +144,15 @@ def is_choices(data: object) -> bool:
 
 
 def likeliest(acceptance: Rates, nodes: int = NODES) -> list[tuple[int, ...]]:
-    """The nodes with the highest probability to be accepted with all their ancestors, the highest first: any first
-    ones of them are a tree, the best of their number.
+    """Return the nodes that are most likely to be accepted with all their ancestors, the most likely first.
+
+    The first n of them form a tree, the best one of n nodes below the root, for every n.
+
+    Args:
+        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right.
+        nodes: the most nodes, including the root.
     """
-    waiting, found = [(-acceptance[0][0], (0,), 1.0)], []  # with the probability of what is above
+    waiting, found = [(-acceptance[0][0], (0,), 1.0)], []  # (-probability, path, probability of the parent)
     while waiting and len(found) < nodes - 1:
         negative, path, above = heapq.heappop(waiting)
         found.append(path)
@@ -152,12 +165,11 @@ def likeliest(acceptance: Rates, nodes: int = NODES) -> list[tuple[int, ...]]:
 
 
 def optimised(acceptance: Rates, seconds: Mapping[int, float]) -> Choices:
-    """The tree with the most expected tokens per second.
+    """Return the tree with the most expected tokens per second.
 
     Args:
-        acceptance: `acceptance[k][r]`, how often the candidate of rank r of head k + 1 is right; it falls with r.
-        seconds: of a step with so many nodes, root included, for some numbers of nodes; between them it is
-            interpolated.
+        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right. It falls with r.
+        seconds: the duration of a step by the number of nodes, including the root. Other numbers are interpolated.
     """
     nodes = likeliest(acceptance, max(seconds))
     expected, best = 1.0, (0.0, 0)
@@ -168,7 +180,7 @@ def optimised(acceptance: Rates, seconds: Mapping[int, float]) -> Choices:
 
 
 def interpolated(points: Mapping[int, float], x: int) -> float:
-    """Linear between the points, constant outside."""
+    """Return the linear interpolation between points at `x`. Outside of them it is the nearest point's value."""
     known = sorted(points)
     after = bisect_left(known, x)
     if after in (0, len(known)):

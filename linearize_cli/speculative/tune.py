@@ -1,6 +1,4 @@
-"""What heads are worth: how often they are right on text they have not seen, what a step costs here, and the tree
-that follows.
-"""
+"""Tuning of Medusa heads: their acceptance on held-out text, the cost of a step on this machine, and the best tree."""
 
 import time
 
@@ -13,19 +11,19 @@ from linearize_cli.speculative.drafts import NoDraft
 from linearize_cli.speculative.medusa import MedusaHeads, last_hidden
 from linearize_cli.speculative.trees import NODES, Choices, likeliest, optimised
 
-ROWS = 32  # held-out beginnings
-PROMPT, CONTINUED = 64, 128  # their tokens, and those written after them, at most
-RANKS = 10  # candidates of a head that are looked at
-SIZES = (1, 2, 4, 8, 16, 32, NODES)  # of the trees whose cost is measured
-REPEATS = 20  # steps of each
-WARM_UP = 3  # the prompt's forward among them
+ROWS = 32  # number of held-out prompts
+PROMPT, CONTINUED = 64, 128  # the most tokens of a prompt, and of its continuation
+RANKS = 10  # candidates of each head whose acceptance is measured
+SIZES = (1, 2, 4, 8, 16, 32, NODES)  # nodes of the trees whose cost is measured
+REPEATS = 20  # timed steps of each tree
+WARM_UP = 3  # untimed steps, including the prompt's forward
 
 
 def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int, float]:
-    """Give heads their `acceptance` and their `tree`, from held-out blocks `[N, L]`.
+    """Measure the heads' `acceptance` on held-out blocks `[N, L]`, choose their `tree`, and set both on the heads.
 
     Returns:
-        Seconds of a step on this machine, by the nodes of its tree.
+        The seconds of a step on this machine, by the number of nodes of its tree.
     """
     given = min(PROMPT, blocks.shape[1] // 2)
     prompts = blocks[:ROWS, :given].to(model.device)
@@ -38,29 +36,40 @@ def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int
 
 @torch.inference_mode()
 def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
-    """Prompts `[B, T]` with what the model writes greedily after them, `[B, T + new]`: what it is asked for later."""
+    """Return prompts `[B, T]` with their greedy continuations, `[B, T + new]`.
+
+    The model's own text is used because the heads will draft such text.
+    """
     rows = written(speculate(model, prompts.tolist(), NoDraft(), new))
     return torch.cat([prompts, torch.tensor(rows, device=prompts.device)], 1)
 
 
 @torch.inference_mode()
 def acceptance(model: PreTrainedModel, heads: MedusaHeads, rows: Tensor, given: int) -> list[list[float]]:
-    """How often the candidate of rank r of head k is the model's own token, `[k - 1][r]`, over greedily decoded text:
-    rows `[B, T]`, of which the first `given` tokens are not the model's.
+    """Measure how often each candidate is the model's own token.
+
+    Args:
+        rows: `[B, T]`, prompts with greedy continuations.
+        given: the number of prompt tokens of each row.
+
+    Returns:
+        `[k - 1][r]`, the share of positions where the candidate of rank r of head k is right.
     """
     hidden = last_hidden(model, {"input_ids": rows, "use_cache": False}).to(heads.weight.dtype)
-    places = range(given - 1, rows.shape[1] - 1 - len(heads))  # where all heads' answers are the model's
+    positions = range(given - 1, rows.shape[1] - 1 - len(heads))  # where all heads predict generated tokens
     rates = torch.zeros(len(heads), min(RANKS, heads.output.shape[1]), dtype=torch.float64)
-    for place in places:
-        best = heads(hidden[:, place]).topk(rates.shape[1]).indices  # [K, B, ranks]
-        answers = rows[:, place + 2 : place + 2 + len(heads)].T  # [K, B]
+    for position in positions:
+        best = heads(hidden[:, position]).topk(rates.shape[1]).indices  # [K, B, ranks]
+        answers = rows[:, position + 2 : position + 2 + len(heads)].T  # [K, B]
         rates += (best == answers[..., None]).double().mean(1).cpu()
-    return (rates / len(places)).tolist()
+    return (rates / len(positions)).tolist()
 
 
 def step_seconds(model: PreTrainedModel, heads: MedusaHeads, prompt: list[int]) -> dict[int, float]:
-    """Seconds of a speculative step by the nodes of its tree: the fastest of some, for other work on the machine only
-    ever adds, and at most those of a larger tree.
+    """Measure the seconds of a speculative step by the number of nodes of its tree.
+
+    The fastest of several steps counts, because other work on the machine can only slow a step down. No tree counts
+    as slower than a larger one.
     """
     nodes, length = likeliest(heads.acceptance), (len(heads) + 1) * (REPEATS + WARM_UP) + 1
     running = {}
@@ -69,7 +78,7 @@ def step_seconds(model: PreTrainedModel, heads: MedusaHeads, prompt: list[int]) 
         running[len(drafter.parents)] = speculate(model, [prompt], drafter, length)
     times: dict[int, list[float]] = {size: [] for size in running}
     for _ in range(WARM_UP + REPEATS):
-        for size, steps in running.items():  # in turns, so that a slow moment is not one size's alone
+        for size, steps in running.items():  # in turn, so that a slow moment affects all sizes
             started = time.perf_counter()
             next(steps)
             times[size].append(time.perf_counter() - started)

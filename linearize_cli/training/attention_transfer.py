@@ -1,4 +1,7 @@
-"""Attention transfer: every linear layer learns its softmax layer's output on the teacher's own hidden states."""
+"""Attention transfer: every linear layer is trained to match the output of its softmax layer.
+
+The inputs are the teacher's own hidden states.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -21,17 +24,21 @@ TRANSFER = "linearize_transfer"
 
 
 def softmax_attention(module: nn.Module, native: str):
-    """The attention function that the base model runs in this module."""
+    """Return the attention function that the base model runs in a module."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(native, eager)
 
 
 @contextmanager
 def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tensor]]:
-    """While open, a forward is the softmax teacher's, and leaves each layer's loss in the yielded dict.
+    """Run the model as the softmax teacher while the context is open, and yield a dict that collects each
+    layer's loss.
 
-    The loss is the squared error of the linear output against the softmax output, relative to the latter's
-    mean square. No gradient flows between layers, so all learn independently from one forward.
+    The loss is the squared error of the linear output, relative to the mean square of the softmax output. No
+    gradient flows between layers, so one forward trains all layers independently.
+
+    Args:
+        native: the attention implementation of the base model (`sdpa`, `eager`).
     """
     names = {module: name for name, module in converted(model).items()}
     losses: dict[str, Tensor] = {}
@@ -42,7 +49,7 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
         with torch.enable_grad():
             inputs = (x.detach() for x in (query, key, value))
             output = module.linear_attention(*inputs, attention_mask, **kwargs)
-            # A module that several layers share (ALBERT's) attends several times.
+            # A module shared by several layers (ALBERT) attends several times in one forward.
             losses[names[module]] = losses.get(names[module], 0) + relative_error(output, target)
         return target, None
 
@@ -57,9 +64,10 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
 
 
 class Transfer(Objective):
-    """The objective of transfer: a batch -> the sum of the layers' losses, and each layer's own as a record.
+    """The objective of attention transfer: the sum of the layers' losses, with each layer's loss as a record.
 
-    `windows` says which steps have shorter windows; None: none.
+    Args:
+        windows: selects the training steps with shorter windows. None means that no step has one.
     """
 
     def __init__(self, model: PreTrainedModel, native: str, windows: "WindowDropout | None" = None):
@@ -67,7 +75,7 @@ class Transfer(Objective):
         self.model, self.native, self.windows = model, native, windows
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """What each layer learns, apart from the others: gradients are clipped layer by layer."""
+        """Return the parameters of each layer. Their gradients are clipped layer by layer."""
         return [list(module.linear_attention.parameters()) for module in converted(self.model).values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -79,13 +87,15 @@ class Transfer(Objective):
 
 @dataclass(frozen=True)
 class WindowDropout:
-    """Steps with a random shorter window: what it hides is far then, so the far part learns it too (the idea of
-    arXiv 2510.05901, which leaves the window out).
+    """Random training steps with a shorter window.
+
+    The tokens that it hides belong to the global part in these steps, so the global part learns them too.
+    arXiv 2510.05901 has the idea and drops the whole window.
 
     Attributes:
-        probability: that a step has one, at step 0; it falls linearly to 0 at the last.
-        steps: of the stage.
-        seed: decides with the step alone, so that a resumed run and every process see the same.
+        probability: the probability of such a step at step 0. It falls linearly to 0 at the last step.
+        steps: the number of steps of the stage.
+        seed: with the step number, it determines the draw. A resumed run and all processes draw the same.
     """
 
     probability: float
@@ -93,7 +103,7 @@ class WindowDropout:
     seed: int
 
     def at(self, step: int) -> float | None:
-        """The share of the window that is left, in [0, 1); None: all of it."""
+        """Return the share of the window that is kept at a step, in [0, 1), or None for the whole window."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chance, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         return share if chance < self.probability * (1 - step / self.steps) else None
@@ -101,7 +111,11 @@ class WindowDropout:
 
 @contextmanager
 def shorter_windows(model: PreTrainedModel, share: float | None) -> Iterator[None]:
-    """While open, every layer's window has this share of its tokens, rounded down; None: all."""
+    """Shorten every layer's window while the context is open.
+
+    Args:
+        share: the share of the window's tokens that is kept, rounded down. None keeps the whole window.
+    """
     attentions = [module.linear_attention for module in converted(model).values()]
     before = [attention.equation for attention in attentions]
     if share is not None:

@@ -17,15 +17,15 @@ FILE = "checkpoint.pt"
 
 @dataclass
 class Checkpoint:
-    """The finished part of a run, as a file that is replaced as a whole.
+    """The progress of a run. The file is always replaced as a whole.
 
     Attributes:
-        stage: the stage that was last worked on.
-        step: finished steps of that stage.
-        parameters, optimizer: of that stage, after its last finished step.
-        best: of that stage, as `objective.Best` keeps it.
-        results: what was measured so far.
-        log_bytes: length of the log at that moment.
+        stage: the current stage.
+        step: the number of finished steps of that stage.
+        parameters, optimizer: their values after the last finished step.
+        best: the best parameters of that stage (see `objective.Best`).
+        results: the measurements so far.
+        log_bytes: the length of the log at that step.
     """
 
     stage: str = ""
@@ -38,8 +38,8 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint to a file."""
-        with replacing(path) as beside:
-            torch.save(self.__dict__, beside)
+        with replacing(path) as temporary:
+            torch.save(self.__dict__, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -48,7 +48,12 @@ class Checkpoint:
 
 
 class Log:
-    """A JSONL file with one record a line, and the trackers. Only the main process writes."""
+    """A JSONL file of records, which are also sent to the trackers. Only the main process writes.
+
+    Args:
+        path: the file.
+        keep_bytes: the number of bytes to keep of an existing file. Later records are deleted.
+    """
 
     def __init__(self, path: Path, keep_bytes: int, engine: Engine):
         self.engine, self.steps = engine, 0
@@ -59,7 +64,7 @@ class Log:
             self.steps = sum("step" in json.loads(line) for line in self.stream)
 
     def write(self, stage: str, name: str | None = None, **values: Any) -> None:
-        """Append a record: a step of a stage, or a named result."""
+        """Append a record: one step of a stage, or a named result."""
         if not self.engine.main:
             return
         record = {"stage": stage, **({"name": name} if name else {}), **values}
@@ -70,16 +75,16 @@ class Log:
         self.engine.tell({stage: {name: numbers} if name else numbers}, self.steps)
 
     def size(self) -> int:
-        """Return the bytes written so far."""
+        """Return the size of the file in bytes."""
         return self.stream.seek(0, 2) if self.engine.main else 0
 
 
 @dataclass(frozen=True)
 class Session:
-    """A training run: its processes, its folder, its progress, and where it reports.
+    """A training run: its processes, its output to the user, its folder and its progress.
 
     Attributes:
-        folder: keeps the checkpoint and the log.
+        folder: the folder of the checkpoint and the log.
     """
 
     engine: Engine
@@ -93,7 +98,7 @@ class Session:
         """Continue the run in a folder, or start one there.
 
         Args:
-            log: file name of the log.
+            log: the file name of the log.
         """
         checkpoint = Checkpoint.load(folder / FILE)
         return cls(engine, terminal, folder, checkpoint, Log(folder / log, checkpoint.log_bytes, engine))

@@ -1,4 +1,4 @@
-"""A model's logits a few tokens at a time, so that a large vocabulary never needs all of them at once."""
+"""Logits that are computed for a few tokens at a time, to limit memory with a large vocabulary."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +15,13 @@ STATES = "last_hidden_state"
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a model gave for its inputs.
+    """The result of a model's forward, from which logits can be computed in chunks.
 
     Attributes:
-        output: what its forward returned; where there are `parts`, with the logits of the first token alone.
-        parts: what the models inside it returned, by name, in the order of their modules. Its head reads the last
-            one's last states. Empty: the logits are there as a whole.
+        model, inputs: the model and its inputs.
+        output: the model's output. With `parts`, it has the logits of the first token only.
+        parts: the outputs of the models inside it, by name, in module order. The head reads the last hidden
+            states of the last one. If empty, `output` has all logits.
     """
 
     model: PreTrainedModel
@@ -29,14 +30,24 @@ class Decoded:
     parts: Mapping[str, ModelOutput]
 
     def rows(self, counted: Tensor | None = None) -> Tensor:
-        """What `logits` makes a token's logits of, a row a token `[N, X]`, of those counted `[B, T]` alone."""
+        """Return the inputs of `logits`, one row per token: hidden states, or the logits themselves without
+        `parts`.
+
+        Args:
+            counted: `[B, T]` bool, the tokens to return. None means all.
+
+        Returns:
+            `[N, X]`, X being the width or the vocabulary size.
+        """
         *_, output = self.output, *self.parts.values()
         found = output[STATES if self.parts else "logits"]
         return found.flatten(0, -2) if counted is None else found[counted]
 
     def logits(self, rows: Tensor) -> Tensor:
-        """`[n, X] -> [n, vocab]` as the model makes them, with whatever scale, cap or bias it has: its forward runs
-        again, around what its parts returned.
+        """Compute the logits `[n, vocab]` of rows `[n, X]` with the model's own forward, which may scale, cap
+        or shift them.
+
+        The forward runs with the stored outputs in place of the models inside it.
         """
         if not self.parts:
             return rows
@@ -45,15 +56,16 @@ class Decoded:
             return self.model(**self.inputs).logits[0]
 
 
-def whole(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
+def decode_all(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
+    """Run a model and keep all its logits."""
     return Decoded(model, inputs, model(**inputs), {})
 
 
 def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model, but give its head a single token to read.
+    """Run a model, but compute the logits of one token only.
 
-    By structure: the children that are models themselves hold all but the head, and the last of them returns what
-    the head reads. Where that does not hold (OPT's head reads a grandchild), the logits are whole.
+    The children that are models themselves contain everything but the head, and the head reads the output of
+    the last one. If a model is built differently (OPT's head reads a grandchild), all logits are computed.
     """
     children = {name: child for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
     last, parts = next(reversed(children), None), {}
@@ -75,15 +87,15 @@ def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
 
 
 def cut(output: ModelOutput, states: Tensor) -> ModelOutput:
-    """The same output with other last states."""
+    """Return an output with other last hidden states."""
     return type(output)(**{**output, STATES: states})
 
 
 @contextmanager
 def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[None]:
-    """While open, these children return these outputs instead of running."""
+    """Make child modules return stored outputs, without running, while the context is open."""
     for name, output in outputs.items():
-        model.get_submodule(name).forward = partial(given, output)
+        model.get_submodule(name).forward = partial(return_stored, output)
     try:
         yield
     finally:
@@ -91,5 +103,6 @@ def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[
             del model.get_submodule(name).forward
 
 
-def given(output: ModelOutput, *args: Any, **kwargs: Any) -> ModelOutput:
+def return_stored(output: ModelOutput, *args: Any, **kwargs: Any) -> ModelOutput:
+    """Return the stored output."""
     return output

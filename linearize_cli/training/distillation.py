@@ -1,4 +1,4 @@
-"""Distillation: the linearized model learns its softmax teacher's logits."""
+"""Distillation: the linearized model is trained on the logits of its softmax teacher."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,35 +17,46 @@ from transformers.utils import ModelOutput
 from linearize_cli.methods.recipe import Distill
 from linearize_cli.models.batch import IGNORED, Batch
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.training.chunked_logits import Decoded, decode, whole
+from linearize_cli.training.chunked_logits import Decoded, decode, decode_all
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.parallel import process_mean
 
-TINY = 1e-12  # in the place of a 0 that nothing is divided into
-LOGITS = 1 << 26  # of teacher and student each, more are never held at once: 256 MB in fp32
+TINY = 1e-12  # lower bound of divisors
+LOGITS = 1 << 26  # largest number of logits in memory, for teacher and student each: 256 MB in fp32
 
 
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """KL(teacher ‖ student), a mean over all logits: the teacher's log-probabilities and the student's logits
-    `[..., vocab]`.
+    """Return KL(teacher ‖ student), the mean over all tokens.
+
+    Args:
+        teacher: log-probabilities `[..., vocab]`.
+        logits: the student's logits `[..., vocab]`.
     """
     return total_divergence(teacher, logits) / logits[..., 0].numel()
 
 
 def total_divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(teacher ‖ student), summed over all tokens. The arguments are those of `divergence`."""
     return kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
 
 
 class Distillation(Objective):
-    """The objective of distillation: a batch ->
-    `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
+    """The objective of distillation.
 
-    The KL is the mean over all logits that count, the cross entropy that over the right answers, the error the
-    squared one relative to the teacher's mean square. Without a teacher of its own, the teacher is the same model
-    with its softmax attention back and LoRA off: its weights are held once.
+    The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
+    The KL is the mean over the counted tokens, and the cross entropy the mean over the tokens with a label.
+    The error is the squared error relative to the teacher's mean square.
 
-    Where a batch has more than `limit` logits, they are made of the last hidden states and compared a few tokens at
-    a time, and once more in the backward: the memory for them does not grow with the batch.
+    Without a separate teacher, the teacher is the same model with its softmax attention and without LoRA. Its
+    weights are then held once.
+
+    A batch with more than `limit` logits is processed a few tokens at a time, and again in the backward.
+    Memory for logits then does not grow with the batch.
+
+    Args:
+        native: the attention implementation of the base model (`sdpa`, `eager`).
+        weights: the weights of the terms, from the recipe.
+        limit: the largest number of logits in memory.
     """
 
     def __init__(
@@ -62,11 +73,12 @@ class Distillation(Objective):
 
     @property
     def model(self) -> PreTrainedModel:
+        """Return the model inside the LoRA wrapper."""
         return self.student.get_base_model() if isinstance(self.student, PeftModel) else self.student
 
     @contextmanager
-    def teaching(self) -> Iterator[PreTrainedModel]:
-        """While open, the yielded model is the teacher."""
+    def as_teacher(self) -> Iterator[PreTrainedModel]:
+        """Yield the teacher. The shared model computes as the teacher while the context is open."""
         model = self.teacher or self.model
         off = nullcontext() if self.teacher else self.student.disable_adapter()
         with torch.no_grad(), attention_implementation(model, self.native), off:
@@ -76,10 +88,10 @@ class Distillation(Objective):
         weights, vocabulary = self.weights, self.model.config.get_text_config().vocab_size
         inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
         large = batch.labels is not None and batch.labels.numel() * vocabulary > self.limit
-        run = decode if large else whole
+        run = decode if large else decode_all
         student, teacher = run(self.model, inputs), None
         if weights.kl or weights.hidden:
-            with self.teaching() as model:
+            with self.as_teacher() as model:
                 teacher = run(model, inputs)
         loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
         if weights.hidden:
@@ -88,22 +100,25 @@ class Distillation(Objective):
         return loss, {}
 
     def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
-        """The terms that are means over tokens; the logits of `size` tokens at a time unless they are there."""
+        """Return the terms that are means over tokens.
+
+        If the logits are not stored, they are computed for `size` tokens at a time.
+        """
         rows, targets, answers = student.rows(batch.counted), None, None
         if self.weights.kl:
             targets = teacher.rows(batch.counted)
         if self.weights.ce:
             answers = batch.labels.flatten() if batch.counted is None else batch.labels[batch.counted]
-        # Processes may have different numbers of them; the mean of their losses is then that of the whole batch.
+        # Counts differ between processes. With their mean, the mean of the losses is that of the whole batch.
         tokens = len(rows) if batch.counted is None else mean_count(batch.counted)
         right = None if answers is None else mean_count(answers != IGNORED)
         part = partial(self.part, student, teacher, tokens, right)
         if not student.parts:
             return part(rows, targets, answers)
-        pieces = rows.split(size)
-        others = ([None] * len(pieces) if x is None else x.split(size) for x in (targets, answers))
+        chunks = rows.split(size)
+        others = ([None] * len(chunks) if x is None else x.split(size) for x in (targets, answers))
         again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-        return sum(again(*piece) for piece in zip(pieces, *others, strict=True))
+        return sum(again(*chunk) for chunk in zip(chunks, *others, strict=True))
 
     def part(
         self,
@@ -115,7 +130,14 @@ class Distillation(Objective):
         targets: Tensor | None,
         answers: Tensor | None,
     ) -> Tensor:
-        """What some rows add to the means over the batch's `tokens` and its `right` answers."""
+        """Return the contribution of some rows to the loss.
+
+        Args:
+            tokens: the number of tokens in the whole batch.
+            right: the number of labels in the whole batch. None without cross entropy.
+            rows, targets: rows of the student and of the teacher (see `Decoded.rows`).
+            answers: labels `[n]` int64.
+        """
         logits = student.logits(rows)
         logits = logits.to(accumulator(logits.dtype))
         loss = logits.new_zeros(())
@@ -130,13 +152,16 @@ class Distillation(Objective):
 
 
 def mean_count(mask: Tensor) -> Tensor:
-    """How many are true on average over the processes; never 0."""
+    """Return the mean over the processes of the number of True values. It is never 0."""
     return process_mean(mask.sum().float()).clamp_min(TINY)
 
 
 def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The mean squared error, relative to the mean square of what is expected: `[..., X]`, of all vectors or of those
-    that are `counted`, `[...]` bool.
+    """Return the mean squared error relative to the mean square of the expected vectors.
+
+    Args:
+        actual, expected: `[..., X]`.
+        counted: `[...]` bool, the vectors to include. None means all.
     """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
     error, size = (actual - expected).square().mean(-1), expected.square().mean(-1)
@@ -146,6 +171,6 @@ def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = No
 
 
 def last_hidden(output: ModelOutput) -> Tensor:
-    """`[B, T, width]`, of the decoder where there is one."""
+    """Return the last hidden states `[B, T, width]`, those of the decoder in an encoder-decoder."""
     states = output.get("hidden_states") or output.decoder_hidden_states
     return states[-1]

@@ -1,6 +1,5 @@
-"""The processes of one run, as `accelerate launch` or `torchrun` start them, and what they do together."""
+"""The processes of one run, which `accelerate launch` or `torchrun` start and supervise."""
 
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from linearize_cli.errors import UserError
 from linearize_cli.training.parallel import full, sharded
 
-TIMEOUT = timedelta(minutes=30)  # for a step of another process; one that has died is noticed at once
-PATIENCE = timedelta(days=1)  # for what the main process does alone, such as writing the text of `self`
+TIMEOUT = timedelta(minutes=30)  # of a collective operation; a process that died is noticed at once
+PATIENCE = timedelta(days=1)  # of a wait for the main process, which may write the text of `self` for hours
 SUPPORTED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -43,16 +42,17 @@ _runs = count()
 
 
 class Engine:
-    """The processes of one run; one process where nothing launched several.
+    """The processes of one run; a single process without a launcher.
 
     Attributes:
-        processes: how many there are; main: whether this one prints, writes and saves.
-        device: where this process computes: of several, the one that `accelerate` gives it.
-        home: where the whole model is kept: with shards on the CPU.
-        plugin: the settings of FSDP2, if the parameters are to be sharded.
+        processes: number of processes.
+        main: True in the process that prints, writes and saves.
+        device: device of this process. `accelerate` assigns it where there are several.
+        home: device of the whole model: the CPU with sharded parameters.
+        plugin: settings of FSDP2, if the parameters are sharded.
 
     Raises:
-        UserError: a way of distributing that this is not made for, or a tracker that is not there.
+        UserError: the kind of distribution is not supported, or a tracker is missing.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Engine:
         check_trackers(trackers)
         handlers = [
             InitProcessGroupKwargs(timeout=TIMEOUT),
-            # A part that sees nothing, as the far one in short text, gets no gradient.
+            # Some parameters may get no gradient, such as those of the linear part in short text.
             DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
         ]
         self.accelerator = Accelerator(
@@ -82,8 +82,8 @@ class Engine:
                 "This version uses DDP or FSDP 2: run `accelerate config` again.",
             )
         self.device = str(self.accelerator.device) if self.processes > 1 else device
-        self.calls, self.store = count(), None
         if self.processes > 1:
+            self.waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
             self.store = dist.PrefixStore(
                 f"linearize-{next(_runs)}", dist.distributed_c10d._get_default_store()
             )
@@ -93,13 +93,13 @@ class Engine:
         return "cpu" if self.plugin is not None else self.device
 
     def share(self, rows: Any) -> Any:
-        """This process's rows of a batch, on its device."""
+        """Return the rows of a batch that belong to this process, on its device."""
         size = len(rows) // self.processes
         first = self.accelerator.process_index * size
         return rows[first : first + size].to(self.device)
 
     def inference(self, model: nn.Module) -> nn.Module:
-        """The model to evaluate with, on all processes alike: sharded if it is to be."""
+        """Return the model to evaluate with: a sharded copy under FSDP, else the model."""
         if self.plugin is None:
             return model
         return self.sharded(model)
@@ -110,8 +110,9 @@ class Engine:
 
     @contextmanager
     def training(self, objective: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """The objective as all processes call it (its gradients are then their mean), and the one whose
-        parameters an optimizer steps. When the context ends, `objective` has what was trained.
+        """Yield the objective to call, whose gradients are averaged over the processes, and the one to optimize.
+
+        When the context ends, the parameters of `objective` are the trained ones.
         """
         if self.plugin is not None:
             trained = self.sharded(objective)
@@ -128,36 +129,27 @@ class Engine:
             yield objective, objective
 
     def on_main(self, function: Callable, *arguments: Any) -> Any:
-        """What a function returns on the main process, which alone calls it; the others wait."""
-        if self.processes == 1:
-            return function(*arguments)
-        key = f"call-{next(self.calls)}"
-        if not self.main:
-            self.store.wait([key], PATIENCE)
-            answer = self.store.get(key)
-            if not answer:
-                raise SystemExit(UserError.exit_code)
-            return pickle.loads(answer)
-        answer = b""
-        try:
-            value = function(*arguments)
-            answer = pickle.dumps(value)
-        finally:
-            self.store.set(key, answer)
-        return value
+        """Call a function in the main process, and return its result in all processes."""
+        result = [function(*arguments) if self.main else None]
+        if self.processes > 1:
+            dist.broadcast_object_list(result, group=self.waiting)
+        return result[0]
 
     def only_main(self, context: Callable[..., AbstractContextManager], *arguments: Any):
-        """A context that only the main process enters."""
+        """Return a context that only the main process enters."""
         return context(*arguments) if self.main else nullcontext()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An error of several processes is told once, by the first that has it; the others end quietly."""
+        """Let the process that fails first report its error, and the others end without a message.
+
+        The launcher ends the others by SIGTERM, or their collective operations fail.
+        """
         if self.processes == 1:
             yield
             return
         handled = self.main and threading.current_thread() is threading.main_thread()
-        # Only the main process has something to tell; the others end at once, wherever they are.
+        # The main process says how to resume. The others end at once.
         before = signal.signal(signal.SIGTERM, ended) if handled else None
         try:
             yield
@@ -167,18 +159,19 @@ class Engine:
             interrupted = isinstance(error, KeyboardInterrupt)
             raise SystemExit(130 if interrupted else getattr(error, "exit_code", 3)) from None
         finally:
-            if handled and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else its message comes first
+            if handled and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # its message comes first
                 signal.signal(signal.SIGTERM, before)
 
     def failed_first(self) -> bool:
+        """Return whether this is the first process that fails."""
         try:
             return self.store.add("failed", 1) == 1
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the store ended with the process that held it
             return True
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While open, the end of another process is a UserError here."""
+        """Turn the failure of a collective operation into a UserError while open."""
         try:
             yield
         except RuntimeError as error:
@@ -187,11 +180,7 @@ class Engine:
             raise
 
     def track(self, name: str, settings: dict[str, Any]) -> None:
-        """Open the trackers.
-
-        Raises:
-            UserError: a tracker refuses.
-        """
+        """Open the trackers. Raises UserError: a tracker cannot be opened."""
         if not self.accelerator.log_with:
             return
         try:
@@ -204,7 +193,7 @@ class Engine:
             ) from error
 
     def tell(self, values: dict[str, Any], step: int) -> None:
-        """Numbers for the trackers, in dicts of any depth."""
+        """Send numbers, in dicts of any depth, to the trackers."""
         if self.accelerator.log_with:
             self.accelerator.log(flat(values), step=step)
 
@@ -214,16 +203,14 @@ class Engine:
 
 
 def ended(*signal_and_frame: object) -> None:
-    """Another process of the run has ended, so this one does; a launcher says so by SIGTERM."""
+    """End this process because another one has ended; also the handler of the launcher's SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise UserError(
-        "another process of this run has ended", "If it had a message, it stands beside this one."
-    )
+    raise UserError("another process of this run has ended", "See its error message above.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a/b": 1}`."""
+    """Return nested dicts as one: `{"a": {"b": 1}}` as `{"a/b": 1}`."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -234,10 +221,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """The settings of FSDP2, if the launcher was given any. On CPUs accelerate itself passes them over.
+    """Return the settings of FSDP2, if the launcher has any. On CPUs accelerate itself ignores them.
 
     Raises:
-        UserError: they ask for FSDP 1, or for what this is not made for.
+        UserError: they ask for FSDP 1 or for offloading, which are not supported.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
@@ -248,14 +235,14 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
         raise UserError(
             "fsdp_offload_params is not in this version", "Write false into accelerate's fsdp_config."
         )
-    # Else transformers would give weights to the first process alone. They are mapped from their files, so the
+    # Otherwise transformers would load weights in the first process only. They are mapped from their files, so the
     # processes of a machine share the memory anyway.
     disable_fsdp_ram_efficient_loading()
     return plugin
 
 
 def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
-    """Raises UserError: one is unknown, or its package is missing."""
+    """Check that the trackers are available. Raises UserError: one is unknown, or its package is missing."""
     known = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
     available = [kind.value for kind in get_available_trackers()]
     for name in trackers:
@@ -268,7 +255,7 @@ def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
 
 
 def mean_of(values: dict[str, Any], mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Scalars in dicts of any depth, as numbers after `mean`, which is called once for all."""
+    """Apply `mean` once to the scalars in dicts of any depth, and return them as numbers."""
     flattened = flat(values)
     if not flattened:
         return {}

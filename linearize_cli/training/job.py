@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from linearize_cli.methods.recipe import HeadStage, Recipe
+from linearize_cli.methods.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a conversion was asked to do; a resumed one must have been asked the same."""
+    """The run configuration of a conversion. A resumed run must have the same one."""
 
     model: str
     recipe: Recipe
@@ -22,8 +22,9 @@ class Job:
     dtype: str | None
     seed: int
     medusa_heads: int = 0
-    medusa_lr: float | str = HeadStage.lr
+    medusa_lr: float | str = "auto"
     skip_bad_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON data."""
         return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}

@@ -1,8 +1,8 @@
-"""Transfer a block of layers at a time, for models larger than the device's memory.
+"""Attention transfer one block of layers at a time, for models larger than the device's memory.
 
-A block comes to the device, learns from all batches, and gives its place to the next. What it makes of a batch are
-the teacher's hidden states, which wait on disk for the next block; so every layer of the teacher runs once a batch,
-as when all learn at once, and is read from disk once.
+A block is copied to the device, trained on all batches, and replaced by the next one. Its outputs are the
+teacher's hidden states, which are kept on disk for the next block. Every layer of the teacher therefore runs
+once per batch, as it does without blocks, and is read from disk once.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from linearize_cli.models.batch import Batch
 from linearize_cli.training.attention_transfer import WindowDropout, shorter_windows, transferring
 from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.objective import Objective
-from linearize_cli.training.streamed_layers import LayerBlocks, alone, leaving, returned
+from linearize_cli.training.streamed_layers import LayerBlocks, hidden_after, only_block, output_lengths
 
 
 def transfer_by_blocks(
@@ -35,21 +35,22 @@ def transfer_by_blocks(
     steps: int,
     session: Session,
 ) -> Iterator["BlockTransfer"]:
-    """Yield the objective of each block in turn, to be trained while the block is on the device.
+    """Yield the objective of each block in turn. The caller trains it while the block is on the device.
 
-    The session's checkpoint counts the finished blocks, and its folder keeps their hidden states and parameters. An
-    interrupted run continues with the first block that is not finished.
+    The session's checkpoint counts the finished blocks. Its folder keeps their hidden states and parameters.
+    An interrupted run continues with the first unfinished block.
 
     Args:
-        batches: maps a number of batches to leave out to the batches that follow.
-        steps: batches that each block learns from.
+        native: the attention implementation of the base model (`sdpa`, `eager`).
+        batches: maps a number of batches to skip to the batches that follow.
+        steps: the number of batches on which each block is trained.
 
     Raises:
-        UserError: the layers of this model do not run in blocks.
+        UserError: the layers of this model cannot run in blocks.
     """
     checkpoint, folder = session.checkpoint, session.folder
     hidden, learned = HiddenStates(folder / "hidden"), folder / "blocks"
-    returns = returned(blocks, model, native, next(batches(0)))
+    returns = output_lengths(blocks, model, native, next(batches(0)))
     for block in blocks.ranges():
         objective = BlockTransfer(model, native, windows, blocks, returns, block, hidden)
         file = learned / f"{block[0]}.safetensors"
@@ -61,7 +62,9 @@ def transfer_by_blocks(
             if objective.learning:
                 yield objective
                 done = checkpoint.step
-            if block.stop < blocks.count:  # what a block that ended early has not seen, the next one may need
+            if (
+                block.stop < blocks.count
+            ):  # the next block needs the outputs for all batches, even if this one stopped early
                 objective.step = None
                 with torch.no_grad():
                     for batch in islice(batches(done), steps - done):
@@ -76,42 +79,47 @@ def transfer_by_blocks(
 
 
 class HiddenStates:
-    """The teacher's hidden states `[T, width]` of every row of tokens before one block or another: a file each,
-    whole or absent, named by the row's own inputs. A row that comes again finds its file, whichever process, batch
-    or run made it.
+    """The teacher's hidden states `[T, width]` of every row of tokens at the entry of a block, one file per
+    row.
+
+    A file is named by a hash of the row's inputs, and is either complete or absent. A row that comes again
+    finds its file, whichever process, batch or run wrote it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def files(self, index: int, batch: Batch) -> list[Path]:
-        """The file of each row before block `index`."""
+        """Return the file of each row at the entry of block `index`."""
         rows = [x.cpu() for x in batch.inputs.values() if isinstance(x, Tensor)]
         names = (hashlib.sha1(b"".join(x[i].numpy().tobytes() for x in rows)) for i in range(len(rows[0])))
         return [self.folder / str(index) / f"{name.hexdigest()}.safetensors" for name in names]
 
     def read(self, index: int, batch: Batch, device: str) -> Tensor:
-        """`[B, T, width]` on the device."""
+        """Return the hidden states `[B, T, width]` of a batch on the device."""
         return torch.stack([load_file(file)["hidden"] for file in self.files(index, batch)]).to(device)
 
     def write(self, index: int, batch: Batch, hidden: Tensor) -> None:
+        """Write the hidden states `[B, T, width]` of a batch."""
         for file, row in zip(self.files(index, batch), hidden.cpu(), strict=True):
             save_whole({"hidden": row}, file)
 
     def drop(self, index: int) -> None:
+        """Delete the hidden states at the entry of block `index`."""
         shutil.rmtree(self.folder / str(index), ignore_errors=True)
 
 
 def save_whole(content: dict[str, Tensor], file: Path) -> None:
-    """Write tensors to a file, whole or not at all. Several processes may write the same one."""
+    """Write tensors to a file atomically. Several processes may write the same file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, f".{os.getpid()}", sync=False) as beside:
-        save_file({name: x.contiguous() for name, x in content.items()}, beside)
+    with replacing(file, f".{os.getpid()}", sync=False) as temporary:
+        save_file({name: x.contiguous() for name, x in content.items()}, temporary)
 
 
 class BlockTransfer(Objective):
-    """The objective of one block, as `transfer.Transfer` is that of all layers. Its only modules are those that
-    learn: most of the model is elsewhere.
+    """The objective of attention transfer for one block of layers. See `attention_transfer.Transfer`.
+
+    Its submodules are only the trained ones, because most of the model is not on the device.
     """
 
     def __init__(
@@ -143,6 +151,7 @@ class BlockTransfer(Objective):
         )
 
     def independent(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each layer. Their gradients are clipped layer by layer."""
         return [list(module.parameters()) for module in self.learning.values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -153,9 +162,9 @@ class BlockTransfer(Objective):
         with (
             shorter_windows(model, share),
             transferring(model, native) as losses,
-            alone(layers, self.block, entering, self.returns),
+            only_block(layers, self.block, entering, self.returns),
         ):
-            after = leaving(model, batch.inputs)
+            after = hidden_after(model, batch.inputs)
         if self.block.stop < blocks.count:
             self.hidden.write(self.block.stop, batch, after)
         return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}

@@ -1,4 +1,4 @@
-"""The training loop of all stages: interruptible at any moment, with the same result as without."""
+"""The training loop of all stages. An interrupted run can be resumed with the same result."""
 
 import math
 import time
@@ -17,8 +17,8 @@ from linearize_cli.training.engine import mean_of
 from linearize_cli.training.objective import Best, Objective
 from linearize_cli.training.parallel import full, placed_like, process_mean
 
-SAVE_EVERY = 20.0  # seconds between checkpoints, at least
-SAVE_PAUSE = 20.0  # and times what the last save took, so that saving stays a small part of a run
+SAVE_EVERY = 20.0  # minimum time between checkpoints, in seconds
+SAVE_PAUSE = 20.0  # and in multiples of the last save's time, so that saving stays a small part of a run
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class StagePlan:
     """One stage of training.
 
     Attributes:
-        name: names the stage in the log and the checkpoint.
-        tokens_per_step: tokens of one batch, over all processes.
+        name: the stage's name in the log and the checkpoint.
+        steps: the number of steps.
+        tokens_per_step: the number of tokens in a batch, over all processes.
         options: the stage's part of the recipe, with learning rates as numbers.
     """
 
@@ -51,7 +52,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def by_rate(model: nn.Module, lr: float, linear_lr: float | None) -> dict[float, dict[str, Tensor]]:
-    """Group the trainable parameters by learning rate. The linear layers may have a rate of their own."""
+    """Group the trainable parameters by learning rate. The linear layers may have their own rate."""
     linear = set() if linear_lr is None else set(map(id, linear_parameters(model)))
     groups: dict[float, dict[str, Tensor]] = {}
     for name, parameter in trainable(model).items():
@@ -68,13 +69,13 @@ def train(
 ) -> None:
     """Train the trainable parameters of `objective`, from the step that the session's checkpoint has reached.
 
-    The checkpoint holds whole tensors, so a run can be resumed with another number of processes.
+    The checkpoint holds unsharded tensors, so a run can be resumed with another number of processes.
 
     Args:
-        objective: maps a batch to the loss and to further scalars for the log, by name. The gradients of each group
-            of its `independent()` parameters are clipped separately.
+        objective: maps a batch to the loss and to more scalars for the log, by name. The gradients of each
+            group of `objective.independent()` are clipped separately.
         batches: maps the number of finished steps to this process's share of the batches that follow.
-        held_out: yields the batches by which the best parameters are chosen, the same in all processes.
+        held_out: yields the batches that select the best parameters, the same in all processes.
 
     Raises:
         UserError: the loss is not finite.
@@ -84,7 +85,8 @@ def train(
     if checkpoint.stage != stage:
         checkpoint.stage, checkpoint.step, checkpoint.parameters, checkpoint.optimizer = stage, 0, {}, {}
         checkpoint.best = {}
-    objective.eval()  # without dropout, the teacher in the same model stays exact and a resumed run the same
+    # Without dropout the teacher in the same model stays exact, and a resumed run gives the same result.
+    objective.eval()
     with (
         engine.training(objective) as (compute, trained),
         session.terminal.progress(
@@ -119,8 +121,8 @@ def train(
             values = mean_of({"loss": loss, "due": loss.new_tensor(due), **records}, process_mean)
             if not math.isfinite(values["loss"]):
                 raise UserError(
-                    f"{stage}: the loss is no longer a number at step {checkpoint.step + 1}",
-                    f"Lower the rate, {options.key}, or use --dtype float32.",
+                    f"{stage}: the loss is not finite at step {checkpoint.step + 1}",
+                    f"Lower the learning rate ({options.key}), or use --dtype float32.",
                 )
             loss.backward()
             for part in parts:
@@ -129,7 +131,7 @@ def train(
             optimizer.zero_grad()
             checkpoint.step += 1
             due, speed = values.pop("due"), tokens_per_step / (time.monotonic() - started)
-            values |= best.look(checkpoint.step)
+            values |= best.evaluate(checkpoint.step)
             session.log.write(
                 stage, step=checkpoint.step, lr=options.lr * factor, tokens_per_s=round(speed), **values
             )
@@ -140,9 +142,11 @@ def train(
                 saved, cost = time.monotonic(), time.monotonic() - begin
         best.restore()
         if best.record:
-            session.terminal.note(f"{stage}: the best of {checkpoint.step} steps was {best.record['step']}")
+            session.terminal.note(
+                f"{stage}: the parameters of step {best.record['step']} of {checkpoint.step} are the best"
+            )
         done = checkpoint.results.setdefault("steps", {})
-        # With layerwise transfer, several blocks share a stage: keep the longest.
+        # In layerwise transfer several blocks share a stage: keep the largest number of steps.
         done[stage] = max(checkpoint.step, done.get(stage, 0))
         save()
 

@@ -1,7 +1,6 @@
-"""Training Medusa heads: the model is frozen, and each head learns which token follows so many places later."""
+"""Training of Medusa heads on a frozen model. Head k predicts the token k positions after the next one."""
 
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +22,17 @@ from linearize_cli.training.objective import Objective
 from linearize_cli.training.text import TextBlocks
 
 STAGE = "heads"
-LOG = "medusa.jsonl"  # beside the heads
+LOG = "medusa.jsonl"  # in the folder of the heads
 
 
 class HeadTraining(Objective):
-    """The objective: a batch -> `Σ_k decay^k · cross entropy of head k`, and each head's own as a record.
+    """The objective of Medusa heads: `Σ_k decay^k · cross entropy of head k`, with each head's loss as a
+    record.
 
-    A head's right answer is the model's own best token at that place of the text: what greedy decoding would
-    verify it against.
+    The target of a head is the model's own most probable token at that position of the text, because greedy
+    decoding verifies drafts against it.
 
-    Where a batch has more than `limit` logits, they are made a few tokens at a time, and once more in the backward.
+    A batch with more than `limit` logits is processed a few tokens at a time, and again in the backward.
     """
 
     def __init__(self, model: PreTrainedModel, heads: MedusaHeads, decay: float, limit: int = LOGITS):
@@ -47,27 +47,30 @@ class HeadTraining(Objective):
         known = (answers != IGNORED).any(0)
         rows, answers = rows[known], answers[:, known]
         counts = torch.stack([mean_count(own != IGNORED) for own in answers])
-        pieces = list(zip(rows.split(size), answers.split(size, 1), strict=True))
+        chunks = list(zip(rows.split(size), answers.split(size, 1), strict=True))
         part = self.part
-        if len(pieces) > 1:
+        if len(chunks) > 1:
             part = partial(checkpoint, self.part, use_reentrant=False, preserve_rng_state=False)
-        losses = sum(part(*piece) for piece in pieces) / counts
+        losses = sum(part(*chunk) for chunk in chunks) / counts
         weights = self.decay ** torch.arange(1, len(losses) + 1, device=losses.device)
         return (weights * losses).sum(), {"heads": {str(k): loss for k, loss in enumerate(losses, 1)}}
 
     def part(self, rows: Tensor, answers: Tensor) -> Tensor:
-        """What some tokens `[n, width]` add to each head's loss; answers `[K, n]`."""
+        """Return each head's summed loss `[K]` for rows `[n, width]` with targets `[K, n]`."""
         logits = self.heads(rows)
         terms = cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORED, reduction="none")
         return terms.view(answers.shape).sum(-1)
 
     @torch.no_grad()
     def answers(self, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
-        """`[K, B, T]`: each head's at every token; IGNORED where its document ends before, or does not count.
+        """Return the targets `[K, B, T]` of each head.
+
+        They are IGNORED where the document ends before the target, and at tokens that are not trained on.
 
         Args:
-            hidden: `[B, T, width]`; labels: `[B, T]`, the text's next token or IGNORED.
-            size: tokens whose logits may be held at once.
+            hidden: `[B, T, width]`.
+            labels: `[B, T]`, the next token of the text or IGNORED.
+            size: the number of tokens whose logits may be in memory at once.
         """
         head = self.model.get_output_embeddings()
         own = torch.cat([head(rows).argmax(-1) for rows in hidden.flatten(0, 1).split(size)])
@@ -83,25 +86,28 @@ class HeadTraining(Objective):
 def train_heads(
     job: Job, model: PreTrainedModel, blocks: TextBlocks, session: Session, start: int = 0
 ) -> tuple[MedusaHeads, dict[str, Any]]:
-    """Train new heads for a frozen model, and measure what they are worth on the held-out blocks.
+    """Train new heads for a frozen model, and measure their acceptance on the held-out blocks.
 
     Args:
         session: its folder keeps the checkpoint and the log. An interrupted run is resumed from there.
-        start: batches of the training text to leave out.
+        start: the number of batches of training text to skip.
 
     Returns:
-        The heads and the facts about them that `linearize.json` records.
+        the heads, and the facts about them for `linearize.json`.
     """
     started = time.monotonic()
     options = HeadStage(lr=job.medusa_lr)
-    options = replace(options, lr=head_rate(options, model.get_output_embeddings().weight.shape[1]))
+    lr = head_rate(options, model.get_output_embeddings().weight.shape[1])
+    options = options.model_copy(update={"lr": lr})
     steps = job.recipe.recover.tokens // blocks.tokens_per_step
     plan = StagePlan(STAGE, steps, blocks.tokens_per_step, options)
     objective = HeadTraining(model, MedusaHeads.of(model, job.medusa_heads), options.decay)
     train(plan, objective, blocks.batches(session.engine, start), session)
     heads = objective.heads.requires_grad_(False).eval()
     if session.engine.main:
-        session.terminal.note("measuring the heads on held-out text, and the cost of a step")
+        session.terminal.note(
+            "measuring the acceptance of the heads on held-out text, and the time of a step"
+        )
         tune(model, heads, blocks.held_out)
     expected = round(heads.tree.expected(heads.acceptance), 3) if heads.acceptance else None
     facts = {

@@ -1,4 +1,4 @@
-"""What a stage of training lowers, and the parameters that do so best on text it does not learn from."""
+"""The objective of a training stage, and the best parameters on held-out text."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,27 +11,30 @@ from linearize_cli.training.parallel import full, placed_like
 
 
 class Objective(nn.Module):
-    """A batch -> its loss, and records for the log: scalars by name.
+    """A module that maps a batch to its loss and to scalars for the log, by name.
 
     Attributes:
-        step: which step of its stage it stands at; None: none, it is measured.
+        step: the current step of the stage. None outside training steps (evaluation).
     """
 
     step: int | None = None
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """What is trained, in groups whose gradients are clipped apart."""
+        """Return the trained parameters in groups whose gradients are clipped separately."""
         return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
 
 
 class Best:
-    """The parameters with the lowest loss on held-out batches, and when to look no further.
+    """The parameters with the lowest loss on held-out batches, and the rule for early stopping.
 
     Args:
-        parameters: what is trained, by name.
-        held_out: the batches, the same at every look; None: there are no looks.
-        steps: of the stage; options: the stage's part of the recipe.
-        record: where the best stands, `{step, loss, misses, parameters}`; a checkpoint keeps it. Empty at the start.
+        objective: the objective that is evaluated.
+        parameters: the trained parameters, by name.
+        held_out: yields the same batches at every evaluation. None means no evaluation.
+        steps: the number of steps of the stage.
+        options: the stage's part of the recipe.
+        record: `{step, loss, misses, parameters}` of the best evaluation, kept in the checkpoint. Empty at
+            the start. `misses` counts the evaluations since then.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class Best:
 
     @property
     def stopped(self) -> bool:
+        """Return True if the loss has not improved for the last `early_stop` evaluations."""
         return self.patience is not None and self.record.get("misses", 0) >= self.patience
 
-    def look(self, step: int) -> dict[str, float]:
-        """After so many steps: the loss on the held-out batches, for the log, where it is time to look."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return the loss on the held-out batches, for the log, if an evaluation is due at this step."""
         if self.every is None or (step % self.every and step < self.steps):
             return {}
         self.objective.step = None
@@ -68,6 +72,6 @@ class Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the parameters their best values, if there were looks."""
+        """Restore the best parameters, if there was an evaluation."""
         for name, value in self.record.get("parameters", {}).items():
             self.parameters[name].copy_(placed_like(value, self.parameters[name]))

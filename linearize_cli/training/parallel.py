@@ -1,4 +1,4 @@
-"""What several processes do with one model: means over them, and parameters in shards (FSDP2)."""
+"""Operations on several processes: means, and sharded parameters (FSDP2)."""
 
 import copy
 from typing import Any
@@ -14,10 +14,10 @@ from linearize_cli.errors import UserError
 
 
 def process_mean(value: Tensor) -> Tensor:
-    """The mean of a value over all processes, without gradient; the value itself where there is one process.
+    """Return the mean of a value over all processes, without gradient.
 
-    What a loss divides by goes through it: then the mean of the processes' losses, and of their gradients, is
-    that of the whole batch.
+    Divisors of a loss are averaged with it, so that the mean of the processes' losses, and of their gradients, is that
+    of the whole batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -27,7 +27,7 @@ def process_mean(value: Tensor) -> Tensor:
 
 
 def full(tree: Any) -> Any:
-    """Whole tensors in the place of sharded ones, in dicts and lists of any depth. All processes must call it."""
+    """Gather the sharded tensors in dicts and lists of any depth. All processes must call it."""
     if isinstance(tree, dict):
         return {key: full(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -36,21 +36,21 @@ def full(tree: Any) -> Any:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as a parameter of its shape is. All processes must call it with the same one."""
+    """Split a tensor into shards as a parameter of its shape is. All processes must call it with the same one."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def sharded(module: nn.Module, device: torch.device, **policy: Any) -> nn.Module:
-    """A copy of a module whose parameters are spread over all processes; the module itself stays as it is.
+    """Return a copy of a module whose parameters are sharded over all processes. The module itself is unchanged.
 
-    The units are the entries of the outermost module lists, which are a model's layers whatever a family calls
-    them, and the root. A linear attention is a unit of its own, because in transfer the gradient reaches it
-    alone. Configs are shared with the module, so that a switch of attention reaches both.
+    The units are the layers of the model (the entries of the outermost module lists) and the root. A linear attention
+    is a unit of its own, because in transfer the gradient reaches nothing else. Configs are shared with the module, so
+    that a switch of attention reaches both.
 
     Args:
-        device: where the shards are; at most one unit is whole there while it is copied.
+        device: device of the shards. At most one whole unit is there while it is copied.
         policy: further arguments of `fully_shard`.
 
     Raises:
@@ -69,14 +69,14 @@ def sharded(module: nn.Module, device: torch.device, **policy: Any) -> nn.Module
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists."""
+    """Return the entries of the outermost module lists."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in layers(child)]
 
 
 def own(unit: nn.Module, device: torch.device, seen: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Give a unit copies of the parameters that are not sharded yet, tied ones once; returns what was copied."""
+    """Copy the parameters of a unit that are not sharded yet, tied ones once, and return the originals."""
     copies: dict[nn.Parameter, nn.Parameter] = {}
     for part in unit.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):

@@ -1,7 +1,8 @@
-"""A model whose layers come to the device when they are needed: one while it runs, or a block while it learns.
+"""Layers that are copied to the device only while they are needed: one during its forward, or a block during
+its training.
 
-Weights are loaded onto the CPU, where transformers maps them from the checkpoint's files: the host's memory holds no
-more of them than the operating system keeps in its page cache, and the device no more than is copied there.
+The weights are on the CPU, where transformers maps them from the checkpoint's files. The host holds no more
+of them than its page cache does, and the device no more than the copies.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ KEY = "recover.transfer.block_layers"
 
 
 class Finished(Exception):
-    """Ends a forward behind a block's last layer; `hidden` is what that layer returned."""
+    """The end of a forward after a block's last layer. `hidden` is the output of that layer."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
@@ -30,11 +31,13 @@ class Finished(Exception):
 
 @dataclass(frozen=True)
 class LayerBlocks:
-    """The layers of a model in blocks of `size`, and the device that they visit.
+    """The layers of a model in blocks of `size`, and the device that they are copied to.
 
     Attributes:
-        name: of the `nn.ModuleList` that holds the layers.
-        count: of the layers up to the last one that is converted; those behind it never run in transfer.
+        name: the name of the `nn.ModuleList` of layers.
+        size: the number of layers in a block.
+        count: the number of layers up to the last converted one. Transfer does not run the layers after it.
+        device: the device by torch's name.
     """
 
     name: str
@@ -44,33 +47,38 @@ class LayerBlocks:
 
     @classmethod
     def of(cls, model: PreTrainedModel, converted: Sequence[str], size: int, device: str) -> "LayerBlocks":
-        """
+        """Find the list of layers that contains all converted modules.
+
         Args:
             converted: the names of the attention modules that are or will be linear.
 
         Raises:
-            UserError: they do not lie in one list of layers.
+            UserError: no list contains all of them.
         """
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and all(x.startswith(f"{name}.") for x in converted):
                 count = 1 + max(int(x[len(name) + 1 :].partition(".")[0]) for x in converted)
                 return cls(name, size, count, device)
         raise UserError(
-            f"{KEY}: the layers to convert of {type(model).__name__} do not stand in one list",
-            f"Pass --set {KEY}=0: all layers learn at once.",
+            f"{KEY}: the layers of {type(model).__name__} to convert are not in one list of layers",
+            f"Pass --set {KEY}=0 to train all layers at once.",
         )
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return the list of layers."""
         return model.get_submodule(self.name)
 
     def ranges(self) -> list[range]:
-        """The indices of each block's layers."""
+        """Return the layer indices of each block."""
         return [range(i, min(i + self.size, self.count)) for i in range(0, self.count, self.size)]
 
     @contextmanager
     def streamed(self, model: PreTrainedModel) -> Iterator[None]:
-        """While open, the whole model runs on the device: a layer is there while it runs, the rest throughout."""
-        if torch.device(self.device).type == "cpu":  # mapped weights serve as they are
+        """Let the whole model run on the device while the context is open.
+
+        Each layer is there during its forward only, and the rest of the model all the time.
+        """
+        if torch.device(self.device).type == "cpu":  # the mapped weights can be used directly
             yield
             return
         with ExitStack() as opened:
@@ -90,7 +98,7 @@ class LayerBlocks:
 
     @contextmanager
     def resident(self, model: PreTrainedModel, block: range) -> Iterator[None]:
-        """While open, a block is on the device, and what else of the model a forward up to it needs."""
+        """Keep a block on the device while the context is open, with all that a forward up to it needs."""
         head = model.get_output_embeddings()
         entry = {id(x) for x in tensors(model.get_input_embeddings())}
         unused = {id(x) for x in tensors(head)} - entry if head is not None else set()
@@ -99,37 +107,43 @@ class LayerBlocks:
             yield
 
     def others(self, model: PreTrainedModel) -> list[Tensor]:
-        """The parameters and buffers outside the layers."""
+        """Return the parameters and buffers outside the layers."""
         inside = {id(x) for x in tensors(self.layers(model))}
         return [x for x in tensors(model) if id(x) not in inside]
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
 def moved(some: Iterable[Tensor], device: str) -> Iterator[None]:
-    """While open, these tensors hold copies on the device; what they have learned goes back where they were."""
-    homes = [(x, x.data) for x in {id(x): x for x in some}.values()]
+    """Replace tensors by copies on the device while the context is open. Then copy trained values back."""
+    originals = [(x, x.data) for x in {id(x): x for x in some}.values()]
     try:
-        for x, home in homes:
-            x.data = home.to(device, copy=True)
+        for x, original in originals:
+            x.data = original.to(device, copy=True)
         yield
     finally:
-        for x, home in homes:
+        for x, original in originals:
             if x.requires_grad:
-                home.copy_(x.data)
-            x.data, x.grad = home, None
+                original.copy_(x.data)
+            x.data, x.grad = original, None
 
 
 @contextmanager
-def alone(layers: nn.ModuleList, block: range, entering: Tensor | None, returns: list[int]) -> Iterator[None]:
-    """While open, a forward of the model runs the layers of `block` only, from the hidden states `entering` on
-    (None: the embeddings'), and raises Finished. Its own code makes embeddings, positions and masks.
+def only_block(
+    layers: nn.ModuleList, block: range, entering: Tensor | None, returns: list[int]
+) -> Iterator[None]:
+    """Make a forward of the model run the layers of `block` only, while the context is open, and then raise
+    Finished.
+
+    The model's own code computes embeddings, positions and masks.
 
     Args:
-        returns: see `returned`.
+        entering: the hidden states that the block starts from. None means the embeddings.
+        returns: see `output_lengths`.
     """
     skipped = [layers[i] for i in range(block.start)]
     try:
@@ -149,11 +163,12 @@ def alone(layers: nn.ModuleList, block: range, entering: Tensor | None, returns:
 
 
 def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states from a layer's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def leaving(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The hidden states behind the block, of a forward with `alone` open."""
+def hidden_after(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Run a forward in the context of `only_block` and return the hidden states after the block."""
     try:
         model(**inputs)
     except Finished as finished:
@@ -162,12 +177,13 @@ def leaving(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
-    """How long a tuple each layer returns, 0 for a plain tensor, seen on the batch's first row.
+def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
+    """Return the length of each layer's output tuple, 0 for a plain tensor, measured on the batch's first
+    row.
 
     Raises:
-        UserError: a block alone does not compute what it computes in the model: its layers share more than the
-            hidden states that go from one to the next.
+        UserError: a block alone gives another result than in the model, because its layers share more than
+            hidden states.
     """
     layers, lengths, outputs = blocks.layers(model), {}, {}
     inputs = {
@@ -187,8 +203,11 @@ def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Ba
         returns = [lengths.get(i, 0) for i in range(len(layers))]
         for block in blocks.ranges():
             try:
-                with blocks.resident(model, block), alone(layers, block, outputs.get(block[0] - 1), returns):
-                    actual, expected = leaving(model, inputs).float(), outputs[block[-1]].float()
+                with (
+                    blocks.resident(model, block),
+                    only_block(layers, block, outputs.get(block[0] - 1), returns),
+                ):
+                    actual, expected = hidden_after(model, inputs).float(), outputs[block[-1]].float()
                 same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
             except torch.OutOfMemoryError:
                 raise
@@ -196,12 +215,13 @@ def returned(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Ba
                 same = False
             if not same:
                 raise UserError(
-                    f"{KEY}: layers {block[0]} to {block[-1]} of {type(model).__name__} do not run alone: they take "
-                    "more from earlier layers than hidden states",
-                    f"Pass --set {KEY}=0: all layers learn at once.",
+                    f"{KEY}: layers {block[0]} to {block[-1]} of {type(model).__name__} cannot run alone: "
+                    "they use more from earlier layers than hidden states",
+                    f"Pass --set {KEY}=0 to train all layers at once.",
                 )
     return returns
 
 
 def to(value: Any, device: str) -> Any:
+    """Return a tensor on the device, or any other value unchanged."""
     return value.to(device) if isinstance(value, Tensor) else value

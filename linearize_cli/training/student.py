@@ -1,4 +1,4 @@
-"""What of a linearized model distillation trains: LoRA and the linear parts, or all but the embeddings."""
+"""The parameters that distillation trains: LoRA and the linear parameters, or all but the vocabulary's."""
 
 import copy
 from collections.abc import Iterator
@@ -20,8 +20,10 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
-    """Every Linear and Conv1D by structure, whatever a family calls them: inside the converted modules
-    ("attention"), or inside the decoder layers that hold these ("all").
+    """Return the names of the Linear and Conv1D modules that get an update.
+
+    Args:
+        reach: `attention`: those in the converted modules; `all`: those in the layers around these too.
     """
     roots = dict.fromkeys(converted(model))
     if reach == "all":
@@ -35,7 +37,7 @@ def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
 
 
 def layer_of(model: nn.Module, name: str) -> str:
-    """The layer that a module is part of: the element of the outermost list of modules; without one, itself."""
+    """Return the name of the layer that a module is in: an element of the outermost ModuleList, else the module."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
@@ -43,13 +45,11 @@ def layer_of(model: nn.Module, name: str) -> str:
     return name
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftModel:
-    """Wrap the model with LoRA; LoRA and the linear parts are trainable, both in fp32. `on_meta`: LoRA's parameters
-    are of shapes alone.
-    """
+def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Wrap a linearized model with LoRA. LoRA and the linear parameters become trainable, both in fp32."""
     targets = lora_targets(model, lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
-    student = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    student = get_peft_model(model, config)
     for module in student.modules():
         if isinstance(module, LinearAttention):
             module.requires_grad_(True)
@@ -57,18 +57,16 @@ def add_lora(model: PreTrainedModel, lora: Lora, on_meta: bool = False) -> PeftM
 
 
 def student_and_teacher(
-    model: PreTrainedModel, lora: Lora | None, on_meta: bool = False
+    model: PreTrainedModel, lora: Lora | None
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedModel | None]:
-    """What distillation trains, made of a linearized model: with LoRA, or every weight, and then the teacher of its
-    own that this takes. `on_meta` as in `add_lora`.
-    """
+    """Return the student of a linearized model and, where the weights of the model are trained, a frozen teacher."""
     if lora is None:
         return model, unfreeze(model)
-    return add_lora(model, lora, on_meta), None
+    return add_lora(model, lora), None
 
 
 class Cast(nn.Module):
-    """A parameter as the model computes with it."""
+    """Cast a parameter to the dtype that the model computes in."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -78,17 +76,23 @@ class Cast(nn.Module):
         return value.to(self.dtype)
 
 
+def vocabulary_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of the embeddings and of the head."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    return [p for module in (*modules, head) if module is not None for p in module.parameters()]
+
+
 def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Make all but the embeddings, input and output, trainable: what conversion changes has no say in the
-    vocabulary, and tied ones stay tied. A parameter of less than fp32 is kept in fp32 and cast where it is used, for
-    small steps would be rounded away; `merge` ends that.
+    """Make all parameters but the embeddings and the head trainable. Tied ones stay tied.
+
+    A parameter of fewer than 32 bits is kept in fp32, because small steps would be rounded away, and cast where it
+    is used. `merge` undoes this.
 
     Returns:
-        The teacher: a frozen copy of the model, which shares its embeddings and has no linear parts.
+        The teacher: a frozen copy of the model that shares its embeddings and has no linear parameters.
     """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings()
-    shared = {id(p): p for module in (*embeddings, head) if module is not None for p in module.parameters()}
+    shared = {id(p): p for p in vocabulary_parameters(model)}
     model.requires_grad_(False)
     teacher = copy.deepcopy(model, dict(shared))
     for module in converted(teacher).values():
@@ -110,7 +114,7 @@ def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """The model as it is saved: without LoRA, every parameter in its own dtype."""
+    """Merge LoRA into the weights, or cast trained parameters to their own dtype, and return the model."""
     if isinstance(student, PeftModel):
         return student.merge_and_unload()
     for module in list(student.modules()):
@@ -121,19 +125,18 @@ def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return student
 
 
-def recomputable(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers can compute again in the backward."""
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that support gradient checkpointing in transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """While open, the layers' activations are computed again in the backward instead of kept (arXiv 1604.06174).
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Apply gradient checkpointing to the layers while the context is open (arXiv 1604.06174).
 
-    Transformers does so in training mode alone, with whatever dropout the layers have; here the model stays in
-    evaluation mode and the result the same.
+    Transformers supports it in training mode only, where dropout is active. Here the model stays in evaluation mode.
     """
-    layers = recomputable(model)
+    layers = checkpointable(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

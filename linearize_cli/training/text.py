@@ -1,4 +1,4 @@
-"""The text of a run: what it trains on, and what it measures on."""
+"""The training text and the evaluation text of a run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ from linearize_cli.training.job import Job
 
 
 def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
-    """Open the training data that a job names. None stands for `self`, which the model has yet to write."""
+    """Open the training data of a job. None stands for `self`, which is not sampled yet."""
     names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
     return [None if name == SELF else text.open_source(name, bad) for name in names] if needed else []
 
 
 class NamedText:
-    """The text that a job names, opened before the model is loaded, so that a wrong name fails at once.
+    """The text sources of a job. They are opened before the model is loaded, so that a wrong name fails at
+    once.
 
     Attributes:
-        bad: the rows that were left out.
-        train: the source to train on, or None without training.
-        evaluation: the source to measure on, or None if there is no text at all.
+        bad: the rows that were skipped.
+        train: the training source, or None without training.
+        evaluation: the evaluation source, or None if there is no text.
     """
 
     def __init__(self, job: Job):
@@ -42,14 +43,18 @@ class NamedText:
             self.split()
 
     def split(self) -> None:
-        """Join the training sources, and hold out a part of them if no text to measure on is named."""
+        """Join the training sources, and hold out a part of them if no evaluation text is given."""
         train, self.evaluation = text.joined(self.sources) if self.sources else None, self.named_evaluation
         if train is not None and self.evaluation is None:
             train, self.evaluation = text.hold_out(train)
         self.train = train if self.job.train else None
 
     def read_through(self, tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal) -> None:
-        """Read local text once before the run starts. Raises as `sources.read_through`."""
+        """Check local text once before the run starts.
+
+        Raises:
+            BadRow: see `sources.read_through`.
+        """
         for source in filter(None, [*self.sources, self.named_evaluation]):
             text.read_through(source, tokenizer, task)
         self.bad.report(terminal)
@@ -75,10 +80,10 @@ class NamedText:
         """Cut the text into blocks of `length` tokens.
 
         Args:
-            job: the job, whose batch size is known by now.
+            job: the job, with its batch size resolved.
 
         Raises:
-            UserError: the text to measure on does not fill one block.
+            UserError: the evaluation text does not fill one block.
         """
         held_out = None
         if self.evaluation is not None:
@@ -89,12 +94,12 @@ class NamedText:
 
 @dataclass(frozen=True)
 class TextBlocks:
-    """A run's text in blocks of tokens.
+    """The text of a run in blocks of tokens.
 
     Attributes:
-        length: tokens of a block.
-        train: the source to train on, or None.
-        held_out: `[N, length]` blocks to measure on, or None.
+        length: the number of tokens in a block.
+        train: the training source, or None.
+        held_out: the evaluation blocks `[N, length]`, or None.
     """
 
     job: Job
@@ -106,16 +111,16 @@ class TextBlocks:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one batch, over all processes."""
+        """Return the number of tokens in a batch, over all processes."""
         return self.length * self.job.batch_size
 
     def stream(self, skip: int = 0) -> Iterator[Blocks]:
-        """Yield the training text in batches without end, after the first `skip` batches."""
+        """Yield batches of training text without end, after the first `skip` batches."""
         size, recover = self.job.batch_size, self.job.recipe.recover
         return text.stream(self.train, self.tokenizer, self.length, size, recover, skip)
 
     def batches(self, engine: Engine, start: int = 0) -> Callable[[int], Iterator[Batch]]:
-        """Return a function that yields this process's training batches after `start` and `done` batches."""
+        """Return a function that yields this process's training batches after the first `start + done`."""
 
         def after(done: int) -> Iterator[Batch]:
             return (self.task.batch(engine.share(blocks)) for blocks in self.stream(start + done))

@@ -1,4 +1,4 @@
-"""The artifact's folder: whose code is measured, whether its files are those that were saved, and its fingerprint."""
+"""Checks of the artifact's folder: the code that runs, the checksums of its files, and its fingerprint."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from linearize_cli.verification.check import FAIL, OK, Finding, Line, Subject, n
 
 
 def code(subject: Subject) -> Finding:
-    """Say whose code is measured. This package's code must be the same as what the artifact carries."""
+    """Report which runtime code is verified: the artifact's own, or this package's.
+
+    The check fails if this package's code runs and differs from the artifact's.
+    """
     if not type(subject.model).__module__.startswith("linearize_cli."):
         return Finding({"code": {"ran": "artifact", "differs": []}}, [Line("code", "the artifact's own")])
     differs = sorted(name for name, text in sources().items() if content(subject.artifact / name) != text)
@@ -27,7 +30,7 @@ def code(subject: Subject) -> Finding:
 
 
 def content(path: Path) -> str | None:
-    """Return the text of a file, None where it is missing or no text."""
+    """Return the text of a file, or None if it is missing or not valid UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -35,7 +38,7 @@ def content(path: Path) -> str | None:
 
 
 def files(subject: Subject) -> Finding:
-    """Compare the files with the checksums that were taken when the artifact was saved."""
+    """Compare the artifact's files with the checksums recorded in linearize.json."""
     if not (subject.artifact / REPORT).exists():
         said = "linearize.json is missing: fetch the artifact again, or convert again"
         return Finding(lines=[Line("files", said, "", FAIL)])
@@ -43,31 +46,32 @@ def files(subject: Subject) -> Finding:
     if recorded is None:
         return not_checked("files", "linearize.json has no checksums; `linearize seal` adds them")
     differing = changed(recorded, subject.artifact)
-    said = f"since it was saved, {differing}" if differing else f"{len(recorded)} as they were saved"
+    said = f"since it was saved, {differing}" if differing else f"{len(recorded)} match their checksums"
     return Finding({"files": {"changed": differing}}, [Line("files", said, "", FAIL if differing else OK)])
 
 
 def fingerprint(subject: Subject) -> Finding:
-    """Compare logits of fixed sequences, and the tokens of a fixed text, with those of the saved artifact."""
+    """Compare logits of fixed sequences, and the tokens of a fixed text, with the fingerprint in linearize.json."""
     recorded = read_record(subject.artifact).get("fingerprint")
     if recorded is None:
-        return not_checked("fingerprint", "linearize.json has none; `linearize seal` adds it")
+        return not_checked("fingerprint", "linearize.json has no fingerprint; `linearize seal` adds one")
     model = subject.model
     if torch.finfo(model.dtype).eps > torch.finfo(saved_dtype(subject)).eps:
-        return not_checked("fingerprint", f"--dtype {model.dtype} rounds the weights".replace("torch.", ""))
+        why = f"--dtype {model.dtype} rounds the saved weights".replace("torch.", "")
+        return not_checked("fingerprint", why)
     computed = getattr(torch, str(recorded.get("dtype")), None)
     if computed not in TOLERANCE:
-        return Finding(lines=[Line("fingerprint", "the record in linearize.json is damaged", "", FAIL)])
+        return Finding(lines=[Line("fingerprint", "the fingerprint in linearize.json is damaged", "", FAIL)])
     if TOLERANCE[computed] < TOLERANCE[model.dtype]:
         model = in_float32(model)
     if model is None:
-        return not_checked("fingerprint", "memory holds no copy of the model in float32")
+        return not_checked("fingerprint", "not enough memory for a float32 copy of the model")
     try:
         diff, largest, same_text = differences(recorded, subject.task, model, subject.tokenizer)
     except ValueError as error:
         return Finding(lines=[Line("fingerprint", str(error), "", FAIL)])
     limit = TOLERANCE[computed] * max(1.0, largest)
-    said = f"{diff:.1e}" + ("" if same_text else "; the tokenizer splits a fixed text in another way")
+    said = f"{diff:.1e}" + ("" if same_text else "; the tokenizer splits the fixed text differently")
     line = Line("fingerprint", said, f"{limit:.1e}", OK if diff <= limit and same_text else FAIL)
     data = {
         "fingerprint": {"max_abs_diff": min(diff, torch.finfo(torch.float32).max), "tokenizer": same_text}
@@ -76,6 +80,6 @@ def fingerprint(subject: Subject) -> Finding:
 
 
 def saved_dtype(subject: Subject) -> torch.dtype:
-    """Return the dtype of the saved weights, as config.json has it."""
+    """Return the dtype of the saved weights that config.json names."""
     config, _ = PreTrainedConfig.get_config_dict(subject.artifact)
     return getattr(torch, str(config.get("dtype")), subject.model.dtype)

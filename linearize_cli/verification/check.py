@@ -1,4 +1,4 @@
-"""What a check of `verify` is given and what it returns."""
+"""The input of every check of `verify` (`Subject`) and its result (`Finding`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,27 +19,29 @@ from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.verification.speculation import Speculation
 
 OK, TIE, FAIL = "ok", "tie", "FAIL"
-NOISES = 4  # times the noise: how far forms may differ in half precision
+NOISES = 4  # in half precision, forms may differ by this many times the measured rounding noise
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified.
+    """The model under test, with its test inputs and the settings that all checks share.
 
     Attributes:
-        texts: the prompts' tokens.
-        rows: `[2, L]` tokens, more than three windows or groups where the context has room.
-        size: tokens from one edge of a window or group to the next.
-        context: positions that the model has.
-        noise: the largest change of a logit through rounding.
+        texts: the prompts as token ids.
+        rows: test tokens `[2, L]`. They span more than three windows or groups if the context is long enough.
+        size: tokens between two boundaries of a window or group.
+        context: the model's context length in tokens.
+        max_new: tokens to generate for each prompt.
+        noise: the largest change of a logit through rounding alone (`rounding_noise`).
         largest: the largest absolute logit.
-        parents: the parent of each tree node, -1 for none.
-        drafter: drafts the trees that the model itself reads.
-        speculation: what is compared with plain decoding, or None.
-        target_noise: the noise of the speculation's target.
-        no_tree: why the model reads no token tree, or None if it does.
-        quick: whether to leave out what takes long.
-        tokenizer: of the model; artifact: the folder it was loaded from, where it was.
+        parents: the parent of each tree node, -1 for the root.
+        drafter: drafts the token trees that the model verifies.
+        speculation: the speculative decoding that is compared with plain decoding, or None.
+        target_noise: the rounding noise of the speculation's target.
+        no_tree: why the model cannot verify a token tree, or None if it can.
+        quick: True to skip the slow checks.
+        tokenizer: the model's tokenizer.
+        artifact: the folder that the model was loaded from, or None.
     """
 
     task: Task
@@ -63,12 +65,13 @@ class Subject:
 
     @property
     def half(self) -> bool:
-        """True if the model computes in half precision."""
+        """Return True if the model computes in half precision."""
         return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:
-        """Return an empty comparison of logits. Its tolerance is the dtype's, or in half precision that of the measured
-        noise if that is less.
+        """Return an empty comparison of logits.
+
+        Its tolerance is the dtype's. In half precision it is at most `NOISES` times the measured noise.
         """
         tolerance = TOLERANCE[self.model.dtype]
         if self.half:
@@ -76,16 +79,23 @@ class Subject:
         return Comparison(tolerance, self.largest)
 
     def generator(self) -> torch.Generator:
+        """Return a new generator seeded with `seed`."""
         return torch.Generator().manual_seed(self.seed)
 
     def random_tokens(self, *shape: int) -> Tensor:
+        """Return random token ids of a shape, on the model's device. The same shape gives the same ids."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
         return torch.randint(vocabulary, shape, generator=self.generator()).to(self.model.device)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table; `name` is the check's, as `failed` has it, `verdict` empty where nothing is judged."""
+    """A line of the printed table.
+
+    Attributes:
+        name: the check's name, the same as in `failed`.
+        verdict: OK, TIE or FAIL. It is empty for a measurement without a limit.
+    """
 
     name: str
     measured: str
@@ -95,7 +105,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: the parts of `verify.json` that it fills, and its lines of the table."""
+    """The result of one check: its parts of `verify.json`, its lines of the table, and its limits by name."""
 
     data: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -103,28 +113,36 @@ class Finding:
 
 
 def is_linear(layer: object) -> bool:
-    """Return whether a cache layer is a converted one, of this package's code or of the artifact's own."""
+    """Return True for the cache of a converted layer, whether from this package's code or the artifact's own."""
     return hasattr(layer, "trail")
 
 
 def is_plain(layer: object) -> bool:
-    """Return whether a cache layer keeps a converted layer's state and no other, as of a conv beside it."""
+    """Return True for the cache of a converted layer that holds no states of another kind (a base model's conv)."""
     return is_linear(layer) and all(x is None for x in getattr(layer, "conv_states", {}).values())
 
 
 def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: str = "") -> Finding:
-    """Build the finding of a check that has one number and one limit."""
+    """Return the finding of a check that measures one difference and allows one limit.
+
+    Args:
+        data: the check's part of `verify.json`.
+        more: text that follows the difference in the table.
+    """
     line = Line(name, f"{diff:.1e}{more}", f"{limit:.1e}", OK if diff <= limit else FAIL)
     return Finding(data, [line], {name: limit})
 
 
 def not_checked(name: str, why: str) -> Finding:
+    """Return the finding of a check that was not run, with the reason."""
     return Finding(lines=[Line(name, f"not possible: {why}")])
 
 
 def refused(subject: Subject, name: str, why: str) -> Finding:
-    """Return the finding of a check that a model does not allow. A causal model that keeps nothing but states and takes
-    positions has no reason to refuse a check: it fails.
+    """Return the finding of a check that the model cannot run.
+
+    A causal model whose cache holds linear states alone, and whose forward takes positions, must support every
+    check. For such a model this is a failure, for any other the check counts as not run.
     """
     if not isinstance(subject.task, CausalLM):
         return not_checked(name, why)
@@ -136,7 +154,7 @@ def refused(subject: Subject, name: str, why: str) -> Finding:
 
 
 def no_tree_of(task: Task, model: PreTrainedModel) -> str | None:
-    """Return why a model reads no token tree, or None if it does."""
+    """Return why a model cannot verify a token tree, or None if it can."""
     if not isinstance(task, CausalLM):
-        return f"{task.kind} has no text of its own that a tree could follow"
+        return f"{task.kind} is not a causal language model, so it has no next token to draft"
     return why_no_tree(model)

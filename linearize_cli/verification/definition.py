@@ -1,4 +1,7 @@
-"""Layers against the equation token by token in fp64. Scores and feature maps are those of the layer itself."""
+"""The check `definition`: layer outputs against the reference `step`, one token at a time in fp64.
+
+The reference uses the layer's own scores and feature maps.
+"""
 
 import copy
 
@@ -12,27 +15,31 @@ from linearize_cli.verification.check import Finding, Subject, compared, not_che
 
 
 def definition(subject: Subject) -> Finding:
-    """Compare a layer of each geometry, on what it sees of a row, with `step`."""
+    """Compare one layer of each distinct equation with `step`, on the q, k and v that it receives for a row."""
     layers = {x.equation: x for x in causal_layers(subject)}
     if not layers:
-        return not_checked("definition", "no converted layer runs forward in time")
+        return not_checked("definition", "no converted layer is causal self-attention")
     worst = Comparison(subject.comparison().tolerance, 0.0)
     for attention in layers.values():
         inputs, options, actual = layer_call(subject, attention)
-        worst.add(actual, defined(attention, *inputs, options.get("s_aux")))
+        worst.add(actual, reference_outputs(attention, *inputs, options.get("s_aux")))
     data = {"definition": {"max_abs_diff": worst.diff, "layers": len(layers)}}
     return compared("definition", worst.diff, worst.limit, data)
 
 
 def causal_layers(subject: Subject) -> list[nn.Module]:
-    """Return the converted layers that attend to their own past, not to an encoder."""
+    """Return the converted layers that are causal self-attention. Cross-attention to an encoder is left out."""
     geometries = subject.model.config.linearize["layers"]
     layers = {name: module.linear_attention for name, module in converted(subject.model).items()}
     return [x for name, x in layers.items() if x.equation.causal and "cross" not in geometries[name]]
 
 
 def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ...], dict, Tensor]:
-    """Return the first row's q, k and v `[heads, T, D]`, the call's options, and its output `[T, heads, Dv]`."""
+    """Run the model on the rows and record one layer's call for the first row.
+
+    Returns:
+        q, k and v `[heads, T, D]`, the keyword arguments, and the output `[T, heads, Dv]`.
+    """
     seen: list[tuple] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -47,8 +54,22 @@ def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ..
     return tuple(x[0] for x in inputs), options, output[0]
 
 
-def defined(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Compute the reference outputs `[T, heads, Dv]` with `step`, token by token in fp64 on the CPU."""
+def layer_inputs(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model on the rows and return one layer's q, k and v `[1, heads, T, D]`, all rows in one sequence."""
+    seen: list[tuple[Tensor, ...]] = []
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))
+    try:
+        subject.task.read(subject.model, list(subject.rows))
+    finally:
+        hook.remove()
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in seen[0])
+    return q, k, v
+
+
+def reference_outputs(
+    attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
+) -> Tensor:
+    """Compute the outputs `[T, heads, Dv]` with `step`, one token at a time in fp64 on the CPU."""
     exact = copy.deepcopy(attention).to("cpu", torch.float64)
     q, k, v = (x.detach().to("cpu", torch.float64) for x in (q, k, v))
     if sink_logits is not None:

@@ -1,4 +1,7 @@
-"""Drafts of which it is known how many tokens are right: none, some, all, and one that ends the text."""
+"""The check `drafts`: speculative decoding with drafts that have a known number of right tokens.
+
+The drafts have none, some or all tokens right. One ends in a stop token, one runs into the end of the context.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,17 +14,18 @@ from linearize_cli.speculative.drafts import Draft
 from linearize_cli.verification.check import FAIL, OK, TIE, Finding, Line, Subject, not_checked
 from linearize_cli.verification.greedy import TIES, decoded, mismatch
 
-DEPTH, ROWS, NEW = 4, 4, 32  # of the drafted chains, prompts, and tokens that each continues by
+DEPTH, ROWS, NEW = 4, 4, 32  # tokens of a drafted chain, number of prompts, new tokens for each prompt
 
 
 @dataclass
 class Oracle:
-    """Drafts a chain that starts with `right` tokens of what the model writes, and then a wrong one.
+    """A drafter of chains whose first tokens are the model's own, followed by a wrong one.
 
     Attributes:
         texts: each row's prompt and greedy continuation.
-        right: cycles through these numbers of right tokens, one a step.
-        vocabulary: of the model.
+        right: numbers of right tokens. Each step takes the next one, in a cycle.
+        vocabulary: the size of the model's vocabulary.
+        asked: the number of right tokens of each step so far.
     """
 
     texts: list[list[int]]
@@ -30,6 +34,7 @@ class Oracle:
     asked: list[int] = field(default_factory=list)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return a chain of `DEPTH` tokens for each row."""
         right = self.right[len(self.asked) % len(self.right)]
         self.asked.append(right)
         ids = []
@@ -42,7 +47,10 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare drafts of every number of right tokens, a stop and the context's end within one, with plain decoding."""
+    """Compare speculative with plain greedy decoding, for drafts with 0 to `DEPTH` right tokens.
+
+    Two more runs end within a draft: one at a stop token, one at the end of the context.
+    """
     if subject.no_tree:
         return not_checked("drafts", subject.no_tree)
     prompts = subject.texts[:ROWS]
@@ -54,19 +62,19 @@ def drafts(subject: Subject) -> Finding:
     oracle = Oracle(texts, range(DEPTH + 1), vocabulary)
     steps = list(speculate(subject.model, prompts, oracle, new))
     found = differing(written(steps), continued, margins)
-    wrong_depths = 0 if found else depths_beyond(steps[1:], oracle, new)
+    wrong_depths = 0 if found else count_wrong_depths(steps[1:], oracle, new)
     stop = continued[0][new // 2]
     ends = [row[: row.index(stop) + 1] if stop in row else row for row in continued]
     ended = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, stop=[stop])
     found += differing(written(ended), ends, margins)
     context = max(map(len, prompts)) + DEPTH + 3  # it ends within a draft
-    room = [row[: context - len(prompt)] for row, prompt in zip(continued, prompts, strict=True)]
+    cut = [row[: context - len(prompt)] for row, prompt in zip(continued, prompts, strict=True)]
     full = speculate(subject.model, prompts, Oracle(texts, [DEPTH], vocabulary), new, context=context)
-    found += differing(written(full), room, margins)
+    found += differing(written(full), cut, margins)
     limit = TIES * subject.noise
     tied = all(x["margin"] < limit for x in found)
     verdict = FAIL if wrong_depths or not tied else TIE if found else OK
-    said = f"{len(found)} of {3 * len(prompts)} texts differ, {wrong_depths} drafts are accepted to another depth"
+    said = f"{len(found)} of {3 * len(prompts)} texts differ, {wrong_depths} drafts accepted to a wrong depth"
     data = {"texts": 3 * len(prompts), "mismatches": len(found), "wrong_depths": wrong_depths}
     return Finding(
         {"drafts": data}, [Line("drafts", said, f"margin {limit:.1e}", verdict)], {"drafts": limit}
@@ -74,20 +82,29 @@ def drafts(subject: Subject) -> Finding:
 
 
 def differing(rows: list[list[int]], expected: list[list[int]], margins: Tensor) -> list[dict]:
-    """Return the first difference of each row that is not as expected."""
+    """Return the first mismatch of each row that differs from the expected tokens, as `mismatch` records.
+
+    Args:
+        rows: the tokens that were generated.
+        expected: the tokens of plain decoding.
+        margins: `[B, new]`, the gap between the top two logits at each new token of plain decoding.
+    """
     found = []
     for row, (actual, due) in enumerate(zip(rows, expected, strict=True)):
         if actual != due:
             same = [a == b for a, b in zip(actual, due, strict=False)]
             place = same.index(False) if False in same else len(same)
-            # A text of another length is no tie.
+            # A row with the wrong length cannot be excused as a tie.
             margin = margins[row, place] if False in same else margins.new_tensor(torch.inf)
             found.append(mismatch(row, place, margin))
     return found
 
 
-def depths_beyond(steps: Sequence, oracle: Oracle, new: int) -> int:
-    """Return how many accepted depths are not the number of right tokens, of rows that had room for the whole draft."""
+def count_wrong_depths(steps: Sequence, oracle: Oracle, new: int) -> int:
+    """Count the accepted depths that differ from the number of right tokens.
+
+    Rows with too few tokens left for the whole draft are not counted.
+    """
     wrong, tokens = 0, [1] * len(oracle.texts)
     for step, right in zip(steps, oracle.asked, strict=True):
         for row, accepted in enumerate(step.accepted):

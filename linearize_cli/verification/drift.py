@@ -1,4 +1,4 @@
-"""How far the state of a layer drifts from what its definition says, by length."""
+"""The check `drift`: the error of a layer's state S, z against sums in fp64, by sequence length."""
 
 import copy
 from typing import Any
@@ -9,47 +9,43 @@ from transformers import DynamicCache
 
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.verification.check import FAIL, OK, Finding, Line, Subject, not_checked
+from linearize_cli.verification.definition import layer_inputs
 
-SHORTEST, LONGER = 128, (1, 4, 16)  # tokens, twice the near part where that is longer, and times as many
-SINGLE, PIECE = 256, 16  # tokens that come one by one, and at once beyond them
-# Of every method, sums in fp32 are 2e-6 off at most; a state that is kept in bf16 is 2e-3 off at least.
+# Lengths are SHORTEST times each of MULTIPLES. SHORTEST is doubled until it covers the local part twice.
+SHORTEST, MULTIPLES = 128, (1, 4, 16)
+SINGLE, CHUNK = 256, 16  # the first tokens are fed one at a time, later ones in chunks
+# For every method, sums in fp32 are off by 2e-6 at most. A state that is kept in bf16 is off by 2e-3 at least.
 LIMIT = 1e-4
 LIMITS = {torch.float64: 1e-10}
 
 
 def drift(subject: Subject) -> Finding:
-    """The state of the first layer that has a far part, against sums in fp64."""
+    """Compare the state of the first causal layer that has a global part with sums in fp64."""
     modules = (module.linear_attention for module in converted(subject.model).values())
     attention = next((x for x in modules if x.far is not None and x.equation.causal), None)
     if attention is None:
-        return not_checked("drift", "no layer has a far part, so nothing is summed up")
+        return not_checked("drift", "no layer has a global (linear) part, so there is no state to sum")
     eq, shortest = attention.equation, SHORTEST
     while shortest < 2 * (eq.sinks + eq.recent):
         shortest *= 2
-    lengths = [shortest * times for times in LONGER]
-    found = state_errors(attention, *seen_by(attention, subject, lengths[-1]), lengths)
+    lengths = [shortest * times for times in MULTIPLES]
+    found = state_errors(attention, *sampled_inputs(attention, subject, lengths[-1]), lengths)
     limit = LIMITS.get(subject.model.dtype, LIMIT)
     worst = max(found, key=lambda row: row["state_rel_error"])
-    said = f"{worst['state_rel_error']:.1e} of the state, at {worst['length']:,} tokens"
+    said = f"relative error of the state {worst['state_rel_error']:.1e}, at {worst['length']:,} tokens"
     verdict = OK if worst["state_rel_error"] <= limit else FAIL
     return Finding({"drift": found}, [Line("drift", said, f"{limit:.1e}", verdict)], {"drift": limit})
 
 
-def seen_by(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor, Tensor]:
-    """Draw `count` random keys and values `[1, kv, count, D]` from those that the layer receives."""
-    seen = []
-    hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[1:3]))
-    try:
-        subject.task.read(subject.model, list(subject.rows))
-    finally:
-        hook.remove()
-    k, v = (x.transpose(0, 1).flatten(1, 2) for x in seen[0])  # [kv, B T, D]
-    drawn = torch.randint(k.shape[1], (count,), generator=subject.generator()).to(k.device)
-    return k[None, :, drawn], v[None, :, drawn]
+def sampled_inputs(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor, Tensor]:
+    """Sample `count` keys and values `[1, kv, count, D]` from those that the layer receives."""
+    _, k, v = layer_inputs(subject, attention)
+    sampled = torch.randint(k.shape[-2], (count,), generator=subject.generator()).to(k.device)
+    return k[..., sampled, :], v[..., sampled, :]
 
 
 def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int]) -> list[dict[str, Any]]:
-    """Of the layer's cache, `[{length, state_rel_error}]`: the larger of S's and z's."""
+    """Return `[{length, state_rel_error}]` of the layer's cache: the larger relative error of S and z."""
     eq, exact = attention.equation, copy.deepcopy(attention.far).double()
     layer = attention.place(DynamicCache(), 0)
     q = k.repeat_interleave(eq.heads // eq.kv_heads, 1)
@@ -57,7 +53,7 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
     S, z, folded, first, found = empty.S.transpose(0, 1), empty.z.transpose(0, 1), eq.sinks, 0, []
     for length in lengths:
         while first < length:
-            part = slice(first, first + (1 if first < SINGLE else PIECE))
+            part = slice(first, first + (1 if first < SINGLE else CHUNK))
             layer.attend(attention, *(x[..., part, :] for x in (q, k, v)), None, None)
             first = part.stop
         for position in range(folded, length - eq.recent):
@@ -71,6 +67,9 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
 
 
 def relative(error: Tensor, expected: Tensor) -> Tensor:
-    """Return the norm of an error as a share of what was expected; 0 if both are zero, as of a pruned layer."""
+    """Return the norm of an error divided by the norm of the expected tensor.
+
+    It is 0 if both are zero, as for a pruned layer.
+    """
     size = error.norm()
     return torch.where(size == 0, size, size / expected.norm())

@@ -1,11 +1,11 @@
-"""The forms of a model against one another: prefill, chunks, decoding, pads; and the model as it is saved."""
+"""The checks `forms`, `padding` and `reload`: prefill, chunked prefill and decoding, padding, and a saved copy."""
 
 from linearize_cli.metrics.equivalence import compare_forms, compare_padding, compare_reading, compare_reload
 from linearize_cli.verification.check import Finding, Subject, compared
 
 
 def forms(subject: Subject) -> Finding:
-    """Prefills of many lengths and a chunked one against decoding."""
+    """Compare prefills of many lengths, and a chunked prefill, with decoding one token at a time."""
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     prefill, chunked = subject.comparison(), subject.comparison()
     compare_forms(decoder, subject.rows, subject.size, prefill, chunked)
@@ -19,7 +19,7 @@ def forms(subject: Subject) -> Finding:
 
 
 def padding(subject: Subject) -> Finding:
-    """Compare a padded batch with each of its rows alone."""
+    """Compare each row of a padded batch with the same row alone."""
     worst = subject.comparison()
     compare = compare_padding if subject.task.decodes else compare_reading
     compare(subject.task, subject.model, subject.rows, subject.size, worst)
@@ -27,7 +27,7 @@ def padding(subject: Subject) -> Finding:
 
 
 def reload(subject: Subject) -> Finding:
-    """The model against itself, saved and loaded again."""
+    """Compare the model with itself after it was saved and loaded."""
     worst = subject.comparison()
     compare_reload(subject.task, subject.model, subject.rows, worst)
     return compared("reload", worst.diff, worst.limit, {"reload": {"max_abs_diff": worst.diff}})

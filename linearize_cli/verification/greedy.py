@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache, against one forward without a cache and against speculation, token by token."""
+"""The check `greedy`: cached greedy decoding against a forward without a cache, and against speculation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from linearize_cli.verification.check import FAIL, OK, TIE, Finding, Line, Subje
 from linearize_cli.verification.speculation import Speculation
 
 BATCH = 8  # prompts decoded together
-TIES = 10  # times the noise: the top two logits are one
+TIES = 10  # the top two logits tie if they are closer than this many times the noise
 
 
 def greedy(subject: Subject) -> Finding:
-    """The first mismatch, and whether all of them are ties."""
+    """Compare the greedy tokens of all prompts. The check passes as TIE if every mismatch is a tie of logits."""
     speculation, cached, drafted = subject.speculation, [], []
     for first in range(0, len(subject.texts), BATCH):
         part = subject.texts[first : first + BATCH]
@@ -27,11 +27,11 @@ def greedy(subject: Subject) -> Finding:
             drafted += speculative_mismatches(subject.task, speculation, part, first, subject.max_new)
     count = len(subject.texts) * subject.max_new
     limit = TIES * subject.noise
-    lines = [line(f"{len(cached)} of {count:,} tokens differ from those without a cache", cached, limit)]
+    lines = [line(f"{len(cached)} of {count:,} tokens differ from a forward without a cache", cached, limit)]
     if speculation is None:
         lines.append(Line("greedy", f"no speculation: {subject.no_tree}"))
     else:
-        said = f"{len(drafted)} of {len(subject.texts)} prompts differ, drafted by {speculation.name}"
+        said = f"{len(drafted)} of {len(subject.texts)} prompts differ with drafts by {speculation.name}"
         lines.append(line(said, drafted, TIES * subject.target_noise))
     mismatches = cached + drafted
     data = {
@@ -45,6 +45,7 @@ def greedy(subject: Subject) -> Finding:
 
 
 def line(said: str, mismatches: list[dict[str, Any]], limit: float) -> Line:
+    """Return the table line: OK without mismatches, TIE if all margins are below the limit, else FAIL."""
     tied = all(mismatch["margin"] < limit for mismatch in mismatches)
     verdict = OK if not mismatches else TIE if tied else FAIL
     return Line("greedy", said, f"margin {limit:.1e}", verdict)
@@ -52,9 +53,12 @@ def line(said: str, mismatches: list[dict[str, Any]], limit: float) -> Line:
 
 def decoded(
     task: Task, model: PreTrainedModel, texts: Sequence[Sequence[int]], max_new: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Plain greedy decoding: ids `[B, L + max_new]`, their mask without the last, L, and how far apart the top two
-    logits are of each new token, `[B, max_new]`.
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Decode prompts greedily, without speculation.
+
+    Returns:
+        The ids `[B, L + max_new]`, their mask `[B, L + max_new - 1]` without the last token, the padded prompt length
+        L, and the gap between the top two logits at each new token `[B, max_new]`.
     """
     decoder, ids, mask = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
     length, cache, token, margins = ids.shape[1], decoder.new_cache(), ids, []
@@ -70,14 +74,13 @@ def decoded(
 def uncached_mismatches(
     task: Task, model: PreTrainedModel, texts: list[list[int]], first: int, max_new: int
 ) -> list[dict[str, Any]]:
-    """Where plain decoding chose another token than one forward without a cache over its text.
+    """Find the tokens where cached decoding differs from the argmax of one forward without a cache.
 
-    Both see the same padded batch: a fault with pads is the affair of another check.
+    Both read the same padded batch, because faults of padding belong to the check `padding`.
 
     Returns:
-        `prompt` (counted from `first`), `position` (tokens generated before it), and `margin`: how far below
-        the best logit of the forward without a cache the chosen token's lies, which is the difference of the
-        top two where these two were swapped.
+        Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the best
+        logit of the forward without a cache minus the chosen token's logit.
     """
     ids, mask, length, _ = decoded(task, model, texts, max_new)
     decoder, _, _ = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
@@ -90,8 +93,12 @@ def uncached_mismatches(
 def speculative_mismatches(
     task: Task, speculation: Speculation, texts: list[list[int]], first: int, max_new: int
 ) -> list[dict[str, Any]]:
-    """As `uncached_mismatches`, of speculative decoding: each prompt's first token that is not the plain one. What
-    follows it is another text.
+    """Find the first token of each prompt where speculative decoding differs from plain decoding.
+
+    Later tokens follow a different text, so they are not compared.
+
+    Returns:
+        Records of `prompt`, `position` and `margin`: the gap between the top two logits of plain decoding.
     """
     plain, _, length, margins = decoded(task, speculation.target, texts, max_new)
     found = []
@@ -106,12 +113,13 @@ def speculative_mismatches(
 
 
 def speculated(speculation: Speculation, texts: list[list[int]], max_new: int) -> list[list[int]]:
-    """The new tokens of each text."""
+    """Return the new tokens of each text, decoded with speculation."""
     parts = [texts] if speculation.batched else [[text] for text in texts]
     return [row for part in parts for row in written(speculation.run(part, max_new))]
 
 
 def mismatch(prompt: int, position: int, margin: Tensor) -> dict[str, Any]:
+    """Return the record of a mismatch, with a finite margin so that it can be written as JSON."""
     return {
         "prompt": prompt,
         "position": position,

@@ -1,4 +1,4 @@
-"""The prompts that `verify` continues: built in, or a user's own."""
+"""The prompts that `verify` continues: built-in ones, or those of a user's file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +25,13 @@ PROMPTS = (
 def tokenize(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_new: int
 ) -> list[list[int]]:
-    """Return the tokens of prompts, the last ones cut off where `max_new` more would not fit the context.
+    """Return the token ids of each prompt, truncated so that `max_new` more tokens fit the context.
+
+    Args:
+        prompts: the texts, or None for the built-in ones.
 
     Raises:
-        UserError: no prompt has a token, or max_new does not fit.
+        UserError: no prompt has a token, or `max_new` does not fit the context.
     """
     context = context_length(model)
     if not 1 <= max_new < context:
@@ -39,29 +42,32 @@ def tokenize(
     ]
     texts = [ids[: context - max_new] for ids in texts if ids]
     if not texts:
-        raise UserError("the tokenizer finds no token in any prompt", "Pass other --prompts.")
+        raise UserError("the prompts have no token in this tokenizer", "Pass other prompts with --prompts.")
     return texts
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: a line each, or the `text` fields of JSONL.
+    """Return the prompts of a file: one on each line, or the `text` fields of JSONL.
 
     Raises:
-        UserError: the file cannot be read, or holds chats or no prompt.
+        UserError: the file cannot be read, has no prompt, or has chats.
     """
     if not path.is_file():
-        raise UserError(f"no such file of prompts: {path}", "Name a file with a prompt a line, or JSONL.")
+        hint = "Pass a text file with one prompt on each line, or a JSONL file."
+        raise UserError(f"no such file of prompts: {path}", hint)
     if path.suffix == ".jsonl":
         try:
             documents = list(read_jsonl(path, BadRows()))
         except BadRow as error:
             raise UserError(error.what, "Correct or remove the line.") from None
         if any(isinstance(document, Chat) for document in documents):
-            raise UserError(f"{path} holds chats, no prompts", 'Write JSONL: {"text": "..."}.')
+            hint = 'Give each line of the file a text: {"text": "..."}.'
+            raise UserError(f"{path} has chats, and --prompts needs plain texts", hint)
         texts = ["".join(document) for document in documents]
     else:
-        texts = read_text(path, "Write a prompt a line, in UTF-8.").splitlines()
+        texts = read_text(path, "Write one prompt on each line, in UTF-8.").splitlines()
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise UserError(f"{path} holds no prompt", 'Write a prompt a line, or JSONL: {"text": "..."}.')
+        hint = 'Write one prompt on each line, or JSONL lines such as {"text": "..."}.'
+        raise UserError(f"{path} has no prompt", hint)
     return texts

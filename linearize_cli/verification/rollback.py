@@ -1,6 +1,6 @@
-"""What is taken back leaves no trace: crops of a cache, and token trees of which little or nothing is accepted.
+"""The check `rollback`: cropped caches, and token trees that are accepted in part or not at all.
 
-All that the layers keep is compared with a fresh run over the tokens that stayed; so are the logits of what follows.
+The full cache, and the logits of the tokens that follow, are compared with a fresh run over the accepted tokens.
 """
 
 import torch
@@ -16,15 +16,15 @@ from linearize_cli.models.tasks import reach
 from linearize_cli.runtime.cache import ROLLBACK
 from linearize_cli.verification.check import Finding, Subject, compared, is_linear, refused
 
-STEPS = 3  # single tokens after an accepted path
+STEPS = 3  # single tokens that are decoded after an accepted path
 
 
 def rollback(subject: Subject) -> Finding:
-    """Both ways in one comparison."""
+    """Compare crops and partly accepted token trees with fresh runs over the tokens that were kept."""
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):
-        return refused(subject, "rollback", "some layers cannot take tokens back")
+        return refused(subject, "rollback", "the cache of some layers cannot be cropped")
     if not subject.quick:
         compare_long_drafts(subject, decoder, worst)
         if subject.no_tree is None:
@@ -35,20 +35,24 @@ def rollback(subject: Subject) -> Finding:
         if not subject.quick:
             compare_single_trees(subject, worst)
     else:
-        more = ", by cropping alone"
+        more = ", cropping alone (no token trees)"
     data["rollback"] = {"max_abs_diff": worst.diff}
     return compared("rollback", worst.diff, worst.limit, data, more)
 
 
 def starts_around(size: int) -> list[int]:
-    """Lengths of prefixes just before an edge of windows and groups."""
+    """Return lengths of prefixes that end just before a window or group boundary."""
     return sorted({max(1, start) for start in (1, size - 2, 2 * size - 3)})
 
 
 def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
-    """Draft tokens, take some back, draft again, take one back and go on with a single token, against a cache
-    that saw only the tokens that stayed. The drafts cross edges of windows and groups. False: the model has layers
-    of its own that cannot take tokens back.
+    """Compare cropped caches with fresh ones, for drafts that cross window and group boundaries.
+
+    Each case drafts tokens, crops some, drafts again, crops one, and decodes one more token. The fresh cache reads
+    only the tokens that were kept.
+
+    Returns:
+        False if the base model has layers that cannot be cropped.
     """
     cases = [(start, 4, rejected) for start in starts_around(size) for rejected in range(5)]
     cases += [(size + 1, size + 5, rejected) for rejected in (1, min(size, ROLLBACK))]
@@ -79,8 +83,9 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
 
 
 def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -> None:
-    """Draft more tokens than a cache records, in several forwards, and take back some of the last. Taking back more
-    than is recorded must raise.
+    """Draft more tokens than a cache records, in several forwards, and crop some of the last ones.
+
+    A crop of more tokens than are recorded must raise.
     """
     length = min(ROLLBACK + subject.size + 24, reach(subject.model) or 1 << 30)
     if length < ROLLBACK + 12:
@@ -107,19 +112,15 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
 
 
 def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
-    """Record drafts behind pads, put their rows in another order, and take back some tokens. Nothing can be taken back
-    after a reset.
-    """
+    """Draft after a left-padded prompt, reorder the rows, and crop some tokens. A crop after a reset must raise."""
     lengths, order, drafted, rejected = (subject.size + 2, 3, 9), [2, 0, 1, 0], 6, 2
     if max(lengths) + drafted > subject.context:
         return
     ids = subject.random_tokens(3, max(lengths) + drafted)
     texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     (prompt, mask), draft = pad_left(texts), ids[:, -drafted:]
-    cache, cut = (
-        DynamicCache(config=subject.model.config),
-        prompt.shape[1] - 5,
-    )  # short rows still have pads there
+    cache = DynamicCache(config=subject.model.config)
+    cut = prompt.shape[1] - 5  # short rows still have pads there
     forward(subject.model, prompt[:, :cut], cache, mask[:, :cut])
     cache.activate_past_recording()
     forward(subject.model, prompt[:, cut:], cache, mask)
@@ -137,7 +138,7 @@ def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
 
 
 def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
-    """Count it as a difference if a cache takes back tokens that it does not hold."""
+    """Check that a crop of a cache raises. If it does not, record the largest possible difference."""
     try:
         cache.crop(tokens)
     except RuntimeError:
@@ -146,7 +147,10 @@ def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
 
 
 def compare_single_trees(subject: Subject, worst: Comparison) -> None:
-    """Two rows in step accept the first nodes of the deepest path, from none to all, given once; then they continue."""
+    """Commit one path for two rows of the same length, then decode single tokens.
+
+    The path is the first 0, 1, ... nodes of the tree's deepest path.
+    """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
     nodes, follow = subject.random_tokens(2, len(subject.parents)), subject.random_tokens(2, STEPS)
@@ -164,8 +168,9 @@ def compare_single_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def compare_trees(subject: Subject, worst: Comparison) -> None:
-    """Two trees one after the other, in rows of different lengths, then single tokens. Of the first tree every row
-    accepts another part of the deepest path, from nothing to all; of the second the other way round.
+    """Verify two trees in a row, with rows of different lengths, then decode single tokens.
+
+    Row i accepts the first i nodes of the first tree's deepest path. The second tree reverses the numbers.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
@@ -194,7 +199,7 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
-    """Run a text alone, compare its cache with that of a row in a batch, and return it."""
+    """Read a text `[T]` alone, compare its cache with one row of a batch's cache, and return the fresh cache."""
     fresh = DynamicCache(config=subject.model.config)
     forward(subject.model, text[None], fresh)
     compare_row(cache.layers, row, fresh.layers, 0, worst)
@@ -202,8 +207,9 @@ def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Com
 
 
 def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor], more: int) -> Tensor:
-    """Logits of a token `[B, 1]` that follows `more` others behind the texts; whatever else is there is pads, left
-    of them.
+    """Return the logits of a token `[B, 1]` that follows the texts and `more` further tokens.
+
+    All other slots of the cache are pads on the left.
     """
     slots = torch.arange(cache.get_seq_length() + 1, device=token.device)
     own = torch.tensor([len(text) + more + 1 for text in texts], device=token.device)
@@ -211,28 +217,27 @@ def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor]
 
 
 def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> None:
-    """Two caches of the same `rows` texts without pads."""
+    """Compare two caches of the same texts, without pads, row by row."""
     for row in range(rows):
         compare_row(cache.layers, row, fresh.layers, row, worst)
 
 
 def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, worst: Comparison) -> None:
-    """All that layers keep of a row, which may lie behind pads, with that of a row that does not."""
+    """Compare the cache of one row, which may follow pads, with that of a row without pads."""
     for layer, fresh in zip(layers, fresh_layers, strict=True):
         if is_linear(fresh):
-            there = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # an empty slot holds anything
+            filled = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # empty slots are undefined
             for name, tensor in vars(fresh.state).items():
                 pair = getattr(layer.state, name)[row], tensor[fresh_row]
                 if name in ("recent_k", "recent_v"):
-                    pair = tuple(x.where(there, 0) for x in pair)
+                    pair = tuple(x.where(filled, 0) for x in pair)
                 if tensor.numel():
                     worst.add(*pair)
         elif isinstance(fresh, DynamicLayer):
             kept = fresh.keys.shape[-2]
             worst.add(layer.keys[row, :, -kept:], fresh.keys[fresh_row])
             worst.add(layer.values[row, :, -kept:], fresh.values[fresh_row])
-        elif isinstance(
-            fresh, LinearAttentionLayer
-        ):  # crops only what keeps a conv's last inputs, or more of them
+        elif isinstance(fresh, LinearAttentionLayer):
+            # Among these only conv caches can be cropped. A cropped one may hold more inputs than a fresh one.
             for name, tensor in fresh.conv_states.items():
                 worst.add(layer.conv_states[name][row][..., -tensor.shape[-1] :], tensor[fresh_row])

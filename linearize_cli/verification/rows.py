@@ -1,4 +1,7 @@
-"""Rows of a batch: each computes what it computes alone, whatever is beside it and whatever its cache went through."""
+"""The check `rows`: each row of a batch gives the same logits as the row alone.
+
+The batches have rows of many lengths, pads in many places, and caches that were reordered or reset.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +17,12 @@ from linearize_cli.models.decoding import alone, counts_pads, forward, marked, p
 from linearize_cli.models.tasks import CausalLM
 from linearize_cli.verification.check import Finding, Subject, compared, is_linear
 
-SHORT, BEAMS, NEW = 5, 3, 12  # tokens of a short row, beams, and tokens that these write
+SHORT, BEAMS, NEW = 5, 3, 12  # tokens of a short row, number of beams, new tokens of a beam
 MANY = 24  # rows of a wide batch
 
 
 def rows(subject: Subject) -> Finding:
-    """Compare rows in batches of several shapes, and beams, with each row alone."""
+    """Compare the rows of batches of several shapes, and beam search, with each row alone."""
     worst = subject.comparison()
     for compare in (equal_rows, uneven_rows, long_turns):
         compare(subject, worst)
@@ -32,7 +35,7 @@ def rows(subject: Subject) -> Finding:
 
 
 def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list[Tensor], Tensor]:
-    """Return texts `[T_i]` of these lengths, as far as the context goes, and `[B, new]` tokens that follow them."""
+    """Return random texts `[T_i]` of these lengths, cut to the context, and tokens `[B, new]` that follow them."""
     longest = max(1, subject.context - new)
     source = subject.random_tokens(len(lengths), max(lengths) + new)
     texts = [row[: min(length, longest)] for row, length in zip(source, lengths, strict=True)]
@@ -40,19 +43,19 @@ def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list
 
 
 def equal_rows(subject: Subject, worst: Comparison) -> None:
-    """Five rows of one length, without pads, then single tokens."""
+    """Compare five rows of one length, without pads, followed by single tokens."""
     texts, follow = texts_of(subject, (subject.size + 2,) * 5, 4)
     compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
 
 
 def uneven_rows(subject: Subject, worst: Comparison) -> None:
-    """Rows of equal lengths that are not neighbours, then single tokens."""
+    """Compare two short rows with a long one between them, followed by single tokens."""
     texts, follow = texts_of(subject, (SHORT, subject.size + 22, SHORT), 6)
     compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
 
 
 def long_turns(subject: Subject, worst: Comparison) -> None:
-    """A padded batch, then turns of many tokens, of one and of a few, as in a chat."""
+    """Compare a padded batch followed by a long turn, a single token and a short turn, as in a chat."""
     turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
     texts, follow = texts_of(subject, (3, subject.size + 5, 9), sum(turns))
     if follow.shape[1] + 3 <= subject.context:
@@ -60,7 +63,7 @@ def long_turns(subject: Subject, worst: Comparison) -> None:
 
 
 def many_rows(subject: Subject, worst: Comparison) -> None:
-    """Many rows in one forward without a cache."""
+    """Compare rows of a wide batch in one forward without a cache."""
     ids = subject.random_tokens(MANY, min(9, subject.context))
     together = forward(subject.model, ids)
     for row in (0, MANY // 2, MANY - 1):
@@ -68,7 +71,7 @@ def many_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
-    """Pads behind the rows, and between their tokens."""
+    """Compare rows with pads on the right, and rows with pads between their tokens."""
     texts, _ = texts_of(subject, (subject.size + 9, SHORT, 3), 4)
     ids, mask = pad_right(texts, extra=2)
     masks = [mask]
@@ -81,7 +84,7 @@ def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
 
 
 def moved_rows(subject: Subject, worst: Comparison) -> None:
-    """Rows of a cache that are put in another order, repeated and selected, as beams are, with tokens in between."""
+    """Reorder, repeat and select the rows of a cache, as beam search does, and decode tokens after each change."""
     texts, follow = texts_of(subject, (SHORT, subject.size + 3, 2), 6)
     model = subject.model
     ids, mask = pad_left(texts)
@@ -106,10 +109,10 @@ def moved_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tensor:
-    """Return the logits `[T, vocab]` of a text and more tokens without a cache, as they must be behind pads.
+    """Return the logits `[T, vocab]` of one text and the tokens after it, from a forward without a cache.
 
     Args:
-        width: tokens of the padded text.
+        width: the length of the padded text in the batch. A model that counts pads as positions reads them here too.
     """
     first, mask = alone(subject.model, text, width - len(text))
     whole = torch.cat([first, more[None]], 1)
@@ -118,7 +121,10 @@ def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tens
 
 
 def reset_rows(subject: Subject, worst: Comparison) -> None:
-    """A cache that was used and reset is as good as new. Caches with softmax layers keep their length when reset."""
+    """Compare a cache that was used and then reset with a new one.
+
+    Models with softmax layers are left out, because their caches keep their length when reset.
+    """
     texts, follow = texts_of(subject, (subject.size + 3, SHORT), 4)
     cache = subject.task.start(subject.model, texts)[0].new_cache()
     turns, task, model = follow.split(1, 1), subject.task, subject.model
@@ -130,7 +136,10 @@ def reset_rows(subject: Subject, worst: Comparison) -> None:
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out what the model's generation config does to scores: forced tokens, penalties, an end of text."""
+    """Replace the model's generation config while the context is open.
+
+    The model's own may change scores: forced tokens, penalties, an end-of-text token.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig(
         pad_token_id=0, return_dict_in_generate=True, output_scores=True
@@ -142,7 +151,7 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def beams(subject: Subject, worst: Comparison) -> None:
-    """The scores of the best beams that `generate` returns, against those of forwards without a cache."""
+    """Compare the scores of the best beams that `generate` returns with those of a forward without a cache."""
     model, length = subject.model, min(subject.size + 4, subject.context - NEW)
     if length < 1:
         return

@@ -1,4 +1,7 @@
-"""Tokens sampled speculatively are distributed as the target's own."""
+"""The check `sampling`: tokens sampled with speculation follow the target's own distribution.
+
+The test is the probability integral transform (PIT) of the tokens, and a chi-square test that it is uniform.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +19,18 @@ from linearize_cli.speculative.decode import speculate, written
 from linearize_cli.speculative.drafts import Draft, Drafter
 from linearize_cli.verification.check import FAIL, OK, Finding, Line, Subject, not_checked
 
-TOKENS, NEW = 1024, 32  # in all at least, and of a row at most
-PREFIX = 128  # tokens of a prompt, at most: there may be a prompt for each token that is sampled
-SHORT = 16  # as PREFIX, and tokens of a row, where a drafter reads all rows for each token
-LOGITS = 1 << 26  # of the trees of rows that are decoded together
-IMPROBABLE = 1e-4  # a sound model fails once in 10,000 seeds
-# Of the rule alone: so many distributions, whose best tokens have from 2% to 98% of the mass, and draws of each. A
-# rule that gives a drafted token 2% of mass too much or too little fails in more than 99 of 100 seeds.
-DISTRIBUTIONS, DRAWS, VOCABULARY = 49, 1024, 24
+TOKENS, NEW = 1024, 32  # at least this many sampled tokens in all, at most this many for each row
+PREFIX = 128  # the longest prompt in tokens. There can be as many prompts as sampled tokens.
+SHORT = 16  # the longest prompt and the most new tokens for a drafter that reads the whole row at every step
+LOGITS = 1 << 26  # the most logits of the token trees of rows that are decoded together
+IMPROBABLE = 1e-4  # the p-value below which the check fails: once in 10,000 seeds for a sound model
+# For the acceptance rule alone: the number of known distributions, samples of each, and their vocabulary. The best
+# token has 2% to 98% of the mass. A rule that is off by 2% of mass fails for more than 99 of 100 seeds.
+DISTRIBUTIONS, SAMPLES, VOCABULARY = 49, 1024, 24
 
 
 class Setting(NamedTuple):
-    """How tokens are sampled."""
+    """The settings of sampling."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,28 +41,30 @@ SETTINGS = (Setting(), Setting(0.7), Setting(1.3), Setting(1.0, 0.9))
 
 @dataclass(frozen=True)
 class BestToken:
-    """Drafts the model's own best next token, by a forward without a cache."""
+    """A drafter of one token: the model's own most probable next token, from a forward without a cache."""
 
     model: PreTrainedModel
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return a tree of the row's last token and one child."""
         ids, mask = pad_left([torch.tensor(row, device=hidden.device) for row in rows])
         best = forward(self.model, ids, None, mask, last=True)[:, -1].argmax(-1, keepdim=True)
         return Draft(torch.cat([ids[:, -1:], best], 1), [-1, 0])
 
 
 def sampling(subject: Subject) -> Finding:
-    """Test rejection sampling at several settings: its rule alone, and whole texts. Typical acceptance is lossy by
-    intent.
+    """Test rejection sampling at several settings: the acceptance rule alone, and whole texts.
+
+    Typical acceptance is not tested, because it is lossy by design.
     """
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)
     generator = subject.generator()
-    found = {"rule": worst([rule_places(setting, generator) for setting in SETTINGS])}
-    texts = [text_places(subject, subject.drafter, Setting(), generator, PREFIX, NEW)]
+    found = {"rule": worst([rule_pit(setting, generator) for setting in SETTINGS])}
+    texts = [text_pit(subject, subject.drafter, Setting(), generator, PREFIX, NEW)]
     if not subject.quick:
         drafter = BestToken(subject.model)
-        texts += [text_places(subject, drafter, x, generator, SHORT, SHORT) for x in SETTINGS]
+        texts += [text_pit(subject, drafter, x, generator, SHORT, SHORT) for x in SETTINGS]
     found["texts"] = worst(texts)
     lines = []
     for name, part in found.items():
@@ -72,22 +77,22 @@ def sampling(subject: Subject) -> Finding:
     return Finding({"sampling": data}, lines, {"sampling": limit})
 
 
-def worst(places: list[Tensor]) -> dict[str, Any]:
-    """Return the least probable of some tests of uniformity, and how many `settings` were tested."""
-    tests = [uniformity(x) for x in places]
+def worst(values: list[Tensor]) -> dict[str, Any]:
+    """Return the test of uniformity with the smallest p-value, and the number of `settings` tested."""
+    tests = [uniformity(x) for x in values]
     return {**min(tests, key=lambda test: test["p_value"]), "settings": len(tests)}
 
 
-def rule_places(setting: Setting, generator: torch.Generator) -> Tensor:
+def rule_pit(setting: Setting, generator: torch.Generator) -> Tensor:
     """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
 
     Returns:
-        `[M]` in [0, 1), the place of each token in its distribution: see `integral_transform`.
+        The probability integral transform of each token, `[M]` in [0, 1) (`integral_transform`).
     """
     best = torch.linspace(0.02, 0.98, DISTRIBUTIONS, dtype=torch.float64)[:, None]
     others = torch.rand(DISTRIBUTIONS, VOCABULARY - 1, generator=generator, dtype=torch.float64) + 0.1
     others = others / others.sum(-1, keepdim=True) * (1 - best)
-    logits = torch.cat([best, others], -1).log().repeat(DRAWS, 1)
+    logits = torch.cat([best, others], -1).log().repeat(SAMPLES, 1)
     rule = Sampling(setting.temperature, generator, setting.top_p)
     parents = torch.tensor([-1, 0])
     ids = torch.tensor([[1, 0]]).expand(len(logits), -1)
@@ -97,7 +102,7 @@ def rule_places(setting: Setting, generator: torch.Generator) -> Tensor:
     return integral_transform(logits, tokens, setting.temperature, generator, setting.top_p)
 
 
-def text_places(
+def text_pit(
     subject: Subject,
     drafter: Drafter,
     setting: Setting,
@@ -105,20 +110,28 @@ def text_places(
     prefix: int,
     new: int,
 ) -> Tensor:
-    """Continue the prompts speculatively, at least TOKENS tokens in all; return their places `[M]`."""
+    """Continue the prompts with speculation, at least `TOKENS` tokens in all.
+
+    Args:
+        prefix: the longest prompt in tokens.
+        new: the most new tokens for each prompt.
+
+    Returns:
+        The probability integral transform of each new token, `[M]` in [0, 1).
+    """
     new = min(subject.max_new, new)
     rows = [subject.texts[i % len(subject.texts)][:prefix] for i in range(-(-TOKENS // new))]
     vocabulary = subject.model.get_input_embeddings().num_embeddings
     batch = max(1, LOGITS // (vocabulary * len(subject.parents)))
     rule = Sampling(setting.temperature, generator, setting.top_p)
-    places = [
-        sampled_places(subject.model, rows[first : first + batch], drafter, rule, new, generator)
+    values = [
+        sampled_pit(subject.model, rows[first : first + batch], drafter, rule, new, generator)
         for first in range(0, len(rows), batch)
     ]
-    return torch.cat(places)
+    return torch.cat(values)
 
 
-def sampled_places(
+def sampled_pit(
     model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     drafter: Drafter,
@@ -126,13 +139,18 @@ def sampled_places(
     new: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return the places of the tokens sampled after these rows, in the distributions of a forward without a cache."""
-    drawn = written(speculate(model, rows, drafter, new, rule))
+    """Sample `new` tokens after each row with speculation.
+
+    Returns:
+        The probability integral transform of each token, `[M]` in [0, 1), by the distributions of a forward without
+        a cache.
+    """
+    sampled = written(speculate(model, rows, drafter, new, rule))
     whole = [
-        torch.tensor([*row, *tokens], device=model.device) for row, tokens in zip(rows, drawn, strict=True)
+        torch.tensor([*row, *tokens], device=model.device) for row, tokens in zip(rows, sampled, strict=True)
     ]
     ids, mask = pad_left(whole)
     logits = marked(forward(model, ids, None, mask), mask)
-    logits = torch.cat([own[-len(tokens) - 1 : -1] for own, tokens in zip(logits, drawn, strict=True)])
-    tokens = torch.tensor([token for tokens in drawn for token in tokens])
+    logits = torch.cat([own[-len(tokens) - 1 : -1] for own, tokens in zip(logits, sampled, strict=True)])
+    tokens = torch.tensor([token for tokens in sampled for token in tokens])
     return integral_transform(logits, tokens, rule.temperature, generator, rule.top_p)

@@ -1,4 +1,4 @@
-"""Ways of speculative decoding, as the checks of `verify` run them."""
+"""The kinds of speculative decoding that `verify` checks, and the models and drafters that they need."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,28 +24,30 @@ DEFAULT_TREE = NAMED["mc_sim_7b_63"].parents
 
 
 class Clock:
-    """Adds up the seconds between its starts and stops."""
+    """A stopwatch that sums the seconds between each `start` and `stop`. Both accept a hook's arguments."""
 
     def __init__(self):
         self.seconds = 0.0
 
     def start(self, *unused: object) -> None:
+        """Start the clock."""
         self.seconds -= time.perf_counter()
 
     def stop(self, *unused: object) -> None:
+        """Stop the clock."""
         self.seconds += time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """One way of speculative decoding.
+    """One kind of speculative decoding.
 
     Attributes:
-        name: of what drafts.
-        target: the model whose tokens it must write.
-        run: `(prompts, max_new) -> steps`, greedily and without a stop.
-        clock: of drafting.
-        batched: whether `run` takes several prompts.
+        name: the drafter's name in reports.
+        target: the model whose tokens must come out.
+        run: `(prompts, max_new) -> steps` decodes greedily, without a stop token.
+        clock: measures the time spent on drafting.
+        batched: True if `run` accepts several prompts at once.
     """
 
     name: str
@@ -57,12 +59,13 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Clocked:
-    """A drafter on a clock."""
+    """A drafter whose time is measured."""
 
     drafter: Drafter
     clock: Clock = field(default_factory=Clock)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
+        """Return the drafter's token trees."""
         self.clock.start()
         try:
             return self.drafter.draft(rows, hidden)
@@ -71,14 +74,14 @@ class Clocked:
 
 
 def by_trees(model: PreTrainedModel, drafter: Drafter) -> Speculation:
-    """A linearized model that reads the token trees of a drafter."""
+    """Return the speculation of a linearized model that verifies a drafter's token trees."""
     clocked = Clocked(drafter)
     name = type(drafter).__name__.lower()
     return Speculation(name, model, lambda texts, new: speculate(model, texts, clocked, new), clocked.clock)
 
 
 def by_pair(pair: Pair, name: str) -> Speculation:
-    """A target, and a model that drafts chains for it, through transformers' assisted generation."""
+    """Return the speculation of a target with a model that drafts chains, by transformers' assisted generation."""
     clock = Clock()
     pair.drafter.register_forward_pre_hook(clock.start)
     pair.drafter.register_forward_hook(clock.stop)
@@ -90,21 +93,28 @@ def by_pair(pair: Pair, name: str) -> Speculation:
 def load_drafted(
     folder: Path, draft: str | None, target: str, tree: str | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """An artifact's model and tokenizer, and how it is to be speculated with: arguments of `verify_model`.
+    """Load an artifact and its drafter.
 
     Args:
-        draft: "medusa", "lookup" or a model; None: medusa where the artifact has heads, else lookup.
-        target: "self", or "teacher": the artifact drafts for its softmax model.
-        tree: the name of a tree or a file of choices; None: the heads' own, and one of 64 nodes.
-        options: of `load`: `device`, `dtype` and `trust_remote_code`, with which the artifact runs its own code.
+        draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
+        target: "self" if the artifact's own tokens are drafted. "teacher" if the artifact drafts for its softmax
+            teacher.
+        tree: the name of a tree, or a JSON file of choices. None chooses the heads' own tree for drafts, and a tree
+            of 64 nodes for the check `tree`.
+        options: the arguments `device`, `dtype` and `trust_remote_code` of `load`. With `trust_remote_code` the
+            artifact runs its own code.
+
+    Returns:
+        The model, its tokenizer, and the arguments of `verify_model` that say how to speculate.
 
     Raises:
-        UserError: the artifact, the drafter or the teacher cannot be had, or there is no such tree.
+        UserError: the artifact, the drafter or the teacher cannot be loaded, or the tree does not exist.
     """
     heads, ways = (folder / FILE).is_file(), {}
     if target == "teacher":
         if draft is not None:
-            raise UserError("--target teacher: the artifact itself drafts", "Leave out --draft.")
+            what = "--draft cannot be used with --target teacher, where the artifact itself drafts"
+            raise UserError(what, "Leave out --draft.")
         pair = drafting_for_teacher(folder, **options)
         model, ways["speculation"] = pair.drafter, by_pair(pair, "the artifact, for its teacher")
     elif draft not in (None, MEDUSA, LOOKUP):

@@ -1,4 +1,4 @@
-"""Speculative decoding against the best plain decoding: tokens a step, seconds, and whether it pays."""
+"""The measurement `speed`: speculative against plain decoding, in tokens per step and tokens per second."""
 
 import time
 from collections.abc import Sequence
@@ -15,14 +15,15 @@ from linearize_cli.tables import size
 from linearize_cli.verification.check import Finding, Line, Subject, not_checked
 from linearize_cli.verification.greedy import decoded
 
-SINGLE, TOGETHER = 5, 8  # prompts that are measured one by one, and in one batch
+SINGLE, TOGETHER = 5, 8  # number of prompts decoded one by one, and in one batch
 
 Texts = Sequence[Sequence[int]]
 
 
 def speed(subject: Subject) -> Finding:
-    """Prompts one by one, on one thread, each in all ways one after the other; times are medians of the prompts. Then a
-    batch.
+    """Time `generate`, a plain loop and speculation on one thread, for single prompts and for one batch.
+
+    Each prompt is decoded in all ways in turn. Times are medians over the prompts.
     """
     speculation = subject.speculation
     if speculation is None:
@@ -71,6 +72,7 @@ def speed(subject: Subject) -> Finding:
 
 
 def rates(batch: int, new: int, plain: float, speculative: float) -> dict[str, Any]:
+    """Return tokens per second of plain and speculative decoding, and their ratio, from the seconds of each."""
     return {
         "batch": batch,
         "plain_tokens_per_s": batch * new / plain,
@@ -80,32 +82,32 @@ def rates(batch: int, new: int, plain: float, speculative: float) -> dict[str, A
 
 
 def lines(acceptance: dict[str, Any], data: dict[str, Any]) -> list[Line]:
+    """Return the table's lines: acceptance, speed by batch size, and memory."""
     depths = ", ".join(f"{share:.0%}" for share in acceptance["by_depth"])
-    rows = [Line("acceptance", f"{acceptance['mean']:.2f} tokens a step; by depth {depths or '-'}")]
+    rows = [Line("acceptance", f"{acceptance['mean']:.2f} tokens per step; by depth {depths or '-'}")]
     for row in data["by_batch"]:
         said = f"{row['plain_tokens_per_s']:,.0f} tokens/s plain, {row['speculative_tokens_per_s']:,.0f} speculative"
         rows.append(Line(f"speed, batch {row['batch']}", f"{said}: x {row['ratio']:.2f}"))
     per_token, state = data["kv_bytes_per_token"], data["state_bytes"]
-    more = f", as keys and values {size(per_token)} a token"
+    more = f"; softmax attention would keep {size(per_token)} per token"
     return [*rows, Line("memory", f"{size(state)} of state{more}")]
 
 
 def sentence(report: dict[str, Any]) -> str | None:
-    """Return the sentence that says whether speculation pays, or None if it was not measured."""
+    """Return a sentence that says whether speculation is faster, or None if it was not measured."""
     speed = report["speed"]
     if speed is None:
         return None
     mean, cost = report["acceptance"]["mean"], speed["step_cost"]
     pays = "pays" if speed["ratio"] > 1 else "does not pay"
     return (
-        f"Speculation ({speed['draft']}) {pays} on this machine: a step takes as long as {cost:.2f} plain tokens, "
-        f"{speed['draft_share']:.0%} of it drafting, and so breaks even at {cost:.2f} tokens a step; it gives "
-        f"{mean:.2f}."
+        f"Speculation ({speed['draft']}) {pays} on this machine: a step takes as long as {cost:.2f} plain tokens "
+        f"({speed['draft_share']:.0%} of it is drafting) and emits {mean:.2f} tokens on average."
     )
 
 
 def generated(subject: Subject, texts: Texts) -> None:
-    """`model.generate`, which nothing ends early."""
+    """Generate exactly `max_new` tokens with `model.generate`."""
     model, ids = subject.speculation.target, torch.tensor(texts, device=subject.model.device)
     config = GenerationConfig(
         max_new_tokens=subject.max_new, min_new_tokens=subject.max_new, do_sample=False, pad_token_id=0
@@ -114,17 +116,21 @@ def generated(subject: Subject, texts: Texts) -> None:
 
 
 def looped(subject: Subject, texts: Texts) -> None:
-    """A bare loop with the cache."""
+    """Decode `max_new` tokens in a plain loop with a cache."""
     decoded(subject.task, subject.speculation.target, texts, subject.max_new)[0].tolist()
 
 
 def speculated(subject: Subject, texts: Texts) -> list[Step]:
+    """Decode `max_new` tokens with speculation and return its steps."""
     return list(subject.speculation.run(texts, subject.max_new))
 
 
 def accepted(steps: Sequence[Step]) -> dict[str, Any]:
-    """`mean` tokens that a forward of the target gives, the one after the accepted path included, and the share of
-    steps that accept the nodes of each depth, without the prompt's own forward.
+    """Return the acceptance of some steps. The prompt's own forward is not counted.
+
+    Returns:
+        `mean`: tokens emitted per forward of the target, including the token after the accepted path. `by_depth`:
+        the share of steps whose accepted path reaches each depth. `steps`: their number.
     """
     depths = [depth for step in steps for depth in step.accepted if depth is not None]
     count = max(len(depths), 1)

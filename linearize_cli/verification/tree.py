@@ -1,4 +1,4 @@
-"""Every node of a token tree against the decoding of its path, one token at a time."""
+"""The check `tree`: the logits of every tree node against its path decoded one token at a time."""
 
 import copy
 from collections.abc import Iterator
@@ -17,14 +17,23 @@ from linearize_cli.runtime.dispatch import converted
 from linearize_cli.runtime.tree import Shape
 from linearize_cli.verification.check import Finding, Subject, compared, refused
 
-BYTES, ROWS = 1 << 29, 16  # of states, and rows of a tree, that lie in memory at once
-FLOOR = 2  # times the noise, in half precision
-DEEPEST = 65  # nodes of a chain that is deeper than the window
+BYTES, ROWS = 1 << 29, 16  # the most bytes of states, and rows, in memory at once
+FLOOR = 2  # in half precision, the limit is this many times the measured rounding noise
+DEEPEST = 65  # the most nodes of the chain that is deeper than the window
 
 
 @dataclass
 class Gap:
-    """How far nodes are from their paths decoded."""
+    """The differences between tree nodes and their decoded paths.
+
+    Attributes:
+        nodes: the number of nodes compared.
+        inside: the largest difference of a node that crosses no boundary, or None.
+        crossing: the largest difference of a node that crosses a window or group boundary, or None.
+        floor: the rounding noise of the same paths, chunked against token by token.
+        kl: the sum of KL(decoded ‖ tree) over the nodes, in nats.
+        flips: the number of nodes whose most probable token differs.
+    """
 
     nodes: int = 0
     inside: float | None = None
@@ -34,7 +43,11 @@ class Gap:
     flips: int = 0
 
     def add(self, actual: Tensor, expected: Tensor, crossing: Tensor) -> None:
-        """Logits `[M, vocab]` of nodes, and which of them `[M]` cross an edge."""
+        """Add a comparison of the logits `[M, vocab]` of some nodes.
+
+        Args:
+            crossing: `[M]` bool, the nodes that cross a window or group boundary.
+        """
         self.nodes += len(actual)
         self.flips += int((actual.argmax(-1) != expected.argmax(-1)).sum())
         p, q = (x.float().log_softmax(-1) for x in (expected, actual))
@@ -46,10 +59,11 @@ class Gap:
 
 
 def tree(subject: Subject) -> Finding:
-    """A tree behind rows of every offset to a window's or group's edge.
+    """Compare a tree's nodes with decoded paths, after prefixes of every offset to a window or group boundary.
 
-    A node crosses an edge if a token that is near to the row's last one is not near to it. In half precision the
-    limit is twice the noise: what single tokens (M = 1) and the same paths as chunks (M = k) differ by.
+    A node crosses a boundary if a token in the window of the row's last token is outside its own window. In half
+    precision the limit is twice the rounding noise: the difference between single tokens and the same path as a
+    chunk.
     """
     if subject.no_tree:
         return refused(subject, "tree", subject.no_tree)
@@ -78,27 +92,27 @@ def tree(subject: Subject) -> Finding:
         "kl": max(0.0, gap.kl / gap.nodes),
         "top1_flips": gap.flips,
     }
-    more = "" if gap.crossing is None else f" ({gap.crossing:.1e} across edges)"
+    more = "" if gap.crossing is None else f" ({gap.crossing:.1e} across window boundaries)"
     if subject.half:
         more += f", KL {data['kl']:.1e}, {gap.flips} of {gap.nodes:,} top tokens differ"
     return compared("tree", largest, limit, {"tree": data}, more)
 
 
-def swept(size: int, room: int) -> list[int]:
-    """Lengths of prefixes: a few within the first window, then one of each offset; or as many as fit."""
+def swept(size: int, longest: int) -> list[int]:
+    """Return lengths of prefixes up to `longest`: a few within the first window, then one of every offset."""
     lengths = {1, 3, size // 2, size - 1, *range(size, 2 * size)}
-    return sorted(n for n in lengths if 1 <= n <= room)
+    return sorted(n for n in lengths if 1 <= n <= longest)
 
 
 def leaf_paths(visible: Tensor, depth: Tensor) -> Tensor:
-    """Return the nodes on the path to each leaf, `[leaves, depth + 1]`, -1 beyond it."""
+    """Return the nodes on the path to each leaf `[leaves, depth + 1]`, padded with -1."""
     leaves = (visible.sum(0) == 1).nonzero()[:, 0]
     nodes = [visible[leaf].nonzero()[:, 0] for leaf in leaves]
     return torch.stack([pad(path, (0, int(depth.max()) + 1 - len(path)), value=-1) for path in nodes])
 
 
 def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> None:
-    """Rows of these lengths, behind pads, in one batch."""
+    """Compare a tree with its decoded paths after prefixes of these lengths, in one left-padded batch."""
     model, rows, paths = subject.model, subject.rows, paths.to(subject.model.device)
     source = subject.random_tokens(len(lengths), max(lengths) + len(subject.parents))
     nodes = source[:, -len(subject.parents) :]
@@ -125,23 +139,23 @@ def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> No
 
 
 def branched(cache: Cache, row: Tensor) -> Cache:
-    """A copy of the cache's rows."""
+    """Return a copy of a cache with the rows `[M]`, which may repeat."""
     copied = copy.deepcopy(cache)
     copied.batch_select_indices(row)
     return copied
 
 
 def singles(subject: Subject, cache: Cache, tokens: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """Logits `[M, vocab]` after each of the tokens `[M, D]`, which follow one by one."""
+    """Decode the tokens `[M, D]` one at a time and yield the logits `[M, vocab]` after each."""
     for token in tokens.split(1, 1):
         mask = pad(mask, (0, 1), value=1)
         yield forward(subject.model, token, cache, mask)[:, -1]
 
 
 def crossing(subject: Subject, shape: Shape) -> Tensor:
-    """Return a mask `[B, N]` of the nodes that cross a window's or group's edge in any layer."""
+    """Return a mask `[B, N]` of the nodes that cross a window or group boundary in any layer."""
     position, crosses = shape.position, torch.zeros_like(shape.position, dtype=torch.bool)
-    last = position.amin(-1, keepdim=True) - 1  # a root's position is the row's count
+    last = position.amin(-1, keepdim=True) - 1  # the root's position is the number of tokens in the row
     before = torch.arange(int(last.max()) + 1, device=position.device).expand(len(position), -1)
     for module in converted(subject.model).values():
         near = module.linear_attention.equation.near

@@ -1,12 +1,14 @@
-"""`verify`: whether a linearized model computes the same in every way in which it can be run."""
+"""`verify`: checks that a linearized model gives the same results in every mode in which it can run.
+
+The modes are prefill, chunked prefill, decoding, padded batches, token trees, rollback and reloading.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
@@ -16,20 +18,16 @@ from linearize_cli.artifact.load import check_artifact
 from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
+from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
 from linearize_cli.metrics.equivalence import rounding_noise, sample_rows
 from linearize_cli.metrics.selfcheck import TOLERANCE
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.load_errors import brief
 from linearize_cli.models.tasks import Task, context_length, task_of
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
-from linearize_cli.tables import table
-from linearize_cli.verification import speed
-from linearize_cli.verification.artifact import code, files, fingerprint
 from linearize_cli.verification.check import (
     FAIL,
-    TIE,
     Finding,
     Line,
     Subject,
@@ -37,75 +35,10 @@ from linearize_cli.verification.check import (
     no_tree_of,
     not_checked,
 )
-from linearize_cli.verification.definition import definition
-from linearize_cli.verification.drafts import drafts
-from linearize_cli.verification.drift import drift
-from linearize_cli.verification.forms import forms, padding, reload
-from linearize_cli.verification.greedy import greedy
-from linearize_cli.verification.long import long
+from linearize_cli.verification.checks import DECODING, MEASURING, READING, SAVED, STRICT, THOROUGH, Check
 from linearize_cli.verification.prompts import read_prompts, tokenize
-from linearize_cli.verification.rollback import rollback
-from linearize_cli.verification.rows import rows
-from linearize_cli.verification.sampling import sampling
+from linearize_cli.verification.report import failures, report_of
 from linearize_cli.verification.speculation import DEFAULT_TREE, Speculation, by_trees, load_drafted
-from linearize_cli.verification.tree import tree
-from linearize_cli.versions import versions
-
-Check = Callable[[Subject], Finding]
-# Checks of an artifact's folder.
-SAVED: dict[str, Check] = {"code": code, "files": files, "fingerprint": fingerprint}
-READING: dict[str, Check] = {"padding": padding, "reload": reload}
-DECODING: dict[str, Check] = {
-    "tree": tree,
-    "forms": forms,
-    "greedy": greedy,
-    "rollback": rollback,
-    "padding": padding,
-    "drift": drift,
-}
-# Checks that take long: --quick leaves them out.
-THOROUGH: dict[str, Check] = {
-    "rows": rows,
-    "drafts": drafts,
-    "definition": definition,
-    "long": long,
-}
-# Checks that are repeated on a copy in fp32 for a model in half precision, where rounding hides faults.
-STRICT: dict[str, Check] = {
-    "tree": tree,
-    "forms": forms,
-    "rollback": rollback,
-    "padding": padding,
-    "rows": rows,
-    "definition": definition,
-    "long": long,
-}
-# These measure what only a sound model has.
-MEASURING: dict[str, Check] = {"sampling": sampling, "speed": speed.speed}
-# What to do where a check of the folder failed.
-ADVICE = {
-    "code": "To verify the code that the artifact carries, read it and add --trust-remote-code.",
-    "files": "Fetch or convert the artifact again; after changes of your own, `linearize seal` records them.",
-}
-PARTS = {
-    "tree": None,
-    "forms": {"prefill_vs_decode": None, "chunked_vs_decode": None},
-    "greedy": None,
-    "rollback": {"max_abs_diff": None},
-    "padding": {"max_abs_diff": None},
-    "drift": None,
-    "rows": None,
-    "drafts": None,
-    "definition": None,
-    "long": None,
-    "code": None,
-    "files": None,
-    "fingerprint": None,
-    "float32": None,
-    "sampling": None,
-    "acceptance": None,
-    "speed": None,
-}
 
 
 @torch.inference_mode()
@@ -126,29 +59,31 @@ def verify_model(
     """Run every check on a linearized model, in evaluation mode, on its device and in its dtype.
 
     Args:
-        prompts: texts to continue; None: a few built in.
+        prompts: texts to continue, or None for the built-in ones.
         max_new: tokens to generate for each prompt.
-        drafter: of the trees that the model verifies; None: prompt lookup.
-        speculation: what greedy decoding is compared with and timed against; None: these trees.
-        parents: of the nodes of the tree that is compared with sequential decoding; None: one of 64.
-        quick: whether to leave out the checks that take long: long rows, batches of many kinds, layers against their
-            definition, sampling at several settings, and in half precision the same in fp32.
-        artifact: the folder that the model was loaded from: its code, files and fingerprint are checked as well.
+        drafter: drafts the token trees that the model verifies. None uses prompt lookup.
+        speculation: the speculative decoding that is compared with greedy decoding and timed. None verifies the
+            drafter's trees with the model itself.
+        parents: the parent of each node of the tree in the check `tree`, -1 for the root. None uses Medusa's tree of
+            64 nodes.
+        quick: skip the slow checks: long rows, batches of many kinds, layers against their definition, sampling at
+            several settings, and the repetition in float32 of a half-precision model.
+        artifact: the folder that the model was loaded from. Its code, files and fingerprint are checked as well.
         progress: called with the name of each check before it starts.
 
     Returns:
-        The contents of `verify.json`. `checks` is the table; `failed` names the checks beyond their `limits`; `noise`
-        is the measured rounding noise of the logits (`rounding_noise`), and a greedy token that differs is a tie if
-        its margin is less than 10 times that; parts that were not run are None. A model that does not decode has pads
-        and `reload` (saved and loaded again) checked.
+        The contents of `verify.json`:
+            checks: the lines of the table.
+            failed: the names of the checks that exceed their limits.
+            noise: the measured rounding noise of the logits (`rounding_noise`). A greedy token that differs is a tie
+                if its margin is less than 10 times the noise.
+        Parts that were not run are None. For an encoder, padding and `reload` are the only checks of the model.
 
     Raises:
         UserError: the model is not linearized, no prompt has a token, or max_new does not fit its context.
     """
     if not converted(model):
-        raise UserError(
-            "the model has no converted layer", "`linearize convert MODEL` makes a linearized model."
-        )
+        raise UserError("the model has no converted layer", "Convert it first: linearize convert MODEL.")
     task = task_of(model, tokenizer)
     progress("noise")
     texts = tokenize(model, tokenizer, prompts, max_new)
@@ -190,39 +125,24 @@ def verify_model(
         found.append(run(name, check, subject))
     if not task.decodes:
         found += [
-            not_checked(name, f"{task.kind} writes no text")
+            not_checked(name, f"{task.kind} does not generate text")
             for name in (*DECODING, *MEASURING)
             if name not in READING
         ]
     return report_of(found, model, subject.noise, seed)
 
 
-def report_of(found: list[Finding], model: PreTrainedModel, noise: float | None, seed: int) -> dict[str, Any]:
-    """Return the contents of `verify.json`."""
-    lines, failed = [line for finding in found for line in finding.lines], failures(found)
-    ties = any(line.verdict == TIE for line in lines)
-    return {
-        "verdict": FAIL if failed else "NUMERICAL_TIE" if ties else "EXACT",
-        "failed": failed,
-        **PARTS,
-        **{key: value for finding in found for key, value in finding.data.items()},
-        "checks": [asdict(line) for line in lines],
-        "limits": {name: limit for finding in found for name, limit in finding.limits.items()},
-        "noise": noise,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "versions": versions(),
-    }
-
-
 def noise(subject: Subject) -> Finding:
-    """Judge the rounding noise: rows together and alone, without a cache, may differ by no more than other forms."""
+    """Check that the rounding noise is within the dtype's tolerance.
+
+    The noise is the difference between rows in a batch and alone, without a cache.
+    """
     limit = TOLERANCE[subject.model.dtype] * max(1.0, subject.largest)
     return compared("noise", subject.noise, limit, {})
 
 
 def run(name: str, check: Check, subject: Subject) -> Finding:
-    """Run a check. A model whose code raises an error in it has failed it."""
+    """Run a check. The check fails if the model's code raises an error."""
     try:
         return check(subject)
     except (UserError, torch.OutOfMemoryError):
@@ -237,10 +157,10 @@ def stopped(name: str, error: Exception) -> Finding:
 
 
 def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
-    """Repeat the checks of forms on a copy in fp32, whose limits are a thousand times less."""
+    """Repeat the checks of `STRICT` on a float32 copy of the model, with limits about a thousand times smaller."""
     wide = in_float32(subject.model)
     if wide is None:
-        return not_checked("float32", "memory holds no copy of the model in float32")
+        return not_checked("float32", "not enough memory for a float32 copy of the model")
     own = subject_of(subject.task, wide, subject.texts, subject.max_new, subject.seed)
     own, found = replace(own, parents=subject.parents), []
     for name, check in STRICT.items():
@@ -256,7 +176,7 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
 def subject_of(
     task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
 ) -> Subject:
-    """A model with what all checks need, without speculation.
+    """Return the subject of the checks, without speculation.
 
     Raises:
         UserError: the model's logits are not numbers.
@@ -271,13 +191,6 @@ def subject_of(
     noise, largest = rounding_noise(read, rows, model.dtype)
     no_tree = no_tree_of(task, model)
     return Subject(task, model, texts, rows, size, context, max_new, seed, noise, largest, no_tree=no_tree)
-
-
-def failures(found: list[Finding]) -> list[str]:
-    """The names of the checks that failed, each once."""
-    return list(
-        dict.fromkeys(line.name for finding in found for line in finding.lines if line.verdict == FAIL)
-    )
 
 
 def verify(
@@ -296,22 +209,28 @@ def verify(
     progress: Callable[[str], None] = lambda check: None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """`linearize verify`: load an artifact, run every check, write `verify.json` into it.
+    """Load an artifact, run every check, and write `verify.json` into it (`linearize verify`).
 
     Args:
-        draft, target, tree: see `speculation.Choice`.
-        prompts: a file with a prompt a line, or JSONL with a `text` field; None: a few built in.
-        dtype: torch's name of the dtype to run in; None: the artifact's.
-        quick: as of `verify_model`.
-        trust_remote_code: whether to run the code that the artifact carries, and to verify that. Else this package's
-            code is verified, and compared with it.
-        write: whether to write ARTIFACT/verify.json.
+        artifact: the artifact's folder.
+        draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
+        target: "self", or "teacher" if the artifact drafts for its softmax teacher.
+        tree: the name of a tree, or a JSON file of choices.
+        prompts: a file with one prompt on each line, or JSONL with a `text` field. None uses the built-in prompts.
+        max_new: tokens to generate for each prompt.
+        device: the torch device to run on.
+        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        quick: skip the slow checks (see `verify_model`).
+        trust_remote_code: run and verify the artifact's own code. Otherwise this package's code is verified, and
+            compared with the artifact's.
+        progress: called with the name of each check before it starts.
+        write: write ARTIFACT/verify.json.
 
     Returns:
-        As `verify_model`; a verdict of FAIL raises nothing.
+        The contents of `verify.json` (see `verify_model`). A verdict of FAIL does not raise.
 
     Raises:
-        UserError: the folder is no linearized artifact or not whole, or the prompts, the tree or the drafter cannot
+        UserError: the folder is not a complete linearized artifact, or the prompts, the tree or the drafter cannot
             be used.
     """
     folder = user_path(artifact)
@@ -331,29 +250,3 @@ def verify(
     if write:
         write_json(folder / "verify.json", report)
     return report
-
-
-def render(report: dict[str, Any]) -> RenderableType:
-    """A report of `verify` as a table and sentences."""
-    rows = table("check", "measured", "limit", "")
-    for line in report["checks"]:
-        rows.add_row(line["name"].replace("_", " "), line["measured"], line["limit"], line["verdict"])
-    said = speed.sentence(report)
-    return Group(rows, "", f"{report['verdict']}: {sentence(report)}", *([said] if said else []))
-
-
-def sentence(report: dict[str, Any]) -> str:
-    """The verdict, in words."""
-    if report["verdict"] == FAIL:
-        names = ", ".join(name.replace("_", " ") for name in report["failed"])
-        advice = [text for name, text in ADVICE.items() if name in report["failed"]]
-        return " ".join([f"these checks failed: {names}.", *advice])
-    agree = f"all forms of the model agree within the rounding of {report['dtype']}"
-    if report["code"] and not report["files"]:
-        agree = f"its files could not be compared with what was saved; {agree}"
-    greedy = report["greedy"]
-    if greedy is None:
-        return f"{agree}."
-    if report["verdict"] == "EXACT":
-        return f"{agree}, and so do all {greedy['tokens']:,} greedy tokens of {greedy['prompts']} prompts."
-    return f"{agree}; {greedy['mismatches']} of {greedy['tokens']:,} greedy tokens differ, each where logits tie."

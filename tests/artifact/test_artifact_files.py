@@ -5,7 +5,7 @@ import os
 import pytest
 from fake_artifact import write_artifact
 
-from linearize_cli.artifact.push import artifact_files
+from linearize_cli.artifact.completeness import artifact_files
 from linearize_cli.errors import UserError
 
 

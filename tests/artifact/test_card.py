@@ -81,7 +81,7 @@ def test_every_number_is_shown(report):
     assert rows(text) == {
         "model": "perplexity",
         "teacher (softmax attention)": "3.67",
-        "swapped, before any training": "1,234.50",
+        "linear attention, before any training": "1,234.50",
         "after attention transfer": "4.01",
         "after distillation": "3.79",
         "ablation": "perplexity",
@@ -90,18 +90,18 @@ def test_every_number_is_shown(report):
         "linear part only": "9.50",
         "memory for decoding": "size",
         "state of the linear layers, bytes per sequence": "2,048,000",
-        "KV cache that it replaces, bytes per token": "1,024",
-        "context from which the state is the smaller, tokens": "2,001",
+        "KV cache that they replace, bytes per token": "1,024",
+        "context at which the state becomes smaller, tokens": "2,001",
         "check": "difference",
-        "one pass against token by token": "1.2e-06",
-        "padded against unpadded": "3.4e-07",
-        "saved and loaded again": "0.0e+00",
+        "one pass or token by token": "1.2e-06",
+        "with or without padding": "3.4e-07",
+        "before or after saving and loading": "0.0e+00",
         "---": "---:",
     }
     assert "in 1 of 2 attention layers" in text
     assert "- linear attention: `model.layers.0.self_attn`" in text
     assert "- softmax attention: `model.layers.1.self_attn`" in text
-    assert "- tokens of training: transfer 16,000,000, distill 24,000,000" in text
+    assert "- training tokens: transfer 16,000,000, distill 24,000,000" in text
     assert "- seconds: transfer 61.2, distill 120.0" in text
     assert "- versions: torch 2.13.0, transformers 5.23.0" in text
     assert "`augmented:relu`: sliding softmax window" in text
@@ -113,8 +113,8 @@ def test_what_was_not_run_is_not_measured(untrained):
     values = rows(text)
     for label in ("teacher (softmax attention)", "after distillation", "full model"):
         assert values[label] == "not measured"
-    assert values["context from which the state is the smaller, tokens"] == "not measured"
-    assert "- tokens of training: transfer not measured, distill not measured" in text
+    assert values["context at which the state becomes smaller, tokens"] == "not measured"
+    assert "- training tokens: transfer not measured, distill not measured" in text
     assert "- seconds: not measured" in text
     assert "None" not in text and "null" not in text
     assert ModelCard(text).data.eval_results is None

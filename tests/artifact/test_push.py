@@ -161,7 +161,7 @@ def wrong(what, hint, environment=None, **options):
         wrong("no permission to write to alice/new", "write access", token=READ_TOKEN),
         wrong("no permission to write to bob/new", "--create-pr", repo_id="bob/new"),
         wrong("no permission to write to bob/open", "--create-pr", repo_id="bob/open"),
-        wrong("bob/gated is gated", "Accept its terms at http", repo_id="bob/gated", create_pr=True),
+        wrong("bob/gated is gated", "accept the licence at http", repo_id="bob/gated", create_pr=True),
         wrong(
             "alice/old has no revision dev",
             "branch create alice/old dev",
@@ -171,8 +171,8 @@ def wrong(what, hint, environment=None, **options):
         wrong("no repository alice/new", "creates the repository", revision="dev"),
         wrong("exclude each other", "main", revision="dev", create_pr=True),
         wrong("'a/b/c' cannot name a repository", "NAMESPACE/NAME", repo_id="a/b/c"),
-        wrong("the Hub at http://127.0.0.1:9 failed", "network", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
-        wrong("offline mode is enabled", "HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"}),
+        wrong("http://127.0.0.1:9 cannot be reached", "network", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+        wrong("HF_HUB_OFFLINE is set", "Unset it", {"HF_HUB_OFFLINE": "1"}),
     ],
 )
 def test_errors_say_what_to_do(push, hub, artifact, options, environment, what, hint):

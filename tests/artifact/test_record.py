@@ -112,7 +112,7 @@ def test_a_config_that_no_conversion_wrote(change, said, artifact, capsys):
     changed = before | {"linearize": before["linearize"] | inner} if inner else before | change
     path.write_text(json.dumps(changed))
     try:
-        with pytest.raises(UserError, match="config.json is not that of a conversion") as refused:
+        with pytest.raises(UserError, match="config.json is not the config of a converted model") as refused:
             read_config(artifact)
         assert said in str(refused.value)
         for arguments in (

@@ -8,7 +8,15 @@ import pytest
 from linearize_cli import cli
 from linearize_cli.commands.options import notices
 from linearize_cli.errors import LINES, WIDTH, Notice, UserError
-from linearize_cli.inputs import JSON_BYTES, YAML_BYTES, mended, read_json, read_text, read_yaml, user_path
+from linearize_cli.inputs import (
+    JSON_BYTES,
+    YAML_BYTES,
+    read_json,
+    read_text,
+    read_yaml,
+    user_path,
+    without_surrogates,
+)
 from linearize_cli.terminal import Terminal
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -123,8 +131,8 @@ def test_a_file_that_is_too_large(tmp_path):
 
 
 def test_lone_surrogates_are_replaced():
-    assert mended({"a\ud83d": ["\udc00b", 1, None]}) == {"a\ufffd": ["\ufffdb", 1, None]}
-    assert mended("🦊") == "🦊"
+    assert without_surrogates({"a\ud83d": ["\udc00b", 1, None]}) == {"a\ufffd": ["\ufffdb", 1, None]}
+    assert without_surrogates("🦊") == "🦊"
 
 
 def test_a_message_is_short_whatever_it_quotes():

@@ -156,13 +156,13 @@ def test_force_deletes_artifacts_and_nothing_else(teacher):
     output = teacher.folder / "precious"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="no artifact"):
+    with pytest.raises(UserError, match="do not belong to an artifact"):
         run(teacher, output, train=False, force=True)
     assert (output / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_linearized_model_is_not_converted_again(whole, teacher):
-    with pytest.raises(UserError, match="linearized model already"):
+    with pytest.raises(UserError, match="already a linearized model"):
         convert(str(whole[0]), teacher.folder / "twice", train=False)
 
 

@@ -33,7 +33,7 @@ def test_an_interrupted_demo_can_be_resumed(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(pipeline, "recover", interrupted)
         main(arguments)
-    assert ended.value.code == 130 and "go on with --resume" in capsys.readouterr().err
+    assert ended.value.code == 130 and "continue with --resume" in capsys.readouterr().err
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(run, "evaluate", interrupted)
         main([*arguments, "--resume"])

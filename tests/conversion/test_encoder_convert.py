@@ -136,7 +136,7 @@ def test_generate_answers_or_refuses(converted, capsys):
         with pytest.raises(UserError, match="is no causal language model"):
             generate(str(output), "word1 word2 word3", max_new=6, speculative="lookup")
     else:
-        with pytest.raises(UserError, match="is an encoder .*reads text and writes none"):
+        with pytest.raises(UserError, match="is an encoder .*cannot generate text"):
             generate(str(output), "word1", max_new=6)
 
 
@@ -197,16 +197,20 @@ def test_without_architectures_an_encoder_is_a_masked_language_model(folder, tmp
         ("bert", dict(method="gated-delta"), "attention.memory.kind of gated-delta runs forward in time"),
         ("bart", dict(method="retention"), "attention.memory.kind of retention runs forward in time"),
         ("roberta-classifier", dict(overrides=("recover.distill.ce=1",)), "recover.distill.ce 1 needs"),
-        ("bert", dict(data=("self",)), "--data self: BertForMaskedLM writes no text"),
+        ("bert", dict(data=("self",)), "--data self: BertForMaskedLM cannot generate training text"),
         (
             "bert",
             dict(overrides=("recover.separate_documents=true",)),
-            "recover.separate_documents: BertForMaskedLM is no causal",
+            "recover.separate_documents: BertForMaskedLM is not a causal",
         ),
         ("t5", dict(overrides=("recover.assistant_only=true",)), "recover.assistant_only: T5"),
         ("roberta-classifier", dict(seq_len=130), "context of 128"),
-        ("bert", dict(overrides=("attention.cross=linear",)), "no layer of BertForMaskedLM .* encoder"),
-        ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' is none of"),
+        (
+            "bert",
+            dict(overrides=("attention.cross=linear",)),
+            "no layer of BertForMaskedLM .* cross-attention",
+        ),
+        ("bart", dict(overrides=("attention.cross=relu",)), "attention.cross: 'relu' should be"),
         (
             "bart",
             dict(method="window", overrides=("attention.cross=linear",)),

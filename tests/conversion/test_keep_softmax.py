@@ -175,7 +175,7 @@ def test_a_dry_run_tells_of_the_choice(teacher, capsys):
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--keep-softmax", "auto:3"])
     assert not end.value.code
-    assert "softmax stay 3 of the linear layers, chosen by KL" in capsys.readouterr().out
+    assert "kept as softmax: 3 of the linear layers, chosen by KL" in capsys.readouterr().out
 
 
 def test_the_terminal_shows_the_measurement(teacher, capsys):

@@ -99,7 +99,7 @@ def test_force_keeps_the_model_and_the_data(refused, tmp_path):
         assert "holds files of the model" in refused("out", model), model
     message = refused("out", "absent", "out/text.txt")
     assert "holds data" in message and "text.txt" in message
-    assert "lies in the data folder" in refused("out", "absent", "", eval_data=str(artifact / "text.txt"))
+    assert "is inside the data folder" in refused("out", "absent", "", eval_data=str(artifact / "text.txt"))
     assert "holds data" in refused("out", "absent", "absent", eval_data=str(artifact / "text.txt"))
 
 
@@ -115,9 +115,9 @@ def test_force_replaces_an_artifact_alone(refused, tmp_path, monkeypatch):
     model = tmp_path / "only-weights"
     write_artifact(model)
     (model / "linearize.json").unlink()
-    assert "is no artifact" in refused("only-weights")
+    assert "is not an artifact" in refused("only-weights")
     (tmp_path / "file").write_text("text")
-    assert "is no folder" in refused("file")
+    assert "is not a folder" in refused("file")
     artifact = write_artifact(tmp_path / "out")
     (artifact / "adapter").mkdir()
     monkeypatch.chdir(artifact / "adapter")
@@ -146,8 +146,8 @@ def test_a_place_that_cannot_be_written_is_refused(refused, tmp_path, monkeypatc
     assert "loop" in refused("loop")
     assert "cannot be an artifact's folder" in refused("/")
     assert "name too long" in refused("n" * 250).lower()
-    assert "there is no folder" in refused("text.txt/out")
-    assert "there is no folder" in refused("absent/out")
+    assert "does not exist" in refused("text.txt/out")
+    assert "does not exist" in refused("absent/out")
     assert "nosuchuser" in refused_home(tmp_path)
 
     def denied(path, *arguments, **keywords):
@@ -202,7 +202,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(teacher, monkeypatch):
         return load(*arguments)
 
     monkeypatch.setattr(pipeline, "load_teacher", slow)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         run(teacher, output, train=False)
     assert os.listdir(output) == ["thesis.tex"] and not (teacher.folder / "late.partial").exists()
 
@@ -218,7 +218,7 @@ def test_an_interrupted_run_with_force_is_resumed(teacher, monkeypatch):
         patched.setattr(pipeline, "save", interrupted)
         run(teacher, output, tokens=16 * 4 * 5, force=True)
     assert contents(output) == before
-    with pytest.raises(UserError, match="--resume to go on, or --force"):
+    with pytest.raises(UserError, match="--resume to continue it, or --force"):
         run(teacher, output, tokens=16 * 4 * 5)
     run(teacher, output, tokens=16 * 4 * 5, resume=True)
     assert (output / "linearize_runtime_cache.py").exists() and not output.with_name(
@@ -287,7 +287,7 @@ def test_heads_of_an_artifact_that_was_replaced_are_not_resumed(teacher, monkeyp
         patched.setattr(heads, "train", interrupted)
         heads.heads(output)
     run(teacher, output, train=False, keep_softmax="at:1", force=True)
-    with pytest.raises(UserError, match="of a run with another artifact"):
+    with pytest.raises(UserError, match="belongs to a run with different values of artifact"):
         heads.heads(output, resume=True)
 
 

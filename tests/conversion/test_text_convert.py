@@ -140,5 +140,5 @@ def test_rows_that_cannot_be_used_stop_a_run_before_it_starts_or_are_left_out(te
             with pytest.raises(SystemExit) as end:
                 cli.main([first, *rest, "--data", str(bad), "--skip-bad-rows", "2"])
             said = capsys.readouterr().err
-            assert not end.value.code and said.count("rows left out because they cannot be used: 2") == 1
+            assert not end.value.code and said.count("skipped rows that cannot be used: 2") == 1
     assert losses(output) == run(teacher, "clean", data=(str(clean),), tokens=1280)[1]

@@ -13,7 +13,7 @@ from linearize_cli.data import sources as data
 from linearize_cli.data.readers import BadRow, BadRows, Chat
 from linearize_cli.data.tokenize import at_most, encode, marks_assistant
 from linearize_cli.errors import UserError
-from linearize_cli.models.tasks import TokenBeyond, task_of
+from linearize_cli.models.tasks import MissingEmbedding, task_of
 from linearize_cli.terminal import Terminal
 
 
@@ -47,7 +47,7 @@ def test_files_of_each_kind(tmp_path):
 
 
 def test_a_long_text_is_read_in_pieces_that_cut_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE", 10)
+    monkeypatch.setattr(readers, "PART", 10)
     (tmp_path / "long.txt").write_text("a line of words\n" * 9)
     (document,) = data.open_source(str(tmp_path / "long.txt")).documents()
     pieces = list(document)
@@ -125,7 +125,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path):
         ('{"text": ' + "[" * 100_000, ["line 1", "JSON"]),
         ('{"text": ' + "9" * 5000 + "}", ["line 1", "JSON"]),
         ('{"text": "a"}\n{"messages": [{"from": [], "value": "a"}, 3]}\n', ["line 2", "`role`"]),
-        ('{"text": 3}\n', ["line 1", "no string"]),
+        ('{"text": 3}\n', ["line 1", "not a string"]),
         ("[1]\n", ["line 1"]),
     ],
 )
@@ -179,7 +179,7 @@ def test_chats_of_every_kind_of_row(tmp_path):
     (tmp_path / "other").mkdir()
     jsonl(tmp_path / "other" / "a.txt", [])
     (tmp_path / "other" / "train.jsonl").write_text('{"body": "a"}\n')
-    with pytest.raises(UserError, match="the dataset .*no row with a `text`"):
+    with pytest.raises(UserError, match="the dataset .*the row has no `text`"):
         list(data.hub_source(str(tmp_path / "other"), BadRows()).documents())
 
 
@@ -231,13 +231,13 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
         "empty": "holds no",
         "empty.txt": "holds no text",
         "cut.parquet": "cannot read",
-        "noise.txt": "no UTF-8 text",
-        "some.csv": "its ending",
+        "noise.txt": "not UTF-8 text",
+        "some.csv": "its suffix",
     }.items():
         with pytest.raises(UserError, match=words):
             data.open_source(str(tmp_path / name))
     (tmp_path / "late.txt").write_bytes(b"a fox\n" * 300_000 + b"\xff")  # found before the start, too
-    with pytest.raises(UserError, match="no UTF-8 text"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         data.open_source(str(tmp_path / "late.txt"))
     one = data.open_source(str(tmp_path / "one.jsonl"))
     with pytest.raises(UserError, match="single document"):
@@ -350,7 +350,7 @@ def test_a_template_that_does_not_end(tokenizer, monkeypatch):
     monkeypatch.setattr("linearize_cli.data.tokenize.RENDER_SECONDS", 0.2)
     loop = "{% for i in range(90000) %}{% for j in range(90000) %}{{ j }}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loop
-    with pytest.raises(UserError, match="did not end within"):
+    with pytest.raises(UserError, match="did not finish within"):
         list(encode(Chat(CHAT), tokenizer))
     with at_most(0.01, TimeoutError()):
         pass
@@ -359,14 +359,14 @@ def test_a_template_that_does_not_end(tokenizer, monkeypatch):
 def test_a_token_beyond_the_embeddings_is_refused_where_text_has_it(tmp_path, tokenizer):
     tokenizer.add_tokens(["new"])
     task, beyond = task_of(tiny_model(), tokenizer), len(WORDS)
-    assert task.beyond == {beyond: "new"}
+    assert task.without_embedding == {beyond: "new"}
     jsonl(tmp_path / "a.jsonl", ["a fox", "a new fox"])
     source = data.open_source(str(tmp_path / "a.jsonl"))
     with pytest.raises(
-        BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no row.*0 to {beyond - 1}"
+        BadRow, match=rf"a.jsonl, line 2: the token {beyond} \('new'\) has no embedding.*0 to {beyond - 1}"
     ):
         data.read_through(source, tokenizer, task)
-    with pytest.raises(TokenBeyond, match="resize_token_embeddings"):
+    with pytest.raises(MissingEmbedding, match="resize_token_embeddings"):
         task.batch(torch.tensor([[FOX, beyond]]))
     source = data.open_source(str(tmp_path / "a.jsonl"), BadRows(1))
     data.read_through(source, tokenizer, task)

@@ -57,7 +57,7 @@ def test_offsets_point_at_the_repeated_and_the_told_word(documents):
         for item in document.recalls:
             answer = document.text[item.start : item.end]
             before = [match.start() for match in re.finditer(rf"\b{answer}\b", document.text[: item.start])]
-            assert before[-1] == item.told
+            assert before[-1] == item.previous
             assert re.match(rf"\b{answer}\b", document.text[item.start :])
 
 
@@ -88,7 +88,7 @@ def test_teacher_recalls_nothing_that_was_not_told(teacher, tokenizer, documents
     untold = []
     for document in documents:
         first = {document.text[item.start : item.end]: item for item in reversed(document.recalls)}
-        cut = document.text.index(". ", max(item.told for item in first.values())) + 2
+        cut = document.text.index(". ", max(item.previous for item in first.values())) + 2
         recalls = tuple(Recall(item.start - cut, item.end - cut, 0) for item in first.values())
         untold.append(Document(document.text[cut:], recalls))
     assert recall(teacher, tokenizer, untold)["accuracy"] < 0.15

@@ -8,7 +8,6 @@ from interpreted import printed
 from transformers import DynamicCache
 
 from linearize_cli.models.decoding import forward
-from linearize_cli.speculative.graphs import Captured
 
 pytest.importorskip("triton")
 
@@ -21,7 +20,10 @@ def test_logits_are_those_of_states_made_anew():
 
 @torch.no_grad()
 @pytest.mark.parametrize("keep, reason", [(0, "do not run in every layer"), (1, "DynamicLayer")])
-def test_no_graph_of_what_moves(keep, reason):
+def test_no_graph_of_what_moves(keep, reason, monkeypatch):
+    monkeypatch.syspath_prepend(in_place_case.BENCHMARKS)
+    from cuda_graph import Captured
+
     model, ids = swapped("llama", AUGMENTED, keep=keep), torch.randint(1, 50, (2, 9))
     cache = DynamicCache(config=model.config)
     forward(model, ids, cache)

@@ -196,14 +196,14 @@ def test_bad_input_is_refused(artifact, tmp_path, capsys):
         ((artifact, "--context", "16,x"), "'x' is not a number of tokens"),
         ((artifact, "--context", "16,7"), "--context 7 is too short"),
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
-        ((artifact, "--context", "8", "--batch", 10**15), "no memory for"),
+        ((artifact, "--context", "8", "--batch", 10**15), "not enough memory for"),
         ((artifact, "--plot", tmp_path / "none" / "p.png"), "--plot"),
-        ((artifact, "--plot", tmp_path / "p.pdf"), "no PNG"),
+        ((artifact, "--plot", tmp_path / "p.pdf"), "is not a PNG file"),
         ((artifact, "--json", tmp_path), "is a folder"),
         ((artifact, "--teacher", "demo"), "another vocabulary"),
-        ((artifact, "--teacher", artifact), "linearized model already"),
+        ((artifact, "--teacher", artifact), "already a linearized model"),
         ((artifact, "--device", "abacus"), "abacus"),
-        ((tmp_path,), "no linearized artifact"),
+        ((tmp_path,), "is not a linearized artifact"),
     ]
     for arguments, words in cases:
         assert run_command(*arguments) == 2
@@ -258,8 +258,8 @@ def test_the_floors_count_what_their_forms_do(monkeypatch):
     assert floors.softmax_work(sizes, floors.DECODE).bytes == (4 + 2 * 7) * 2 * 3 * 5 * 2
     for scope, edge in (("sliding", lambda i: max(0, i - 2)), ("group", lambda i: i - i % 3)):
         seen = [i - edge(i) + 1 for i in range(8)]
-        assert floors.near_tokens(scope, 3, 7, floors.FORWARD) == pytest.approx(sum(seen[:7]) / 7)
-        assert floors.near_tokens(scope, 3, 7, floors.DECODE) == seen[7]
+        assert floors.local_tokens(scope, 3, 7, floors.FORWARD) == pytest.approx(sum(seen[:7]) / 7)
+        assert floors.local_tokens(scope, 3, 7, floors.DECODE) == seen[7]
 
 
 def test_the_benchmark_of_the_kernels_runs(tmp_path):

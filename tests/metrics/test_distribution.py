@@ -8,7 +8,7 @@ from linearize_cli.metrics.distribution import integral_transform, uniformity
 from linearize_cli.models.decoding import forward
 from linearize_cli.speculative.accept import Sampling, Typical, follows
 from linearize_cli.speculative.drafts import Draft
-from linearize_cli.verification.sampling import sampled_places
+from linearize_cli.verification.sampling import sampled_pit
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,7 +68,7 @@ def test_rules_of_acceptance(rule, sound):
     model.lm_head.weight *= 2
     rows = torch.randint(3, SMALL["vocab_size"], (10, 5), generator=generator()).tolist()
     places = [
-        sampled_places(model, rows, Probable(model), rule(0.9, generator(seed)), 6, generator(seed + 100))
+        sampled_pit(model, rows, Probable(model), rule(0.9, generator(seed)), 6, generator(seed + 100))
         for seed in range(20)
     ]
     found = uniformity(torch.cat(places))

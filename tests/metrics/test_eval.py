@@ -198,7 +198,7 @@ def test_an_artifact_without_its_teacher_asks_for_it(teacher, copy):
     with pytest.raises(UserError, match="not a report of a conversion"):
         evaluate(copy, data=teacher.text)
     (copy / "linearize.json").unlink()
-    with pytest.raises(UserError, match="names its teacher"):
+    with pytest.raises(UserError, match="names its base model"):
         evaluate(copy, data=teacher.text)
 
 
@@ -207,14 +207,14 @@ def test_bad_input_is_refused(teacher, artifact, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     cases = [
-        (dict(data=str(tmp_path / "short.txt")), "less than one block of 16"),
+        (dict(data=str(tmp_path / "short.txt")), "fewer than one block of 16"),
         (dict(data=str(tmp_path / "empty.txt")), "holds no text"),
-        (dict(data="self"), "no reference"),
+        (dict(data="self"), "would measure the teacher on its own text"),
         (dict(), "needs text"),
         (dict(data=teacher.text, teacher="demo"), "another vocabulary"),
-        (dict(data=teacher.text, teacher=str(artifact)), "linearized model already"),
+        (dict(data=teacher.text, teacher=str(artifact)), "already a linearized model"),
         (dict(data=teacher.text, context=(16, 3)), "--context 3 is too short"),
-        (dict(data=teacher.text, context=(1_000_000,)), "less than one block of 1,000,000"),
+        (dict(data=teacher.text, context=(1_000_000,)), "fewer than one block of 1,000,000"),
         (dict(data=teacher.text, tasks=["arc_easy"]), "needs lm_eval"),
     ]
     before = {file.name: file.read_bytes() for file in artifact.iterdir() if file.is_file()}

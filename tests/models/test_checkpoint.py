@@ -127,7 +127,7 @@ def test_config_that_is_not_json(folder, text):
     [
         ({"model_type": "brand_new"}, "pip install --upgrade transformers"),
         ({"model_type": None}, "has no model_type"),
-        ({"model_type": "clip"}, "not a causal language model"),
+        ({"model_type": "clip"}, "not a causal LM"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
@@ -179,17 +179,17 @@ def test_a_layer_too_few(folder):
 
 def test_other_weights_are_left_out_with_a_notice(folder):
     add_weights(folder, "v_head.summary.weight", "vision_tower.layers.0.q_proj.weight")
-    with pytest.warns(Notice, match="left out: v_head.summary.weight, vision_tower"):
+    with pytest.warns(Notice, match="are ignored: v_head.summary.weight, vision_tower"):
         load_teacher(str(folder))
 
 
 def test_layers_that_only_draft_are_left_out_with_a_notice(folder):
     edit_json(folder / "config.json", num_nextn_predict_layers=1)
     add_weights(folder, "model.layers.2.eh_proj.weight", "model.layers.2.input_layernorm.weight")
-    with pytest.warns(Notice, match="left out: model.layers.2.eh_proj.weight"):
+    with pytest.warns(Notice, match="are ignored: model.layers.2.eh_proj.weight"):
         load_teacher(str(folder))
     add_weights(folder, "model.layers.3.input_layernorm.weight")
-    assert "no place for: model.layers.3.input_layernorm.weight" in refusal(folder)
+    assert "does not describe: model.layers.3.input_layernorm.weight" in refusal(folder)
 
 
 def test_weights_that_every_checkpoint_may_hold_are_no_notice(folder, recwarn):
@@ -227,7 +227,7 @@ def test_an_index_stays_in_its_folder(folder, shards, tmp_path):
             key: name if value == shards[0].name else value for key, value in whole["weight_map"].items()
         }
         index.write_text(json.dumps(whole | {"weight_map": weight_map}))
-        assert "outside its folder" in refusal(folder)
+        assert "not the name of a file in its folder" in refusal(folder)
     for weight_map in ([], None, "x"):
         index.write_text(json.dumps(whole | {"weight_map": weight_map}))
         assert str(index) in refusal(folder)
@@ -254,7 +254,7 @@ def test_a_million_layers_are_refused_at_once(tmp_path, kind, key):
 
 def test_sizes_beyond_the_weight_files_are_refused_at_once(folder):
     edit_json(folder / "config.json", hidden_size=2**20, vocab_size=2**20, num_attention_heads=2**13)
-    assert "config.json asks for" in refusal(folder)
+    assert "config.json describes" in refusal(folder)
 
 
 def test_a_config_that_is_not_utf_8(folder):

@@ -229,7 +229,7 @@ def test_wrong_shape(folder):
         ({"n_layers": 3}, "n_layers is 3"),
         ({"n_layers": 1}, "n_layers is 1"),
         ({"dim": 40}, "tok_embeddings.weight"),
-        ({"vocab_size": 49}, "vocab_size 49"),
+        ({"vocab_size": 49}, "vocab_size is 49"),
     ],
 )
 def test_params_at_odds_with_the_shards(folder, change, said):

@@ -186,5 +186,5 @@ def test_the_plan_names_both_sides():
     assert (encoder.refusal, encoder.causal, encoder.caches) == (None, False, False)
     assert (decoder.refusal, decoder.causal, decoder.caches) == (None, True, True)
     assert "causal" not in decoder.geometry
-    assert (cross.refusal, cross.caches) == ("cross-attention: its keys come from elsewhere", False)
+    assert (cross.refusal, cross.caches) == ("cross-attention: its keys come from another sequence", False)
     assert len(converted(swapped("bart"))) == len(converted(swapped("t5"))) == 5

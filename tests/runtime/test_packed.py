@@ -5,7 +5,7 @@ import torch
 from families import AUGMENTED, SMALL, swap, swapped, tiny_model
 from linearize_kernels import chunked
 
-from linearize_cli.conversion.document_check import check_apart
+from linearize_cli.conversion.document_check import check_document_masking
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Distill, Lora
 from linearize_cli.methods.registry import load_recipe
@@ -275,7 +275,7 @@ def test_documents_are_apart_where_layers_get_no_positions(family):
     model = tiny_model(family)
     native = model.config._attn_implementation
     swap(model, AUGMENTED)
-    check_apart(model, native)
+    check_document_masking(model, native)
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_a_model_that_cannot_is_refused(family, who, monkeypatch):
         for module, name in ((layer_module, "document_starts"), (dispatch, "starts_in")):
             monkeypatch.setattr(module, name, lambda *given: None)
     with pytest.raises(UserError, match=who):
-        check_apart(model, native)
+        check_document_masking(model, native)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.functional import cross_entropy, linear, silu
 
 from linearize_cli import load
-from linearize_cli.artifact.push import artifact_files
+from linearize_cli.artifact.completeness import artifact_files
 from linearize_cli.conversion.heads import heads as train
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import IGNORED, Batch
@@ -154,7 +154,7 @@ def test_an_interrupted_convert_goes_on_with_the_same_heads(step, artifact, teac
 def test_heads_of_an_artifact(artifact, teacher, tmp_path, monkeypatch):
     folder = copied(artifact, tmp_path)
     weights, text = (folder / "model.safetensors").read_bytes(), dict(data=(teacher.text,), **TINY)
-    with pytest.raises(UserError, match="has heads already"):
+    with pytest.raises(UserError, match="already has heads"):
         train(folder, **text)
     with pytest.raises(UserError, match="nothing to resume"):
         train(folder, **text, resume=True)
@@ -219,14 +219,17 @@ def spoiled_weights(path):
         (lambda path: path.write_bytes(path.read_bytes()[:-7]), "is damaged"),
         (
             lambda path: save_file({"weight": torch.zeros(2, 3, 3)}, path),
-            "is damaged: it holds no Medusa heads",
+            "is damaged: it has no Medusa heads",
         ),
-        (spoiled_weights, "is damaged: its numbers are not finite"),
+        (spoiled_weights, "is damaged: some of its weights are not finite"),
         (lambda path: with_facts(path, tree=None), "is damaged: it has no 'tree'"),
         (lambda path: with_facts(path, tree="[[0"), "is damaged"),
         (lambda path: with_facts(path, tree="[[0, 0]]"), "is damaged: .*no parent"),
-        (lambda path: with_facts(path, tree="[[0], [0, 0], [0, 0, 0]]"), "beyond its heads"),
-        (lambda path: with_facts(path, tree="[[6]]"), "beyond its heads"),
+        (
+            lambda path: with_facts(path, tree="[[0], [0, 0], [0, 0, 0]]"),
+            "its tree needs more heads or candidates",
+        ),
+        (lambda path: with_facts(path, tree="[[6]]"), "its tree needs more heads or candidates"),
         (lambda path: with_facts(path, heads="3"), "is damaged"),
         (lambda path: with_facts(path, acceptance="5"), "is damaged"),
     ],
@@ -240,7 +243,7 @@ def test_damaged_heads_are_refused(spoil, words, artifact, tmp_path):
 
 
 def test_heads_of_another_model_are_refused(artifact):
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="belongs to another model"):
         load_heads(artifact, swapped("llama"))
 
 

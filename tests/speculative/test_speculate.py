@@ -121,7 +121,7 @@ def test_the_last_position_is_not_passed():
     for drafter in (NoDraft(), Oracle(known, 1.0, [DEEP], VOCABULARY)):  # rows that would pass it end there
         rows, _ = run(model, prompts, drafter, 200, context=24)
         assert list(map(len, rows)) == [24, 24] and rows[1] == known[1] and rows[0][:15] == known[0]
-    with pytest.raises(UserError, match="a prompt of 24 tokens leaves no room: the model has 24 positions"):
+    with pytest.raises(UserError, match="a prompt of 24 tokens fills the model's 24 positions"):
         run(model, prompts_of(3, 24), NoDraft(), 1, context=24)
 
 

@@ -106,10 +106,10 @@ def test_words_and_characters_come_whole(demo, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speculative": "lookup", "tree": "chain"}, "--tree is for Medusa heads"),
-        ({"tree": "chain"}, "--tree is for Medusa heads"),
-        ({"typical": True}, "--typical says which drafts"),
-        ({"typical": True, "speculative": "medusa"}, "--typical is a way of sampling"),
+        ({"speculative": "lookup", "tree": "chain"}, "--tree needs Medusa heads"),
+        ({"tree": "chain"}, "--tree needs Medusa heads"),
+        ({"typical": True}, "--typical needs speculative decoding"),
+        ({"typical": True, "speculative": "medusa"}, "--typical needs sampling"),
         ({"speculative": "medusa", "tree": "absent.json"}, "absent.json"),
         ({"speculative": "medusa", "tree": "mc_sim_7b_63"}, "4 deep, but there are 3 heads"),
     ],

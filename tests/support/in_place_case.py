@@ -6,18 +6,23 @@ Run as a script, it prints how far logits differ, by what was done, as JSON.
 import copy
 import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
 
 def compared():
+    sys.path.append(BENCHMARKS)
+    from cuda_graph import Captured
     from families import AUGMENTED, swapped
     from transformers import DynamicCache
 
     from linearize_cli.models.decoding import forward, pad_left
     from linearize_cli.runtime.dispatch import converted
     from linearize_cli.runtime.tree import read_tree
-    from linearize_cli.speculative.graphs import Captured
 
     torch.manual_seed(0)
     model = swapped("llama", AUGMENTED)

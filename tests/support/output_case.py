@@ -22,7 +22,7 @@ from linearize_cli.methods.recipe import Recipe
 from linearize_cli.training.job import Job
 
 OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "exchange")
-JOB = Job("demo", Recipe("augmented"), (), None, None, None, None, False, False, None, 0)
+JOB = Job("demo", Recipe(name="augmented"), (), None, None, None, None, False, False, None, 0)
 
 
 def killed_at(moment, work):

@@ -14,7 +14,7 @@ from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 # huggingface_hub reads HF_ENDPOINT and HF_HUB_DISABLE_XET when it is imported, hence a process for each push.
 PUSH = """
 import json, sys, time, traceback
-from linearize_cli.artifact import hub
+from linearize_cli import hub
 from linearize_cli.artifact.push import push
 from linearize_cli.errors import UserError
 if "stalled" in sys.argv:

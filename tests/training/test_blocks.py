@@ -18,7 +18,7 @@ from tiny_checkpoint import save_tokenizer, tiny_model
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import causal_batch
 from linearize_cli.training import layerwise_transfer as blocks_module
-from linearize_cli.training.streamed_layers import LayerBlocks, returned
+from linearize_cli.training.streamed_layers import LayerBlocks, output_lengths
 
 SHARE = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=1.0")
 LAYERS = 5
@@ -117,7 +117,7 @@ def mapped(tensor):
 @pytest.mark.parametrize("size", [1, 2])
 def test_no_more_than_a_block_is_in_memory(size, teachers, monkeypatch):
     counts = []
-    leaving = blocks_module.leaving
+    hidden_after = blocks_module.hidden_after
 
     def counting(model, inputs):
         layers = model.model.layers
@@ -125,9 +125,9 @@ def test_no_more_than_a_block_is_in_memory(size, teachers, monkeypatch):
         here = [not any(map(mapped, some)) for some in frozen]
         assert all(here[i] or all(map(mapped, some)) for i, some in enumerate(frozen)), "half a layer is here"
         counts.append(here)
-        return leaving(model, inputs)
+        return hidden_after(model, inputs)
 
-    monkeypatch.setattr(blocks_module, "leaving", counting)
+    monkeypatch.setattr(blocks_module, "hidden_after", counting)
     run(teachers["llama"][0], teachers["llama"][0].folder / f"counted-{size}", **blocks(size))
     expected = [[first <= i < first + size for i in range(LAYERS)] for first in range(0, LAYERS, size)]
     assert [row for row, _ in groupby(counts)] == expected
@@ -188,8 +188,12 @@ def test_a_killed_run_goes_on_within_its_block(moment, count, teachers, at_once)
 def test_a_block_that_ends_early_leaves_hidden_states_for_the_next(teachers):
     teacher, _ = teachers["llama"]
     output, keywords = teacher.folder / "early", blocks(2)
-    looks = ("recover.transfer.evaluate=0.1", "recover.transfer.early_stop=1", "recover.transfer.lr=1e-30")
-    report = run(teacher, output, **{**keywords, "overrides": (*keywords["overrides"], *looks)})
+    evaluated = (
+        "recover.transfer.evaluate=0.1",
+        "recover.transfer.early_stop=1",
+        "recover.transfer.lr=1e-30",
+    )
+    report = run(teacher, output, **{**keywords, "overrides": (*keywords["overrides"], *evaluated)})
     steps = [step for step, _ in curves(output)]
     assert sorted(steps) == [1] * LAYERS + [2] * LAYERS  # at such a rate the second look is no better
     assert report["self_check"]
@@ -227,15 +231,15 @@ def test_a_layer_that_reads_more_than_hidden_states_is_refused():
     model.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop(), *args[1:]))
     model.register_forward_pre_hook(lambda module, args: seen.clear())
     found = LayerBlocks.of(model, ["model.layers.1.self_attn"], 1, "cpu")
-    assert found.count == 2 and returned(found, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
+    assert found.count == 2 and output_lengths(found, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
     every = LayerBlocks.of(model, [f"model.layers.{i}.self_attn" for i in range(3)], 1, "cpu")
-    with pytest.raises(UserError, match="layers 2 to 2 .* do not run alone"):
-        returned(every, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
+    with pytest.raises(UserError, match="layers 2 to 2 .* cannot run alone"):
+        output_lengths(every, model, "sdpa", causal_batch(torch.tensor([[1, 2, 3]])))
 
 
 def test_layers_in_two_lists_are_refused():
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="do not stand in one list"):
+    with pytest.raises(UserError, match="are not in one list"):
         LayerBlocks.of(model, ["model.layers.0.self_attn", "model.norm"], 1, "cpu")
 
 

@@ -15,7 +15,14 @@ from linearize_cli.runtime.dispatch import attention_implementation, converted
 from linearize_cli.training.chunked_logits import decode
 from linearize_cli.training.distillation import Distillation
 from linearize_cli.training.loop import trainable
-from linearize_cli.training.student import add_lora, lora_targets, merge, recomputable, recomputed, unfreeze
+from linearize_cli.training.student import (
+    add_lora,
+    checkpointable,
+    checkpointed,
+    lora_targets,
+    merge,
+    unfreeze,
+)
 
 # What a family does to its logits behind the output embedding, in values that show.
 SCALED = {
@@ -204,8 +211,8 @@ def test_without_lora_every_weight_but_the_embeddings_is_trained(dtype, tied):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad(), objective.teaching() as teaching:
-        torch.testing.assert_close(teaching(**batch.inputs).logits, expected, rtol=0, atol=0)
+    with torch.no_grad(), objective.as_teacher() as softmax:
+        torch.testing.assert_close(softmax(**batch.inputs).logits, expected, rtol=0, atol=0)
         said = model(**batch.inputs).logits
     merged = merge(model)
     assert merged.state_dict().keys() >= before.keys()
@@ -226,7 +233,7 @@ def test_checkpointing_changes_memory_and_no_gradient(family):
     student, batch = with_lora(swapped(family)), batch_of(64)
     objective = Distillation(student, "sdpa", Distill(hidden=0.5))
     found = []
-    for context in (lambda model: recomputed(model), None):
+    for context in (lambda model: checkpointed(model), None):
         with context(student) if context else pytest.MonkeyPatch.context():
             most, loss = bytes_kept(objective, batch)
         found.append((most, loss, {n: p.grad for n, p in trainable(student).items() if p.grad is not None}))
@@ -236,7 +243,7 @@ def test_checkpointing_changes_memory_and_no_gradient(family):
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], rtol=0, atol=0)
-    assert not any("forward" in vars(layer) for layer in recomputable(student))
+    assert not any("forward" in vars(layer) for layer in checkpointable(student))
 
 
 def test_bfloat16_learns_in_fp32():

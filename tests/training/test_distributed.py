@@ -52,7 +52,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(case, teacher):
     assert ended.returncode != 0
     told = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert told == ["error: another process of this run has ended"]
-    assert f"{teacher.folder / 'killed.partial'}: go on with --resume" in ended.stderr
+    assert f"{teacher.folder / 'killed.partial'}: continue with --resume" in ended.stderr
     assert not (teacher.folder / "killed").exists()
     converted(teacher.path, teacher.text, teacher.folder / "killed", resume=True)
     same(teacher.folder / "killed", teacher.folder / "whole")
@@ -64,7 +64,7 @@ def test_an_error_of_all_processes_is_told_once(teacher):
     sizes = ["--seq-len", "16", "--batch-size", "3", "--tokens", "2k"]
     arguments = ["convert", teacher.path, "-o", output, "--data", teacher.text, *sizes]
     ended = launch("-m", "linearize_cli", *arguments)
-    assert ended.stderr.count("error: --batch-size 3 does not divide among 2 processes") == 1
+    assert ended.stderr.count("error: --batch-size 3 cannot be divided among 2 processes") == 1
     assert ended.stderr.count("exitcode  : 2 ") >= 1
     assert not output.exists() and not output.with_name("refused.partial").exists()
 
@@ -85,7 +85,7 @@ def test_shards_of_a_hybrid_and_of_half_precision(teacher):
 
 @pytest.mark.slow
 def test_the_example_configuration_shards(teacher):
-    config = ("--config_file", SUPPORT.parent / "examples" / "fsdp2.yaml")
+    config = ("--config_file", SUPPORT.parents[1] / "examples" / "fsdp2.yaml")
     where = teacher.path, teacher.text, teacher.folder
     ended = launch(SUPPORT / "distributed_case.py", "configured", *where, distribute=config)
     assert ended.returncode == 0, ended.stderr[-2000:]

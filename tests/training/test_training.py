@@ -1,4 +1,4 @@
-"""What a recipe says of training: rates, warmup, clipping, looks at held-out text, full fine-tuning."""
+"""What a recipe says of training: rates, warmup, clipping, evaluation on held-out text, full fine-tuning."""
 
 import json
 import math
@@ -121,9 +121,9 @@ def test_the_best_parameters_are_kept_and_the_stage_ends():
     seen = {}
     for step in range(1, 21):
         objective.weight.data.fill_(step)
-        look = best.look(step)
-        if look:
-            seen[step] = look["held_out"]
+        held_out = best.evaluate(step)
+        if held_out:
+            seen[step] = held_out["held_out"]
         if best.stopped:
             break
     assert seen == {2: 1.5, 4: 1.5, 6: 3.5}  # the first of equals is the best
@@ -133,14 +133,14 @@ def test_the_best_parameters_are_kept_and_the_stage_ends():
     assert again.stopped  # a resumed run does not go on
 
 
-def test_the_last_step_is_looked_at_too():
+def test_the_last_step_is_evaluated_too():
     objective = Valley()
     best = Best(objective, dict(objective.named_parameters()), lambda: [0.0], 7, Distill(evaluate=0.4), {})
-    looks = [step for step in range(1, 8) if best.look(step)]
-    assert looks == [3, 6, 7]
+    evaluated = [step for step in range(1, 8) if best.evaluate(step)]
+    assert evaluated == [3, 6, 7]
 
 
-def test_a_run_keeps_the_best_of_its_looks(teacher, monkeypatch):
+def test_a_run_keeps_the_best_of_its_evaluations(teacher, monkeypatch):
     """A rate at which distillation gets worse: the best is not the last, the stage ends early, and what is saved is
     the best; a run that is stopped goes on to the same.
     """
@@ -151,9 +151,11 @@ def test_a_run_keeps_the_best_of_its_looks(teacher, monkeypatch):
         "recover.transfer.evaluate=0.5",
     )
     output, report = convert(teacher, "best", *options, tokens=16 * 4 * 60)
-    looks = {r["step"]: r["held_out"] for r in records(output) if r["stage"] == "distill" and "held_out" in r}
-    best = min(looks, key=looks.get)
-    assert list(looks)[-1] == best + 3 * 3 < 36, "the stage did not end early"
+    losses = {
+        r["step"]: r["held_out"] for r in records(output) if r["stage"] == "distill" and "held_out" in r
+    }
+    best = min(losses, key=losses.get)
+    assert list(losses)[-1] == best + 3 * 3 < 36, "the stage did not end early"
     assert report["tokens"] == {"transfer": 24 * 64, "distill": (best + 9) * 64}
     model, _ = load(output)
     assert all(p.isfinite().all() for p in model.parameters())
@@ -205,7 +207,7 @@ def test_training_in_bfloat16_lowers_the_losses(teacher):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("recover.distill.lora.targets=mlp", ["recover.distill.lora.targets", "attention, all"]),
+        ("recover.distill.lora.targets=mlp", ["recover.distill.lora.targets", "'attention' or 'all'"]),
         ("recover.distill.linear_lr=0", ["recover.distill.linear_lr"]),
         ("recover.distill.warmup=2", ["recover.distill.warmup"]),
         ("recover.transfer.warmup=-1", ["recover.transfer.warmup"]),

@@ -18,7 +18,8 @@ from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.verification import verify as verification
 from linearize_cli.verification.prompts import read_prompts
-from linearize_cli.verification.verify import render, verify
+from linearize_cli.verification.report import render
+from linearize_cli.verification.verify import verify
 
 KEYS = {
     *("verdict", "tree", "forms", "greedy", "rollback", "padding", "drift", "acceptance", "speed", "seed"),
@@ -278,11 +279,11 @@ def refusal(*args, **kwargs) -> str:
 
 
 def test_what_is_no_artifact_is_refused(artifact, tmp_path, tokenizer):
-    assert "is no folder" in refusal(tmp_path / "absent")
+    assert "is not a folder" in refusal(tmp_path / "absent")
     assert "it has no config.json" in refusal(tmp_path)
     tiny_model("llama").save_pretrained(tmp_path)
     said = refusal(tmp_path)
-    assert "config.json is that of a llama model" in said and "linearize convert" in said
+    assert "config.json describes a llama model" in said and "linearize convert" in said
     (tmp_path / "config.json").write_text("[]")
     assert "config.json is not a JSON object" in refusal(tmp_path)
 
@@ -308,14 +309,14 @@ def test_prompts(tmp_path, artifact):
     assert read_prompts(tmp_path / "bom.txt") == ["one"]
     assert "no such file" in refusal(artifact, prompts=tmp_path / "absent.txt")
     (tmp_path / "empty.txt").write_text(" \n\n")
-    assert "holds no prompt" in refusal(artifact, prompts=tmp_path / "empty.txt")
+    assert "has no prompt" in refusal(artifact, prompts=tmp_path / "empty.txt")
 
 
 def test_context_limits_what_is_generated(llama, tokenizer):
     for max_new in (0, 256):
         with pytest.raises(UserError, match="the model's context is 256"):
             check(llama, tokenizer, max_new=max_new)
-    with pytest.raises(UserError, match="no token in any prompt"):
+    with pytest.raises(UserError, match="the prompts have no token"):
         check(llama, tokenizer, prompts=[""])
     report = check(llama, tokenizer, prompts=["x" * 300], max_new=4)
     assert (report["verdict"], report["greedy"]["tokens"]) == ("EXACT", 4)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from linearize_cli.artifact.seal import seal
 from linearize_cli.errors import UserError
 from linearize_cli.verification import verify as verification
-from linearize_cli.verification.verify import sentence, verify
+from linearize_cli.verification.report import sentence
+from linearize_cli.verification.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_what_a_person_reads(artifact):
     record = json.loads((artifact / "linearize.json").read_text())
     (artifact / "linearize.json").write_text('{"base_model": "tiny"}')
     unsealed = verify(artifact, max_new=2, quick=True)
-    assert sentence(unsealed).startswith("its files could not be compared with what was saved")
+    assert sentence(unsealed).startswith("the files have no checksums to compare with")
     (artifact / "linearize.json").write_text(json.dumps(record))
     (artifact / "generation_config.json").unlink()
     (artifact / "linearize_runtime_layer.py").write_text("")
@@ -195,7 +196,7 @@ def test_a_fingerprint_of_half_precision_is_computed_in_fp32(sealed, tmp_path, m
 
 
 def test_what_cannot_be_sealed(tmp_path, sealed):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         seal(tmp_path / "absent")
     folder = shutil.copytree(sealed, tmp_path / "tiny")
     (folder / "linearize.json").unlink()

@@ -1,4 +1,4 @@
-"""One step of decoding as a CUDA graph: one launch in the place of a thousand."""
+"""A decoding step as a CUDA graph, so that one launch replaces those of about a thousand kernels."""
 
 from collections.abc import Callable
 
@@ -10,20 +10,21 @@ from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 
 Replay = Callable[[], object]
-WARM = 2  # steps before the capture: Triton compiles its kernels, libraries take their workspaces
+WARM = 2  # steps before the capture, in which Triton compiles kernels and libraries allocate workspaces
 
 
 class Captured:
-    """A model's step of one token for every row, replayed where it was captured: its input, its output and the states
-    lie where they lay.
+    """A captured decoding step of one token for every row.
+
+    Each replay uses the same memory for the input, the output and the states.
 
     Args:
-        cache: after a prefix; it takes in the tokens that are given. It must not be changed otherwise, nor move.
-        count: tokens that each row has had.
-        capture: makes of a step what replays it, and what the step returned.
+        cache: the cache after the prefix. Each replay updates it in place. Nothing else may change or move it.
+        count: `[B]`, the number of tokens of each row so far.
+        capture: captures a step and returns its replay function and its output. None captures a CUDA graph.
 
     Raises:
-        ValueError: a step cannot be replayed, because a layer does not keep its state in place.
+        ValueError: a layer does not keep its state in place, so the step cannot be replayed.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Captured:
     ):
         other = {type(layer).__name__ for layer in cache.layers if type(layer) is not LinearCacheLayer}
         if other:
-            raise ValueError(f"no graph of a step: the cache grows or moves in {', '.join(sorted(other))}")
+            raise ValueError(f"cannot capture a step: the cache of {', '.join(sorted(other))} grows or moves")
         self.layers, self.position = cache.layers, count[:, None].clone()
         self.ids = torch.zeros_like(self.position)
         before = [(layer.state.fork(), layer.seen) for layer in self.layers]
@@ -48,7 +49,7 @@ class Captured:
             step()
             ran = {module.linear_attention.ran for module in converted(model).values()}
             if ran != {"triton"} or not all(layer.owned for layer in self.layers):
-                raise ValueError("no graph of a step: Triton's kernels do not run in every layer")
+                raise ValueError("cannot capture a step: not every layer runs on the Triton kernels")
             self.replay, self.logits = (capture or captured)(step)
             for layer, (state, seen) in zip(self.layers, before, strict=True):
                 layer.seen = seen
@@ -57,7 +58,7 @@ class Captured:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits `[B, 1, vocab]` of the tokens `[B, 1]` that come next; the next call overwrites them."""
+        """Decode the next tokens `[B, 1]` and return their logits `[B, 1, vocab]`. The next call overwrites them."""
         self.ids.copy_(ids)
         self.replay()
         self.position += 1
@@ -67,7 +68,7 @@ class Captured:
 
 
 def captured(step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """A CUDA graph of a step, and its output."""
+    """Record a step as a CUDA graph, and return its replay function and its output tensor."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
