@@ -47,10 +47,10 @@ class Equation:
 
     @property
     def recent(self) -> int:
-        """Tokens kept as they are: the near part, or the conv's reach where that is longer; not causal: so many
-        on either side.
+        """Number of tokens kept as they are: the window or group, or the conv's width if that is larger. If not
+        causal, as many on either side.
         """
-        reach = self.conv_width - 1 if self.causal else max(self.size - 1, self.conv_width // 2)
+        reach = self.conv_width if self.causal else max(self.size - 1, self.conv_width // 2)
         return max(self.size, reach, 0)
 
     @property

@@ -8,8 +8,7 @@ import torch
 from families import swapped
 from linearize_kernels.equation import Equation
 from linearize_kernels.parts.far import FeatureMemory
-from linearize_kernels.reference.visibility import laid_out
-from planted_faults import FAULTS, GROUPS, Fault
+from planted_faults import FAULTS, GROUPS, Fault, forget_layouts
 from verify_case import check
 
 from linearize_cli.methods.registry import load_recipe
@@ -27,9 +26,9 @@ attend, commit, append = LinearBranch.attend, LinearBranch.commit, LinearCacheLa
 @pytest.fixture(autouse=True)
 def new_layouts():
     """A fault must not leave its layouts to the tests that follow."""
-    laid_out.cache_clear()
+    forget_layouts()
     yield
-    laid_out.cache_clear()
+    forget_layouts()
 
 
 @pytest.fixture
@@ -201,7 +200,7 @@ def test_one_changed_line(fault: Fault, tokenizer, monkeypatch):
         SOUND[kind] = check(model, tokenizer, quick=False)["failed"]
     assert SOUND[kind] == []
     fault.plant(monkeypatch)
-    laid_out.cache_clear()
+    forget_layouts()
     report = check(model, tokenizer, quick=False)
     assert report["verdict"] == "FAIL" and report["failed"]
 

@@ -184,7 +184,7 @@ def nodes(
         visible, depth = (x.to(q.device) for x in ancestors(parents))
         layout = behind(attention.equation, state, state.count[:, None] + depth, visible)
     else:
-        layout = shared_layout(attention.equation, count, parents)
+        layout = shared_layout(attention.equation, [count], parents)
     return evaluate(attention, state, q, k, v, layout, sink_logits)
 
 
@@ -275,12 +275,7 @@ def run_segment(
     length = q.shape[-2]
     if count is not None and length <= chunk:
         after = append(attention, state, count, k, v)
-        eq = attention.equation
-        if length > 1 or eq.recent < max(eq.conv_width, 1):
-            return nodes(attention, state, q, k, v, chain(length), sink_logits), after
-        # All that the token sees is in the state behind it.
-        layout, none = shared_layout(eq, count + 1, ()), slice(0)
-        return evaluate(attention, after, q, k[..., none, :], v[..., none, :], layout, sink_logits), after
+        return nodes(attention, state, q, k, v, chain(length), sink_logits), after
     chunk = min(chunk, length)
     if valid is not None:
         order = valid.long().argsort(dim=-1, stable=True)  # pads first, as in the timeline

@@ -9,13 +9,16 @@ and never counts, and sinks are never folded.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from linearize_kernels.parts.combine import as_affine, by_read_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, unit_norm
 from linearize_kernels.parts.linformer import Projection
+from linearize_kernels.remembered import derived
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
 
@@ -91,15 +94,30 @@ class FeatureMemory(nn.Module):
         logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
         return logarithm.exp().mT
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""
-        phi = self.keys(k[:, None])[:, 0]
-        return self.memory.fold_one(S, z, phi, self.equation.to_far_heads(v[:, None])[:, 0])
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
+        """Write one token of each of B rows into S and z.
 
-    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The far part `[Dv]` of one head for all queries q `[heads, D]`, and its mass."""
-        phi, far = self.q_map(q[:, None])[head, 0], head * self.equation.far_heads // self.equation.heads
-        return phi @ S[far], phi @ z[far]
+        Args:
+            S: `[far, B, F, Dv]`; z: `[far, B, F]`; k: `[kv, B, D]`; v: `[kv, B, Dv]`.
+            position: the token's position in each row.
+        """
+        k, v = self.equation.to_far_heads(k), self.equation.to_far_heads(v)
+        memory, phi = self.memory, self.writing_map.one_token(k)
+        if memory.unit_keys:
+            phi = unit_norm(phi)
+        if self.key_weight is not None:
+            w, b = derived(self, "key_weight", before_cap, k.dtype)
+            phi = phi * torch.baddbmm(b, k, w).tanh().mul(CEILING).exp()
+        memory.fold_one(S, z, phi, v)
+
+    def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Read S and z with one query of each of B rows: q `[heads, B, D]`.
+
+        Returns:
+            numerator `[far * B, heads / far, Dv]` and mass `[far * B, heads / far, 1]`.
+        """
+        phi, S = by_read_head(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
+        return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
 
     def forward(
         self,
@@ -203,6 +221,11 @@ class FeatureMemory(nn.Module):
             states.append(S)
             sums.append(z)
         return torch.stack(states), torch.stack(sums)
+
+
+def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w and b of the logarithm of a key's weight, before the soft cap."""
+    return as_affine(key_weight / CEILING)
 
 
 def far_part(equation) -> nn.Module:

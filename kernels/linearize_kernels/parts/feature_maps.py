@@ -51,6 +51,10 @@ class FeatureMap(nn.Module):
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
         self.feature_dim = head_dim
 
+    def one_token(self, x: Tensor) -> Tensor:
+        """Return the features of one token of B rows, `[heads, B, D] -> [heads, B, F]`."""
+        return self(x)
+
     def reset_parameters(self) -> None:
         """As at the start of a conversion."""
 
@@ -134,6 +138,13 @@ class Hedgehog(Projected):
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.weight.to(x.dtype)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+
+    def one_token(self, x: Tensor) -> Tensor:
+        if type(self) is not Hedgehog:  # a subclass may have a formula of its own
+            return super().one_token(x)
+        heads, batch, _ = x.shape
+        x = torch.bmm(x, self.weight.to(x.dtype))
+        return torch.cat([x, -x], -1).view(heads, batch, 2, -1).softmax(-1).view(heads, batch, -1)
 
 
 @feature_map("taylor")

@@ -2,6 +2,7 @@
 geometry share it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,39 +92,54 @@ def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Lay
     return lay_out(eq, recent, position, visible, sink_position, folded, far_apart=far_apart)
 
 
-def shared_layout(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
-    """Of a tree after `count` tokens in every row, on a CPU, with leading dimensions of 1.
+def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...]) -> Layout:
+    """Return the layout of a tree behind rows of known lengths, on a CPU.
+
+    All layers of one geometry share it. Its leading dimension is 1 where all rows see the same.
 
     Args:
-        parents: of the nodes; -1: none. A chain is `(-1, 0, 1, ..)`. None at all: one query, of the last token that
-            the state has taken in.
+        counts: tokens in each row so far.
+        parents: each node's parent; -1 for none. A chain is `(-1, 0, 1, ..)`. An empty tuple lays out one query: that
+            of the last token, which the state holds already.
     """
-    if eq.feature_map not in FAR_PARTS:  # what all parts but those ask of places is the same from here on
-        begun = eq.recent + eq.sinks + 1
-        if count > begun:
-            count = begun + (count - begun) % (eq.size if eq.scope == "group" else 1)
-    return laid_out(eq, count, parents)
+    return laid_out(eq, settled(eq, counts), parents)
+
+
+def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
+    """Replace counts of tokens by the smallest that have the same layout; one count if all rows share it."""
+    if eq.feature_map not in FAR_PARTS:  # beyond this length only those still depend on positions
+        begun, cycle = eq.recent + eq.sinks + 1, eq.size if eq.scope == "group" else 1
+        counts = [n if n <= begun else begun + (n - begun) % cycle for n in counts]
+    return tuple(counts) if min(counts) < max(counts) else (counts[0],)
 
 
 @remembered(512)
-def laid_out(eq: Equation, count: int, parents: tuple[int, ...]) -> Layout:
+def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) -> Layout:
+    """Compute the layout of `shared_layout` for `settled` counts."""
     visible, depth = ancestors(parents) if parents else LAST
-    place, end = count + depth, count + int(depth.max())  # of the queries, and the deepest
-    recent = torch.arange(count - eq.recent, count).clamp_min(-1)
+    count = torch.tensor(counts)[:, None]
+    place = count + depth  # of the queries
+    recent = (count - eq.recent + torch.arange(eq.recent)).clamp_min(-1)
     recent = recent.masked_fill(recent < eq.sinks, -1)
     sinks = torch.arange(eq.sinks)
-    if eq.scope == "group":
-        far_apart, first_near = count // eq.size != end // eq.size, end - end % eq.size
-    else:
-        far_apart, first_near = end - count >= eq.size, end - eq.size + 1
+    farthest, old = int(depth.max()), 0
+    far_apart = eq.scope == "sliding" and farthest >= eq.size
+    for tokens in counts:
+        end = tokens + farthest  # the deepest node's position
+        if eq.scope == "group":
+            far_apart = far_apart or tokens // eq.size != end // eq.size
+            first_near = end - end % eq.size
+        else:
+            first_near = end - eq.size + 1
+        old = max(old, min(first_near - (tokens - eq.recent), eq.recent))
     return lay_out(
         eq,
-        recent[None],
-        place[None],
+        recent,
+        place,
         visible,
-        torch.where(sinks < count, sinks, -1)[None],
-        torch.tensor([count - eq.sinks > int((recent >= 0).sum())]),
-        min(max(first_near - (count - eq.recent), 0), eq.recent),
+        torch.where(sinks < count, sinks, -1),
+        count[:, 0] - eq.sinks > (recent >= 0).sum(-1),
+        old,
         far_apart and bool(parents),
     )
 
