@@ -152,7 +152,8 @@ def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the ancestor matrix and the depths of tree nodes.
 
     Returns:
-        `visible [N, N]` bool, where `visible[i, j]` says that j is i or an ancestor of i, and depths `[N]`, 0 for a root.
+        `visible [N, N]` bool, where `visible[i, j]` says that j is i or an ancestor of i.
+        depths `[N]`, 0 for roots.
     """
     visible = torch.eye(len(parents), dtype=torch.bool)
     for i, parent in enumerate(parents):
