@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
 from linearize_kernels.state import State
@@ -97,8 +98,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Return whether `Decoding` computes the next token: on a CPU, without gradients, and not in compiled code."""
         if self.decoding is None and self.last_state is None:
             return False
-        on_host = q.device.type == "cpu" and attention.impl != "triton"
-        return on_host and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return decoding_backend(attention, q) == "torch"
 
     def decode(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
@@ -129,10 +129,8 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
         If so, and something else may hold the state, it is copied first, once.
         """
-        wanted = attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
+        wanted = decoding_backend(attention, q) == "triton"
         if not wanted or self.state is None or self.record_past or sink_logits is not None:
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if not self.owned:
             self.state, self.owned = self.state.fork(), True
