@@ -6,7 +6,7 @@ import torch
 from linearize_kernels.equation import Equation, LinearAttention
 from linearize_kernels.ops.bidirectional import bidirectional
 from linearize_kernels.ops.chunked import chunked
-from linearize_kernels.ops.varlen import runs
+from linearize_kernels.ops.varlen import packed_plan
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -153,7 +153,8 @@ class LinearizedAttention(LinearAttention):
     ) -> Tensor:
         """Compute the outputs of documents that begin at `starts [B, T]`, each with an empty state."""
         starts = starts.expand(heads[0].shape[0], -1)
-        if self.equation.causal and valid is None and runs(self, *heads, sink_logits is not None):
+        packed = self.equation.causal and valid is None
+        if packed and packed_plan(self, *heads, sink_logits is not None) is not None:
             return attend_packed(self, starts, *heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, own: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import cycle
 
 import torch
-from linearize_kernels.ops.blocked import segment_of, tokens_at_once
+from linearize_kernels.ops.backend import form_of, segment_tokens
 from torch import nn
 from transformers import DynamicCache
 
@@ -64,7 +64,7 @@ def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> 
         The length of the row in tokens.
     """
     q, k, v = layer_inputs(subject, attention)
-    segment = tokens_at_once(segment_of(attention, 0, 1 << 20, False), q)
+    segment = segment_tokens(form_of(attention, 0, 1 << 20, False), q)
     length = 2 * segment + segment // 2 + 5
     sampled = torch.randint(q.shape[-2], (length,), generator=subject.generator()).to(q.device)
     whole = [x[..., sampled, :] for x in (q, k, v)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from linearize_kernels import LinearAttention, bidirectional, chunked
 from linearize_kernels.ops.bidirectional import by_block as encode_by_block
-from linearize_kernels.ops.by_part import lanes_together
 from linearize_kernels.ops.chunked import run_segment
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap
 from torch.nn.utils.parametrize import register_parametrization
@@ -49,9 +48,8 @@ def by_block(attention, state, q, k, v):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("lengths", [(1,), (3, 2, 1, 5), (30,), (13, 1, 29), (64, 3)])
-@pytest.mark.parametrize("chunk, cached", [(None, 1), (4, 1 << 18), (4, 300)])
-def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", cached)
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk):
     attention = layer(name)
     inputs, learned, towards = tokens(sum(lengths)), None, None
     results = []
@@ -71,6 +69,38 @@ def test_outputs_states_and_gradients_are_those_of_block(name, lengths, chunk, c
     assert attention.ran == ("torch" if sum(lengths) > 4 else "block")
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_computed_again_in_the_backward(name, monkeypatch):
+    """Several segments, from a state with a count of its own."""
+    attention, inputs, results = layer(name), tokens(101), []
+    for stored in (1 << 20, 0):
+        monkeypatch.setattr("linearize_kernels.ops.chunked.STORED", stored)
+        first, second = zip(*(x.split((11, 90), -2) for x in inputs), strict=True)
+        _, state = chunked(attention, None, *first)
+        out, state = chunked(attention, state, *second, segment=32)
+        wanted = [*inputs, *attention.parameters()]
+        ends = (out.square().sum(), state.S.sum(), state.z.sum())
+        results.append(torch.autograd.grad(sum(ends), wanted, allow_unused=True, materialize_grads=True))
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+def test_no_features_are_asked_of_tokens_that_are_not_there(monkeypatch):
+    """Of a map that is not a number at zero."""
+
+    class Unsafe(FeatureMap):
+        positive = True
+
+        def forward(self, x):
+            return (x / x.norm(dim=-1, keepdim=True)).relu()
+
+    monkeypatch.setitem(FEATURE_MAPS, "unsafe", Unsafe)
+    far = load_recipe("augmented").to_dict()["attention"]["far"] | dict(feature_map="unsafe")
+    attention, inputs = layer("augmented", far=far), tokens(41)
+    out = chunked(attention, None, *inputs)[0]
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs))
 
 
 class Called(torch.nn.Module):
@@ -124,7 +154,7 @@ def test_chunks_of_one_row(kv_heads):
 
 def test_a_map_without_gradients(monkeypatch):
     class Signs(FeatureMap):
-        positive, per_head = True, ()
+        positive = True
 
         def forward(self, x):
             return (x > 0).to(x.dtype)
@@ -155,18 +185,19 @@ def test_threads_train_one_layer():
             torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
-def test_autocast_changes_no_backward():
-    attention, inputs = layer("augmented").float(), [x.detach().float().requires_grad_() for x in tokens(40)]
-    out = chunked(attention, None, *inputs)[0].square().sum()
-    expected = torch.autograd.grad(out, inputs, retain_graph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(out, inputs)
-    for pair in zip(found, expected, strict=True):
+@pytest.mark.parametrize("name", ["augmented", "augmented:relu", "augmented:flash"])
+def test_autocast_changes_nothing(name):
+    attention, inputs = layer(name).float(), [x.detach().float().requires_grad_() for x in tokens(40)]
+    found = []
+    for narrowed in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrowed):
+            out = chunked(attention, None, *inputs)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for pair in zip(*found, strict=True):
         torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
-def test_parameters_in_bfloat16_have_gradients_summed_in_fp32(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1)  # many pieces
+def test_parameters_in_bfloat16_have_gradients_summed_in_fp32():
     exact, attention = layer("augmented"), layer("augmented").bfloat16()
     exact.load_state_dict(attention.double().state_dict())
     attention.bfloat16()
@@ -183,20 +214,9 @@ def test_chunks_are_powers_of_two(size, chunk):
     assert layer("augmented", size=size).equation.chunk == chunk
 
 
-def test_some_heads_of_several_rows(monkeypatch):
-    attention, inputs = layer("augmented", kv_heads=4), tokens(30, kv_heads=4)
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 7 * 30 * 128)
-    assert lanes_together(attention, 3, 30) == (3, 2)
-    expected = torch.autograd.grad(by_block(attention, None, *inputs)[0].square().sum(), inputs)
-    found = torch.autograd.grad(chunked(attention, None, *inputs)[0].square().sum(), inputs)
-    for pair in zip(found, expected, strict=True):
-        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("name", ["augmented", "augmented:relu"])
-def test_a_piece_of_nothing_but_absent_slots(name, monkeypatch):
-    """The first rows and the sinks fill more than the first piece."""
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", 1)
+def test_a_chunk_of_nothing_but_absent_slots(name):
+    """The first rows and the sinks fill more than the first chunk."""
     attention = layer(name, size=4, width=3, sinks=5)
     inputs = tokens(9)
     expected = by_block(attention, None, *inputs)[0]
@@ -235,10 +255,8 @@ def test_frozen_parameters_change_no_other_gradient(frozen, feature_map):
     ],
 )
 @pytest.mark.parametrize("length", [4, 5, 13, 37, 101])
-@pytest.mark.parametrize("chunk, cached", [(None, 1), (7, 1 << 18)])
-def test_encoders_are_those_of_block(name, changes, length, chunk, cached, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.CACHED", cached)
-    monkeypatch.setattr("linearize_kernels.torch_forms.tiles.FEW", 5)
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_encoders_are_those_of_block(name, changes, length, chunk):
     attention = layer(name, causal=False, **changes)
     inputs, results = tokens(length, kv_heads=attention.equation.kv_heads), []
     wanted = [*inputs, *attention.parameters()]

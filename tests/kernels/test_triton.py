@@ -7,24 +7,14 @@ import pytest
 import torch
 import triton_case
 from interpreted import printed
-from linearize_kernels.torch_forms import sliding as sliding_module
+from linearize_kernels import triton as triton_folder
+from linearize_kernels.ops.backend import prefill, why_not_prefill
 from linearize_kernels.torch_forms.grouped import Groups
-from linearize_kernels.torch_forms.sliding_lane import Tokens
-from linearize_kernels.triton.grouped import grouped
-from linearize_kernels.triton.grouped import why_not as why_not_grouped
+from linearize_kernels.torch_forms.sliding import Tokens
 from linearize_kernels.triton.nodes import commit_, decode_one_token, tree
 from linearize_kernels.triton.nodes import why_not as why_not_nodes
-from linearize_kernels.triton.sliding import sliding, why_not
 from transformers.dynamic_module_utils import get_imports
-from triton_case import (
-    CASES,
-    CAUSAL,
-    GROUP_CASES,
-    LAYERS,
-    PACKED,
-    group_inputs,
-    inputs,
-)
+from triton_case import CASES, CAUSAL, GROUP_CASES, LAYERS, PACKED, layer
 from triton_node_case import NODE_CASES, NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 pytest.importorskip("triton")
@@ -75,30 +65,32 @@ def test_packed_sequences_are_apart_to_the_bit(form, errors):
 
 
 @pytest.mark.parametrize(
-    "case, reason",
+    "form, case, reason",
     [
-        (dict(), "CUDA"),
-        (dict(dtype=torch.float64), "float64"),
-        (dict(chunk=48), "not 48"),
-        (dict(keys=300), "q and k have 300"),
-        (dict(features=512), "the features have 512"),
+        ("sliding", dict(), "CUDA"),
+        ("sliding", dict(dtype=torch.float64), "float64"),
+        ("sliding", dict(values=torch.bfloat16), "q is torch.float32, and k and v must be too"),
+        ("sliding", dict(chunk=48), "chunks must have .* not 48"),
+        ("sliding", dict(width=300), "q and k have 300"),
+        ("sliding", dict(feature_dim=256), "the features have 512"),
+        ("sliding", dict(sinks=65, size=80), "65 sinks are more than 64"),
+        ("encoder", dict(), "CUDA"),
+        ("group", dict(), "CUDA"),
+        ("group", dict(size=48), "groups must have .* not 48"),
     ],
 )
-def test_a_refusal_says_why(case, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", bool(case))
-    shape, tokens = inputs(**case)
-    assert reason in why_not(shape, tokens)
+def test_a_refusal_says_why(form, case, reason, monkeypatch):
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", bool(case))
+    attention, heads, chunk = refused(form, **case)
+    attention.impl = "triton"
     with pytest.raises(ValueError, match=reason):
-        sliding(shape, tokens)
+        prefill(attention, heads, 0, chunk=chunk)
 
 
-@pytest.mark.parametrize("case, reason", [(dict(), "CUDA"), (dict(chunk=48), "groups must have .* not 48")])
-def test_the_group_form_s_refusals(case, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", bool(case))
-    shape, folds, tokens = group_inputs(**case)
-    assert why_not_grouped(shape, tokens)
-    with pytest.raises(ValueError, match=reason):
-        grouped(shape, folds, tokens)
+def refused(form, dtype=torch.float32, values=None, chunk=32, width=16, **parts):
+    """A layer, q, k and v, and tokens in a chunk."""
+    q, k, v = (torch.randn(1, heads, 80, width, dtype=dtype) for heads in (2, 1, 1))
+    return layer(**LAYERS[form] | parts), (q, k, v.to(values or dtype)), chunk
 
 
 @pytest.mark.parametrize("name", NODE_CASES)
@@ -126,7 +118,7 @@ def test_nodes(name, errors):
     ],
 )
 def test_the_nodes_refusals(parts, nodes, reason, monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", reason != "CUDA")
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", reason != "CUDA")
     attention = node_layer(parts).float()
     state = attention.empty_state(2, "cpu", torch.float32)
     q, k, v = (x.float() for x in draw_tokens(attention, 2, nodes, torch.float32))
@@ -141,7 +133,7 @@ def test_the_nodes_refusals(parts, nodes, reason, monkeypatch):
 
 
 def test_a_state_that_cannot_be_written(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", True)
     attention = node_layer(NODE_SLIDING).float()
     state = attention.empty_state(1, "cpu", torch.float32)
     token = [x.float() for x in draw_tokens(attention, 1, 1, torch.float32)]
@@ -150,20 +142,14 @@ def test_a_state_that_cannot_be_written(monkeypatch):
         decode_one_token(attention, state.map(lambda x: x.expand(2, *x.shape[1:])), *token)
 
 
-def test_mixed_dtypes_are_refused(monkeypatch):
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
-    shape, tokens = inputs()
-    assert "bfloat16" in why_not(shape, tokens._replace(q=tokens.q.bfloat16()))
-    assert why_not(shape, tokens) is None
-
-
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "linearize_kernels.triton.parts", raising=False)
-    assert why_not(*inputs()) == "triton is not installed"
+    monkeypatch.delitem(sys.modules, "linearize_kernels.triton.common", raising=False)
+    attention, heads, chunk = refused("sliding")
+    assert why_not_prefill(attention, *heads, chunk) == "triton is not installed"
 
 
 def test_a_loader_of_artifacts_does_not_demand_triton():
-    paths = list(Path(sliding_module.__file__).parent.glob("triton_*.py"))
-    assert len(paths) >= 3
+    paths = list(Path(triton_folder.__file__).parent.glob("*.py"))
+    assert len(paths) > 3
     assert all("triton" not in get_imports(path) for path in paths)

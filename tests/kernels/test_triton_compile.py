@@ -12,14 +12,13 @@ from triton_node_case import NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 triton = pytest.importorskip("triton")
 
 from linearize_kernels.ops.varlen import laid_out  # noqa: E402
-from linearize_kernels.triton import grouped_kernels as grouped  # noqa: E402
-from linearize_kernels.triton import node_kernels, node_state, parts  # noqa: E402
-from linearize_kernels.triton import sliding_backward as backward  # noqa: E402
-from linearize_kernels.triton import sliding_forward as forward  # noqa: E402
+from linearize_kernels.triton import common, grouped, node_kernels, node_state  # noqa: E402
+from linearize_kernels.triton import sliding_bwd as backward  # noqa: E402
+from linearize_kernels.triton import sliding_fwd as forward  # noqa: E402
 from linearize_kernels.triton.nodes import commit_, decode_one_token, tree  # noqa: E402
 
 SLIDING = {
-    "fold": parts,
+    "fold": common,
     "attend": forward,
     "query_means": backward,
     "query_gradients": backward,
@@ -28,13 +27,13 @@ SLIDING = {
     "slot_feature_gradients": backward,
 }
 GROUP = {
-    "fold": parts,
+    "fold": common,
     "group_attend": grouped,
     "group_query_gradients": grouped,
     "answers": grouped,
     "group_slot_gradients": grouped,
 }
-CARRY = {"carry": parts}  # of packed sequences
+CARRY = {"carry": common}  # of packed sequences
 NODES = {"take_in": node_state, "attend_nodes": node_kernels, "fold_path": node_state}
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
 SPILLED = 0  # bytes of stack that a thread may spill to
@@ -69,7 +68,7 @@ def recorded(chip, kernels, monkeypatch):
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(
-        "linearize_kernels.triton.tiles.capability", lambda device: 8 if chip < 90 else chip // 10
+        "linearize_kernels.triton.tuning.capability", lambda device: 8 if chip < 90 else chip // 10
     )
     return recorders
 
@@ -105,7 +104,7 @@ def layout(shape, sinks):
 
 def node_launches(chip, monkeypatch, parts, width, dtype):
     """Those of a decoding step, a tree of 64 nodes and paths of unequal lengths."""
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)  # no CUDA device is asked for
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", True)  # no CUDA device is asked for
     recorders = recorded(chip, NODES, monkeypatch)
     attention = node_layer(parts, heads=4, key_dim=width, value_dim=width).to(dtype)
     state = attention.empty_state(1, "cpu", dtype)

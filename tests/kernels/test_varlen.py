@@ -3,8 +3,8 @@
 import pytest
 import torch
 from linearize_kernels import chunked, varlen
-from linearize_kernels.ops.varlen import laid_out, runs
-from linearize_kernels.triton.tiles import SEGMENT
+from linearize_kernels.ops.varlen import laid_out, packed_plan
+from linearize_kernels.triton.tuning import SEGMENT
 from triton_case import CAUSAL, LAYERS, bounds, layer
 
 CPU = torch.device("cpu")
@@ -66,24 +66,27 @@ def test_what_triton_runs(monkeypatch):
     pytest.importorskip("triton")
     attention, tokens = layer(**LAYERS["sliding"]), heads(40)
 
-    def said(impl, *arguments, **others):
+    def chosen(impl, *arguments, **others):
         attention.impl = impl
-        return runs(attention, *(arguments or tokens), **others)
+        return packed_plan(attention, *(arguments or tokens), **others) is not None
 
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", False)
-    assert not said("auto") and said("triton")
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", True)
-    assert said("auto", chunk=32) and not said("torch")
-    assert not said("auto", chunk=48)
-    assert not said("auto", *heads(40, torch.float64), chunk=32)
-    assert not said("triton", has_sink_logits=True)
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", True)
+    assert chosen("triton", chunk=32) and not chosen("torch", chunk=32)
+    assert not chosen("auto", chunk=32)  # on a CPU
+    for arguments, others, reason in (
+        ((), dict(chunk=48), "not 48"),
+        (heads(40, torch.float64), dict(chunk=32), "float64"),
+        ((), dict(chunk=32, has_sink_logits=True), "no Triton kernel"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            chosen("triton", *arguments, **others)
     other = layer(size=20, feature_map="hedgehog", memory="decay")
-    assert not runs(other, *tokens, chunk=32)
+    assert packed_plan(other, *tokens, chunk=32) is None
 
 
 def test_triton_is_not_silently_replaced(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("linearize_kernels.triton.parts.INTERPRETED", False)
+    monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", False)
     for parts, reason in (
         (LAYERS["group"], "CUDA"),
         (dict(size=20, memory="decay", feature_map="relu"), "no Triton"),

@@ -29,9 +29,9 @@ CHUNKED, BLOCK, LAYOUT = (
     "linearize_kernels.reference.block",
     "linearize_kernels.reference.visibility",
 )
-FAR, BLOCKED, MEMORY = (
+FAR, PREFILL, MEMORY = (
     "linearize_kernels.parts.far",
-    "linearize_kernels.ops.blocked",
+    "linearize_kernels.ops.prefill",
     "linearize_kernels.parts.decay",
 )
 CACHE, TREE, LAYER = (
@@ -100,15 +100,15 @@ FAULTS = [
     Fault(
         "z that is not carried from segment to segment",
         f"{CHUNKED}:chunked",
-        "out, state = run(attention, state, count,",
-        "out, state = run(attention, State(**{**vars(state), 'z': state.z * (count < 4096)}), count,",
+        "state = after(state, S, z, count,",
+        "state = after(state, S, z * (count < 4096), count,",
         "long",
     ),
     Fault(
         "S that is not carried from segment to segment of a group form",
         f"{CHUNKED}:chunked",
-        "out, state = run(attention, state, count,",
-        "out, state = run(attention, State(**{**vars(state), 'S': state.S * (count < 4096)}), count,",
+        "state = after(state, S, z, count,",
+        "state = after(state, S * (count < 4096), z, count,",
         "long",
         GROUPS,
     ),
@@ -153,7 +153,7 @@ FAULTS = [
     ),
     Fault(
         "a state whose count stops at 2,048",
-        f"{BLOCKED}:after",
+        f"{PREFILL}:after",
         "count=state.count + length",
         "count=(state.count + length).clamp_max(2048)",
         "long",
@@ -482,14 +482,14 @@ FAULTS = [
     ),
     Fault(
         "a sink that is lost when a prefill is shorter than the sinks",
-        "linearize_kernels.ops.by_part:sinks_with",
+        f"{PREFILL}:sinks_with",
         "(count, count + k.shape[-2])",
         "(count, max(count, k.shape[-2]))",
         "rollback",
     ),
     Fault(
         "recent tokens of which a short prefill drops one",
-        f"{BLOCKED}:after",
+        f"{PREFILL}:after",
         "kept = old[..., min(length, recent) :, :]",
         "kept = old[..., min(length, recent) :, :].roll(1, -2)",
         "forms",
@@ -516,7 +516,7 @@ FAULTS = [
         "many rows without a cache whose queries are too long",
         f"{CHUNKED}:chunked",
         "count, in_step = rows_count(state, valid), state is None and valid is None",
-        "q, count, in_step = q * (1 + (batch > 20)), rows_count(state, valid), state is None and valid is None",
+        "q, count, in_step = q * (1 + (len(q) > 20)), rows_count(state, valid), state is None and valid is None",
         "rows",
     ),
     Fault(

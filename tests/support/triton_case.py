@@ -105,7 +105,7 @@ def inputs(
     values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
     """Keys and values have a common mean: sums of random signs would hide errors that add up."""
-    from linearize_kernels.torch_forms.sliding_lane import Shape, Tokens
+    from linearize_kernels.torch_forms.sliding import Shape, Tokens
 
     torch.manual_seed(0)
     rows = chunks * chunk
@@ -146,8 +146,8 @@ def group_inputs(
 ):  # fmt: skip
     """As `inputs`; keys and queries have unit norms, the first and the last tokens are not there."""
     from linearize_kernels.parts.feature_maps import unit_norm
+    from linearize_kernels.torch_forms.chunks import Tiling
     from linearize_kernels.torch_forms.grouped import Groups
-    from linearize_kernels.torch_forms.tiles import Tiling
 
     torch.manual_seed(0)
     rows = chunks * chunk
@@ -208,13 +208,10 @@ def relative(found, expected):
 
 def use_tiles(sizes):
     """All kernels from now on; None: the usual ones."""
-    from linearize_kernels.triton import grouped_kernels as triton_grouped_kernels
-    from linearize_kernels.triton import parts as triton_parts
-    from linearize_kernels.triton import sliding_parts as triton_sliding_parts
-    from linearize_kernels.triton import tiles as triton_tiles
+    from linearize_kernels.triton import common, grouped, sliding_fwd, tuning
 
-    own = triton_tiles.tiles if sizes is None else lambda *_: triton_tiles.Tiles(*sizes, warps=4, stages=1)
-    for module in (triton_grouped_kernels, triton_parts, triton_sliding_parts):
+    own = tuning.tiles if sizes is None else lambda *_: tuning.Tiles(*sizes, warps=4, stages=1)
+    for module in (common, grouped, sliding_fwd):
         module.tiles = own
 
 
@@ -312,17 +309,15 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from linearize_kernels.torch_forms import grouped, sliding
-    from linearize_kernels.triton import grouped as triton_grouped
-    from linearize_kernels.triton import sliding as triton_sliding
+    from linearize_kernels.triton import forms
     from triton_node_case import NODE_CASES, node_errors
 
     found = {
         "sliding": {
-            name: errors(sliding.sliding, triton_sliding.sliding, inputs, case)
-            for name, case in CASES.items()
+            name: errors(sliding.sliding, forms.sliding, inputs, case) for name, case in CASES.items()
         },
         "group": {
-            name: errors(grouped.grouped, triton_grouped.grouped, group_inputs, case)
+            name: errors(grouped.grouped, forms.grouped, group_inputs, case)
             for name, case in GROUP_CASES.items()
         },
         "layers": {name: layer_errors(**parts) for name, parts in LAYERS.items()},

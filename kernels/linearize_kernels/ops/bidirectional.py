@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.equation import LinearAttention, accumulator
-from linearize_kernels.ops.blocked import segment_of
+from linearize_kernels.ops.backend import prefill
 from linearize_kernels.ops.chunked import next_positions, rows_count, take
 from linearize_kernels.reference.block import evaluate
 from linearize_kernels.reference.visibility import lay_out
@@ -37,13 +37,12 @@ def bidirectional(
     Raises:
         ValueError: `attention.impl` asks for what cannot run.
     """
-    length = q.shape[-2]
-    run = segment_of(attention, rows_count(None, valid), length, sink_logits is not None)
-    if run is None:
+    plan = prefill(attention, (q, k, v), rows_count(None, valid), sink_logits is not None, chunk)
+    if plan is None:
         attention.ran = "block"
         return by_block(attention, q, k, v, valid, sink_logits, chunk)
     state = attention.empty_state(q.shape[0], q.device, k.dtype)
-    return run(attention, state, 0, q, k, v, chunk)[0].to(q.dtype)
+    return plan(attention, state, 0, q, k, v)[0].to(q.dtype)
 
 
 def by_block(

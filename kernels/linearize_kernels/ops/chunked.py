@@ -1,16 +1,21 @@
 """`advance` and `chunked`: the state after many tokens, and the equation over long sequences."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from linearize_kernels.equation import LinearAttention
-from linearize_kernels.ops.blocked import after, segment_of, tokens_at_once
+from linearize_kernels.ops.backend import Prefill, prefill, segment_tokens
+from linearize_kernels.ops.prefill import after
 from linearize_kernels.reference.block import block, evaluate
 from linearize_kernels.reference.visibility import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
+
+STORED = 1 << 15  # tokens times heads whose activations are stored for the backward on a CPU
 
 
 @dataclass(frozen=True)
@@ -211,37 +216,35 @@ def chunked(
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
-    batch, length = q.shape[0], q.shape[-2]
     count, in_step = rows_count(state, valid), state is None and valid is None
     if state is None:
-        state = attention.empty_state(batch, q.device, k.dtype)
-    if segment is None:
-        segment = tokens_at_once(segment_of(attention, count, length, sink_logits is not None), q)
-    pads = [None] * -(-length // segment) if valid is None else valid.split(segment, -1)
-    parts = [[x] for x in (q, k, v)]
-    if len(pads) > 1:
-        parts = [x.split(segment, -2) for x in (q, k, v)]  # not sliced: their gradients are put together once
-    into, places, outputs = None, [None] * len(pads), []
-    if len(pads) > 1 and not torch.is_grad_enabled():
-        into = q.new_empty(*q.shape[:-1], v.shape[-1])
-        places = into.split(segment, -2)
-    for *tokens, own, place in zip(*parts, pads, places, strict=True):
-        size = tokens[0].shape[-2]
-        run = segment_of(attention, count, size, sink_logits is not None)
-        if run is not None:
-            out, state = run(attention, state, count, *tokens, chunk, place)
+        state = attention.empty_state(q.shape[0], q.device, k.dtype)
+    plan = prefill(attention, (q, k, v), count, sink_logits is not None, chunk)
+    segment = segment or segment_tokens(plan, q)
+    # `split` puts the gradients of the segments together once, where slices would add them up.
+    parts = [x.split(segment, -2) for x in (q, k, v)]
+    pads = [None] * len(parts[0]) if valid is None else valid.split(segment, -1)
+    recompute = torch.is_grad_enabled() and not q.is_cuda and q.shape[:-1].numel() > STORED
+    outputs = []
+    for *heads, own in zip(*parts, pads, strict=True):
+        size = heads[0].shape[-2]
+        plan = prefill(attention, tuple(heads), count, sink_logits is not None, chunk)
+        if plan is not None:
+            compute = partial(again, plan) if recompute else plan
+            out, S, z = compute(attention, state, count, *heads)
+            state = after(state, S, z, count, *heads[1:])
         else:
             attention.ran = "block"
             slots = chunk or attention.equation.chunk
-            out, state = run_segment(attention, state, count, *tokens, own, sink_logits, slots, in_step)
-            if place is not None:
-                place.copy_(out)
-        if place is None:
-            outputs.append(out.to(q.dtype))
+            out, state = run_segment(attention, state, count, *heads, own, sink_logits, slots, in_step)
+        outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
-    if into is None:
-        into = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
-    return into, state
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2), state
+
+
+def again(plan: Prefill, *segment: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a segment whose activations are computed again in the backward (gradient checkpointing)."""
+    return checkpoint(plan, *segment, use_reentrant=False, preserve_rng_state=False)
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

@@ -4,7 +4,6 @@ Triton's kernels take them on one timeline in which every sequence begins with a
 They are told where each chunk's own sequence begins, and S starts from nothing there.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,26 +11,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linearize_kernels.equation import LinearAttention, accumulator
-from linearize_kernels.ops.blocked import (
-    far_factor,
-    fitting,
-    grouped_segment,
-    mix_of,
-    of_queries,
-    sliding_segment,
-    taps,
-)
+from linearize_kernels.ops.backend import Prefill, prefill
 from linearize_kernels.ops.chunked import chunked
+from linearize_kernels.ops.prefill import by_lane, far_factor, reads_far, taps
 from linearize_kernels.parts.feature_maps import unit_norm
 from linearize_kernels.remembered import remembered
+from linearize_kernels.torch_forms.chunks import Tiling
 from linearize_kernels.torch_forms.grouped import Groups
-from linearize_kernels.torch_forms.sliding_lane import Shape, Tokens
-from linearize_kernels.torch_forms.tiles import Packed, Tiling
-from linearize_kernels.triton.grouped import grouped
-from linearize_kernels.triton.sliding import sliding, why_not
-from linearize_kernels.triton.tiles import SEGMENT
-
-EVERY = slice(None)  # heads of S, which go together
+from linearize_kernels.torch_forms.sliding import Shape, Tokens
+from linearize_kernels.triton.tuning import SEGMENT, Packed
 
 
 def varlen(
@@ -60,35 +48,27 @@ def varlen(
     if not total or (bounds[0], bounds[-1]) != (0, total) or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {total}; it is {bounds}")
     bounds = tuple(dict.fromkeys(bounds))  # without empty sequences
-    if runs(attention, q, k, v, chunk=chunk):
+    plan = packed_plan(attention, q, k, v, chunk=chunk)
+    if plan is not None:
         attention.ran = "triton"
-        return form_of(attention, total)(attention, q, k, v, bounds, chunk)
+        rows = group_rows if attention.equation.scope == "group" else sliding_rows
+        return rows(attention, plan, q, k, v, bounds)
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
     apart = zip(*(x[None].split(lengths, -2) for x in (q, k, v)), strict=True)
     return torch.cat([chunked(attention, None, *own, chunk=chunk)[0][0] for own in apart], -2)
 
 
-def runs(
+def packed_plan(
     attention: LinearAttention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     has_sink_logits: bool = False,
     chunk: int | None = None,
-) -> bool:
-    """Whether Triton's kernels are to compute packed sequences of q, k, v `[..., T, D]`, as `attention.impl` asks."""
-    eq = attention.equation
-    if attention.impl == "torch" or form_of(attention, q.shape[-2], has_sink_logits) is None:
-        return False
-    phi = None if attention.far is None else q.new_empty(0, attention.far.q_map.feature_dim)
-    tokens = Tokens(q, k, v, phi, phi, *[None] * 6)
-    chunk = eq.size if eq.scope == "group" else chunk or eq.chunk
-    return attention.impl == "triton" or why_not(Tiling(chunk, eq.recent), tokens, eq.sinks) is None
-
-
-def form_of(attention: LinearAttention, total: int, has_sink_logits: bool = False) -> Callable | None:
-    """What computes so many packed tokens by Triton's kernels; None: there are none for the equation."""
-    return FORMS.get(fitting(attention, 0, total, has_sink_logits))
+) -> Prefill | None:
+    """Choose Triton's kernels for packed sequences of q, k, v `[..., T, D]`; None: each sequence goes its own way."""
+    plan = prefill(attention, (q, k, v), 0, has_sink_logits, chunk, packed=True)
+    return plan if plan is not None and plan.name == "triton" else None
 
 
 class Layout(NamedTuple):
@@ -129,44 +109,41 @@ def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
 
 
 def sliding_rows(
-    attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], chunk: int | None
+    attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """`varlen` of the form of `sliding_segment`."""
-    eq, narrow = attention.equation, q.dtype
-    shape = Shape(chunk or eq.chunk, eq.recent, eq.size, eq.scale, 0, 0)
+    """Compute packed sequences of the sliding form."""
+    eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
+    shape = Shape(plan.chunk, eq.recent, eq.size, eq.scale, 0, 0)
     rows, position, packed = laid_out(bounds, shape.chunk, eq.recent, eq.sinks, q.device)
     q = laid(q, rows, len(position)).unflatten(0, (eq.far_heads, -1))
     k, v = (eq.to_far_heads(laid(x, eq.recent + rows, eq.recent + len(position))) for x in (k, v))
     phi_q = phi_k = mix = None
-    wide = accumulator(narrow)
-    if attention.far is not None and attention.dropped != "far":
-        wide_q = q.to(wide)
-        phi_q = attention.far.queries(wide_q, EVERY).to(narrow)
-        phi_k = attention.far.written(k.to(wide), EVERY).to(narrow)
+    if reads_far(attention):
+        phi_q, phi_k = (
+            attention.far.queries(q.to(wide)).to(narrow),
+            attention.far.written(k.to(wide)).to(narrow),
+        )
         if eq.sinks:
             is_sink = pad(position < eq.sinks, (eq.recent, 0), value=True)
             phi_k = phi_k.masked_fill(is_sink[:, None], 0.0)
-        nothing = position < eq.size + eq.sinks
-        mix = far_factor(mix_of(attention, EVERY), wide_q, nothing)
-    tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1, EVERY, wide), None, None, None, None)
-    return sliding(shape, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
+        mix = far_factor(attention, q.to(wide), position, 0)
+    tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1), None, None, None, None)
+    return plan.form.triton(shape, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
 
 
 def group_rows(
-    attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], chunk: int | None
+    attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """`varlen` of the form of `grouped_segment`; the chunks are the groups."""
+    """Compute packed sequences of the group form."""
     eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
-    rows, position, packed = laid_out(bounds, eq.size, 0, 0, q.device)
+    rows, position, packed = laid_out(bounds, plan.chunk, 0, 0, q.device)
     q, k, v = (laid(x, rows, len(position)).to(wide) for x in (q, k, v))
     q, k, v = q.unflatten(0, (eq.far_heads, -1)), eq.to_far_heads(k), eq.to_far_heads(v)
     phi_q = phi_k = factor = None
-    if attention.far is not None and attention.dropped != "far":
-        phi_q, phi_k = attention.far.queries(q, EVERY), attention.far.written(k, EVERY)
-        factor = of_queries(attention, attention.combine.factor, EVERY)
-    lanes = (None if x is None else x.to(narrow) for x in (unit_norm(q), unit_norm(k), v, phi_q, phi_k))
-    tokens = Groups(*lanes, factor, taps(attention, 1, EVERY, wide), None)
-    return grouped(Tiling(eq.size, 0), 0, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
-
-
-FORMS: dict[Callable, Callable] = {sliding_segment: sliding_rows, grouped_segment: group_rows}
+    if reads_far(attention):
+        phi_q, phi_k = attention.far.queries(q), attention.far.written(k)
+        factor = by_lane(attention, attention.combine.factor, 1)
+    by_token = (None if x is None else x.to(narrow) for x in (unit_norm(q), unit_norm(k), v, phi_q, phi_k))
+    tokens = Groups(*by_token, factor, taps(attention, 1), None)
+    out = plan.form.triton(Tiling(plan.chunk, 0), 0, tokens, packed)[0]
+    return out.flatten(0, 1).index_select(1, rows)

@@ -283,18 +283,8 @@ def as_affine(parameter: Tensor) -> tuple[Tensor, Tensor]:
 
 def per_head(parameter: Tensor, q: Tensor) -> Tensor:
     """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
-    weight = parameter.to(q.dtype).view(*q.shape[-4:-2], -1, 1)
-    return (q @ weight[..., :-1, :]).squeeze(-1) + weight[..., -1, :]
-
-
-def pull_per_head(d: Tensor, x: Tensor, parameter: Tensor, d_x: Tensor, d_parameter: Tensor | None) -> None:
-    """Adds the gradients of x `[B, ..., T, D]` and of the parameter `[..., D + 1]` from those of `w·x + b`,
-    `[B, ..., T]`.
-    """
-    d_x.addcmul_(d[..., None], parameter.to(x.dtype)[..., None, :-1])
-    if d_parameter is not None:
-        gradient = torch.cat([d[..., None, :] @ x, d.sum(-1)[..., None, None]], -1).squeeze(-2)
-        d_parameter.add_(gradient.sum(0))
+    weight = parameter.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
+    return (q * weight[..., :-1]).sum(-1) + weight[..., -1]
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:

@@ -9,22 +9,18 @@ and never counts, and sinks are never folded.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import as_affine, by_read_head, pull_per_head
+from linearize_kernels.parts.combine import as_affine, by_read_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
-from linearize_kernels.parts.feature_maps import FEATURE_MAPS, Identity, unit_norm
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, unit_norm
 from linearize_kernels.parts.linformer import Projection
 from linearize_kernels.remembered import derived
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
-
-# From the gradients of features: adds those of q or k to its second argument, in place, and those of parameters to the
-# third, as a `MapPull` does.
-Pull = Callable[[Tensor, Tensor, "FeatureMemory"], None]
 
 
 class FeatureMemory(nn.Module):
@@ -64,87 +60,39 @@ class FeatureMemory(nn.Module):
             nn.init.zeros_(self.key_weight)
             self.key_weight[:, -1] = CEILING * math.atanh(min(-math.log(factor) / CEILING, 0.9))
 
+    def queries(self, q: Tensor) -> Tensor:
+        """Compute features of queries, which are grouped by the heads of S that they read.
+
+        `[..., far, g, T, D] -> [..., far, g, T, F]`
+        """
+        return self.q_map(q.flatten(-4, -3)).unflatten(-3, q.shape[-4:-2])
+
     def keys(self, k: Tensor) -> Tensor:
-        """`[..., kv, T, D] -> [..., far, T, F]`, as they are written."""
-        return self.written(self.equation.to_far_heads(k), slice(None))
+        """Compute what is written to S for keys, `[..., kv, T, D] -> [..., far, T, F]`."""
+        return self.written(self.equation.to_far_heads(k))
 
-    @property
-    def splits(self) -> bool:
-        """Whether `queries` and `written` take some heads alone."""
-        return all(m is None or m.per_head is not None for m in (self.q_map, self.k_map))
+    def written(self, k: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute what is written to S for keys repeated as S has them, `[..., far, T, D] -> [..., far, T, F]`.
 
-    @property
-    def takes_unit_vectors(self) -> bool:
-        """Whether features are the vectors at unit norm, and nothing else."""
-        plain = self.key_weight is None and not self.memory.unit_keys
-        return plain and {type(self), type(self.q_map), type(self.writing_map)} == {FeatureMemory, Identity}
-
-    def queries(self, q: Tensor, heads: slice) -> Tensor:
-        """Features of the queries that read these heads of S: `[..., some, g, T, D] -> [..., some, g, T, F]`."""
-        return self.q_map.of_heads(q.flatten(-4, -3), self.query_heads(heads)).unflatten(-3, q.shape[-4:-2])
-
-    def queries_between(self, q: Tensor, heads: slice, before: int, out: Tensor | None = None) -> Tensor:
-        """As `queries`, by `FeatureMap.between`."""
-        out = None if out is None else out.flatten(-4, -3)
-        phi = self.q_map.between(q.flatten(-4, -3), self.query_heads(heads), before, 0, None, out)
-        return phi.unflatten(-3, q.shape[-4:-2])
-
-    def queries_vjp(
-        self, q: Tensor, heads: slice, before: int, out: Tensor | None = None
-    ) -> tuple[Tensor, Pull]:
-        """`queries_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
-        own, out = self.query_heads(heads), None if out is None else out.flatten(-4, -3)
-        phi, pull_map = self.q_map.vjp(q.flatten(-4, -3), own, before, 0, None, out)
-
-        def pull(d_phi: Tensor, d_q: Tensor, d_far: FeatureMemory) -> None:
-            pull_map(d_phi.flatten(-4, -3), d_q.flatten(-4, -3), d_far.q_map)
-
-        return phi.unflatten(-3, q.shape[-4:-2]), pull
-
-    def query_heads(self, heads: slice) -> slice:
-        """Those that read these heads of S."""
-        groups = self.equation.heads // self.equation.far_heads
-        return slice(*(None if x is None else x * groups for x in (heads.start, heads.stop)))
-
-    def written(self, k: Tensor, heads: slice) -> Tensor:
-        """`[..., some, T, D] -> [..., some, T, F]`, as they are written to these heads of S."""
-        phi, weight = self.writing_map.of_heads(k, heads), self.weights(k, heads)
+        Args:
+            counts: `[T]`, 0 for a key that is not written, else 1; or None if all are.
+        """
+        phi = self.writing_map(k)
         phi = unit_norm(phi) if self.memory.unit_keys else phi
+        weight = None if counts is None else counts[:, None]
+        if self.key_weight is not None:
+            weight = self.weights(k) if weight is None else self.weights(k) * weight
         return phi if weight is None else weight * phi
-
-    def written_between(
-        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
-    ) -> Tensor:
-        """As `written`, by `FeatureMap.between`, to a memory that takes features as they are."""
-        return self.writing_map.between(k, heads, before, ahead, self.weights(k, heads), out)
-
-    def written_vjp(
-        self, k: Tensor, heads: slice, before: int, ahead: int, out: Tensor | None = None
-    ) -> tuple[Tensor, Pull]:
-        """`written_between` and, as of `FeatureMap.vjp`, what pulls gradients back."""
-        weight = self.weights(k, heads)
-        phi, pull_map = self.writing_map.vjp(k, heads, before, ahead, weight, out)
-
-        def pull(d_phi: Tensor, d_k: Tensor, d_far: FeatureMemory) -> None:
-            d_weight = pull_map(d_phi, d_k, d_far.writing_map)
-            if weight is not None:  # exp(CEILING tanh(logit / CEILING))
-                d_logit = (d_weight * weight).mul_(1 - (weight.log() / CEILING).square_()).squeeze(-1)
-                total = None if d_far.key_weight is None else d_far.key_weight[heads]
-                pull_per_head(d_logit, k, self.key_weight[heads], d_k, total)
-
-        return phi, pull
 
     @property
     def writing_map(self) -> nn.Module:
         return self.q_map if self.k_map is None else self.k_map
 
-    def weights(self, k: Tensor, heads: slice) -> Tensor | None:
-        """ω, `[..., some, T, 1]`; None: 1."""
-        if self.key_weight is None:
-            return None
-        own = self.key_weight[heads].to(k.dtype) / CEILING
-        logarithm = (own[:, None, :-1] @ k.mT).add_(own[:, -1:, None]).tanh()
-        return (CEILING * logarithm).exp_().mT
+    def weights(self, k: Tensor) -> Tensor:
+        """Compute ω, `[..., far, T, D] -> [..., far, T, 1]`."""
+        weight = self.key_weight.to(k.dtype)[:, None] / CEILING
+        logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
+        return logarithm.exp().mT
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
         """Write one token of each of B rows into S and z.

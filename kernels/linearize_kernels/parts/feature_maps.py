@@ -9,15 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-
-from linearize_kernels.torch_forms.softmax_pair import SoftmaxPair, softmax_pair, through_softmax
-from linearize_kernels.torch_forms.tiles import led
 
 FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
-# From the gradients of features: adds those of x, in place, to its second argument, a contiguous one, and those of the
-# map's parameters to the third, a module like the map (None there: not wanted); returns those of the weight.
-MapPull = Callable[[Tensor, Tensor, "FeatureMap"], Tensor | None]
 
 
 def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
@@ -31,12 +24,8 @@ def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """`x / |x|` over the last dimension; a zero vector stays zero."""
-    return x / length_of(x)
-
-
-def length_of(x: Tensor) -> Tensor:
-    return x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
+    """Return `x / |x|` over the last dimension; a zero vector stays zero."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
 
 
 class FeatureMap(nn.Module):
@@ -52,69 +41,15 @@ class FeatureMap(nn.Module):
         name: in recipes.
         positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
         shared: whether queries and keys must go through one and the same map.
-        per_head: the names of its parameters, if each has one part a head, first; None: only all heads go through it
-            together.
     """
 
     positive = False
     shared = False
-    per_head: tuple[str, ...] | None = None
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__()
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
         self.feature_dim = head_dim
-
-    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
-        """Features of some heads: `[..., some, T, D]`."""
-        if not self.per_head or heads == slice(None):
-            return self(x)
-        return functional_call(self, {name: getattr(self, name)[heads] for name in self.per_head}, x)
-
-    def between(
-        self,
-        x: Tensor,
-        heads: slice,
-        before: int,
-        ahead: int,
-        weight: Tensor | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """As `of_heads`, zero for the first `before` and last `ahead` tokens, which are not there; times a token's
-        weight `[..., some, T, 1]`, or None. out: memory like the result that it may be; not with gradients.
-        """
-        there = slice(before, x.shape[-2] - ahead)
-        phi = self.of_heads(x[..., there, :], heads)
-        return led(phi if weight is None else weight[..., there, :] * phi, before, ahead)
-
-    def vjp(
-        self,
-        x: Tensor,
-        heads: slice,
-        before: int,
-        ahead: int,
-        weight: Tensor | None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, MapPull]:
-        """`between`, and what pulls gradients back through it once, while all that was given and is returned lasts."""
-        with torch.enable_grad():
-            x, weight = (None if given is None else given.detach().requires_grad_() for given in (x, weight))
-            phi = self.between(x, heads, before, ahead, weight)
-
-        def pull(d_phi: Tensor, d_x: Tensor, d_map: FeatureMap) -> Tensor | None:
-            if not phi.requires_grad:  # as of a sign
-                return None if weight is None else torch.zeros_like(weight)
-            totals = {"": d_x, **dict(d_map.named_parameters())}
-            own = {"": x, **{name: p for name, p in self.named_parameters() if name in totals}}
-            last = [] if weight is None else [weight]
-            found = torch.autograd.grad(
-                phi, [*own.values(), *last], d_phi, allow_unused=True, materialize_grads=True
-            )
-            for name, gradient in zip(own, found, strict=False):
-                totals[name] += gradient
-            return found[-1] if last else None
-
-        return phi.detach(), pull
 
     def one_token(self, x: Tensor) -> Tensor:
         """Return the features of one token of B rows, `[heads, B, D] -> [heads, B, F]`."""
@@ -132,8 +67,6 @@ class FeatureMap(nn.Module):
 class Identity(FeatureMap):
     """The vector itself at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
 
-    per_head = ()
-
     def forward(self, x: Tensor) -> Tensor:
         return unit_norm(x)
 
@@ -141,8 +74,6 @@ class Identity(FeatureMap):
 @feature_map("linear")
 class Linear(FeatureMap):
     """The vector times √scale, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
-
-    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale**0.5
@@ -153,7 +84,6 @@ class Relu(FeatureMap):
     """`max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
 
     positive = True
-    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
@@ -164,7 +94,6 @@ class Elu(FeatureMap):
     """`1 + elu(x)`, as TransNormer takes it (arXiv 2210.10340, from arXiv 2006.16236, eq. 7)."""
 
     positive = True
-    per_head = ()
 
     def forward(self, x: Tensor) -> Tensor:
         return 1 + nn.functional.elu(x)
@@ -172,8 +101,6 @@ class Elu(FeatureMap):
 
 class Projected(FeatureMap):
     """A map that starts with a learned matrix per head."""
-
-    per_head = ("weight",)
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__(heads, head_dim, feature_dim, scale)
@@ -209,60 +136,15 @@ class Hedgehog(Projected):
         return 4 / self.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return softmaxes(x @ self.weight.to(x.dtype))
+        x = x @ self.weight.to(x.dtype)
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
     def one_token(self, x: Tensor) -> Tensor:
-        if type(self) is not Hedgehog:
+        if type(self) is not Hedgehog:  # a subclass may have a formula of its own
             return super().one_token(x)
         heads, batch, _ = x.shape
         x = torch.bmm(x, self.weight.to(x.dtype))
         return torch.cat([x, -x], -1).view(heads, batch, 2, -1).softmax(-1).view(heads, batch, -1)
-
-    def of_heads(self, x: Tensor, heads: slice) -> Tensor:
-        if type(self) is not Hedgehog:  # one with a formula of its own
-            return super().of_heads(x, heads)
-        return softmaxes(x @ self.weight[heads].to(x.dtype))
-
-    def between(
-        self,
-        x: Tensor,
-        heads: slice,
-        before: int,
-        ahead: int,
-        weight: Tensor | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if type(self) is not Hedgehog:
-            return super().between(x, heads, before, ahead, weight, out)
-        own = x, self.weight[heads].to(x.dtype), weight, before, ahead
-        return SoftmaxPair.apply(*own) if torch.is_grad_enabled() else softmax_pair(*own, out)
-
-    def vjp(
-        self,
-        x: Tensor,
-        heads: slice,
-        before: int,
-        ahead: int,
-        weight: Tensor | None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, MapPull]:
-        if type(self) is not Hedgehog:
-            return super().vjp(x, heads, before, ahead, weight, out)
-        phi, W = self.between(x, heads, before, ahead, weight, out), self.weight[heads].to(x.dtype)
-
-        def pull(d_phi: Tensor, d_x: Tensor, d_map: FeatureMap) -> Tensor | None:
-            d, d_weight = through_softmax(weight, phi, d_phi)
-            every = W.mT.expand(*d.shape[:-2], -1, -1).flatten(0, -3)
-            d_x.view(-1, *d_x.shape[-2:]).baddbmm_(d.flatten(0, -3), every)
-            if d_map.weight is not None:
-                d_map.weight[heads].add_((x.mT @ d).flatten(0, -4).sum(0))
-            return d_weight
-
-        return phi, pull
-
-
-def softmaxes(x: Tensor) -> Tensor:
-    return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
 @feature_map("taylor")

@@ -17,7 +17,6 @@ class Performer(FeatureMap):
     """
 
     positive = True
-    per_head = ()
     shared = True
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
@@ -55,7 +54,6 @@ class Yoso(FeatureMap):
     """
 
     positive = True
-    per_head = ()
     shared = True
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):

@@ -13,9 +13,9 @@ from linearize_kernels.equation import LinearAttention
 from linearize_kernels.parts.combine import TINY
 from linearize_kernels.parts.linformer import LOW
 from linearize_kernels.state import State
+from linearize_kernels.triton.common import INTERPRETED, put, tile
 from linearize_kernels.triton.node_state import SLICE, folded, geometry, vector
-from linearize_kernels.triton.parts import INTERPRETED, put, tile
-from linearize_kernels.triton.tiles import padded
+from linearize_kernels.triton.tuning import padded
 
 try:  # a loader of remote code demands what is imported outside
     import triton

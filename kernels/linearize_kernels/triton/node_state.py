@@ -5,8 +5,8 @@ from torch import Tensor
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.parts.far import CEILING
 from linearize_kernels.state import State
-from linearize_kernels.triton.parts import INTERPRETED, put, tile
-from linearize_kernels.triton.tiles import padded
+from linearize_kernels.triton.common import INTERPRETED, put, tile
+from linearize_kernels.triton.tuning import padded
 
 try:  # a loader of remote code demands what is imported outside
     import triton

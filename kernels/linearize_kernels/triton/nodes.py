@@ -11,7 +11,7 @@ from torch import Tensor
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.parts.feature_maps import Hedgehog
 from linearize_kernels.state import State
-from linearize_kernels.triton.limits import WIDEST, limit
+from linearize_kernels.triton.tuning import WIDEST, limit
 
 FORMS = (("sliding", "softmax", "shared"), ("group", "relu2", "none"))
 MOST_NODES = MOST_SINKS = 64
@@ -137,7 +137,7 @@ def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
     if attention.far is None:
         return None
     q = q.float().unflatten(1, (attention.equation.far_heads, -1))
-    return attention.far.queries(q, slice(None)).contiguous()
+    return attention.far.queries(q).contiguous()
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:

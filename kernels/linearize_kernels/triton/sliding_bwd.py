@@ -1,4 +1,4 @@
-"""The backward kernels of `triton_sliding`; positions are those of its parts.
+"""The backward kernels of the sliding form; positions are those of its forward.
 
 With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - mean)`, `mean = Σ_i w_i d_out · v_i`, for far ones
 too. Rows and slots gather what is theirs, so nothing is added atomically.
@@ -7,10 +7,9 @@ too. Rows and slots gather what is theirs, so nothing is added atomically.
 import torch
 from torch import Tensor
 
-from linearize_kernels.torch_forms.sliding_lane import Shape, Tokens
-from linearize_kernels.torch_forms.tiles import Packed
-from linearize_kernels.triton.parts import band, dot, folded, folded_apart, put, summed_apart, tile
-from linearize_kernels.triton.sliding_parts import (
+from linearize_kernels.torch_forms.sliding import Shape, Tokens
+from linearize_kernels.triton.common import band, dot, folded, folded_apart, put, summed_apart, tile
+from linearize_kernels.triton.sliding_fwd import (
     delays,
     first_column,
     first_row,
@@ -30,6 +29,7 @@ from linearize_kernels.triton.sliding_parts import (
     vector,
     where_sinks_are,
 )
+from linearize_kernels.triton.tuning import Packed
 
 try:  # a loader of remote code demands what is imported outside
     import triton

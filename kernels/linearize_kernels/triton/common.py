@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from linearize_kernels.torch_forms.tiles import Packed
-from linearize_kernels.triton.tiles import SEGMENT, padded, tiles
+from linearize_kernels.triton.tuning import SEGMENT, Packed, padded, tiles
 
 try:  # a loader of remote code demands what is imported outside
     import triton

@@ -1,0 +1,150 @@
+"""The one place that chooses what computes an operation: torch, Triton, or `block` for any equation.
+
+`attention.impl` asks for "auto" (Triton where its kernels can run, else torch), "torch" or "triton", which raises where
+no kernel can run. Nothing here imports Triton before a kernel is to run.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.equation import LinearAttention, accumulator
+from linearize_kernels.ops.prefill import grouped_segment, sliding_segment
+from linearize_kernels.state import State
+from linearize_kernels.torch_forms.grouped import grouped
+from linearize_kernels.torch_forms.sliding import sliding
+from linearize_kernels.triton.forms import grouped as triton_grouped
+from linearize_kernels.triton.forms import sliding as triton_sliding
+from linearize_kernels.triton.tuning import limit
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+MOST_SINKS = 64  # in Triton's kernels
+SEGMENT = 4096  # tokens times heads that a CPU works on together
+
+
+class Form(NamedTuple):
+    """A chunked form: what makes its tokens, and its two implementations, which take and return the same."""
+
+    segment: Callable
+    torch: Callable
+    triton: Callable
+
+
+FORMS = {  # by scope, score and combine
+    ("sliding", "softmax", "shared"): Form(sliding_segment, sliding, triton_sliding),
+    ("group", "relu2", "none"): Form(grouped_segment, grouped, triton_grouped),
+}
+
+
+class Prefill(NamedTuple):
+    """The choice for segments of a long sequence.
+
+    Attributes:
+        name: "torch" or "triton".
+        chunk: tokens in a chunk.
+        dtype: of what the form reads by token. Triton sums products of narrow numbers in fp32, torch does not.
+    """
+
+    name: str
+    form: Form
+    chunk: int
+    dtype: torch.dtype
+
+    def __call__(
+        self, attention: LinearAttention, state: State, count: int, *heads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute q, k, v `[B, heads, T, D]`: the outputs, and S and z after them."""
+        attention.ran = self.name
+        run = self.form.triton if self.name == "triton" else self.form.torch
+        with torch.autocast(
+            heads[0].device.type, enabled=False
+        ):  # it would narrow some products, and not others
+            return self.form.segment(attention, state, count, heads, self.chunk, self.dtype, run)
+
+
+def prefill(
+    attention: LinearAttention,
+    heads: tuple[Tensor, Tensor, Tensor],
+    count: int | None,
+    has_sink_logits: bool = False,
+    chunk: int | None = None,
+    packed: bool = False,
+) -> Prefill | None:
+    """Choose what computes a chain, an encoder's rows or packed sequences; None: only `block` can.
+
+    Args:
+        heads: q, k, v `[..., T, D]`.
+        count: tokens in every row so far. None if the rows differ, or if the device would have to be waited for.
+        chunk: tokens in a chunk, or None to choose.
+
+    Raises:
+        ValueError: `attention.impl` asks for what cannot run.
+    """
+    if attention.impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is one of {', '.join(IMPLEMENTATIONS)}, not {attention.impl!r}")
+    eq, q, length = attention.equation, heads[0], heads[0].shape[-2]
+    form = form_of(attention, count, length, has_sink_logits)
+    if form is None:
+        if attention.impl == "triton":
+            raise ValueError(
+                "no Triton kernel computes this: there are kernels for a sliding softmax window with weights as far "
+                "features and one normaliser, and for squared ReLU in groups with a sum over all before, both without "
+                "pads. Use impl='auto'."
+            )
+        return None
+    own = eq.size if eq.scope == "group" else chunk
+    if wants_triton(attention, q):
+        reason = why_not_prefill(attention, *heads, own or eq.chunk, packed)
+        if reason is None:
+            return Prefill("triton", form, own or eq.chunk, q.dtype)
+        if attention.impl == "triton":
+            raise ValueError(f"Triton's kernels cannot run: {reason}. Use impl='auto'.")
+    rows = 64 if eq.value_dim > 32 else 32  # wider heads have a larger S by chunk
+    own = own if eq.scope == "group" else min(own or rows, length)
+    return Prefill("torch", form, own, accumulator(q.dtype))
+
+
+def wants_triton(attention: LinearAttention, q: Tensor) -> bool:
+    """Return whether Triton is to be tried for q."""
+    return attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
+
+
+def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:
+    """Return the chunked form of an equation for so many tokens; None: there is none."""
+    eq = attention.equation
+    own = eq.softcap is None and attention.distance_bias is None and eq.memory == "none"
+    if count is None or has_sink_logits or not own or attention.dropped == "local":
+        return None
+    if count + length < eq.sinks or eq.sinks > eq.recent or eq.size == 0 or eq.feature_map == "linformer":
+        return None
+    few = eq.causal and 2 * length < eq.size and attention.impl != "triton"  # too few for a whole chunk
+    if few or (eq.scope == "group" and (eq.sinks or not eq.causal)):
+        return None
+    return FORMS.get((eq.scope, eq.score, eq.combine))
+
+
+def why_not_prefill(
+    attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, chunk: int, packed: bool = False
+) -> str | None:
+    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`; None: it can."""
+    eq = attention.equation
+    features = 0 if attention.far is None else attention.far.state_width[0]
+    reason = limit(q, k, v, features, chunk, "groups" if eq.scope == "group" else "chunks")
+    most = min(MOST_SINKS, chunk) if packed else MOST_SINKS
+    if reason is None and eq.sinks > most:
+        return f"{eq.sinks} sinks are more than {most}"
+    return reason
+
+
+def segment_tokens(form: Form | Prefill | None, q: Tensor) -> int:
+    """Return how many tokens of q `[B, heads, T, D]` are worked on together: on a CPU what its caches hold, on a GPU as
+    many as are worth the launches.
+    """
+    lanes = max(q.shape[0] * q.shape[1], 1)
+    if form is None:
+        return 2048
+    if q.is_cuda:
+        return max(4096, (1 << 15) // max(len(q), 1))
+    return max(128, SEGMENT // lanes // 64 * 64)

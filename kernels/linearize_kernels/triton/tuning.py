@@ -1,0 +1,107 @@
+"""What Triton's kernels take, and how much one program works on. Nothing here imports Triton at once."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNKS = (16, 32, 64, 128)
+WIDEST = 256  # of heads' dimensions and features
+SEGMENT = 8  # chunks that a program of `fold` goes through
+
+
+class Packed(NamedTuple):
+    """Sequences packed into one timeline: each begins with a chunk, from nothing, and is filled up to whole chunks.
+
+    Attributes:
+        begins: `[n]` int32, by chunk, the first slot of its sequence behind the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n; no segment is of two sequences.
+        firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
+        sinks: so many first tokens of each sequence, no more than a chunk has.
+    """
+
+    begins: Tensor
+    segments: Tensor
+    firsts: Tensor
+    sinks: int
+
+
+class Tiles(NamedTuple):
+    """How much a program works on: query rows, slots and features at a time."""
+
+    rows: int
+    slots: int
+    features: int
+    warps: int
+    stages: int
+
+
+USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
+SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
+    ("query_means", 8): USUAL._replace(slots=32),
+    ("query_gradients", 10): USUAL._replace(slots=32, warps=4, stages=3),
+    ("query_feature_gradients", 10): USUAL._replace(warps=4),
+    ("slot_gradients", 8): USUAL._replace(slots=32),
+    ("slot_gradients", 9): USUAL._replace(rows=32),
+    ("slot_gradients", 10): USUAL._replace(rows=32, stages=1),
+    ("fold", 8): USUAL._replace(stages=3),
+    ("group_attend", 8): USUAL._replace(slots=32),
+    ("group_slot_gradients", 8): USUAL._replace(slots=32),
+    ("group_slot_gradients", 9): USUAL._replace(rows=32),
+}
+SPECIAL_WIDE = {  # the same where a head has twice the bytes
+    ("query_feature_gradients", 8): USUAL._replace(rows=32, slots=32, warps=4),
+    ("group_slot_gradients", 8): USUAL._replace(rows=32, slots=16),
+}
+
+
+def capability(device: torch.device) -> int:
+    """The major number of a chip's family: 12 has the instructions and the memory of 8."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return major if major in (9, 10) else 8
+
+
+def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
+    """For heads as wide as `width`: fewer of them the more bytes they have, for shared memory."""
+    times, own = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
+    if times == 2 and own in SPECIAL_WIDE:
+        return SPECIAL_WIDE[own]
+    if times > 1:
+        return USUAL._replace(rows=64 // times, slots=64 // times)
+    return SPECIAL.get(own, USUAL)
+
+
+def padded(width: int) -> int:
+    """The side of a tile that holds `width`: a power of two, as products in Triton want it."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def limit(
+    q: Tensor, k: Tensor, v: Tensor, features: int = 0, chunk: int | None = None, chunks: str = "chunks"
+) -> str | None:
+    """Return why no kernel can run this; None: nothing that all forms share forbids it.
+
+    Args:
+        features: F; 0 if there is no far part.
+        chunk: tokens in each chunk, or None if there are no chunks.
+        chunks: what the form calls its chunks.
+    """
+    try:
+        from linearize_kernels.triton.common import INTERPRETED
+    except ImportError:
+        return "triton is not installed"
+    if not (q.is_cuda or INTERPRETED):
+        return f"Triton needs a CUDA device, and the tensors are on {q.device}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if q.dtype not in DTYPES:
+        return f"Triton's kernels take float32, bfloat16 and float16, not {q.dtype}"
+    if any(x.dtype != q.dtype for x in (k, v)):
+        return f"q is {q.dtype}, and k and v must be too"
+    if chunk is not None and chunk not in CHUNKS:
+        return f"{chunks} must have 16, 32, 64 or 128 tokens, not {chunk}"
+    for name, width in {"q and k": q.shape[-1], "v": v.shape[-1], "the features": features}.items():
+        if width > WIDEST:
+            return f"{name} have {width} dimensions, more than {WIDEST}"
+    return None
