@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from linearize_cli.runtime.offload import loaded
 
-# Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
+# Most tokens that a crop can take back. Their keys and values are kept while the cache records its past.
 ROLLBACK = 256
 
 
@@ -192,7 +192,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take back the last `-tokens_to_remove` tokens.
 
         Raises:
-            RuntimeError: the layer was not recording, or not so many tokens were recorded.
+            RuntimeError: the layer was not recording, or fewer tokens were recorded.
             ValueError: the number is positive.
         """
         if tokens_to_remove > 0:
