@@ -1,11 +1,11 @@
-"""Tensors that depend on plain values alone, kept for all layers of a model and all steps of a text."""
+"""Tensors that are computed once and kept: those of plain values, and those of a module's parameter."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -33,3 +33,23 @@ def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return remember
 
     return decorate
+
+
+def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: torch.dtype) -> R:
+    """Return `make(parameter.to(dtype))`, computed again only if the parameter was replaced, moved or written to.
+
+    With gradients it is computed every time. So it is for an inference tensor: torch does not count its changes.
+
+    Args:
+        name: the parameter's name in the module. A parameter has one `make`.
+    """
+    parameter = module._parameters[name]
+    if parameter.is_inference() or (parameter.requires_grad and torch.is_grad_enabled()):
+        return make(parameter.to(dtype))
+    stamp = dtype, parameter.data_ptr(), parameter._version
+    kept = module.__dict__.get(f"_derived_{name}")
+    if kept is None or kept[0] != stamp:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = stamp, make(parameter.to(dtype))
+        module.__dict__[f"_derived_{name}"] = kept
+    return kept[1]

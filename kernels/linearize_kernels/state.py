@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class State:
-    """All that a layer keeps of its past, of fixed size whatever the context.
+    """All that a layer keeps of its past. The size does not depend on the context.
 
-    The `recent` tokens are the last R of a row, oldest first: the near part and the conv's tail both lie
-    within them. A token is folded into S and z when it drops out of `recent`; the first tokens of a row (the
-    sinks) never are. Leading dimensions (`...`) are the batch; `kv` is KV heads; `far` is KV heads, or query
+    The `recent` tokens are the last R of a row, oldest first. They hold the window or group, and the tokens under the
+    conv. A token is folded into S and z when it drops out of `recent`. The first tokens of a row (the sinks) are never
+    folded. Leading dimensions (`...`) are the batch; `kv` is KV heads; `far` is KV heads, or query
     heads where key features are per query head.
 
     Attributes:
@@ -35,19 +35,19 @@ class State:
     count: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        """A new state with `function` applied to every tensor (batch dimension first)."""
+        """Return a state with `function` applied to every tensor (batch dimension first)."""
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
     def fork(self) -> "State":
-        """A copy that shares no memory, every tensor contiguous."""
+        """Copy the state. The copy shares no memory, and every tensor is contiguous."""
         return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def compact(self) -> "State":
-        """The same numbers, where no tensor keeps the memory of a larger one."""
+        """Return the state with copies of those tensors that are views of larger ones."""
         if torch.compiler.is_compiling():  # it has no memory to look at
             return self.fork()
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))

@@ -149,6 +149,7 @@ def plan_report(
     if flops is None:
         name = str(dtype).removeprefix("torch.")
         flops, where = measured_flops(device, dtype), f"a matrix product in {name}, measured on {device}"
-    counted = costs(model, linear, softmax, job.recipe, length)
+    rows = -(-job.batch_size // processes)
+    counted = costs(model, linear, softmax, job.recipe, length, rows, device)
     lines = Estimate(counted, job, length, dtype.itemsize, processes, flops, where).all()
     return {**report, "estimate": lines}

@@ -7,6 +7,7 @@ within about a factor of 1.5.
 from dataclasses import dataclass
 
 from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.chunked import STORED
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -68,14 +69,23 @@ class Costs:
 
 
 def costs(
-    model: PreTrainedModel, linear: list[Layer], softmax: list[Layer], recipe: Recipe, length: int
+    model: PreTrainedModel,
+    linear: list[Layer],
+    softmax: list[Layer],
+    recipe: Recipe,
+    length: int,
+    batch: int,
+    device: str = "cpu",
 ) -> Costs:
     """Compute the costs of a conversion from the shapes of a model, which is linearized here.
 
     Args:
         model: a model on the meta device.
         length: tokens of a block.
+        batch: blocks of a step in one process.
+        device: the torch device to train on.
     """
+    tokens = None if device.startswith("cuda") else batch * length
     attentions, lora, head = linear + softmax, recipe.recover.distill.lora, model.get_output_embeddings()
     width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
     lists = dict.fromkeys(layer_of(model, layer.name).rpartition(".")[0] for layer in attentions)
@@ -99,7 +109,9 @@ def costs(
     transfer, distill, forward = [], [], []
     for own, part in zip(inside, outside, strict=True):
         attended = [modules[x.name] for x in own if x.name in modules]
-        kept = sum(input_bytes(x, itemsize) + (0 if recomputes(x) else inner_bytes(x)) for x in attended)
+        kept = sum(
+            input_bytes(x, itemsize) + (0 if recomputes(x, tokens) else inner_bytes(x)) for x in attended
+        )
         stays = itemsize * sum(heads_width(x) for x in own if x.name not in modules)
         around = part / width * itemsize + 4 * width * FP32
         transfer.append(kept if any(linear_parameters(x) for x in attended) else 0)
@@ -118,7 +130,7 @@ def costs(
         transfer=transfer,
         distill=distill,
         forward=max(forward),
-        inner=max((inner_bytes(x) for x in modules.values() if recomputes(x)), default=0),
+        inner=max((inner_bytes(x) for x in modules.values() if recomputes(x, tokens)), default=0),
     )
 
 
@@ -185,8 +197,13 @@ def inner_bytes(attention: LinearAttention) -> int:
     return FP32 * (features + 4 * eq.heads * reach(attention)[0])
 
 
-def recomputes(attention: LinearAttention) -> bool:
-    """Return whether autograd keeps the inputs alone, and the backward computes the features and scores again."""
+def recomputes(attention: LinearAttention, tokens: int | None) -> bool:
+    """Return True if autograd keeps the inputs only, and the backward computes the features and scores again.
+
+    Args:
+        tokens: tokens of a step on a CPU, where short inputs are not recomputed. None on a GPU.
+    """
     eq = attention.equation
     plain = eq.softcap is None and not eq.bias and eq.memory == "none" and eq.feature_map != "linformer"
-    return plain and eq.size > 0 and (eq.scope, eq.score, eq.combine) in RECOMPUTED
+    chunked = plain and eq.size > 0 and (eq.scope, eq.score, eq.combine) in RECOMPUTED
+    return chunked and (tokens is None or eq.heads * tokens > STORED)

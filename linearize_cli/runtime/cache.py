@@ -1,10 +1,12 @@
-"""A converted layer's place in a transformers cache: one constant-size state, with rollback."""
+"""The cache layer of a converted layer: one state of constant size, with rollback."""
 
 from collections.abc import Callable
 
 import torch
 from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
+from linearize_kernels.ops.decode import Decoding
 from linearize_kernels.state import State
 from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
@@ -16,12 +18,12 @@ from transformers.cache_utils import (
 
 from linearize_cli.runtime.offload import loaded
 
-# Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
+# Most tokens that a crop can take back. Their keys and values are kept while the cache records its past.
 ROLLBACK = 256
 
 
 class MappedRows:
-    """What a cache layer does to its rows, by its `map`: a function on every tensor, batch dimension first."""
+    """Operations on the rows of a cache layer. Its `map` applies a function to every tensor, batch dimension first."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -34,15 +36,15 @@ class MappedRows:
 
 
 class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMixin):
-    """Holds a `State` instead of keys and values.
+    """A cache layer that holds a `State` instead of keys and values.
 
-    `update` returns the new keys and values as they are; the attention module gives them to `attend`.
-    While past recording is on, the state as of the last crop is kept with the tokens since then: a crop
-    replays those that stay.
+    `update` returns the new keys and values unchanged. The attention module passes them to `attend`. While the past is
+    recorded, the layer keeps the state of the last crop and the tokens since then. A crop replays the tokens that
+    remain.
 
     Attributes:
-        state: the state after all tokens, or None before the first.
-        seen: tokens appended per row, pads counted, as transformers counts cache positions.
+        decoding: the state as it is laid out while tokens are decoded one by one, or None.
+        seen: tokens appended to each row, pads included, as transformers counts cache positions.
     """
 
     is_compileable = True
@@ -67,7 +69,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.forget()
 
     def forget(self) -> None:
-        """No rollback beyond this point."""
+        """Delete the record of the past: no crop goes back beyond this point."""
         self.snapshot: State | None = None
         self.trail: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -80,23 +82,55 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         valid: Tensor | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Outputs `[B, heads, T, Dv]` of new tokens, which the state takes in; arguments as of `chunked`."""
-        if q.shape[-2] == 1 and valid is None and self.writes(attention, q, sink_logits):
-            out = decode_one_token(attention, self.state, q, k, v)
-            self.seen += 1
-            return out
+        """Append new tokens to the state, and return their outputs `[B, heads, T, Dv]`; arguments as of `chunked`."""
+        if q.shape[-2] == 1 and valid is None:
+            if self.writes(attention, q, sink_logits):
+                out = decode_one_token(attention, self.state, q, k, v)
+                self.seen += 1
+                return out
+            if self.decodes(attention, q):
+                return self.decode(attention, q, k, v, sink_logits)
         out, state = chunked(attention, self.state, q, k, v, valid, sink_logits)
         self.append(attention, state, k, v, valid)
         return out
 
-    def writes(self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None) -> bool:
-        """Whether Triton's kernels read this state for the few tokens of q, and write what follows where it lies; then
-        it is copied first, once, to where nothing else holds it.
-        """
-        wanted = attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
-        if not wanted or self.state is None or self.record_past or sink_logits is not None:
+    def decodes(self, attention: LinearAttention, q: Tensor) -> bool:
+        """Return whether `Decoding` computes the next token: on a CPU, without gradients, and not in compiled code."""
+        if self.decoding is None and self.last_state is None:
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return decoding_backend(attention, q) == "torch"
+
+    def decode(
+        self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Append one token of every row to the state, and return the outputs `[B, heads, 1, Dv]`."""
+        if self.record_past:
+            self.record(attention, k, v, None)
+        if self.decoding is None:
+            self.decoding = Decoding(attention.equation, self.state)
+        if attention.ran != "block":  # to set a module's attribute takes as long as two operations
+            attention.ran = "block"
+        self.last_state, self.seen = None, self.seen + 1
+        return self.decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
+
+    @property
+    def state(self) -> State | None:
+        """Return the state after all tokens, or None before the first. Later tokens do not write into it on a CPU."""
+        if self.last_state is None and self.decoding is not None:
+            self.last_state = self.decoding.state()
+        return self.last_state
+
+    @state.setter
+    def state(self, state: State | None) -> None:
+        self.last_state, self.decoding = state, None
+
+    def writes(self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None) -> bool:
+        """Return whether Triton's kernels compute the tokens of q and write into the state.
+
+        If so, and something else may hold the state, it is copied first, once.
+        """
+        wanted = decoding_backend(attention, q) == "triton"
+        if not wanted or self.state is None or self.record_past or sink_logits is not None:
             return False
         if not self.owned:
             self.state, self.owned = self.state.fork(), True
@@ -108,7 +142,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
     ) -> None:
-        """Take over the state after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
+        """Replace the state by the one after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
         if self.record_past:
             self.record(attention, k, v, valid)
         self.state, self.owned = state.compact(), False
@@ -116,7 +150,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.begin()
 
     def begin(self) -> None:
-        """From now on the layer is not empty."""
+        """Mark the layer as not empty."""
         self.has_previous_state[0] = self.is_initialized = True
 
     def record(self, attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -140,7 +174,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             self.trail = (*(x[..., excess:, :] for x in self.trail[:2]), self.trail[2][:, excess:])
 
     def replay(self, attention: LinearAttention, length: int) -> State:
-        """The snapshot, advanced by the first tokens of the trail."""
+        """Return the snapshot after the first `length` tokens of the trail."""
         if length == 0:
             return self.snapshot
         k, v, valid = self.trail
@@ -158,7 +192,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take back the last `-tokens_to_remove` tokens.
 
         Raises:
-            RuntimeError: the layer was not recording, or not so many tokens were recorded.
+            RuntimeError: the layer was not recording, or fewer tokens were recorded.
             ValueError: the number is positive.
         """
         if tokens_to_remove > 0:
@@ -190,7 +224,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of the state; 0 before the first token."""
+        """Return the bytes of the state; 0 before the first token."""
         return 0 if self.state is None else self.state.nbytes()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -213,8 +247,9 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
 
 class HybridCacheLayer(LinearCacheLayer):
-    """Beside a `State`, the conv and recurrent states of a layer that attends and recurs in parallel (Falcon-H1,
-    Zamba2), which are taken over from the cache's own layer. A recurrent state cannot take tokens back.
+    """A cache layer with a `State` and the native conv and recurrent states of a layer that attends and recurs in
+    parallel (Falcon-H1, Zamba2). The native states are moved here from the cache's own layer. A recurrent state cannot
+    take tokens back.
     """
 
     is_compileable = False

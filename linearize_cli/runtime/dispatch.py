@@ -61,7 +61,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
 
 
 def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of a converted module: its place in the cache rides along as `linearize_state`."""
+    """Pass the module's cache layer as `linearize_state`, as a forward pre-hook of a converted module."""
     if module.config._attn_implementation != IMPLEMENTATION:
         return None
     cache = find_cache(args, kwargs)
@@ -71,7 +71,7 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of the model: pass on documents, which positions tell, as a mask.
+    """Pass documents, which begin where positions start again, as a mask. A forward pre-hook of the model.
 
     Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
     Compiled code cannot read masks, and takes a row as one document: where there may be several, the layers are told to
@@ -97,12 +97,12 @@ def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
 
 
 def is_custom(mask: Tensor | None) -> bool:
-    """True for a 4-D mask that the model was given, of several new tokens."""
+    """Return whether the model was given a 4-D mask of several new tokens."""
     return isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1
 
 
 def check_export(mask: Tensor | None, positions: Tensor | None) -> None:
-    """Refuse several documents in a row of a model that is being exported, now or when it runs."""
+    """Refuse to export a model for rows of several documents. The exported model checks its positions too."""
     if is_custom(mask):
         raise ValueError("export a linearized model with an attention mask of 2 dimensions, or none")
     if mask is None and positions is not None and positions.dim() == 2:
@@ -114,7 +114,7 @@ starts_in = torch.compiler.disable(document_starts)
 
 
 def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
-    """Give each named attention module its linear attention. Kept softmax layers stay native.
+    """Attach its linear attention to each named module. Softmax layers that are kept stay native.
 
     A config object all of whose attention modules are converted is switched as a whole, so that the model
     makes no O(T²) mask; not where the model's own code works on that mask (`adapters.Adapter.native_mask`).
@@ -163,7 +163,7 @@ def mask_limit(model: nn.Module, module: nn.Module, beside_softmax: bool) -> flo
 
 
 def set_config(module: nn.Module, config: PreTrainedConfig) -> None:
-    """Give a module, and those of its parts that share its config, another."""
+    """Replace the config of a module, and of its submodules that share it."""
     before = module.config
     for part in module.modules():
         if getattr(part, "config", None) is before:
@@ -171,7 +171,7 @@ def set_config(module: nn.Module, config: PreTrainedConfig) -> None:
 
 
 def converted(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention modules that carry a linear attention, by name."""
+    """Return the attention modules that carry a linear attention, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "linear_attention")}
 
 

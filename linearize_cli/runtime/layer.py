@@ -31,7 +31,7 @@ NO_PAGES = (
 
 
 def equation(attention: dict, geometry: dict) -> Equation:
-    """The equation of one layer.
+    """Return the equation of one layer.
 
     Args:
         attention: the `attention` part of a recipe.
@@ -114,7 +114,7 @@ class LinearizedAttention(LinearAttention):
         position_ids: Tensor | None,
         window: int | None,
     ) -> Tensor:
-        """Return outputs `[B, heads, T, Dv]`; arguments as of `forward`."""
+        """Compute the outputs `[B, heads, T, Dv]`. Arguments are those of `forward`."""
         query, past = heads[0], 0 if state is None else state.seen
         valid = valid_tokens(mask, query.shape[0], query.shape[-2], past)
         starts = None
@@ -139,7 +139,7 @@ class LinearizedAttention(LinearAttention):
     def attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, sink_logits: Tensor | None
     ) -> Tensor:
-        """Return outputs of rows from an empty state."""
+        """Compute the outputs of rows that begin with an empty state."""
         if self.equation.causal:
             return chunked(self, None, q, k, v, valid, sink_logits)[0]
         return bidirectional(self, q, k, v, valid, sink_logits)
@@ -151,7 +151,7 @@ class LinearizedAttention(LinearAttention):
         valid: Tensor | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Return outputs of documents that begin at `starts [B, T]`, each from an empty state."""
+        """Compute the outputs of documents that begin at `starts [B, T]`, each with an empty state."""
         starts = starts.expand(heads[0].shape[0], -1)
         packed = self.equation.causal and valid is None
         if packed and packed_plan(self, *heads, sink_logits is not None) is not None:
@@ -165,12 +165,12 @@ class LinearizedAttention(LinearAttention):
         return attend_apart(attend, starts, valid, *heads)
 
     def place(self, cache: Cache, index: int) -> LinearCacheLayer:
-        """Return the layer's place in a cache."""
+        """Return the layer of a cache that holds this layer's state."""
         return cache_layer(cache, index)
 
 
 def linearized(attention: dict, geometry: dict) -> LinearAttention:
-    """Return what converts one layer: see `equation`, and `cross_equation` where the geometry says `cross`."""
+    """Build the linear attention of one layer: a cross-attention if the geometry has `cross`."""
     if "cross" in geometry:
         return LinearizedCrossAttention(cross_equation(attention, geometry))
     return LinearizedAttention(equation(attention, geometry))

@@ -13,7 +13,7 @@ exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 
 
 
 def is_compact(mask: Tensor) -> bool:
-    """True for a mask of pads, `[B, T]` or that of `dispatch.compact_mask`, and for a `document_mask`."""
+    """Return whether a mask tells only pads or documents: `[B, T]`, `dispatch.compact_mask` or `document_mask`."""
     return mask.dim() == 2 or (mask.dtype in (torch.int8, torch.int32) and mask.shape[-1] == 1)
 
 
@@ -34,7 +34,7 @@ def starts_of(mask: Tensor | None) -> Tensor | None:
 
 
 def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
-    """Return which of the T new tokens are no pads, `[B, T]` bool, or None if there are no pads.
+    """Return which of the T new tokens are not pads, `[B, T]` bool, or None if there are no pads.
 
     In a 4-D mask a token is a pad if it may not see itself.
     """
@@ -42,7 +42,7 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
         return None
     start = first_column(mask, length, past)
     if mask.dim() == 2:
-        return mask[:, start : start + length].bool()
+        return unless_all(mask[:, start : start + length].bool())
     if is_compact(mask):
         return mask[:, 0, :, 0].bool() if mask.dtype == torch.int8 else None
     seen = shown(mask[:, 0])
@@ -50,6 +50,11 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
         valid = seen[:, 0, start : start + length].expand(batch, -1)
     else:
         valid = seen[:, -length:, start:].diagonal(dim1=1, dim2=2)[:, :length].expand(batch, -1)
+    return unless_all(valid)
+
+
+def unless_all(valid: Tensor) -> Tensor | None:
+    """Return None instead of a mask that is True everywhere. Compiled code cannot read values, and keeps the mask."""
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
@@ -135,5 +140,5 @@ def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
 
 
 def same(actual: Tensor, expected: Tensor, there: Tensor) -> bool:
-    """True if two masks agree for all tokens that are no pads."""
+    """Return whether two masks agree for all tokens that are not pads."""
     return not bool(((actual != expected).any(-1) & there).any())

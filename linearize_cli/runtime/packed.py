@@ -1,4 +1,4 @@
-"""Several documents packed into one row, each of them a sequence of its own."""
+"""Attention to rows that pack several documents, each a sequence of its own."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def document_starts(position_ids: Tensor | None) -> Tensor | None:
 
 
 def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) -> Tensor:
-    """Return outputs of documents without pads, by `varlen` of all rows, one behind the other.
+    """Compute the outputs of documents without pads by `varlen` over all rows in sequence.
 
     Args and result are those of `attend_apart`.
     """
@@ -41,7 +41,7 @@ def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) ->
 def attend_apart(
     attend: Callable[..., Tensor], starts: Tensor, there: Tensor | None, *heads: Tensor
 ) -> Tensor:
-    """Return outputs of documents, each attended to by itself.
+    """Compute the outputs of documents that do not see each other.
 
     Documents become rows with pads on their right. Those of about the same length make one batch, so that at most half
     of a batch is pads (short documents aside).

@@ -1,4 +1,4 @@
-"""The places of a model's layers in a transformers cache: which of them hold a state."""
+"""Cache layers of a transformers cache: those that hold a state, and those that hold keys and values."""
 
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionLayer
@@ -25,7 +25,7 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
 
 
 def grown(cache: Cache, index: int) -> CacheLayerMixin:
-    """Return the cache's layer `index`. A cache that makes its layers as they are needed makes those up to it."""
+    """Return the cache's layer `index`. A cache that grows on demand makes all layers up to it."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -33,7 +33,7 @@ def grown(cache: Cache, index: int) -> CacheLayerMixin:
 
 
 def has_layer(cache: Cache, index: int) -> bool:
-    """True if there is a layer `index`, or will be: a draft that exits early has a cache for the first layers alone."""
+    """Return whether the cache has a layer `index`, or will have. An early-exit draft caches only the first layers."""
     cache = of_self_attention(cache)
     return cache.layer_class_to_replicate is not None or index < len(cache.layers)
 
@@ -43,7 +43,7 @@ def of_self_attention(cache: Cache) -> Cache:
 
 
 def check_empty(layer: CacheLayerMixin, index: int) -> None:
-    """Raise RuntimeError if a cache's layer, of another kind than a converted layer needs, holds tokens."""
+    """Raise RuntimeError if a cache layer that cannot hold a state holds tokens."""
     if not (layer.is_initialized and int(layer.get_seq_length()) > 0):
         return
     if holds_state(layer):
@@ -58,10 +58,10 @@ def check_empty(layer: CacheLayerMixin, index: int) -> None:
 
 
 def check_softmax(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a softmax layer: refuse a cache that holds a state in its place.
+    """Refuse a cache that holds a state where a softmax layer keeps keys and values. A forward pre-hook.
 
     Raises:
-        RuntimeError: it does, as a cache of a model that was converted differently.
+        RuntimeError: the cache belongs to a model that was converted differently.
     """
     cache, index = find_cache(args, kwargs), getattr(module, "layer_idx", None)
     if cache is None or isinstance(cache, EncoderDecoderCache) or index is None or index >= len(cache.layers):
@@ -75,11 +75,11 @@ def check_softmax(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
-    """Return the cache among a module's arguments: models differ in what they call it."""
+    """Return the cache among a module's arguments, whatever its name."""
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
 def holds_state(layer: CacheLayerMixin) -> bool:
-    """True for a converted layer's place, of this copy of the code or another."""
+    """Return whether a cache layer is one of ours, of this copy of the code or another."""
     names = {cls.__name__ for cls in type(layer).__mro__}
     return not names.isdisjoint(("LinearCacheLayer", "CrossCacheLayer"))

@@ -1,5 +1,6 @@
-"""A token tree behind a cached prefix: the logits of all nodes in one forward, and an accepted path's way into
-the cache. The tree itself writes nothing: it is read through branches, which stand in for the cache's layers.
+"""Token trees behind a cached prefix: the logits of all nodes in one forward, and the commit of an accepted path.
+
+Reading a tree writes nothing. Branches take the place of the cache's layers while it is read.
 """
 
 import copy
@@ -26,8 +27,13 @@ from linearize_cli.runtime.offload import loaded
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a tree: `parents` of its N nodes, -1 for none; `depth` `[N]` int64, 0 for a root; `visible` `[N, N]` bool,
-    `visible[i, j]`: j is i or an ancestor of i; `position` `[B, N]` int64, every node's place in its row.
+    """The shape of a tree of N nodes.
+
+    Attributes:
+        parents: each node's parent, -1 for a root.
+        depth: `[N]` int64, 0 for a root.
+        visible: `[N, N]` bool, `visible[i, j]`: j is i or an ancestor of i.
+        position: `[B, N]` int64, every node's position in its row.
     """
 
     parents: tuple[int, ...]
@@ -103,7 +109,7 @@ class SoftmaxBranch(DynamicLayer):
 
 
 class DummyBranch(DummyLayer):
-    """The tree in a layer that keeps nothing: it reads the keys and values of another."""
+    """The tree in a layer without a cache of its own, which reads the keys and values of another."""
 
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()
@@ -121,11 +127,11 @@ BRANCHES = {
 
 @dataclass
 class Tree:
-    """A tree that was read.
+    """The logits of a tree, and what is needed to commit a path.
 
     Attributes:
         logits: `[B, N, vocab]`, each node's as if its path had been decoded token by token.
-        hidden: `[B, N, width]`, what the model's head made them of.
+        hidden: `[B, N, width]`, the LM head's input.
     """
 
     logits: Tensor
@@ -135,7 +141,7 @@ class Tree:
     branches: list[LinearBranch | SoftmaxBranch | DummyBranch]
 
     def path(self, node: int) -> list[int]:
-        """From a root to the node."""
+        """Return the nodes from a root to the node."""
         path = []
         while node >= 0:
             path, node = [node, *path], self.parents[node]
@@ -143,8 +149,9 @@ class Tree:
 
     @torch.no_grad()
     def commit(self, *paths: Sequence[int]) -> None:
-        """Append the nodes of accepted paths, from a root on, to the cache: one path for all rows, or one each.
-        A row whose path is shorter than another's gets pads on its left.
+        """Append the nodes of accepted paths, each from a root on, to the cache: one path for all rows, or one each.
+
+        A row with a shorter path gets pads on its left.
 
         Raises:
             ValueError: the nodes are no such path, or there are not as many paths as rows.
@@ -175,7 +182,7 @@ class Tree:
 
 @torch.no_grad()
 def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
-    """Logits of the nodes of a token tree that continues every row of a cache; the cache stays as it is.
+    """Compute the logits of the nodes of a token tree that continues every row of a cache. The cache is not changed.
 
     Args:
         cache: after the rows' prefixes, which may lie behind pads on their left.
@@ -229,7 +236,7 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
 
 @contextmanager
 def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """While open, what the model's head reads, `[B, T, width]`, goes into the yielded list, forward by forward."""
+    """Collect the inputs `[B, T, width]` of the LM head, one for each forward, while the context is open."""
     seen: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
@@ -239,9 +246,10 @@ def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of a softmax layer. The mask that the model made is that of a chain, with its pads, its
-    window or its chunks: a node sees of the prefix and of its ancestors what the chain's token of its depth
-    sees.
+    """Replace the mask of a softmax layer by the tree's, as a forward pre-hook.
+
+    The model made its mask for a chain, with pads and a window or chunks. A node sees of the prefix what the chain's
+    token of its depth sees, and of the tree its ancestors.
     """
     mask, nodes = kwargs.get("attention_mask"), len(shape.depth)
     if nodes == 1:

@@ -50,16 +50,17 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
     layer = attention.place(DynamicCache(), 0)
     q = k.repeat_interleave(eq.heads // eq.kv_heads, 1)
     empty = attention.empty_state(1, k.device, torch.float64)
-    S, z, folded, first, found = empty.S[0], empty.z[0], eq.sinks, 0, []
+    S, z, folded, first, found = empty.S.transpose(0, 1), empty.z.transpose(0, 1), eq.sinks, 0, []
     for length in lengths:
         while first < length:
             part = slice(first, first + (1 if first < SINGLE else CHUNK))
             layer.attend(attention, *(x[..., part, :] for x in (q, k, v)), None, None)
             first = part.stop
         for position in range(folded, length - eq.recent):
-            S, z = exact.fold_one(S, z, *(x[0, :, position].double() for x in (k, v)), position)
+            token = (x[:1, :, position].double().transpose(0, 1) for x in (k, v))
+            exact.fold_one(S, z, *token, [position])
         folded = length - eq.recent
-        pairs = (layer.state.S[0], S), (layer.state.z[0], z)
+        pairs = (layer.state.S[0], S[:, 0]), (layer.state.z[0], z[:, 0])
         error = torch.stack([relative(x.double() - y, y) for x, y in pairs]).max()
         found.append({"length": length, "state_rel_error": error.nan_to_num(nan=1.0, posinf=1.0).item()})
     return found

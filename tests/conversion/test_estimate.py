@@ -45,7 +45,7 @@ def counted(family, keep=None, recipe=RECIPE):
     model = without_weights(family)
     with Phantom():
         linear, softmax = choose_layers(plan_layers(model), keep)
-    return costs(model, linear, softmax, recipe, LENGTH)
+    return costs(model, linear, softmax, recipe, LENGTH, ROWS)
 
 
 def student_of(family, keep=None, recipe=RECIPE):

@@ -193,7 +193,7 @@ def test_command_line(artifact, tmp_path, capfd):
 def test_bad_input_is_refused(artifact, tmp_path, capsys):
     before = {file.name: file.read_bytes() for file in artifact.iterdir() if file.is_file()}
     cases = [
-        ((artifact, "--context", "16,x"), "'x' is not a number of tokens"),
+        ((artifact, "--context", "16,x"), "'x' should be a number of tokens"),
         ((artifact, "--context", "16,7"), "--context 7 is too short"),
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
         ((artifact, "--context", "8", "--batch", 10**15), "not enough memory for"),

@@ -9,6 +9,8 @@ from operator import attrgetter
 import pytest
 import torch
 from families import AUGMENTED
+from linearize_kernels.ops.decode import ring, view_of_last
+from linearize_kernels.reference.visibility import laid_out
 
 GROUPS = {
     "local": {"scope": "group", "size": 8, "score": "relu2"},
@@ -21,6 +23,7 @@ DECAY = {"far": {"feature_map": "relu"}, "memory": {"kind": "decay"}, "combine":
 DELTA = {**DECAY, "far": {"feature_map": "identity"}, "memory": {"kind": "delta"}, "sinks": 0}
 LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "gate"}
 
+DECODING = "linearize_kernels.ops.decode"
 CHUNKED, BLOCK, LAYOUT = (
     "linearize_kernels.ops.chunked",
     "linearize_kernels.reference.block",
@@ -77,6 +80,12 @@ class Fault:
             patch.setattr(attrgetter(owner)(import_module(module)), method, planted)
         else:
             patch.setattr(function, "__code__", inspect.unwrap(planted).__code__)
+
+
+def forget_layouts() -> None:
+    """Clear what is kept of layouts, which a planted fault may have made wrong."""
+    for kept in (laid_out, ring, view_of_last):
+        kept.cache_clear()
 
 
 FAULTS = [
@@ -221,6 +230,72 @@ FAULTS = [
         "torch.where(sinks < state.count[..., None], sinks, -1)",
         "torch.where(sinks <= state.count[..., None], sinks, -1)",
         "padding",
+    ),
+    # One token after the other.
+    Fault(
+        "a token that is written one slot too early",
+        f"{DECODING}:Decoding.write",
+        "stored[:, :, eq.sinks + self.start] = new",
+        "stored[:, :, eq.sinks + (self.start - 1) % eq.recent] = new",
+        "forms",
+    ),
+    Fault(
+        "a token that is overwritten before it is folded",
+        f"{DECODING}:Decoding.step",
+        "self.fold_oldest(attention, k, v)",
+        "start = self.start; self.write(eq, k, v); self.start = start; self.fold_oldest(attention, k, v)",
+        "forms",
+    ),
+    Fault(
+        "rows that are decoded as if all were as long as the first",
+        f"{DECODING}:Decoding.step",
+        "self.counts = tuple(n + 1 for n in self.counts)",
+        "self.counts = (self.counts[0] + 1,) * len(self.counts)",
+        "rows",
+    ),
+    Fault(
+        "sinks that are not decoded into",
+        f"{DECODING}:Decoding.write",
+        "if min(self.counts) < eq.sinks:",
+        "if False:",
+        "forms",
+    ),
+    Fault(
+        "a ring that is read as if it began at its first slot",
+        f"{DECODING}:Decoding.state",
+        "columns, _ = ring(eq, self.start)",
+        "columns, _ = ring(eq, 0)",
+        "rollback",
+    ),
+    Fault(
+        "conv taps that do not turn with the ring",
+        f"{DECODING}:attend",
+        "twice[..., eq.recent - state.start : 2 * eq.recent - state.start]",
+        "twice[..., : eq.recent]",
+        "forms",
+    ),
+    Fault(
+        "groups whose mask does not turn with the ring",
+        f"{DECODING}:view_of_last",
+        "local[:, order]",
+        "local",
+        "forms",
+        GROUPS,
+    ),
+    Fault(
+        "positions of a running projection that are one too high",
+        f"{DECODING}:Decoding.fold_oldest",
+        "[n - eq.recent for n in self.counts]",
+        "[n - eq.recent + 1 for n in self.counts]",
+        "forms",
+        LINFORMER,
+    ),
+    Fault(
+        "pads that a short row folds while others fold tokens",
+        f"{DECODING}:Decoding.fold_oldest",
+        "if kept:",
+        "if False:",
+        "rows",
     ),
     # What is taken back.
     Fault(
@@ -410,7 +485,7 @@ FAULTS = [
         f"{PREFILL}:sinks_with",
         "(count, count + k.shape[-2])",
         "(count, max(count, k.shape[-2]))",
-        "forms",
+        "rollback",
     ),
     Fault(
         "recent tokens of which a short prefill drops one",
@@ -482,8 +557,8 @@ FAULTS = [
     Fault(
         "a chain as long as the window that is taken for near",
         f"{LAYOUT}:laid_out",
-        "end - count >= eq.size",
-        "end - count > eq.size",
+        "farthest >= eq.size",
+        "farthest > eq.size",
         "tree",
     ),
     Fault(

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from families import AUGMENTED, swapped
-from linearize_kernels.reference.visibility import laid_out
-from planted_faults import BLOCKED, CHUNKED, GROUPS, LAYOUT, Fault
+from planted_faults import BLOCKED, DECODING, GROUPS, LAYOUT, Fault, forget_layouts
 
 from linearize_cli.errors import CheckFailed
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
@@ -32,9 +31,9 @@ FAULTS = [
     ),
     Fault(
         "an open group that is not folded by single tokens",
-        f"{CHUNKED}:append",
-        "return after(state, S, z, count, k, v)",
-        "return after(state, S if length > 1 else state.S, z, count, k, v)",
+        f"{DECODING}:Decoding.fold_oldest",
+        "max(self.counts) < begins:",
+        "max(self.counts) < begins + 99:",
         "incremental",
         WIDE_GROUPS,
     ),
@@ -67,9 +66,9 @@ FAULTS = [
 
 @pytest.fixture(autouse=True)
 def new_layouts():
-    laid_out.cache_clear()
+    forget_layouts()
     yield
-    laid_out.cache_clear()
+    forget_layouts()
 
 
 def differences(model, tokenizer):

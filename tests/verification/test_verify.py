@@ -9,8 +9,7 @@ import pytest
 import torch
 from families import AUGMENTED, swapped, tiny_model
 from linearize_kernels.equation import Equation
-from linearize_kernels.reference.visibility import laid_out
-from planted_faults import GROUPS
+from planted_faults import GROUPS, forget_layouts
 from rich.console import Console
 from verify_case import check
 
@@ -138,9 +137,9 @@ def test_conv_that_forgets_its_past(llama, tokenizer, monkeypatch):
 
 @pytest.fixture
 def new_layouts():
-    laid_out.cache_clear()
+    forget_layouts()
     yield
-    laid_out.cache_clear()
+    forget_layouts()
 
 
 def test_window_off_by_one_in_decoding(llama, tokenizer, monkeypatch, new_layouts):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from linearize_cli.artifact.seal import seal
 from linearize_cli.errors import UserError
 from linearize_cli.verification import verify as verification
+from linearize_cli.verification.forms import forms
 from linearize_cli.verification.report import sentence
 from linearize_cli.verification.verify import verify
 
@@ -28,7 +29,7 @@ def sealed(tmp_path_factory, tokenizer):
 @pytest.fixture
 def artifact(sealed, tmp_path, monkeypatch):
     """A copy, of which nothing but the folder is checked."""
-    monkeypatch.setattr(verification, "DECODING", {"forms": verification.forms})
+    monkeypatch.setattr(verification, "DECODING", {"forms": forms})
     monkeypatch.setattr(verification, "THOROUGH", {})
     monkeypatch.setattr(verification, "MEASURING", {})
     return shutil.copytree(sealed, tmp_path / "tiny")

@@ -118,6 +118,7 @@ def grouped_segment(
 
 
 def reads_far(attention: LinearAttention) -> bool:
+    """Return whether there is a far part that is not dropped."""
     return attention.far is not None and attention.dropped != "far"
 
 

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linearize_kernels.remembered import derived
+
 TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """What a query reads of its far tokens: the numerator, its mass, and whether there are any."""
+    """The numerator and the mass of a query's far tokens, and whether there are any."""
 
     out: Tensor
     mass: Tensor
@@ -31,14 +33,49 @@ class Combine(nn.Module):
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """As at the start of a conversion."""
+        """Set all parameters to their values at the start of a conversion."""
+
+    def one_token(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor | None,
+        values: Tensor,
+        far: Far | None,
+        taps: Tensor | None,
+    ) -> Tensor:
+        """Combine the parts of one query of each of B rows, and add the conv.
+
+        Args:
+            q: `[heads, B, D]`; scores: `[kv * B, group, N]`; values: `[kv * B, N, Dv]`.
+            local: bool, broadcasts to scores: the tokens in L(i). None: all of them.
+            far: numerator `[kv * B, group, Dv]`, mass `[kv * B, group, 1]`, and whether there is any: a bool tensor
+                that broadcasts to the mass, or True.
+            taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None.
+
+        Returns:
+            `[kv * B, group, Dv]`.
+        """
+        batch = q.shape[1]
+        kv = len(scores) // batch
+
+        def by_row(x: Tensor) -> Tensor:  # [kv * B or 1, ..] -> [B or 1, kv or 1, ..]
+            return x.unflatten(0, (kv, batch)).transpose(0, 1) if len(x) > 1 else x[None]
+
+        local = scores.new_ones(1, 1, 1, dtype=torch.bool) if local is None else local
+        if far is not None:
+            any_far = far.any if isinstance(far.any, Tensor) else torch.ones_like(far.mass, dtype=torch.bool)
+            far = Far(by_row(far.out)[..., None, :], by_row(far.mass), by_row(any_far))
+        own = (by_row(x)[..., None, :] for x in (by_read_head(q, kv), scores, local))
+        out = self(*own, by_row(values), far).squeeze(-2).transpose(0, 1).reshape(*scores.shape[:2], -1)
+        return out if taps is None else out + torch.bmm(taps, values[:, -taps.shape[-1] :])
 
 
 class Shared(Combine):
     """One normaliser under one maximum: local weights `exp(s - m)`, far weights `exp(mix(q) - m) φφ`.
 
     `mix` is a learned linear function of q per head. m runs over the local scores, and over mix(q) only
-    where something is far.
+    if something is far.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -73,6 +110,30 @@ class Shared(Combine):
         weights, factor = (scores - ceiling[..., None]).exp(), (mix - ceiling).exp()
         total = positive(weights.sum(-1) + factor * far.mass)
         return (attend(weights, values) + factor[..., None] * far.out) / total
+
+    def one_token(
+        self,
+        q: Tensor,
+        scores: Tensor,
+        local: Tensor | None,
+        values: Tensor,
+        far: Far | None,
+        taps: Tensor | None,
+    ) -> Tensor:
+        if self.mix is None or far is None:
+            return super().one_token(q, scores, local, values, far, taps)
+        # The far part is one more key: its weight is exp(mix(q)) times its mass, and its value a mean.
+        w, b = derived(self, "mix", as_affine, q.dtype)
+        mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
+        logit = by_read_head(torch.baddbmm(b, q, w), len(mass) // q.shape[1]) + mass.log()
+        if far.any is not True:
+            logit = logit.masked_fill(~far.any, float("-inf"))
+        if local is not None:
+            scores = scores.masked_fill(~local, float("-inf"))
+        weights = torch.cat([logit, scores], -1).softmax(-1)
+        if taps is not None:
+            weights[..., -taps.shape[-1] :].add_(taps)
+        return torch.addcmul(torch.bmm(weights[..., 1:], values), weights[..., :1], far.out / mass)
 
 
 class Lolcats(Combine):
@@ -198,30 +259,46 @@ COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": R
 
 
 def weighted(weights: list, values: list) -> Tensor:
-    """Σ weight · value of one token; values is never empty in a local part, and holds one zero else."""
+    """Compute Σ weight · value of one token. There is at least one value, which is zero if there is no local part."""
     return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
 
 
 def attend(weights: Tensor, values: Tensor) -> Tensor:
-    """`[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]` without a copy of the values."""
+    """Multiply weights and values without a copy of the values.
+
+    `[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]`
+    """
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
 
 
+def by_read_head(x: Tensor, kv: int) -> Tensor:
+    """Group query heads by the heads they read: `[heads, B, X] -> [kv * B, heads / kv, X]`."""
+    heads, batch, width = x.shape
+    if batch == 1:
+        return x.view(kv, -1, width)
+    return x.view(kv, -1, batch, width).transpose(1, 2).reshape(kv * batch, -1, width)
+
+
+def as_affine(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w `[heads, D, 1]` and b `[heads, 1, 1]` of `w·x + b`, views of a parameter `[heads, D + 1]`."""
+    return parameter[:, :-1, None], parameter[:, -1:, None]
+
+
 def per_head(parameter: Tensor, q: Tensor) -> Tensor:
-    """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
+    """Compute `w·q + b` of each head from a parameter `[heads, D + 1]`: `[..., kv, group, T]`."""
     weight = parameter.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
     return (q * weight[..., :-1]).sum(-1) + weight[..., -1]
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
-    """The local part alone."""
+    """Compute softmax over the local part alone."""
     scores = scores.masked_fill(~local, float("-inf"))
     weights = (scores - finite(scores.detach().amax(-1))[..., None]).exp()
     return attend(weights, values) / positive(weights.sum(-1))
 
 
 def finite(ceiling: Tensor) -> Tensor:
-    """The row maximum, 0 where a row sees nothing (a pad)."""
+    """Return the row maximum, or 0 for a row that sees nothing (a pad)."""
     return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
 
 

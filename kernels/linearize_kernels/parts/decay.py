@@ -34,19 +34,24 @@ class Sum(nn.Module):
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """Nothing is learned."""
+        """Do nothing: there are no parameters."""
 
     def log_decay(self, v: Tensor) -> Tensor | None:
-        """`[..., heads, N, Dv] -> [..., heads, N]`, not positive; None: 0."""
+        """Return the logarithm of the decay, `[..., heads, N, Dv] -> [..., heads, N]`, or None if nothing decays."""
         return None
 
     def strength(self, v: Tensor) -> Tensor | None:
-        """β `[..., heads, N]` of the delta rule; None: no delta rule."""
+        """Return β of the delta rule, `[..., heads, N]`, or None for other memories."""
         return None
 
-    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """S `[heads, F, Dv]`, z and phi `[heads, F]`, v `[heads, Dv]` -> the next S and z."""
-        return S + phi[:, :, None] * v[:, None, :], z + phi
+    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
+        """Write one token of each of B rows into S and z.
+
+        Args:
+            S: `[heads, B, F, Dv]`; z, phi: `[heads, B, F]`; v: `[heads, B, Dv]`.
+        """
+        S.addcmul_(phi[..., None], v[..., None, :])
+        z.add_(phi)
 
 
 class Decay(Sum):
@@ -67,9 +72,10 @@ class Decay(Sum):
         rate = softplus(self.decay_bias.to(v.dtype))[:, None]
         return -rate.expand(*v.shape[:-3], *v.shape[-3:-1])
 
-    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[:, None]).exp()
-        return super().fold_one(decay[:, :, None] * S, decay * z, phi, v)
+    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
+        decay = self.log_decay(v).exp()[..., None]  # rows in the place of tokens
+        S.mul_(decay[..., None])
+        super().fold_one(S, z.mul_(decay), phi, v)
 
 
 class Gated(Decay):
@@ -115,12 +121,12 @@ class Delta(Gated):
         weight, bias = self.strength_weight.to(v.dtype), self.strength_bias.to(v.dtype)
         return ((v @ weight[:, :, None]).squeeze(-1) + bias[:, None]).sigmoid()
 
-    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self.log_decay(v[:, None]).exp()
-        strength = self.strength(v[:, None])
-        answer = decay * torch.einsum("hf,hfd->hd", phi, S)
-        S = decay[:, :, None] * S + (strength * phi)[:, :, None] * (v - answer)[:, None, :]
-        return S, decay * z + phi
+    def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
+        decay, strength = self.log_decay(v).exp()[..., None], self.strength(v)[..., None]
+        S.mul_(decay[..., None])
+        answer = (phi[..., None, :] @ S).squeeze(-2)
+        S.addcmul_((strength * phi)[..., None], (v - answer)[..., None, :])
+        z.mul_(decay).add_(phi)
 
 
 MEMORIES = {"none": Sum, "decay": Decay, "gated": Gated, "delta": Delta}

@@ -9,13 +9,16 @@ and never counts, and sinks are never folded.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from linearize_kernels.parts.combine import as_affine, by_read_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, unit_norm
 from linearize_kernels.parts.linformer import Projection
+from linearize_kernels.remembered import derived
 
 CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up to e^8 in fp32
 
@@ -91,15 +94,30 @@ class FeatureMemory(nn.Module):
         logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
         return logarithm.exp().mT
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """S and z after the token k `[kv, D]`, v `[kv, Dv]`."""
-        phi = self.keys(k[:, None])[:, 0]
-        return self.memory.fold_one(S, z, phi, self.equation.to_far_heads(v[:, None])[:, 0])
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
+        """Write one token of each of B rows into S and z.
 
-    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The far part `[Dv]` of one head for all queries q `[heads, D]`, and its mass."""
-        phi, far = self.q_map(q[:, None])[head, 0], head * self.equation.far_heads // self.equation.heads
-        return phi @ S[far], phi @ z[far]
+        Args:
+            S: `[far, B, F, Dv]`; z: `[far, B, F]`; k: `[kv, B, D]`; v: `[kv, B, Dv]`.
+            position: the token's position in each row.
+        """
+        k, v = self.equation.to_far_heads(k), self.equation.to_far_heads(v)
+        memory, phi = self.memory, self.writing_map.one_token(k)
+        if memory.unit_keys:
+            phi = unit_norm(phi)
+        if self.key_weight is not None:
+            w, b = derived(self, "key_weight", before_cap, k.dtype)
+            phi = phi * torch.baddbmm(b, k, w).tanh().mul(CEILING).exp()
+        memory.fold_one(S, z, phi, v)
+
+    def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Read S and z with one query of each of B rows: q `[heads, B, D]`.
+
+        Returns:
+            numerator `[far * B, heads / far, Dv]` and mass `[far * B, heads / far, 1]`.
+        """
+        phi, S = by_read_head(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
+        return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
 
     def forward(
         self,
@@ -113,14 +131,16 @@ class FeatureMemory(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What queries read of S and of the tokens k, v that are not in it yet.
+        """Read S, and the tokens k, v that are not folded into it yet.
 
         Args:
-            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - new tokens and
-                then the new ones, each after its ancestors.
-            position: `[..., N]`; -1 or that of a sink: the token does not count.
-            seen, far: `[..., T, N]` bool: the ancestors of each query (itself among them), and those in F(i).
-            new: T, or 0: the queries' own tokens are left out, because none of them is far.
+            q: `[..., heads, T, D]`.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, a chain of N - new tokens and then the new ones, each after
+                its ancestors.
+            position: `[..., N]`; -1 or the position of a sink marks a token that does not count.
+            seen: `[..., T, N]` bool, the ancestors of each query, itself among them.
+            far: `[..., T, N]` bool, the tokens in F(i).
+            new: T, or 0 if the queries' own tokens are left out because none of them is far.
             S: `[..., far, F, Dv]`; z: `[..., far, F]`.
 
         Returns:
@@ -156,7 +176,7 @@ class FeatureMemory(nn.Module):
         return own + read, products.sum(-1) + mass
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """S and z after a chain of tokens k, v `[B, kv, N, D]`, none of them a sink; position `[B or 1, N]`."""
+        """Fold a chain of tokens k, v `[B, kv, N, D]`, none of them a sink, into S and z; position `[B or 1, N]`."""
         if self.memory.forward_in_time:
             chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
             return tuple(x[-1] for x in self.fold(S, z, *chunk))
@@ -164,7 +184,7 @@ class FeatureMemory(nn.Module):
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """S and z before each of n consecutive chunks of a chain and after the last: `[n + 1, B, far, F, Dv]`.
+        """Compute S and z before each of n chunks of a chain and after the last, `[n + 1, B, far, F, Dv]`.
 
         Args:
             k, v: `[B, kv, n, C, D]`; position: `[B or 1, n, C]`.
@@ -205,6 +225,11 @@ class FeatureMemory(nn.Module):
         return torch.stack(states), torch.stack(sums)
 
 
+def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w and b of the logarithm of a key's weight, before the soft cap."""
+    return as_affine(key_weight / CEILING)
+
+
 def far_part(equation) -> nn.Module:
     return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
 
@@ -213,14 +238,14 @@ FAR_PARTS = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Which tokens are before which in a chain: `[..., N] -> [..., N, N]` bool; one that does not count is not."""
+    """Compute which tokens of a chain are before which, `[..., N] -> [..., N, N]` bool, only among those that count."""
     length = counts.shape[-1]
     order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
     return order & counts[..., None, :] & counts[..., :, None]
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Which tokens are before which, of a chain and the T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
+    """Compute which tokens are before which, of a chain and T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
     new, every = seen.shape[-2:]
     order = chain(counts)
     own = seen & counts[..., None, :] & counts[..., every - new :, None]

@@ -1,9 +1,11 @@
 """Linformer's far part: softmax over k slots, which tokens are projected on."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import TINY
+from linearize_kernels.parts.combine import TINY, by_read_head
 
 LOW = -1e30  # a score that no other is below, and whose softmax is finite in a row of nothing else
 
@@ -31,21 +33,29 @@ class Projection(nn.Module):
         self.table.copy_((self.own_slot * own).expand_as(self.table))
 
     def weights(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        """E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
+        """Look up E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
-    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        share = self.table[:, :, position % self.table.shape[-1]].to(k.dtype).softmax(1)
-        token = self.equation.to_far_heads(torch.cat([k, v], -1)[:, None])[:, 0]
-        return S + share[:, :, None] * token[:, None, :], z + share
+    def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
+        """Write one token of each of B rows into S and z; shapes as of `FeatureMemory.fold_one`."""
+        columns = [place % self.table.shape[-1] for place in position]
+        share = self.table[:, :, columns].to(k.dtype).softmax(1).mT
+        token = self.equation.to_far_heads(torch.cat([k, v], -1))
+        S.addcmul_(share[..., None], token[..., None, :])
+        z.add_(share)
 
-    def read_one(self, head: int, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        eq, far = self.equation, head * self.equation.far_heads // self.equation.heads
-        if not z[far].any():
-            return S.new_zeros(eq.value_dim), S.new_zeros(())
-        keys, values = (S[far] / z[far][:, None]).split([eq.key_dim, eq.value_dim], -1)
-        return (eq.scale * (keys @ q[head])).softmax(0) @ values, S.new_ones(())
+    def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend to the slots with one query of each of B rows; shapes as of `FeatureMemory.read_one`.
+
+        The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
+        """
+        eq, total = self.equation, z.flatten(0, 1)[:, None]  # [far * B, 1, slots]
+        q, S = by_read_head(q, eq.far_heads), S.flatten(0, 1)
+        keys, values = (S / total.mT.clamp_min(TINY)).split([eq.key_dim, eq.value_dim], -1)
+        weights = (eq.scale * (q @ keys.mT)).masked_fill(total == 0, LOW).softmax(-1)
+        mass = (total > 0).any(-1, keepdim=True).to(q.dtype)
+        return mass * (weights @ values), mass.expand(-1, q.shape[1], 1)
 
     def forward(
         self,
@@ -59,7 +69,10 @@ class Projection(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `far.FeatureMemory.forward`; the numerator is normalised already and the mass 1, or 0: nothing is far."""
+        """Attend to the slots; arguments and results are those of `far.FeatureMemory.forward`.
+
+        The numerator is normalised already. The mass is 1, or 0 if nothing is far.
+        """
         eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
         share = self.weights(position, q.dtype)
         shared = share[..., None, :, :]

@@ -11,7 +11,8 @@ from linearize_kernels.parts.random_features import collision_probability
 
 def scaled_dot(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
     """`q·k · scale`, soft-capped where the base model does so. `[.., M, D], [.., N, D] -> [.., M, N]`."""
-    scores = (q * scale) @ k.transpose(-1, -2)
+    product = torch.bmm if q.dim() == 3 else torch.matmul  # of one token; matmul costs as much again there
+    scores = product(q * scale, k.mT)
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 

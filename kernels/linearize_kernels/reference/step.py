@@ -1,5 +1,7 @@
-"""`step`: the equation for one token of one sequence, as it is defined. Slow, plain, and independent of
-`block`: it keeps the token sets of the definition as lists and folds a token when it leaves the near part.
+"""`step`: the definition of the equation, for one token of one sequence.
+
+It is slow, plain and independent of `block`. It keeps the token sets of the definition as lists, and folds a token when
+it leaves the near part.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,8 +15,8 @@ from linearize_kernels.parts.combine import Far
 
 @dataclass(frozen=True)
 class StepState:
-    """What one token needs of its past. `sinks` and `near` hold `(position, k [kv, D], v [kv, Dv])`, oldest
-    first; `past_v` the conv's values, newest first.
+    """What one token needs of its past. `sinks` and `near` hold
+    `(position, k [kv, D], v [kv, Dv])`, oldest first; `past_v` holds the conv's values, newest first.
     """
 
     S: Tensor
@@ -27,7 +29,7 @@ class StepState:
 
 
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
-    """The state before the first token."""
+    """Make the state before the first token."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
     S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
@@ -53,11 +55,15 @@ def step(
         if same_group if eq.scope == "group" else now - position < eq.size:
             kept.append((position, near_k, near_v))
         elif attention.far is not None:
-            S, z = attention.far.fold_one(S, z, near_k, near_v, position)
+            pair = near_k[:, None], near_v[:, None]  # one row
+            S, z = S.clone(), z.clone()
+            attention.far.fold_one(S[:, None], z[:, None], *pair, [position])
             folded += 1
     past_v = [v, *state.past_v][: eq.conv_width]
 
-    outputs = []
+    outputs, read = [], None
+    if attention.far is not None:
+        read, mass = (x.flatten(0, 1) for x in attention.far.read_one(q[:, None], S[:, None], z[:, None]))
     for head in range(eq.heads):
         kv = head // (eq.heads // eq.kv_heads)
         local = sinks + kept
@@ -69,9 +75,7 @@ def step(
             scores.append(score)
         if sink_logits is not None:
             scores, values = [*scores, sink_logits[head].to(q.dtype)], [*values, torch.zeros_like(v[kv])]
-        far = None
-        if attention.far is not None:
-            far = Far(*attention.far.read_one(head, q, S, z), any=folded > 0)
+        far = None if read is None else Far(read[head], mass[head, 0], any=folded > 0)
         none = torch.zeros_like(v[kv])
         out = attention.combine.define(head, q[head], scores, values or [none], far)
         for delay, old in enumerate(past_v):
