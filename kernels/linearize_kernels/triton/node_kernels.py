@@ -165,10 +165,10 @@ def attend_nodes(
     for s in range(0, R, BS):
         slot = s + tl.arange(0, BS)
         key_position = tokens - R + slot
-        stored = (slot < R) & (key_position >= SINKS)
+        is_recent = (slot < R) & (key_position >= SINKS)
         running_max, total, acc, conv_out = attend_slots(
             running_max, total, acc, conv_out, q_tile, q_position, mix, recent_k + kv_head * R * D,
-            recent_v + kv_head * R * DV, slot, R, key_position, stored[None, :], phi_q, row, rows,
+            recent_v + kv_head * R * DV, slot, R, key_position, is_recent[None, :], phi_q, row, rows,
             None if phi_recent is None else phi_recent + state_head * recent_far * F, recent_far,
             conv, head, scale, e, SIZE, SOFTMAX, SINKS, D, DV, F, W, BD, BC, UPCAST,
         )  # fmt: skip

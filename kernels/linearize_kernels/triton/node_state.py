@@ -17,7 +17,7 @@ except ImportError:
     raise
 
 HEAVIEST = tl.constexpr(CEILING)
-# Dimensions of the values in a program. They fill whole memory lines of S, and leave enough programs at a batch of one.
+# Dimensions of the values in a program: they fill whole memory lines of S, and a batch of one has enough programs.
 SLICE = 32
 SLOTS, DIMENSIONS, POSITIONS = 64, 64, 1024  # that a program works on at a time
 
