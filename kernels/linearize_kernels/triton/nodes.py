@@ -120,6 +120,9 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
     The token that leaves the recent ones is added to S before S is read, so S is read and written once.
     Hedgehog's features are computed in the kernels, other feature maps in torch.
 
+    Args:
+        q, k, v: `[B, heads, 1, D]`, `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
+
     Returns:
         `[B, heads, 1, Dv]` in q's dtype.
 
