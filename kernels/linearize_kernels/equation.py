@@ -47,15 +47,16 @@ class Equation:
 
     @property
     def recent(self) -> int:
-        """Number of tokens kept as they are: the window or group, or the conv's width if that is larger. If not
-        causal, as many on either side.
+        """Return the number of recent tokens that a state keeps: the window or group, or the conv's width if larger.
+
+        If the layer is not causal, it is the number of such tokens on either side.
         """
         reach = self.conv_width if self.causal else max(self.size - 1, self.conv_width // 2)
         return max(self.size, reach, 0)
 
     @property
     def chunk(self) -> int:
-        """Tokens in a chunk by default: a power of two, as Triton's kernels need."""
+        """Return the default number of tokens in a chunk: a power of two, as Triton's kernels need."""
         return min(max(32, 1 << (self.recent - 1).bit_length()), 128)
 
     @property
@@ -84,7 +85,7 @@ class Equation:
         return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
 
     def split_queries(self, x: Tensor, length: int) -> Tensor:
-        """Separate query heads of a group: `[..., h, group * T, X] -> [..., h, group, T, X]`."""
+        """Split the query heads of a group: `[..., h, group * T, X] -> [..., h, group, T, X]`."""
         return x.unflatten(-2, (-1, length))
 
 

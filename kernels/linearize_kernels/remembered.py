@@ -11,23 +11,23 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """As `lru_cache`, of tensors that are on a CPU where no device is asked for.
+    """Cache the tensors that a function returns for its arguments, like `lru_cache`. They are on the CPU by default.
 
-    Whatever is on when they are made must do for whoever asks later: training cannot use what inference mode makes, and
-    what a mode makes whose tensors have no values (FakeTensorMode) is not kept.
+    Tensors are created outside inference mode, so that training can use them later. Tensors without values
+    (FakeTensorMode) are not cached.
     """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
-        def afresh(*arguments: P.args) -> R:
+        def create(*arguments: P.args) -> R:
             with torch.inference_mode(False), torch.device("cpu"):
                 return make(*arguments)
 
-        kept = lru_cache(size)(afresh)
+        kept = lru_cache(size)(create)
 
         @wraps(make)
         def remember(*arguments: P.args) -> R:
             has_values = type(torch.empty(0)) is Tensor
-            return (kept if has_values else afresh)(*arguments)
+            return (kept if has_values else create)(*arguments)
 
         remember.cache_clear = kept.cache_clear
         return remember
@@ -36,9 +36,10 @@ def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: torch.dtype) -> R:
-    """Return `make(parameter.to(dtype))`, computed again only if the parameter was replaced, moved or written to.
+    """Return `make(parameter.to(dtype))`, cached until the parameter is replaced, moved or written to.
 
-    With gradients it is computed every time. So it is for an inference tensor: torch does not count its changes.
+    Nothing is cached while gradients are recorded, or for an inference tensor, whose changes torch does not count. A
+    change through `parameter.data` is not counted either: `forget_derived` covers it.
 
     Args:
         name: the parameter's name in the module. A parameter has one `make`.
@@ -53,3 +54,10 @@ def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: to
             kept = stamp, make(parameter.to(dtype))
         module.__dict__[f"_derived_{name}"] = kept
     return kept[1]
+
+
+def forget_derived(module: nn.Module) -> None:
+    """Delete what `derived` has cached for a module and its submodules."""
+    for part in module.modules():
+        for name in [name for name in part.__dict__ if name.startswith("_derived_")]:
+            del part.__dict__[name]

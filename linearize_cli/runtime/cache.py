@@ -7,6 +7,7 @@ from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
+from linearize_kernels.remembered import forget_derived
 from linearize_kernels.state import State
 from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
@@ -107,6 +108,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         if self.record_past:
             self.record(attention, k, v, None)
         if self.decoding is None:
+            forget_derived(attention)
             self.decoding = Decoding(attention.equation, self.state)
         if attention.ran != "block":  # to set a module's attribute takes as long as two operations
             attention.ran = "block"

@@ -186,3 +186,14 @@ def test_assisted_generation_is_exact(keep):
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=other), greedy)
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=model), greedy)
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_early_exit=2), greedy)
+
+
+def test_parameters_written_behind_torchs_back_count_in_the_next_text():
+    """`parameter.data` writes change no version counter; a new text must not decode with cached products."""
+    model, ids = swapped("llama"), tokens(length=20)
+    with torch.no_grad():
+        incremental(model, ids, [12] + [1] * 8)
+        for name, parameter in model.named_parameters():
+            if "linear_attention" in name:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+        close(incremental(model, ids, [12] + [1] * 8), model(ids).logits)

@@ -126,7 +126,7 @@ def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
 
 
 def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:
-    """Return the chunked form of an equation for so many tokens; None: there is none."""
+    """Return the chunked form of an equation for `length` tokens, or None if only `block` computes it."""
     eq = attention.equation
     own = eq.softcap is None and attention.distance_bias is None and eq.memory == "none"
     if count is None or has_sink_logits or not own or attention.dropped == "local":
@@ -142,7 +142,7 @@ def form_of(attention: LinearAttention, count: int | None, length: int, has_sink
 def why_not_prefill(
     attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, chunk: int, packed: bool = False
 ) -> str | None:
-    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`; None: it can."""
+    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`, or None if it can."""
     eq = attention.equation
     features = 0 if attention.far is None else attention.far.state_width[0]
     reason = limit(q, k, v, features, chunk, "groups" if eq.scope == "group" else "chunks")
@@ -153,12 +153,13 @@ def why_not_prefill(
 
 
 def segment_tokens(form: Form | Prefill | None, q: Tensor) -> int:
-    """Return how many tokens of q `[B, heads, T, D]` are worked on together: on a CPU what its caches hold, on a GPU as
-    many as are worth the launches.
+    """Return the number of tokens in a segment of q `[B, heads, T, D]`.
+
+    On a CPU a segment fits its caches; on a GPU it is large enough to be worth the launches.
     """
-    lanes = max(q.shape[0] * q.shape[1], 1)
+    rows = max(q.shape[0] * q.shape[1], 1)
     if form is None:
         return 2048
     if q.is_cuda:
         return max(4096, (1 << 15) // max(len(q), 1))
-    return max(128, SEGMENT // lanes // 64 * 64)
+    return max(128, SEGMENT // rows // 64 * 64)

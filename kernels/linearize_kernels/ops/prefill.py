@@ -58,9 +58,11 @@ def sliding_segment(
         phi_k = attention.far.written(keys.to(wide), there.to(wide) if skip or ahead else None)
         position = torch.arange(count - fill, count + length, device=q.device)
         mix = far_factor(attention, q.to(wide), position, length)
-    by_token = (lanes(x, dtype) for x in (q, keys, values, phi_q, phi_k))
+    by_token = (join_heads(x, dtype) for x in (q, keys, values, phi_q, phi_k))
     sums = state.S.flatten(0, 1), state.z.flatten(0, 1)
-    tokens = Tokens(*by_token, lanes(mix), taps(attention, len(q)), *sums, *(lanes(x, dtype) for x in sinks))
+    tokens = Tokens(
+        *by_token, join_heads(mix), taps(attention, len(q)), *sums, *(join_heads(x, dtype) for x in sinks)
+    )
     out, S, z = run(shape, tokens)
     out = out[:, :, fill:].unflatten(0, (len(q), -1)).flatten(1, 2)
     return out, S.view_as(state.S), z.view_as(state.z)
@@ -99,13 +101,15 @@ def grouped_segment(
         absent = max(0, eq.recent - count)
         phi_q = attention.far.queries(q)
         phi = zero_pad(attention.far.written(keys[..., absent:, :]), absent)
-        phi_k, factor = groups(phi), by_lane(attention, attention.combine.factor, len(q))
+        phi_k, factor = groups(phi), repeat_heads(attention, attention.combine.factor, len(q))
         folds = max(0, (length - first) // chunk)
         S = S + phi[..., :first, :].mT @ values[..., :first, :]
         z = z + phi[..., :length, :].sum(-2)
     rows = (None if x is None else zero_pad(x, opened, behind) for x in (unit_norm(q), phi_q))
-    unit_q, phi_q = (lanes(x, dtype) for x in rows)
-    unit_k, own_v, phi_k = (lanes(x, dtype) for x in (groups(unit_norm(keys)), groups(values, reach), phi_k))
+    unit_q, phi_q = (join_heads(x, dtype) for x in rows)
+    unit_k, own_v, phi_k = (
+        join_heads(x, dtype) for x in (groups(unit_norm(keys)), groups(values, reach), phi_k)
+    )
     tokens = Groups(unit_q, unit_k, own_v, phi_q, phi_k, factor, taps(attention, len(q)), S.flatten(0, 1))
     out, S = run(Tiling(chunk, reach), folds, tokens)
     out = out[:, :, opened : opened + length].unflatten(0, (len(q), -1)).flatten(1, 2)
@@ -145,22 +149,22 @@ def copy_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
     return torch.cat([next(ends), x, next(ends)], -2)
 
 
-def lanes(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+def join_heads(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Join batch and heads of S, `[B, far, ...] -> [N, ...]`, in a dtype if one is given."""
     return None if x is None else x.flatten(0, 1).to(dtype or x.dtype)
 
 
-def by_lane(attention: LinearAttention, parameter: Tensor, batch: int) -> Tensor:
+def repeat_heads(attention: LinearAttention, parameter: Tensor, batch: int) -> Tensor:
     """Repeat a parameter `[heads, ...]` for all rows, by the heads of S: `[N, g, ...]`."""
     own = parameter.unflatten(0, (attention.equation.far_heads, -1))
     return own.repeat(batch, *[1] * (own.dim() - 1))
 
 
 def taps(attention: LinearAttention, batch: int) -> Tensor | None:
-    """Return the conv of every lane, `[N, g, W]`, or None if there is none."""
+    """Return the conv of every head, `[N, g, W]`, or None if there is none."""
     if attention.conv is None:
         return None
-    return by_lane(attention, attention.conv, batch).to(accumulator(attention.conv.dtype))
+    return repeat_heads(attention, attention.conv, batch).to(accumulator(attention.conv.dtype))
 
 
 def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.ops.backend import Prefill, prefill
 from linearize_kernels.ops.chunked import chunked
-from linearize_kernels.ops.prefill import by_lane, far_factor, reads_far, taps
+from linearize_kernels.ops.prefill import far_factor, reads_far, repeat_heads, taps
 from linearize_kernels.parts.feature_maps import unit_norm
 from linearize_kernels.remembered import remembered
 from linearize_kernels.torch_forms.chunks import Tiling
@@ -143,7 +143,7 @@ def group_rows(
     phi_q = phi_k = factor = None
     if reads_far(attention):
         phi_q, phi_k = attention.far.queries(q), attention.far.written(k)
-        factor = by_lane(attention, attention.combine.factor, 1)
+        factor = repeat_heads(attention, attention.combine.factor, 1)
     by_token = (None if x is None else x.to(narrow) for x in (unit_norm(q), unit_norm(k), v, phi_q, phi_k))
     tokens = Groups(*by_token, factor, taps(attention, 1), None)
     out = plan.form.triton(Tiling(plan.chunk, 0), 0, tokens, packed)[0]

@@ -133,18 +133,18 @@ MEMORIES = {"none": Sum, "decay": Decay, "gated": Gated, "delta": Delta}
 
 
 def elapsed(log_decay: Tensor, earlier: Tensor) -> Tensor:
-    """`Σ_m log_decay_m` over each token and those before it on its path: `[..., heads, N]`, `earlier [..., N, N]`."""
+    """Sum `log_decay [..., heads, N]` over each token and the tokens before it on its path, `earlier [..., N, N]`."""
     before = earlier.to(log_decay.dtype)[..., None, :, :] @ log_decay[..., None]
     return log_decay + before.squeeze(-1)
 
 
 def delta_solve(phi: Tensor, strength: Tensor, elapsed: Tensor, earlier: Tensor, right: Tensor) -> Tensor:
-    """Solves `u_j = β_j (right_j - Σ_{m before j} e^{c_j - c_m} (φ_j·φ_m) u_m)`.
+    """Solve `u_j = β_j (right_j - Σ_{m before j} e^{c_j - c_m} (φ_j·φ_m) u_m)`.
 
     Args:
         phi: `[..., heads, N, F]`, tokens after those before them.
         strength, elapsed: β and c, `[..., heads, N]`.
-        earlier: `[..., N, N]` bool, which tokens are before which.
+        earlier: `[..., N, N]` bool, `earlier[i, j]`: token j is before token i.
         right: `[..., heads, N, X]`.
     """
     earlier = earlier[..., None, :, :]

@@ -109,8 +109,7 @@ class Projected(FeatureMap):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The identity; columns beyond the head size are random directions of the same length, one set for all
-        heads."""
+        """Start as the identity. Columns beyond the head size are random directions, the same for all heads."""
         heads, head_dim, width = self.weight.shape
         directions = torch.randn(head_dim, width)
         self.weight.copy_(directions / directions.norm(dim=0))
@@ -132,7 +131,7 @@ class Hedgehog(Projected):
 
     @torch.no_grad()
     def estimate_softmax(self) -> float:
-        """W's columns get the length of the directions whose exponentials estimate `exp(scale q·k)` (Performer's)."""
+        """Scale W so that the features estimate `exp(scale q·k)` as Performer's do, and return the factor that is left."""
         self.weight.mul_(math.sqrt(self.scale * self.head_dim))
         return 4 / self.feature_dim
 

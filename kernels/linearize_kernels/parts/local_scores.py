@@ -1,6 +1,4 @@
-"""Scores of the local part, functions of grouped queries and keys. A new one is entered in `SCORES`, and in
-`WEIGHTS` if it is a weight itself and no logit.
-"""
+"""Scores of the local part. A new score is entered in `SCORES`, and in `WEIGHTS` if it is a weight and not a logit."""
 
 import torch
 from torch import Tensor
@@ -10,19 +8,19 @@ from linearize_kernels.parts.random_features import collision_probability
 
 
 def scaled_dot(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """`q·k · scale`, soft-capped where the base model does so. `[.., M, D], [.., N, D] -> [.., M, N]`."""
-    product = torch.bmm if q.dim() == 3 else torch.matmul  # of one token; matmul costs as much again there
+    """Compute `scale q·k`, soft-capped if the base model does so: `[.., M, D], [.., N, D] -> [.., M, N]`."""
+    product = torch.bmm if q.dim() == 3 else torch.matmul  # for one token, matmul takes twice as long
     scores = product(q * scale, k.mT)
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def squared_relu(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """`max(q̂·k̂, 0)²` on unit-norm vectors (FLASH, arXiv 2202.10447)."""
+    """Compute `max(q̂·k̂, 0)²` of unit-norm vectors (FLASH, arXiv 2202.10447)."""
     return (unit_norm(q) @ unit_norm(k).transpose(-1, -2)).relu().square()
 
 
 def collision(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The probability that q and k fall into one bucket (YOSO-E, arXiv 2111.09714)."""
+    """Compute the probability that q and k fall into one bucket (YOSO-E, arXiv 2111.09714)."""
     return collision_probability(unit_norm(q) @ unit_norm(k).transpose(-1, -2))
 
 

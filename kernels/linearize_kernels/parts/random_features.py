@@ -26,7 +26,7 @@ class Performer(FeatureMap):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Blocks of D orthogonal directions; each with the length of a Gaussian vector."""
+        """Draw the directions: blocks of D orthogonal ones, each with the length of a Gaussian vector."""
         count, dim = self.feature_dim, self.head_dim
         blocks = -(-count // dim)
         orthogonal, triangle = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator))
@@ -86,8 +86,9 @@ BITS = 4
 
 
 def collision_probability(cosine: Tensor) -> Tensor:
-    """`(1 - arccos(q̂·k̂)/π)^BITS` (YOSO, arXiv 2111.09714, eq. 6), with the paper's bounded gradient,
-    `BITS/2` times itself: the exact one has no limit at cosine 1.
+    """Compute `(1 - arccos(q̂·k̂)/π)^BITS` (YOSO, arXiv 2111.09714, eq. 6).
+
+    Its gradient is the paper's bounded one, `BITS/2` times the value: the exact gradient diverges at cosine 1.
     """
     value = (1 - torch.arccos(cosine.detach().clamp(-1, 1)) / math.pi) ** BITS
     return value * (1 + BITS / 2 * (cosine - cosine.detach()))

@@ -44,7 +44,15 @@ def step(
     v: Tensor,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, StepState]:
-    """q `[heads, D]`, k `[kv, D]`, v `[kv, Dv]` -> output `[heads, Dv]` and the next state."""
+    """Compute one token as the equation defines it.
+
+    Args:
+        q: `[heads, D]`; k: `[kv, D]`; v: `[kv, Dv]`.
+        sink_logits: `[heads]`, or None.
+
+    Returns:
+        The output `[heads, Dv]` and the next state.
+    """
     eq, now = attention.equation, state.count
     token = (now, k, v)
     sinks, near = list(state.sinks), list(state.near)

@@ -34,7 +34,7 @@ class Tiling:
 
     @property
     def around(self) -> int:
-        """Chunks of slots in a chunk's columns beside its own, where rows see ahead."""
+        """Return how many chunks of slots a chunk's columns hold besides its own, if rows see ahead."""
         return (self.recent + self.ahead) // self.chunk if self.ahead else 0
 
 

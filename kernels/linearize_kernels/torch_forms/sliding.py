@@ -131,12 +131,12 @@ def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
     """
     q = by_chunk(shape.scale * tokens.q, shape.chunk)
     keys = with_front(tokens.sink_k, columns(tokens.k, shape))
-    lanes, chunks, rows = q.shape[:3]
+    heads, chunks, rows = q.shape[:3]
     seen = visible(shape, chunks, tokens.sink_k.shape[1], q.device)
     bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, LOW)
     bias[..., NOTHING] = LOW / 2
-    bias = bias.repeat(lanes if len(bias) > 1 else 1, rows // shape.chunk, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT).unflatten(0, (lanes, chunks))
+    bias = bias.repeat(heads if len(bias) > 1 else 1, rows // shape.chunk, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, chunks))
     if far is not None:
         mix = by_chunk(tokens.mix[..., None], shape.chunk).squeeze(-1)
         scores[..., FAR] = (mix + far.mass.log()).clamp_min(LOW)
