@@ -5,6 +5,7 @@ import torch
 from convert_case import SMALL, losses, make_teacher, run, stopped
 from encoders import swapped as swapped_encoder
 from families import AUGMENTED, swapped
+from linearize_kernels.ops import chunked
 from safetensors.torch import load_file
 
 from linearize_cli.artifact.load import load
@@ -60,6 +61,25 @@ def test_a_shorter_window_reads_a_position_bias_in_its_place():
             weights[f"{name}.linear_attention.distance_bias"] = table[:, first : first + width]
     short.load_state_dict(weights)
     check_window(model, short, share, torch.randint(3, 80, (2, 41)))
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_recomputed_segments_have_the_window_of_their_step(size, monkeypatch):
+    """The backward of a step runs after its shorter window has ended."""
+    local = {**AUGMENTED["local"], "size": size}
+    model = swapped("llama", {**AUGMENTED, "local": local})
+    batch = Batch({"input_ids": torch.randint(3, 99, (2, 61)), "use_cache": False}, None)
+    found = []
+    for stored in (1 << 30, 0):
+        monkeypatch.setattr(chunked, "STORED", stored)
+        objective = Transfer(model, "sdpa", WindowDropout(1.0, 1000, seed=0))
+        objective.step = 0
+        model.zero_grad()
+        objective(batch)[0].backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

@@ -226,13 +226,13 @@ def chunked(
     # `split` puts the gradients of the segments together once, where slices would add them up.
     parts = [x.split(segment, -2) for x in (q, k, v)]
     pads = [None] * len(parts[0]) if valid is None else valid.split(segment, -1)
-    recompute = torch.is_grad_enabled() and not q.is_cuda and q.shape[:-1].numel() > STORED
+    recomputes = torch.is_grad_enabled() and not q.is_cuda and q.shape[:-1].numel() > STORED
     outputs = []
     for *heads, own in zip(*parts, pads, strict=True):
         size = heads[0].shape[-2]
         plan = prefill(attention, tuple(heads), count, sink_logits is not None, chunk)
         if plan is not None:
-            compute = partial(again, plan) if recompute else plan
+            compute = partial(recompute, plan) if recomputes else plan
             out, S, z = compute(attention, state, count, *heads)
             state = after(state, S, z, count, *heads[1:])
         else:
@@ -244,9 +244,22 @@ def chunked(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2), state
 
 
-def again(plan: Prefill, *segment: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a segment whose activations are computed again in the backward (gradient checkpointing)."""
-    return checkpoint(plan, *segment, use_reentrant=False, preserve_rng_state=False)
+def recompute(plan: Prefill, attention: LinearAttention, *segment: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a segment with gradient checkpointing.
+
+    The backward computes it with the equation of the forward, even if the layer's equation was changed in between, as
+    by a shorter window during one step of training.
+    """
+    equation = attention.equation
+
+    def compute(*inputs: object) -> tuple[Tensor, Tensor, Tensor]:
+        current, attention.equation = attention.equation, equation
+        try:
+            return plan(attention, *inputs)
+        finally:
+            attention.equation = current
+
+    return checkpoint(compute, *segment, use_reentrant=False, preserve_rng_state=False)
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

@@ -131,7 +131,7 @@ class Hedgehog(Projected):
 
     @torch.no_grad()
     def estimate_softmax(self) -> float:
-        """Scale W so that the features estimate `exp(scale q·k)` as Performer's do, and return the factor that is left."""
+        """Scale W so that the features estimate `exp(scale q·k)`, as Performer's do. Return the factor that is left."""
         self.weight.mul_(math.sqrt(self.scale * self.head_dim))
         return 4 / self.feature_dim
 
