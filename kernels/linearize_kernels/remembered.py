@@ -2,35 +2,36 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-P, R = ParamSpec("P"), TypeVar("R")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """As `lru_cache`, of tensors that are on a CPU where no device is asked for.
+def remembered(size: int) -> Callable[[F], F]:
+    """Cache what a function returns, as `lru_cache` does, with its tensors on the CPU unless it asks for a device.
 
     Whatever is on when they are made must do for whoever asks later: training cannot use what inference mode makes, and
     what a mode makes whose tensors have no values (FakeTensorMode) is not kept.
     """
 
-    def decorate(make: Callable[P, R]) -> Callable[P, R]:
-        def afresh(*arguments: P.args) -> R:
+    def decorate(make: F) -> F:
+        def afresh(*arguments: Any) -> Any:
             with torch.inference_mode(False), torch.device("cpu"):
                 return make(*arguments)
 
         kept = lru_cache(size)(afresh)
 
-        @wraps(make)
-        def remember(*arguments: P.args) -> R:
+        def remember(*arguments: Any) -> Any:
             has_values = type(torch.empty(0)) is Tensor
             return (kept if has_values else afresh)(*arguments)
 
-        remember.cache_clear = kept.cache_clear
-        return remember
+        decorated: Any = wraps(make)(remember)
+        decorated.cache_clear = kept.cache_clear
+        return decorated
 
     return decorate
 
@@ -43,7 +44,7 @@ def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: to
     Args:
         name: the parameter's name in the module. A parameter has one `make`.
     """
-    parameter = module._parameters[name]
+    parameter: Any = module._parameters[name]  # not None: the caller has it
     if parameter.is_inference() or (parameter.requires_grad and torch.is_grad_enabled()):
         return make(parameter.to(dtype))
     stamp = dtype, parameter.data_ptr(), parameter._version

@@ -132,7 +132,8 @@ def prefix_sums(
     `[chunks + 1, B, far, F]`. Sinks are never folded.
     """
     if attention.far is None:
-        return tuple(x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+        S, z = (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+        return S, z
     old = slice(0, chunks * chunk)
     k, v = (x[..., old, :].to(state.S.dtype).unflatten(-2, (chunks, chunk)) for x in (k, v))
     return attention.far.fold(state.S, state.z, k, v, position[:, old].unflatten(-1, (chunks, chunk)))
@@ -161,7 +162,8 @@ def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: T
         pairs = (state.recent_k, k), (state.recent_v, v)
         dropped = (torch.cat([x, new[..., :length, :]], -2)[..., folds, :].to(S.dtype) for x, new in pairs)
         position = torch.arange(folds.start, length, device=k.device)[None] + (count - eq.recent)
-        S, z = attention.far.append(S, z, *dropped, position)
+        dropped_k, dropped_v = dropped
+        S, z = attention.far.append(S, z, dropped_k, dropped_v, position)
     return after(state, S, z, count, k, v)
 
 
@@ -226,16 +228,17 @@ def chunked(
     pads = [None] * len(parts[0]) if valid is None else valid.split(segment, -1)
     recompute = torch.is_grad_enabled() and not q.is_cuda and q.shape[:-1].numel() > STORED
     outputs = []
-    for *heads, own in zip(*parts, pads, strict=True):
-        size = heads[0].shape[-2]
-        plan = prefill(attention, tuple(heads), count, sink_logits is not None, chunk)
-        if plan is not None:
+    for own_q, own_k, own_v, own in zip(*parts, pads, strict=True):
+        size = own_q.shape[-2]
+        plan = prefill(attention, (own_q, own_k, own_v), count, sink_logits is not None, chunk)
+        if plan is not None and count is not None:
             compute = partial(again, plan) if recompute else plan
-            out, S, z = compute(attention, state, count, *heads)
-            state = after(state, S, z, count, *heads[1:])
+            out, S, z = compute(attention, state, count, own_q, own_k, own_v)
+            state = after(state, S, z, count, own_k, own_v)
         else:
             attention.ran = "block"
             slots = chunk or attention.equation.chunk
+            heads = own_q, own_k, own_v
             out, state = run_segment(attention, state, count, *heads, own, sink_logits, slots, in_step)
         outputs.append(out.to(q.dtype))
         count = None if count is None else count + size

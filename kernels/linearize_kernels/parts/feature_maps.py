@@ -43,6 +43,7 @@ class FeatureMap(nn.Module):
         shared: whether queries and keys must go through one and the same map.
     """
 
+    name: str
     positive = False
     shared = False
 
