@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -87,7 +86,7 @@ def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Gener
         value_dim=sizes.dim,
         scale=sizes.dim**-0.5,
     )
-    attention = LinearAttention(equation(asdict(load_recipe(method).attention), geometry))
+    attention = LinearAttention(equation(load_recipe(method).to_dict()["attention"], geometry))
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))

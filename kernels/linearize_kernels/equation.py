@@ -13,7 +13,7 @@ from linearize_kernels.state import State
 
 @dataclass(frozen=True)
 class Equation:
-    """One layer's choice of parts (the names are a recipe's) and its geometry.
+    """Parts of one layer (with the names of recipes) and its geometry.
 
     For token i at position p_i, with visible tokens A(i) (itself and its ancestors; not causal: all tokens):
 
@@ -21,8 +21,8 @@ class Equation:
         near(i, j): |p_i - p_j| < size (sliding), or p_i div size == p_j div size (group)
         o_i = combine( Σ_{L(i)} κ_ij v_j, φ(q_i)ᵀ Σ_{F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ ) + Σ_τ c_τ v_{anc(i,τ)}
 
-    τ runs over the last W tokens; not causal: over the W around i. size 0 means no local part; feature_map None no
-    far part; conv_width 0 no conv; ω is 1 without key_weight.
+    τ runs over the last W tokens, or over the W tokens around i if the equation is not causal. There is no local part
+    if size is 0, no far part if feature_map is None, and no conv if conv_width is 0. Without key_weight, ω is 1.
     """
 
     heads: int
@@ -55,7 +55,7 @@ class Equation:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk, where none are asked for: a power of two, as Triton's kernels need."""
+        """Tokens in a chunk by default: a power of two, as Triton's kernels need."""
         return min(max(32, 1 << (self.recent - 1).bit_length()), 128)
 
     @property
@@ -63,7 +63,10 @@ class Equation:
         return self.heads if self.per_query_head else self.kv_heads
 
     def near(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """`[..., T], [..., N] -> [..., T, N]` bool; positions are not negative."""
+        """Compute which keys are near which queries, `[..., T], [..., N] -> [..., T, N]` bool.
+
+        Positions are not negative.
+        """
         i, j = query_position[..., :, None], key_position[..., None, :]
         if self.size == 0:
             return torch.zeros_like(i - j, dtype=torch.bool)
@@ -72,33 +75,34 @@ class Equation:
         return i.div(self.size, rounding_mode="floor") == j.div(self.size, rounding_mode="floor")
 
     def to_far_heads(self, x: Tensor, dim: int = -3) -> Tensor:
-        """KV heads repeated as S has them: `[..., kv, T, X] -> [..., far, T, X]`."""
+        """Repeat KV heads as S has them: `[..., kv, T, X] -> [..., far, T, X]`."""
         repeats = self.far_heads // self.kv_heads
         return x if repeats == 1 else x.repeat_interleave(repeats, dim)
 
     def fold_queries(self, x: Tensor, heads: int) -> Tensor:
-        """Query heads grouped by the heads they read: `[..., heads, T, X] -> [..., h, group * T, X]`."""
+        """Group query heads by the heads that they read: `[..., heads, T, X] -> [..., h, group * T, X]`."""
         return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
 
     def split_queries(self, x: Tensor, length: int) -> Tensor:
-        """`[..., h, group * T, X] -> [..., h, group, T, X]`."""
+        """Separate query heads of a group: `[..., h, group * T, X] -> [..., h, group, T, X]`."""
         return x.unflatten(-2, (-1, length))
 
 
 class LinearAttention(nn.Module):
-    """The learned parts of one layer: far part, combine, conv and position bias. `block`, `advance`, `chunked`,
-    `varlen`, `bidirectional` and `step` evaluate them.
+    """Parameters of one layer: far part, combine, conv and position bias.
 
-    `dropped` names a part that is left out, of the normaliser too: "local", "far" or None (ablations). `impl` chooses
-    what computes chunks: "auto" (Triton where its kernels can run, else torch), "torch" or "triton", which raises where
-    it cannot; `ran` is what did so last: "triton", "torch" (in blocks), "block" (any equation) or None.
+    `block`, `chunked`, `varlen`, `bidirectional` and `step` compute its outputs.
 
     Attributes:
+        dropped: a part that is left out, of the normaliser too: "local", "far" or None (ablations).
+        impl: the implementation of chunks: "auto" (Triton on a GPU where its kernels can run, else torch), "torch" or
+            "triton", which raises where it cannot run.
+        ran: the implementation that computed last: "triton", "torch" (a chunked form), "block" (any equation) or None.
         far: the far part, or None. It may also be one of `far.FAR_PARTS`, which have the same methods for blocks and
             for one token.
         conv: `[heads, W]`, or None.
-        distance_bias: `[heads, size]`, added to the local score at distance p_i - p_j; not causal:
-            `[heads, 2 size - 1]`, at p_i - p_j + size - 1. Longer distances (sinks) take the last. None: no bias.
+        distance_bias: `[heads, size]`, added to the local score at distance p_i - p_j, or None. If the equation is not
+            causal, `[heads, 2 size - 1]`, at p_i - p_j + size - 1. Longer distances (sinks) take the last one.
     """
 
     dropped: str | None
@@ -136,7 +140,7 @@ class LinearAttention(nn.Module):
         self.combine.reset_parameters()
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """The state before the first token; `dtype` is that of k and v."""
+        """Make the state before the first token; `dtype` is that of k and v."""
         eq = self.equation
         features, width = (0, eq.value_dim) if self.far is None else self.far.state_width
 
@@ -157,5 +161,5 @@ class LinearAttention(nn.Module):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in: fp64 for fp64 inputs, else fp32."""
+    """Return the dtype of sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
 from linearize_kernels.state import State
@@ -17,7 +18,7 @@ from transformers.cache_utils import (
 
 from linearize_cli.runtime.offload import loaded
 
-# Tokens that a crop can take back: the keys and values of so many are kept while the cache records its past.
+# Most tokens that a crop can take back. Their keys and values are kept while the cache records its past.
 ROLLBACK = 256
 
 
@@ -105,8 +106,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Return whether `Decoding` computes the next token: on a CPU, without gradients, and not in compiled code."""
         if self.decoding is None and self.last_state is None:
             return False
-        on_host = q.device.type == "cpu" and attention.impl != "triton"
-        return on_host and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return decoding_backend(attention, q) == "torch"
 
     def decode(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
@@ -146,11 +146,11 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
         A state that something else may hold is copied first, once.
         """
-        wanted = attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
+        wanted = decoding_backend(attention, q) == "triton"
         if not wanted or self.record_past or sink_logits is not None:
             return None
         state = self.state
-        if state is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if state is None:
             return None
         if not self.owned:
             state = state.fork()
@@ -216,7 +216,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Take back the last `-tokens_to_remove` tokens.
 
         Raises:
-            RuntimeError: the layer was not recording, or not so many tokens were recorded.
+            RuntimeError: the layer was not recording, or fewer tokens were recorded.
             ValueError: the number is positive.
         """
         if tokens_to_remove > 0:

@@ -16,6 +16,7 @@ from linearize_cli.verification.definition import causal_layers, layer_inputs
 
 SINGLE = 16  # the last tokens are fed one at a time
 CHUNKS = (1031, 64, 1, 613, 257, 2049, 7)  # tokens of the chunks before them, repeated in a cycle
+SEGMENT = 4_096  # tokens; a layer is compared over 2.5 times as many
 TOKENS = 5_300  # tokens of the row for the whole model, well beyond position 2,048
 
 
@@ -64,7 +65,7 @@ def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> 
         The length of the row in tokens.
     """
     q, k, v = layer_inputs(subject, attention)
-    segment = segment_tokens(form_of(attention, 0, 1 << 20, False), q)
+    segment = max(SEGMENT, segment_tokens(form_of(attention, 0, 1 << 20, False), q))
     length = 2 * segment + segment // 2 + 5
     sampled = torch.randint(q.shape[-2], (length,), generator=subject.generator()).to(q.device)
     whole = [x[..., sampled, :] for x in (q, k, v)]

@@ -141,7 +141,7 @@ def test_an_edited_card_is_not_replaced(teacher, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(refused, tmp_path, monkeypatch):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert "nowhere, which is not there" in refused("dangling")
+    assert "nowhere, which does not exist" in refused("dangling")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "loop" in refused("loop")
     assert "cannot be an artifact's folder" in refused("/")

@@ -1,4 +1,4 @@
-"""Triton's forms against the references in fp64: outputs, states and, of the blocked forms, every gradient."""
+"""Triton's forms against the references in fp64: outputs, states and the chunked forms' gradients."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 @pytest.fixture(scope="module")
 def errors():
-    """Of all cases, from one process whose Triton interprets."""
+    """Run all cases in one process with Triton's interpreter, and return their errors."""
     return printed(triton_case)
 
 
@@ -61,7 +61,7 @@ def test_packed_sequences(name, errors):
 def test_packed_sequences_are_apart_to_the_bit(form, errors):
     found = errors["leaks"][form]
     assert found["outputs"] == found["gradients"] == 0
-    assert min(found["own"], found["joined"]) > 1e-3  # what is compared is not always the same
+    assert min(found["own"], found["joined"]) > 1e-3  # so that equality above is no accident
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_a_refusal_says_why(form, case, reason, monkeypatch):
 
 
 def refused(form, dtype=torch.float32, values=None, chunk=32, width=16, **parts):
-    """A layer, q, k and v, and tokens in a chunk."""
+    """Make a layer, q, k and v, and a number of tokens in a chunk."""
     q, k, v = (torch.randn(1, heads, 80, width, dtype=dtype) for heads in (2, 1, 1))
     return layer(**LAYERS[form] | parts), (q, k, v.to(values or dtype)), chunk
 
 
 @pytest.mark.parametrize("name", NODE_CASES)
 def test_nodes(name, errors):
-    """In the interpreter a tree is in fp32 throughout; what it stores in bfloat16 it cuts off."""
+    """In the interpreter a tree is computed in fp32 throughout. Stores to bfloat16 truncate."""
     found, narrow = errors["nodes"][name], "dtype" in NODE_CASES[name]
     assert found["decoded"] <= (4e-3 if narrow else 1e-6), found
     assert max(found["tree"], found["state"]) <= 1e-6, found

@@ -1,4 +1,7 @@
-"""Every Triton kernel, as it is launched, compiles for GPUs that are not here, within their memory and registers."""
+"""Every Triton kernel, as it is launched, compiles for several GPUs within their shared memory and registers.
+
+No GPU is needed.
+"""
 
 import re
 import subprocess
@@ -33,9 +36,9 @@ GROUP = {
     "answers": grouped,
     "group_slot_gradients": grouped,
 }
-CARRY = {"carry": common}  # of packed sequences
+CARRY = {"carry": common}  # launched for packed sequences only
 NODES = {"take_in": node_state, "attend_nodes": node_kernels, "fold_path": node_state}
-SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that a program may have
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes of shared memory of a program
 SPILLED = 0  # bytes of stack that a thread may spill to
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -48,7 +51,7 @@ TYPES = {
 
 
 class Recorder:
-    """In a kernel's place, keeps what it is launched with, once for every set of types."""
+    """A stand-in for a kernel, which records its arguments once for every combination of types."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, {}
@@ -63,7 +66,7 @@ class Recorder:
 
 
 def recorded(chip, kernels, monkeypatch):
-    """Recorders by name, in the place of kernels as for a chip."""
+    """Replace the kernels by recorders, as they are launched on a chip, and return these by name."""
     recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
@@ -74,13 +77,14 @@ def recorded(chip, kernels, monkeypatch):
 
 
 def launched(recorders):
+    """List the recorded launches as `(kernel, values)`."""
     return [(x.kernel, values) for x in recorders.values() for values in x.launches.values()]
 
 
 def launches(chip, kernels, monkeypatch, packed=False, **case):
-    """A form's launches in a forward and a backward, for a chip: `(kernel, values)`."""
+    """Record the launches of a form's forward and backward on a chip as `(kernel, values)`."""
     recorders = recorded(chip, kernels | (CARRY if packed else {}), monkeypatch)
-    usual = dict(dtype=torch.bfloat16, lanes=1, chunk=64, chunks=2, width=32)
+    usual = dict(dtype=torch.bfloat16, heads=1, chunk=64, chunks=2, width=32)
     if kernels is GROUP:
         shape, folds, tokens = group_inputs(**usual | (dict(recent=0) if packed else {}) | case)
         apart = layout(shape, 0) if packed else None
@@ -97,13 +101,13 @@ def launches(chip, kernels, monkeypatch, packed=False, **case):
 
 
 def layout(shape, sinks):
-    """Of two packed sequences, a chunk each."""
+    """Lay out two packed sequences of one chunk each."""
     bounds = (0, shape.chunk, 2 * shape.chunk - 1)
     return laid_out(bounds, shape.chunk, shape.recent, sinks, torch.device("cpu")).packed
 
 
 def node_launches(chip, monkeypatch, parts, width, dtype):
-    """Those of a decoding step, a tree of 64 nodes and paths of unequal lengths."""
+    """Record the launches of a decoding step, a tree of 64 nodes and paths of different lengths."""
     monkeypatch.setattr("linearize_kernels.triton.common.INTERPRETED", True)  # no CUDA device is asked for
     recorders = recorded(chip, NODES, monkeypatch)
     attention = node_layer(parts, heads=4, key_dim=width, value_dim=width).to(dtype)
@@ -117,6 +121,7 @@ def node_launches(chip, monkeypatch, parts, width, dtype):
 
 
 def compiled(kernel, values, chip):
+    """Compile a kernel for a chip."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -137,7 +142,7 @@ def compiled(kernel, values, chip):
 
 
 def resources(binary, path):
-    """Registers and bytes of stack of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     path.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
@@ -145,6 +150,7 @@ def resources(binary, path):
 
 
 def sized(kernels, width, features, chips, marks=(), **case):
+    """Make the parameters of a test for some chips, with ids."""
     name = " ".join(["group" if kernels is GROUP else "sliding", *(f"{x} {case[x]}" for x in case)])
     case |= dict(keys=width, values=width, features=features)
     return [pytest.param(kernels, chip, case, marks=marks, id=f"{name}-{chip}-{width}") for chip in chips]
@@ -190,6 +196,7 @@ def test_kernels_fit(kernels, chip, case, monkeypatch, tmp_path):
 
 
 def check_fit(some, chip, tmp_path):
+    """Check that the kernels fit the chip's shared memory and spill no register."""
     for kernel, values in some:
         binary = compiled(kernel, values, chip)
         registers, stack = resources(binary, tmp_path / "kernel.cubin")
@@ -234,7 +241,7 @@ def test_node_kernels_fit(form, chip, width, monkeypatch, tmp_path):
 )
 @pytest.mark.parametrize("width", [40, 256])
 def test_other_nodes_compile(parts, dtype, width, monkeypatch):
-    """No far part, no conv, features by query head; fp32, which may spill."""
+    """Cases: no far part, no conv, features per query head, and fp32, which may spill."""
     for kernel, values in node_launches(89, monkeypatch, parts, width, dtype):
         assert compiled(kernel, values, 89).metadata.shared <= SHARED[89], kernel.__name__
 
@@ -275,6 +282,6 @@ def test_other_nodes_compile(parts, dtype, width, monkeypatch):
     ],
 )
 def test_other_launches_compile(chip, kernels, case, monkeypatch):
-    """No far part, no conv; odd sizes; fp32, which may spill."""
+    """Cases: no far part, no conv, odd sizes, and fp32, which may spill."""
     for kernel, values in launches(chip, kernels, monkeypatch, **case):
         assert compiled(kernel, values, chip).metadata.shared <= SHARED[chip], kernel.__name__

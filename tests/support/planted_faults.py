@@ -241,14 +241,14 @@ FAULTS = [
     ),
     Fault(
         "a token that is overwritten before it is folded",
-        f"{DECODING}:Decoding.decode_one_token",
+        f"{DECODING}:Decoding.step",
         "self.fold_oldest(attention, k, v)",
         "start = self.start; self.write(eq, k, v); self.start = start; self.fold_oldest(attention, k, v)",
         "forms",
     ),
     Fault(
         "rows that are decoded as if all were as long as the first",
-        f"{DECODING}:Decoding.decode_one_token",
+        f"{DECODING}:Decoding.step",
         "self.counts = tuple(n + 1 for n in self.counts)",
         "self.counts = (self.counts[0] + 1,) * len(self.counts)",
         "rows",

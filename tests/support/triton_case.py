@@ -1,7 +1,7 @@
-"""The blocked forms by Triton's kernels in the interpreter, against `sliding.sliding` and `grouped.grouped` in fp64,
-packed sequences against `chunked` on each, and nodes against `block`.
+"""The chunked forms in Triton's interpreter, against `sliding.sliding` and `grouped.grouped` in fp64.
 
-Run as a script, it prints the relative error of every output and gradient of every case as JSON.
+Packed sequences are compared with `chunked` on each sequence, and tree nodes with `block`. Run as a script, it
+prints the relative error of every output and gradient of every case as JSON.
 """
 
 import copy
@@ -20,11 +20,11 @@ CASES = {
     "no far part": dict(far=False, size=9, start=30),
     "no far part, conv beyond the window": dict(far=False, recent=12, size=5, width=12, sinks=0),
     "no conv, no sinks": dict(width=0, sinks=0, start=40, skip=0),
-    "window shorter than chunks": dict(chunk=32, chunks=2, recent=5, size=5, width=3, group=3, lanes=1),
+    "window shorter than chunks": dict(chunk=32, chunks=2, recent=5, size=5, width=3, group=3, heads=1),
     "tiles smaller than chunks": dict(
-        chunk=64, chunks=2, recent=24, size=20, skip=4, lanes=1, tiles=(16, 32, 16)
+        chunk=64, chunks=2, recent=24, size=20, skip=4, heads=1, tiles=(16, 32, 16)
     ),
-    "segments of chunks": dict(chunks=10, recent=8, size=7, lanes=1, features=16),
+    "segments of chunks": dict(chunks=10, recent=8, size=7, heads=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, recent=24, size=20),
     "ahead": dict(ahead=16, start=2),
@@ -39,17 +39,17 @@ CASES = {
         width=8,
         values=24,
         features=24,
-        lanes=1,
+        heads=1,
     ),
     "ahead, no far part": dict(ahead=20, far=False, recent=12, size=9, skip=14, start=2),
     "ahead, no far part, conv beyond the window": dict(
         ahead=20, far=False, recent=12, size=5, width=21, sinks=0, skip=12
     ),
-    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, lanes=1),
+    "ahead, no conv, no sinks": dict(ahead=16, width=0, sinks=0, heads=1),
     "ahead, tiles smaller than chunks": dict(
-        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, lanes=1, tiles=(16, 16, 16)
+        ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, heads=1, tiles=(16, 16, 16)
     ),
-    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, lanes=1, features=16),
+    "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, heads=1, features=16),
     "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2),
 }
 GROUP_CASES = {
@@ -58,10 +58,10 @@ GROUP_CASES = {
     "all folded, odd widths": dict(folds=3, keys=24, values=40, features=24, recent=7),
     "no far part": dict(far=False, group=2),
     "no conv": dict(width=0, recent=0),
-    "no far part, no conv": dict(far=False, width=0, recent=0, lanes=1),
-    "conv beyond a group": dict(width=24, recent=23, lanes=1),
-    "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, lanes=1, tiles=(32, 16, 16)),
-    "segments of groups": dict(chunks=12, folds=9, lanes=1, features=16),
+    "no far part, no conv": dict(far=False, width=0, recent=0, heads=1),
+    "conv beyond a group": dict(width=24, recent=23, heads=1),
+    "tiles smaller than groups": dict(chunk=64, chunks=2, width=9, recent=8, heads=1, tiles=(32, 16, 16)),
+    "segments of groups": dict(chunks=12, folds=9, heads=1, features=16),
     "bfloat16": dict(dtype=torch.bfloat16, group=2),
     "float16": dict(dtype=torch.float16, folds=1),
 }
@@ -75,7 +75,7 @@ LAYERS = {
     ),
 }
 CAUSAL = [form for form, parts in LAYERS.items() if parts.get("causal", True)]
-LENGTHS = (1, 16, 2, 37, 33)  # one token, a chunk, fewer than sinks, several chunks
+LENGTHS = (1, 16, 2, 37, 33)  # one token, one chunk, fewer tokens than sinks, several chunks
 PACKED = {
     "sliding": LAYERS["sliding"],
     "sliding, tiles smaller than chunks": dict(
@@ -101,10 +101,13 @@ PACKED = {
 
 
 def inputs(
-    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
+    dtype=torch.float32, heads=2, group=1, chunk=16, chunks=3, recent=16, size=16, start=50, skip=0, keys=16,
     values=16, features=32, width=4, sinks=2, far=True, ahead=0,
 ):  # fmt: skip
-    """Keys and values have a common mean: sums of random signs would hide errors that add up."""
+    """Make a shape and random tokens of the sliding form.
+
+    Keys and values have a common mean: sums of random signs would hide errors that add up.
+    """
     from linearize_kernels.torch_forms.sliding import Shape, Tokens
 
     torch.manual_seed(0)
@@ -115,75 +118,81 @@ def inputs(
     def draw(*shape):
         return torch.randn(shape)
 
-    k, v = draw(lanes, slots, keys) + 1, draw(lanes, slots, values) + 1
+    k, v = draw(heads, slots, keys) + 1, draw(heads, slots, values) + 1
     v[:, : max(0, skip - sinks)] = v[:, end:] = 0
     phi_q = phi_k = mix = None
     if far:
-        phi_q, phi_k = draw(lanes, group, rows, features).softmax(-1), draw(lanes, slots, features).exp()
+        phi_q, phi_k = draw(heads, group, rows, features).softmax(-1), draw(heads, slots, features).exp()
         phi_k[:, :skip] = phi_k[:, end:] = 0
-        mix = draw(lanes, group, rows)
+        mix = draw(heads, group, rows)
         mix[:, :, :5] = float("-inf")
     tokens = Tokens(
-        q=draw(lanes, group, rows, keys),
+        q=draw(heads, group, rows, keys),
         k=k,
         v=v,
         phi_q=phi_q,
         phi_k=phi_k,
         mix=mix,
-        conv=draw(lanes, group, width) / 2 if width else None,
-        S=draw(lanes, features, values) + 5,
-        z=draw(lanes, features).exp() * 5,
-        sink_k=draw(lanes, sinks, keys),
-        sink_v=draw(lanes, sinks, values),
+        conv=draw(heads, group, width) / 2 if width else None,
+        S=draw(heads, features, values) + 5,
+        z=draw(heads, features).exp() * 5,
+        sink_k=draw(heads, sinks, keys),
+        sink_v=draw(heads, sinks, values),
     )
     tokens = narrowed(tokens, dtype, ("mix", "conv", "S", "z"))
     return Shape(chunk, recent, size, keys**-0.5, start, skip, ahead=ahead), tokens
 
 
 def group_inputs(
-    dtype=torch.float32, lanes=2, group=1, chunk=16, chunks=3, folds=2, recent=4, keys=16, values=16, features=32,
+    dtype=torch.float32, heads=2, group=1, chunk=16, chunks=3, folds=2, recent=4, keys=16, values=16, features=32,
     width=5, far=True,
 ):  # fmt: skip
-    """As `inputs`; keys and queries have unit norms, the first and the last tokens are not there."""
+    """Make a tiling, the number of folded groups and random tokens of the group form.
+
+    Keys and queries have unit norms. The first and the last tokens are empty slots.
+    """
     from linearize_kernels.parts.feature_maps import unit_norm
     from linearize_kernels.torch_forms.chunks import Tiling
     from linearize_kernels.torch_forms.grouped import Groups
 
     torch.manual_seed(0)
     rows = chunks * chunk
-    there = (torch.arange(rows) >= 3) & (torch.arange(rows) < rows - 2)
+    present = (torch.arange(rows) >= 3) & (torch.arange(rows) < rows - 2)
 
     def draw(*shape):
         return torch.randn(shape)
 
     def tokenwise(x):
-        return x * there[:, None]
+        return x * present[:, None]
 
     phi_q = phi_k = factor = None
     if far:
-        phi_q = tokenwise(draw(lanes, group, rows, features).softmax(-1))
-        phi_k, factor = tokenwise(draw(lanes, rows, features).exp()), draw(lanes, group)
+        phi_q = tokenwise(draw(heads, group, rows, features).softmax(-1))
+        phi_k, factor = tokenwise(draw(heads, rows, features).exp()), draw(heads, group)
     tokens = Groups(
-        q=tokenwise(unit_norm(draw(lanes, group, rows, keys) + 0.5)),
-        k=tokenwise(unit_norm(draw(lanes, rows, keys) + 1)),
-        v=draw(lanes, recent + rows, values) + 1,
+        q=tokenwise(unit_norm(draw(heads, group, rows, keys) + 0.5)),
+        k=tokenwise(unit_norm(draw(heads, rows, keys) + 1)),
+        v=draw(heads, recent + rows, values) + 1,
         phi_q=phi_q,
         phi_k=phi_k,
         factor=factor,
-        conv=draw(lanes, group, width) / 2 if width else None,
-        S=draw(lanes, features, values) + 5,
+        conv=draw(heads, group, width) / 2 if width else None,
+        S=draw(heads, features, values) + 5,
     )
     return Tiling(chunk, recent), folds, narrowed(tokens, dtype, ("factor", "conv", "S"))
 
 
 def narrowed(tokens, dtype, wide):
-    """`tokens` in a dtype, but for some of their names."""
+    """Convert tokens to a dtype, except for the fields named in `wide`."""
     named = zip(tokens._fields, tokens, strict=True)
     return type(tokens)(*(x if x is None or name in wide else x.to(dtype) for name, x in named))
 
 
 def results(function, shape, tokens, dtype=None):
-    """Outputs, and gradients of a draw from them, by name; shape: what `function` takes before the tokens."""
+    """Compute the outputs of a form, and the gradients of a random cotangent, by name.
+
+    `shape` has the arguments of the form before the tokens.
+    """
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tokens]
     out = dict(zip(("out", "S after", "z after"), function(*shape, type(tokens)(*leaves)), strict=False))
     generator = torch.Generator().manual_seed(1)
@@ -194,7 +203,7 @@ def results(function, shape, tokens, dtype=None):
 
 
 def errors(reference, function, make, case):
-    """Relative ones of a form, by name, for what `make` makes of a case."""
+    """Compute the relative errors of a form against a reference by name, for a case: arguments of `make`."""
     use_tiles(case.get("tiles"))
     *shape, tokens = make(**{name: value for name, value in case.items() if name != "tiles"})
     expected = results(reference, shape, tokens, torch.float64)
@@ -203,20 +212,21 @@ def errors(reference, function, make, case):
 
 
 def relative(found, expected):
+    """Compute the relative error in the Frobenius norm."""
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)).item()
 
 
 def use_tiles(sizes):
-    """All kernels from now on; None: the usual ones."""
+    """Set the tile sizes of all kernels, or restore the usual ones with None."""
     from linearize_kernels.triton import common, grouped, sliding_fwd, tuning
 
-    own = tuning.tiles if sizes is None else lambda *_: tuning.Tiles(*sizes, warps=4, stages=1)
+    chosen = tuning.tiles if sizes is None else lambda *_: tuning.Tiles(*sizes, warps=4, stages=1)
     for module in (common, grouped, sliding_fwd):
-        module.tiles = own
+        module.tiles = chosen
 
 
 def layer(kv_heads=1, **parts):
-    """Two query heads, trained a little."""
+    """Make a layer with two query heads, whose parameters are moved away from their initial values."""
     from linearize_kernels import Equation, LinearAttention
 
     geometry = dict(heads=2, kv_heads=kv_heads, key_dim=16, value_dim=16, scale=0.25)
@@ -229,11 +239,15 @@ def layer(kv_heads=1, **parts):
 
 
 def bounds(lengths):
+    """Compute `cu_seqlens` of sequences."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
 def packed_errors(lengths=LENGTHS, dtype=torch.float32, chunk=16, tiles=None, kv_heads=1, **parts):
-    """Of packed sequences: outputs, and gradients of q, k, v and of every parameter, in order."""
+    """Compute the relative errors of packed sequences.
+
+    They are those of the outputs and of the gradients of q, k, v and every parameter, in this order.
+    """
     from linearize_kernels import varlen
 
     use_tiles(tiles)
@@ -242,17 +256,21 @@ def packed_errors(lengths=LENGTHS, dtype=torch.float32, chunk=16, tiles=None, kv
     weight = torch.randn(2, sum(lengths), 16).to(dtype)
     found = []
     for impl, wide in (("triton", dtype), ("torch", torch.float64)):
-        own = copy.deepcopy(attention).to(torch.float64 if impl == "torch" else torch.float32)
-        own.impl, leaves = impl, [x.to(wide).requires_grad_() for x in inputs]
-        out = varlen(own, *leaves, bounds(lengths), chunk)
-        assert own.ran == impl
-        wanted = [*leaves, *own.parameters()]
+        copied = copy.deepcopy(attention).to(torch.float64 if impl == "torch" else torch.float32)
+        copied.impl, leaves = impl, [x.to(wide).requires_grad_() for x in inputs]
+        out = varlen(copied, *leaves, bounds(lengths), chunk)
+        assert copied.ran == impl
+        wanted = [*leaves, *copied.parameters()]
         found.append([out, *torch.autograd.grad(out, wanted, weight.to(wide))])
     return [relative(*pair) for pair in zip(*found, strict=True)]
 
 
 def leaks(**parts):
-    """What the third of five sequences does to the others, and they to it; the last: as one text."""
+    """Measure how the third of five packed sequences and the others affect one another.
+
+    `own` and `joined` are differences that must exist: within the third sequence, and when all five are one
+    text.
+    """
     from linearize_kernels import varlen
 
     use_tiles(None)
@@ -260,14 +278,14 @@ def leaks(**parts):
     attention.impl = "triton"
     ends = bounds(lengths)
     q, k, v = (torch.randn(heads, sum(lengths), 16).requires_grad_() for heads in (2, 1, 1))
-    own = slice(*ends[2:4])
+    third = slice(*ends[2:4])
     others = torch.ones(sum(lengths), dtype=torch.bool)
-    others[own] = False
+    others[third] = False
     changed = [x.detach().clone() for x in (q, k, v)]
     for x in changed:
-        x[:, own] += 1
+        x[:, third] += 1
     out = varlen(attention, q, k, v, ends, 16)
-    grads = torch.autograd.grad(out[:, own].square().sum(), (q, k, v))
+    grads = torch.autograd.grad(out[:, third].square().sum(), (q, k, v))
     with torch.no_grad():
         moved = varlen(attention, *changed, ends, 16) - out
         joined = varlen(attention, *changed, ends[[0, -1]], 16) - varlen(
@@ -276,13 +294,16 @@ def leaks(**parts):
     return dict(
         outputs=moved[:, others].abs().max().item(),
         gradients=max(x[:, others].abs().max().item() for x in grads),
-        own=moved[:, own].abs().max().item(),
-        joined=joined[:, own.stop :].abs().max().item(),
+        own=moved[:, third].abs().max().item(),
+        joined=joined[:, third.stop :].abs().max().item(),
     )
 
 
 def layer_errors(**parts):
-    """Of a layer whose chunks Triton computes, in fp32; where causal, in two pieces that are no whole chunks."""
+    """Compute the relative errors of a layer whose chunks Triton computes in fp32.
+
+    A causal layer reads the text in two segments that are no whole chunks.
+    """
     from linearize_kernels import bidirectional, chunked
 
     attention = layer(**parts)
@@ -292,8 +313,8 @@ def layer_errors(**parts):
         attention.impl, state, outputs = impl, None, []
         leaves = [x.clone().requires_grad_() for x in inputs]
         if attention.equation.causal:
-            for piece in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
-                out, state = chunked(attention, state, *piece, chunk=32)
+            for segment in zip(*(x.split((43, 32), -2) for x in leaves), strict=True):
+                out, state = chunked(attention, state, *segment, chunk=32)
                 outputs.append(out)
             ends = [torch.cat(outputs, -2), state.S, state.z]
         else:

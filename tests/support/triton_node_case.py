@@ -1,4 +1,4 @@
-"""Trees, paths and decoding steps by Triton in the interpreter, against `block`, `commit` and `chunked` in fp64."""
+"""Trees, paths and decoding steps in Triton's interpreter, against `block`, `commit` and `chunked` in fp64."""
 
 import copy
 from dataclasses import replace
@@ -11,7 +11,7 @@ NODE_SLIDING = dict(
     size=6, feature_map="hedgehog", feature_dim=8, key_weight=True, combine="shared", conv_width=4, sinks=2
 )
 NODE_GROUP = dict(scope="group", size=6, score="relu2", feature_map="identity", combine="none", conv_width=4)
-# `counts` are those of the rows before, `steps` the tokens decoded, `nodes` those of the tree that follows.
+# `counts`: tokens in each row before. `steps`: decoded tokens. `nodes`: nodes of each tree.
 NODE_CASES = {
     "sliding": dict(parts=NODE_SLIDING, counts=(0, 5), steps=40),
     "group": dict(parts=NODE_GROUP, counts=(0, 9), steps=40),
@@ -45,7 +45,10 @@ NODE_CASES = {
 
 
 def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16, mix=0):
-    """A layer in fp64 whose parts all count; `mix` is added to the logarithm of the far part's factor."""
+    """Make a layer in fp64, all of whose parameters affect the output.
+
+    `mix` is added to the logarithm of the far part's factor.
+    """
     from linearize_kernels import Equation, LinearAttention
 
     torch.manual_seed(0)
@@ -60,7 +63,10 @@ def node_layer(parts, heads=1, kv_heads=1, key_dim=16, value_dim=16, mix=0):
 
 
 def draw_tokens(attention, batch, length, dtype):
-    """q, k and v, the latter two with a common mean, in fp64 but no finer than `dtype`."""
+    """Draw q, k and v in fp64, with values that `dtype` can represent.
+
+    Keys and values have a common mean.
+    """
     eq = attention.equation
     shapes = ((eq.heads, eq.key_dim), (eq.kv_heads, eq.key_dim), (eq.kv_heads, eq.value_dim))
     drawn = [torch.randn(batch, heads, length, width) + 0.5 for heads, width in shapes]
@@ -68,7 +74,7 @@ def draw_tokens(attention, batch, length, dtype):
 
 
 def random_tree(nodes):
-    """`visible [T, T]`; half of the nodes go on from the one before."""
+    """Draw a random tree and return `visible [T, T]`. Half of the nodes follow the node before them."""
     visible = torch.eye(nodes, dtype=torch.bool)
     for i in range(1, nodes):
         parent = i - 1 if torch.rand(()) < 0.5 else int(torch.randint(-1, i, ()))
@@ -78,19 +84,22 @@ def random_tree(nodes):
 
 
 def state_errors(state, expected):
-    """Of the sums; any difference in what is only moved is infinite."""
-    there = expected.recent_position >= 0
+    """Compute the relative errors of S and z.
+
+    They are infinite if any tensor that is only copied differs at all.
+    """
+    present = expected.recent_position >= 0
     moved = [(state.count, expected.count), (state.recent_position, expected.recent_position)]
     moved += [(state.sink_k, expected.sink_k), (state.sink_v, expected.sink_v)]
     for recent, other in ((state.recent_k, expected.recent_k), (state.recent_v, expected.recent_v)):
-        moved.append((recent.movedim(1, 2)[there], other.movedim(1, 2)[there]))
+        moved.append((recent.movedim(1, 2)[present], other.movedim(1, 2)[present]))
     if not all(torch.equal(a.to(b.dtype), b) for a, b in moved):
         return [float("inf")]
     return [relative(state.S, expected.S), relative(state.z, expected.z)]
 
 
 class NoWaiting(TorchDispatchMode):
-    """Nothing reads what a tensor holds: a CUDA graph could not be captured."""
+    """A context in which reading a tensor's values on the host fails, as in the capture of a CUDA graph."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         aten = torch.ops.aten
@@ -99,8 +108,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
-    """Of a tree, tokens decoded one by one, paths, one of them of its own length for each row, a tree again and one
-    more token: those of all outputs, and the largest of the states.
+    """Compute the relative errors of trees and decoding steps, and the largest error of the states.
+
+    The steps are: a tree, tokens decoded one by one, paths of different lengths, a tree and one more token.
     """
     from linearize_kernels import chunked
     from linearize_kernels.ops.chunked import commit
@@ -134,12 +144,12 @@ def node_errors(parts, counts, steps=8, nodes=5, dtype=torch.float32, **shape):
     def read():
         tokens, visible = draw_tokens(reference, batch, nodes, dtype), random_tree(nodes)
         position = expected.count[:, None] + visible.sum(-1) - 1
-        position[0, 1:][~visible[1:, 1:].tril(-1).any(0)] = -1  # a leaf that is a pad of one text
+        position[0, 1:][~visible[1:, 1:].tril(-1).any(0)] = -1  # leaves are pads in the first row
         out = block(reference, expected, *tokens, position, visible)
         with NoWaiting():
             found = tree(attention, state, *narrow(*tokens), position, visible)
-        there = position >= 0
-        trees.append((found.movedim(1, 2)[there], out.movedim(1, 2)[there]))
+        present = position >= 0
+        trees.append((found.movedim(1, 2)[present], out.movedim(1, 2)[present]))
 
     def accept():
         nonlocal expected

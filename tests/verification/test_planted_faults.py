@@ -19,6 +19,7 @@ from linearize_cli.runtime.tree import LinearBranch
 from linearize_cli.speculative.accept import Greedy, Sampling
 from linearize_cli.verification import verify as verification
 from linearize_cli.verification.drift import LIMIT, state_errors
+from linearize_cli.verification.sampling import sampling
 
 attend, commit, append = LinearBranch.attend, LinearBranch.commit, LinearCacheLayer.append
 
@@ -191,7 +192,7 @@ def test_one_changed_line(fault: Fault, tokenizer, monkeypatch):
     """The check that the fault belongs to passes without it and fails with it."""
     changes = {} if fault.family in ("falcon-alibi", "falcon-h1") else {"num_hidden_layers": 2}
     model = swapped(fault.family, fault.attention, fault.keep, **changes).to(fault.dtype)
-    every = verification.DECODING | verification.THOROUGH | {"sampling": verification.sampling}
+    every = verification.DECODING | verification.THOROUGH | {"sampling": sampling}
     monkeypatch.setattr(verification, "DECODING", {fault.check: every[fault.check]})
     for name in ("THOROUGH", "MEASURING", "STRICT"):
         monkeypatch.setattr(verification, name, {})
@@ -211,7 +212,7 @@ def test_one_changed_line(fault: Fault, tokenizer, monkeypatch):
 def test_untouched_methods_are_exact(method, tokenizer, monkeypatch):
     """Under every check but the speed's."""
     local = ["attention.local.size=8"] if load_recipe(method).attention.local else []
-    monkeypatch.setattr(verification, "MEASURING", {"sampling": verification.sampling})
+    monkeypatch.setattr(verification, "MEASURING", {"sampling": sampling})
     model = swapped("llama", load_recipe(method, local).to_dict()["attention"], num_hidden_layers=2)
     report = check(model, tokenizer, quick=False)
     assert (report["verdict"], report["failed"]) == ("EXACT", [])

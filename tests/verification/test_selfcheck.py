@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import AUGMENTED, swapped
-from planted_faults import BLOCKED, CHUNKED, GROUPS, LAYOUT, Fault, forget_layouts
+from planted_faults import BLOCKED, DECODING, GROUPS, LAYOUT, Fault, forget_layouts
 
 from linearize_cli.errors import CheckFailed
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
@@ -31,9 +31,9 @@ FAULTS = [
     ),
     Fault(
         "an open group that is not folded by single tokens",
-        f"{CHUNKED}:append",
-        "return after(state, S, z, count, k, v)",
-        "return after(state, S if length > 1 else state.S, z, count, k, v)",
+        f"{DECODING}:Decoding.fold_oldest",
+        "max(self.counts) < begins:",
+        "max(self.counts) < begins + 99:",
         "incremental",
         WIDE_GROUPS,
     ),

@@ -111,6 +111,20 @@ def wants_triton(attention: LinearAttention, q: Tensor) -> bool:
     return attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
 
 
+def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
+    """Choose what computes a decoding step or a token tree for q `[B, heads, T, D]`.
+
+    Returns:
+        "triton" for the kernels of `triton.nodes`, whose `why_not` may still refuse, "torch" for the step of
+        `ops.decode`, or None for `chunked` and `block`, which alone have gradients and can be compiled.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if wants_triton(attention, q):
+        return "triton"
+    return "torch" if q.device.type == "cpu" else None
+
+
 def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:
     """Return the chunked form of an equation for so many tokens; None: there is none."""
     eq = attention.equation

@@ -1,4 +1,4 @@
-"""`bidirectional`: the equation over whole sequences in which every token sees all others, as encoders have it."""
+"""`bidirectional`: whole sequences in which every token sees all others, as in encoders."""
 
 import torch
 from torch import Tensor
@@ -21,18 +21,19 @@ def bidirectional(
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The equation with `causal` false: near and far on both sides, the conv centred.
+    """Compute the equation with `causal` false: near and far on both sides, the conv centred.
 
-    Every chunk finds R tokens on either side of it as they are; all that is further away is in S, as the sum of what
-    lies before and what lies behind: nothing is subtracted, so nothing cancels. `attention.impl` chooses what computes
-    rows without pads, and `attention.ran` says what did.
+    Every chunk reads R tokens on either side of it one by one. All that is further away is read through S, the sum of
+    what comes before and what comes after. Nothing is subtracted, so nothing cancels.
 
     Args:
-        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads (anywhere), or None.
-        chunk: tokens per chunk; None chooses.
+        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
+        sink_logits: as of `block`.
+        chunk: tokens in a chunk, or None to choose.
 
     Returns:
-        `[B, heads, T, Dv]` in q's dtype; a pad's output means nothing.
+        `[B, heads, T, Dv]` in q's dtype. The outputs of pads mean nothing.
 
     Raises:
         ValueError: `attention.impl` asks for what cannot run.
@@ -54,7 +55,7 @@ def by_block(
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """`bidirectional` by `block`, which computes any equation: every chunk is one row of a batch."""
+    """Compute `bidirectional` by `block`, for any equation: every chunk is one row of a batch."""
     eq, length, dtype = attention.equation, q.shape[-2], q.dtype
     chunk = max(chunk or 32, eq.recent, eq.sinks)
     chunks, side = -(-length // chunk), eq.recent
@@ -115,7 +116,7 @@ def by_block(
 def outside(
     attention: LinearAttention, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """S and z of all that is further than R slots from each chunk: `[n, B, far, F, Dv]` and `[n, B, far, F]`."""
+    """Add up S and z of all that is further than R slots from each chunk, `[n, B, far, F, Dv]` and `[n, B, far, F]`."""
     side, wide = attention.equation.recent, accumulator(k.dtype)
     empty = attention.empty_state(k.shape[0], k.device, k.dtype)
     if attention.far is None:

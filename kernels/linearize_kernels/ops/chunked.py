@@ -47,9 +47,8 @@ def advance(
 ) -> Advance:
     """Append a chain of tokens to a state.
 
-    The recent tokens and the new ones form one timeline, oldest first, pads before all others; it is filled
-    up with pads at its head to whole chunks. The chunk that starts at slot `recent + c` finds its recent
-    tokens in the R slots before it, and all that is older in S.
+    The recent tokens and the new ones form one timeline, oldest first, pads before all others. Pads at its head fill it
+    up to whole chunks. A chunk finds its recent tokens in the R slots before it, and all that is older in S.
 
     Args:
         k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, or None: no pads.
@@ -104,7 +103,7 @@ def advance(
 def timeline(
     state: State, k: Tensor, v: Tensor, valid: Tensor | None, fill: int, in_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions; -1: no token."""
+    """Join the recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions, -1 for empty slots."""
     rows = slice(0, 1 if in_step else None)
     position = torch.cat(
         [state.recent_position[rows], next_positions(state.count[rows], k.shape[-2], valid)], -1
@@ -119,7 +118,7 @@ def timeline(
 
 
 def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
-    """Positions `[B, T]` of T tokens that follow `count` others in their rows; -1 for pads."""
+    """Return the positions `[B, T]` of T tokens that follow `count` others in their rows; -1 for pads."""
     if valid is None:
         return count[:, None] + torch.arange(length, device=count.device)
     return torch.where(valid, count[:, None] + valid.cumsum(-1) - 1, -1)
@@ -128,8 +127,10 @@ def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
 def prefix_sums(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """S and z before each chunk of a timeline and after the last, `[chunks + 1, B, far, F, Dv]` and
-    `[chunks + 1, B, far, F]`. Sinks are never folded.
+    """Compute S and z before each chunk of a timeline and after the last. Sinks are never folded.
+
+    Returns:
+        `[chunks + 1, B, far, F, Dv]` and `[chunks + 1, B, far, F]`.
     """
     if attention.far is None:
         S, z = (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
@@ -142,7 +143,7 @@ def prefix_sums(
 def commit(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> State:
-    """The state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
+    """Return the state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
     count = rows_count(state, valid)
     if count is None:
         return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
@@ -150,8 +151,9 @@ def commit(
 
 
 def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: Tensor) -> State:
-    """As `commit`, of rows that have had `count` tokens each; no more work than the tokens that drop out of the recent
-    ones make.
+    """Return the state after the tokens k, v, which follow `count` others in every row.
+
+    Only the tokens that drop out of the recent ones are folded.
     """
     eq, length = attention.equation, k.shape[-2]
     S, z = state.S, state.z
@@ -176,7 +178,7 @@ def nodes(
     parents: tuple[int, ...],
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Outputs of a tree after a state, as `block` gives them, `[B, heads, T, Dv]`.
+    """Compute the outputs of a token tree after a state by `block`, `[B, heads, T, Dv]`.
 
     Args:
         parents: each node's parent, -1 for none; a parent comes before its children.
@@ -201,19 +203,19 @@ def chunked(
     chunk: int | None = None,
     segment: int | None = None,
 ) -> tuple[Tensor, State]:
-    """The equation over a chain of T tokens: training, prefill and decoding.
+    """Compute the equation over a chain of T tokens: training, prefill and decoding.
 
-    Every chunk is one row of a batch that `block` evaluates against the states of `advance`; segments
-    follow one another with a carried state. Cost is linear in T, and memory beyond q, k, v and the output
-    that of one segment.
+    Segments follow one another with a carried state. A segment is computed by the chunked form that `ops.backend`
+    chooses, or else by `block`. The time is linear in T. Without gradients, the memory beyond q, k, v and the output is
+    that of one segment. With gradients on a CPU, the activations of long sequences are computed again in the backward.
 
     Args:
-        state: what came before, or None at the start of a sequence.
+        state: the state before the tokens, or None at the start of a sequence.
         q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
-        valid: `[B, T]` bool, False for pads (anywhere), or None: no pads.
-        chunk: tokens per chunk; None chooses.
-        segment: tokens worked on in parallel; the states before all of a segment's chunks are in memory. None: those of
-            `tokens_at_once`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
+        sink_logits: as of `block`.
+        chunk: tokens in a chunk, or None to choose.
+        segment: tokens in a segment, or None to choose.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
@@ -251,7 +253,10 @@ def again(plan: Prefill, *segment: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
-    """The tokens that every row has had; None: rows differ, have pads now, or are not to be waited for."""
+    """Return how many tokens every row has had.
+
+    None if the rows differ or have pads now, or if a device would have to be waited for.
+    """
     if valid is not None or torch.compiler.is_compiling():
         return None
     if state is None:
@@ -274,7 +279,7 @@ def run_segment(
     chunk: int,
     in_step: bool,
 ) -> tuple[Tensor, State]:
-    """One segment of `chunked`; `count` as of `rows_count`, `in_step` as in `advance`."""
+    """Compute a segment of `chunked` by `block`. count is that of `rows_count`, in_step that of `advance`."""
     length = q.shape[-2]
     if count is not None and length <= chunk:
         after = append(attention, state, count, k, v)
@@ -292,5 +297,5 @@ def run_segment(
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """Rows' tokens in another order: `[B, heads, T, D]` by `[B, T]`."""
+    """Put the tokens of every row, `[B, heads, T, D]`, in another order, `[B, T]`."""
     return x.gather(-2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))

@@ -12,7 +12,7 @@ from linearize_kernels.parts.combine import TINY
 def encode(
     attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All that `cross` needs of the encoder's tokens: `S = Σ φ(k) vᵀ` and `z = Σ φ(k)`.
+    """Compute the state of an encoder's tokens, `S = Σ φ(k) vᵀ` and `z = Σ φ(k)`.
 
     Args:
         k, v: `[B, kv, N, D]`; valid: `[B, N]` bool, False for pads, or None.
@@ -32,10 +32,10 @@ def encode(
 
 
 def cross(attention: LinearAttention, q: Tensor, S: Tensor, z: Tensor) -> Tensor:
-    """`φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over all of an encoder's tokens (arXiv 2406.07368, for T5).
+    """Compute `φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over an encoder's tokens (arXiv 2406.07368, for T5).
 
     Args:
-        q: `[B, heads, T, D]`; S, z: of `encode`.
+        q: `[B, heads, T, D]`; S, z: the results of `encode`.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype.

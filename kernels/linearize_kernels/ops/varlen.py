@@ -1,7 +1,7 @@
-"""`varlen`: sequences of any lengths packed into one row, each as if it were alone, without pads between them.
+"""`varlen`: sequences of any lengths packed into one row without pads, each computed as if it were alone.
 
-Triton's kernels take them on one timeline in which every sequence begins with a chunk and is filled up to whole chunks.
-They are told where each chunk's own sequence begins, and S starts from nothing there.
+Triton's kernels read one timeline. Every sequence begins with a chunk and is filled up to whole chunks. The kernels
+know where the sequence of each chunk begins, and S is zero there.
 """
 
 from typing import NamedTuple
@@ -25,22 +25,22 @@ from linearize_kernels.triton.tuning import SEGMENT, Packed
 def varlen(
     attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """The equation over n sequences, one behind the other, each from an empty state.
+    """Compute n sequences that follow one another, each from an empty state.
 
-    Computed by Triton's kernels where `runs` says so, else by `chunked` on every sequence, which is the reference.
+    Triton's kernels compute them where `packed_plan` chooses them, else `chunked` computes one after the other.
 
     Args:
         q: `[heads, total, D]`; k, v: `[kv, total, D]`.
-        cu_seqlens: `[n + 1]` integers, from 0 to `total`: sequence i has tokens `cu_seqlens[i]` to
-            `cu_seqlens[i + 1] - 1`. Read once; on the CPU, no device is waited for.
-        chunk: tokens per chunk, but of groups; None chooses.
+        cu_seqlens: `[n + 1]` integers from 0 to `total`. Sequence i has tokens `cu_seqlens[i]` to
+            `cu_seqlens[i + 1] - 1`. It is read once: keep it on the CPU, so that no device has to be waited for.
+        chunk: tokens in a chunk, or None to choose. Groups have their own size.
 
     Returns:
         `[heads, total, Dv]` in q's dtype.
 
     Raises:
-        ValueError: the equation sees ahead, `cu_seqlens` is something else, or `attention.impl` asks for what there is
-            not.
+        ValueError: the equation is not causal, `cu_seqlens` is not as described, or `attention.impl` asks for what
+            cannot run.
     """
     if not attention.equation.causal:
         raise ValueError("varlen takes no equation that sees ahead: use bidirectional on every sequence")
@@ -69,17 +69,18 @@ def packed_plan(
     has_sink_logits: bool = False,
     chunk: int | None = None,
 ) -> Prefill | None:
-    """Choose Triton's kernels for packed sequences of q, k, v `[..., T, D]`; None: each sequence goes its own way."""
+    """Return the choice of Triton's kernels for packed q, k, v `[..., T, D]`, or None if they cannot run."""
     plan = prefill(attention, (q, k, v), 0, has_sink_logits, chunk, packed=True)
     return plan if plan is not None and plan.name == "triton" else None
 
 
 class Layout(NamedTuple):
-    """Where packed sequences are on their timeline.
+    """Places of packed sequences on their timeline.
 
     Attributes:
-        rows: `[total]`, each token's; position: `[n C]`, each row's in its own sequence.
-        packed: what the kernels read.
+        rows: `[total]`, the row of each token.
+        position: `[n C]`, the position of each row in its own sequence.
+        packed: the tables that the kernels read.
     """
 
     rows: Tensor
@@ -89,7 +90,7 @@ class Layout(NamedTuple):
 
 @remembered(8)
 def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, device: torch.device) -> Layout:
-    """Sequences between `bounds`, none of them empty, behind `recent` empty slots."""
+    """Place the sequences between `bounds`, none of them empty, after `recent` empty slots."""
     begin = torch.tensor(bounds)
     length = begin.diff()
     chunks = length.add(chunk - 1).div(chunk, rounding_mode="floor")
@@ -108,7 +109,7 @@ def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, devic
 
 
 def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
-    """Tokens `x [heads, total, X]` at their places among so many; what is not there is zero."""
+    """Copy tokens `x [heads, total, X]` to their places among `length` slots; the other slots are zero."""
     return x.new_zeros(len(x), length, x.shape[-1]).index_copy(1, places, x)
 
 

@@ -21,7 +21,7 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """What a query reads of its far tokens: the numerator, its mass, and whether there are any."""
+    """The numerator and the mass of a query's far tokens, and whether there are any."""
 
     out: Tensor
     mass: Tensor
@@ -43,7 +43,7 @@ class Combine(nn.Module):
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """Set the parameters to their values at the start of a conversion."""
+        """Set all parameters to their values at the start of a conversion."""
 
     def define(self, head: int, q: Tensor, scores: list, values: list, far: Far | None) -> Tensor:
         """Combine the parts of one token and head."""
@@ -89,7 +89,7 @@ class Shared(Combine):
     """One normaliser under one maximum: local weights `exp(s - m)`, far weights `exp(mix(q) - m) φφ`.
 
     `mix` is a learned linear function of q per head. m runs over the local scores, and over mix(q) only
-    where something is far.
+    if something is far.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -275,12 +275,15 @@ COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": R
 
 
 def weighted(weights: list, values: list) -> Tensor:
-    """Σ weight · value of one token; values is never empty in a local part, and holds one zero else."""
+    """Compute Σ weight · value of one token. There is at least one value, which is zero if there is no local part."""
     return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
 
 
 def attend(weights: Tensor, values: Tensor) -> Tensor:
-    """`[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]` without a copy of the values."""
+    """Multiply weights and values without a copy of the values.
+
+    `[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]`
+    """
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
 
 
@@ -298,20 +301,20 @@ def as_affine(parameter: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_head(parameter: Tensor, q: Tensor) -> Tensor:
-    """`w·q + b` of each head, `parameter [heads, D + 1]`: `[..., kv, group, T]`."""
+    """Compute `w·q + b` of each head from a parameter `[heads, D + 1]`: `[..., kv, group, T]`."""
     weight = parameter.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
     return (q * weight[..., :-1]).sum(-1) + weight[..., -1]
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
-    """The local part alone."""
+    """Compute softmax over the local part alone."""
     scores = scores.masked_fill(~local, float("-inf"))
     weights = (scores - finite(scores.detach().amax(-1))[..., None]).exp()
     return attend(weights, values) / positive(weights.sum(-1))
 
 
 def finite(ceiling: Tensor) -> Tensor:
-    """The row maximum, 0 where a row sees nothing (a pad)."""
+    """Return the row maximum, or 0 for a row that sees nothing (a pad)."""
     return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
 
 

@@ -34,14 +34,14 @@ class Sum(nn.Module):
         super().__init__()
 
     def reset_parameters(self) -> None:
-        """Nothing is learned."""
+        """Do nothing: there are no parameters."""
 
     def log_decay(self, v: Tensor) -> Tensor | None:
-        """`[..., heads, N, Dv] -> [..., heads, N]`, not positive; None: 0."""
+        """Return the logarithm of the decay, `[..., heads, N, Dv] -> [..., heads, N]`, or None if nothing decays."""
         return None
 
     def strength(self, v: Tensor) -> Tensor | None:
-        """β `[..., heads, N]` of the delta rule; None: no delta rule."""
+        """Return β of the delta rule, `[..., heads, N]`, or None for other memories."""
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:

@@ -132,14 +132,16 @@ class FeatureMemory(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What queries read of S and of the tokens k, v that are not in it yet.
+        """Read S, and the tokens k, v that are not folded into it yet.
 
         Args:
-            q: `[..., heads, T, D]`; k: `[..., kv, N, D]`; v: `[..., kv, N, Dv]`: a chain of N - new tokens and
-                then the new ones, each after its ancestors.
-            position: `[..., N]`; -1 or that of a sink: the token does not count.
-            seen, far: `[..., T, N]` bool: the ancestors of each query (itself among them), and those in F(i).
-            new: T, or 0: the queries' own tokens are left out, because none of them is far.
+            q: `[..., heads, T, D]`.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, a chain of N - new tokens and then the new ones, each after
+                its ancestors.
+            position: `[..., N]`; -1 or the position of a sink marks a token that does not count.
+            seen: `[..., T, N]` bool, the ancestors of each query, itself among them.
+            far: `[..., T, N]` bool, the tokens in F(i).
+            new: T, or 0 if the queries' own tokens are left out because none of them is far.
             S: `[..., far, F, Dv]`; z: `[..., far, F]`.
 
         Returns:
@@ -175,7 +177,7 @@ class FeatureMemory(nn.Module):
         return own + read, products.sum(-1) + mass
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """S and z after a chain of tokens k, v `[B, kv, N, D]`, none of them a sink; position `[B or 1, N]`."""
+        """Fold a chain of tokens k, v `[B, kv, N, D]`, none of them a sink, into S and z; position `[B or 1, N]`."""
         if self.memory.forward_in_time:
             chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
             states, sums = self.fold(S, z, *chunk)
@@ -184,7 +186,7 @@ class FeatureMemory(nn.Module):
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """S and z before each of n consecutive chunks of a chain and after the last: `[n + 1, B, far, F, Dv]`.
+        """Compute S and z before each of n chunks of a chain and after the last, `[n + 1, B, far, F, Dv]`.
 
         Args:
             k, v: `[B, kv, n, C, D]`; position: `[B or 1, n, C]`.
@@ -240,14 +242,14 @@ FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Which tokens are before which in a chain: `[..., N] -> [..., N, N]` bool; one that does not count is not."""
+    """Compute which tokens of a chain are before which, `[..., N] -> [..., N, N]` bool, only among those that count."""
     length = counts.shape[-1]
     order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
     return order & counts[..., None, :] & counts[..., :, None]
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Which tokens are before which, of a chain and the T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
+    """Compute which tokens are before which, of a chain and T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
     new, every = seen.shape[-2:]
     order = chain(counts)
     own = seen & counts[..., None, :] & counts[..., every - new :, None]

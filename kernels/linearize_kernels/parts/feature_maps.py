@@ -14,7 +14,7 @@ FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
 
 
 def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
-    """Enters a class in `FEATURE_MAPS`: recipes then know it by `name`."""
+    """Register a class in `FEATURE_MAPS` under the name that recipes use."""
 
     def enter(cls: type["FeatureMap"]) -> type["FeatureMap"]:
         cls.name, FEATURE_MAPS[name] = name, cls
@@ -29,18 +29,19 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """The same vector has the same features whenever they are made: a backward makes them again.
+    """Base class. A map must be deterministic, because the backward may compute the features again.
 
     Args:
-        heads: of the queries or keys it will see.
-        feature_dim: what a recipe asks for; None: the map's own choice.
-        scale: of the softmax that it stands in for: `exp(scale q·k)`.
+        heads: number of heads of the queries or keys.
+        head_dim: size of a head.
+        feature_dim: the width that the recipe asks for, or None for the map's own choice.
+        scale: the scale of the softmax `exp(scale q·k)` that the map approximates.
 
     Attributes:
-        feature_dim: of its output.
-        name: in recipes.
-        positive: whether `φ(q)ᵀ φ(k)` is never negative, as a weight under a common normaliser must be.
-        shared: whether queries and keys must go through one and the same map.
+        feature_dim: width of the output.
+        name: its name in recipes.
+        positive: whether `φ(q)ᵀ φ(k)` is never negative. A shared normaliser needs that.
+        shared: whether queries and keys must use one map with the same parameters.
     """
 
     name: str
@@ -57,7 +58,7 @@ class FeatureMap(nn.Module):
         return self(x)
 
     def reset_parameters(self) -> None:
-        """As at the start of a conversion."""
+        """Set all parameters to their values at the start of a conversion."""
 
     def estimate_softmax(self) -> float:
         """Start so that `φ(q)ᵀ φ(k)` estimates `exp(scale q·k)` up to the returned factor; 1 where there is no way."""

@@ -33,7 +33,7 @@ class Projection(nn.Module):
         self.table.copy_((self.own_slot * own).expand_as(self.table))
 
     def weights(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        """E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
+        """Look up E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
@@ -69,7 +69,10 @@ class Projection(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `far.FeatureMemory.forward`; the numerator is normalised already and the mass 1, or 0: nothing is far."""
+        """Attend to the slots; arguments and results are those of `far.FeatureMemory.forward`.
+
+        The numerator is normalised already. The mass is 1, or 0 if nothing is far.
+        """
         eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
         share = self.weights(position, q.dtype)
         shared = share[..., None, :, :]

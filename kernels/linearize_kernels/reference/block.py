@@ -1,4 +1,4 @@
-"""`block`: the equation for a set of new tokens against a state. The one implementation to trust."""
+"""`block`: the equation for new tokens and a state, the one implementation to trust."""
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ def block(
     visible: Tensor,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Outputs of T new tokens that form a chain, a tree or one token; the state is only read.
+    """Compute the outputs of T new tokens: a chain, a tree or a single token. The state is only read.
 
-    Tokens that a query's own position has pushed out of its near part, whether they are among the state's
-    recent ones or in the block, enter as a masked φφ product; older ones through S.
+    Recent and new tokens that are too far behind a query to be near are read by a masked φφ product, older ones through
+    S.
 
     Args:
         q: `[..., heads, T, D]`; k: `[..., kv, T, D]`; v: `[..., kv, T, Dv]`; keys and queries as the base
@@ -49,7 +49,7 @@ def evaluate(
     layout: Layout,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """As `block`, of tokens that are laid out; the state's own places are not read."""
+    """Compute the outputs of tokens with a given layout; arguments and result are those of `block`."""
     eq = attention.equation
     length, wide = q.shape[-2], accumulator(q.dtype)
     q = q.to(wide)
@@ -88,18 +88,19 @@ def evaluate(
 
 
 def by_head(eq, x: Tensor) -> Tensor:
-    """`[..., heads, T, N] -> [..., kv, group, T, N]`."""
+    """Group query heads by KV heads: `[..., heads, T, N] -> [..., kv, group, T, N]`."""
     return x.unflatten(-3, (eq.kv_heads, -1))
 
 
 def distance_bias(table: Tensor, causal: bool, delay: Tensor) -> Tensor:
-    """Return the bias `[..., heads, T, N]` of distances `p_i - p_j [..., T, N]` by a layer's `distance_bias`."""
+    """Look up the bias `[..., heads, T, N]` of distances `p_i - p_j [..., T, N]` in a layer's `distance_bias`."""
     zero = 0 if causal else table.shape[-1] // 2
     return table[:, (delay + zero).clamp(0, table.shape[-1] - 1)].movedim(0, -3)
 
 
 def band(conv: Tensor, tap: Tensor) -> Tensor:
-    """The conv `[heads, W]` as weights, `conv[h, tap]`, 0 for taps beyond it: `[..., heads, T, N]`. Along any path the
-    τ-th ancestor is the visible token τ positions back.
+    """Write the conv `[heads, W]` as weights `conv[h, tap]`, 0 for taps beyond it: `[..., heads, T, N]`.
+
+    On any path the τ-th ancestor is the visible token τ positions before.
     """
     return pad(conv, (0, 1)).index_select(1, tap.flatten()).unflatten(1, tap.shape).movedim(0, -3)

@@ -1,5 +1,7 @@
-"""`step`: the equation for one token of one sequence, as it is defined. Slow, plain, and independent of
-`block`: it keeps the token sets of the definition as lists and folds a token when it leaves the near part.
+"""`step`: the definition of the equation, for one token of one sequence.
+
+It is slow, plain and independent of `block`. It keeps the token sets of the definition as lists, and folds a token when
+it leaves the near part.
 """
 
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,7 @@ class StepState:
 
 
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
-    """The state before the first token."""
+    """Make the state before the first token."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
     S = torch.zeros(eq.far_heads, features, width, dtype=dtype)

@@ -1,5 +1,6 @@
-"""Which tokens a query sees, and how: near, far, or through the conv. It depends on places alone, so all layers of one
-geometry share it.
+"""Layouts: which tokens a query sees, and whether they are near, far or read by the conv.
+
+A layout depends on positions alone, so all layers of one geometry share it.
 """
 
 from collections.abc import Sequence
@@ -21,18 +22,19 @@ LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
 
 @dataclass(frozen=True)
 class Layout:
-    """T queries, and the N tokens beside them: the state's sinks, its recent ones, and T that are new, the queries' own
-    (or none, where these are in the state).
+    """T queries and N tokens: the state's sinks, its recent tokens, and T new ones, which are the queries' own. There
+    are no new ones if the queries' tokens are in the state already.
 
     Attributes:
         local: `[..., T, N]` bool, the tokens in L(i).
-        old: the columns of `local` among which far ones are looked for, M of them; the next four are about these.
-        new: of these M so many are new: T, or 0, because none of them is far.
-        old_position: `[..., M]`; -1 or that of a sink: the token does not count.
-        seen, far: `[..., T, M]` bool, the ancestors of each query, and those in F(i).
-        any_far: `[..., T]` bool, whether anything is far, in S or beside it.
+        old: the columns of `local` that may hold far tokens, M of them. The next four attributes are about these.
+        new: how many of the M tokens are new: T, or 0 if no new token is far.
+        old_position: `[..., M]`; -1 or the position of a sink marks a token that does not count.
+        seen: `[..., T, M]` bool, the ancestors of each query.
+        far: `[..., T, M]` bool, the tokens in F(i).
+        any_far: `[..., T]` bool, whether anything is far, in S or outside it.
         delay: `[..., T, N]`, `p_i - p_j`.
-        tap: `[..., T, N]`, each token's tap of the conv; W: none.
+        tap: `[..., T, N]`, the conv's tap for each token, or W if it has none.
     """
 
     local: Tensor
@@ -56,15 +58,16 @@ def lay_out(
     old: int | None = None,
     far_apart: bool = True,
 ) -> Layout:
-    """For any places.
+    """Compute the layout of any positions.
 
     Args:
-        recent_position: `[..., R]`; -1: a token that does not count.
-        position: `[..., T]`; visible: `[..., T, T]` bool, as `block` has them, or `[T, 0]`: no token is new.
-        sink_position: `[..., sinks]`; -1: the sink is not there, or among the new tokens.
-        folded: `[...]` bool: whether S holds a token.
-        old: how many of the recent tokens, the oldest first, may be far; None: all.
-        far_apart: whether a new token may be far from another; then all recent ones are looked at.
+        recent_position: `[..., R]`; -1 marks a token that does not count.
+        position: `[..., T]`, as of `block`.
+        visible: `[..., T, T]` bool, as of `block`, or `[T, 0]` if no token is new.
+        sink_position: `[..., sinks]`; -1 marks a sink that does not exist or is among the new tokens.
+        folded: `[...]` bool, whether S holds a token.
+        old: how many of the recent tokens, the oldest first, may be far. None means all.
+        far_apart: whether a new token may be far from another one. Then all recent tokens may be far.
     """
     recent, length = recent_position.shape[-1], visible.shape[-1]
     key_position = torch.cat([sink_position, recent_position, position[..., :length]], -1)
@@ -84,7 +87,7 @@ def lay_out(
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
-    """Of new tokens after a state, whatever rows it has. A sink that is still recent is counted as a sink."""
+    """Compute the layout of new tokens after a state with any rows. A sink that is still recent counts as a sink."""
     sinks = torch.arange(eq.sinks, device=state.count.device)
     recent = state.recent_position.masked_fill(state.recent_position < eq.sinks, -1)
     folded = state.count - eq.sinks > (recent >= 0).sum(-1)
@@ -147,7 +150,12 @@ def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) ->
 
 @remembered(512)
 def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`visible [N, N]` bool, `visible[i, j]`: j is i or an ancestor of i; and nodes' depths `[N]`, 0 for a root."""
+    """Return the ancestor matrix and the depths of tree nodes.
+
+    Returns:
+        `visible [N, N]` bool, where `visible[i, j]` says that j is i or an ancestor of i.
+        depths `[N]`, 0 for roots.
+    """
     visible = torch.eye(len(parents), dtype=torch.bool)
     for i, parent in enumerate(parents):
         if parent >= 0:
@@ -157,5 +165,5 @@ def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 @lru_cache(512)
 def chain(length: int) -> tuple[int, ...]:
-    """The parents of a chain."""
+    """Return the parents of the nodes of a chain."""
     return tuple(range(-1, length - 1))

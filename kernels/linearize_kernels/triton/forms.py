@@ -1,6 +1,6 @@
-"""The chunked forms in Triton, forward and backward, with the signatures of `torch_forms`; they need a CUDA device.
+"""The chunked forms in Triton, forward and backward, with the signatures of `torch_forms`, for CUDA devices.
 
-Nothing here imports Triton before a kernel is to run. `ops.backend` says whether it can.
+Triton is imported on the first call. `ops.backend` decides if it can run.
 """
 
 import torch
@@ -16,11 +16,14 @@ from linearize_kernels.triton.tuning import Packed
 def sliding(
     shape: Shape, tokens: Tokens, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute what `torch_forms.sliding.sliding` returns. Sums are in fp32.
+    """Compute the results of `torch_forms.sliding.sliding`, with sums in fp32.
 
-    q, k, v, the features and the sinks share a dtype; S, z, mix and conv may be wider. Packed sequences have no S and
-    z, and their sinks are in the timeline: these four are None, here and in the result, and start and skip mean
-    nothing.
+    q, k, v, the features and the sinks share a dtype. S, z, mix and conv may have a wider one.
+
+    Args:
+        packed: the layout of packed sequences, or None. With it, `tokens` has None for S, z and the sinks,
+            which are in the timeline. The results for S and z are None, and `start` and `skip` of `shape` are
+            ignored.
     """
     return Sliding.apply(shape, packed, *tokens)
 
@@ -28,20 +31,26 @@ def sliding(
 def grouped(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what `torch_forms.grouped.grouped` returns. Sums are in fp32.
+    """Compute the results of `torch_forms.grouped.grouped`, with sums in fp32.
 
-    q, k, v and the features share a dtype; S, factor and conv may be wider. Packed sequences have no S, here and in the
-    result, and no slots before the first key, so R is 0; folds mean nothing.
+    q, k, v and the features share a dtype. S, factor and conv may have a wider one.
+
+    Args:
+        folds: number of groups in the returned S.
+        packed: the layout of packed sequences, or None. With it, S is None in `tokens` and in the result, R
+            must be 0, and `folds` is ignored.
     """
     return Grouped.apply(shape, folds, packed, *tokens)
 
 
 class Sliding(torch.autograd.Function):
+    """The sliding form as a function of autograd."""
+
     @staticmethod
     def forward(ctx, shape: Shape, packed: Packed | None, *tensors: Tensor | None):
         from linearize_kernels.triton.sliding_fwd import forward
 
-        tokens = Tokens(*(None if x is None else x.contiguous() for x in tensors))
+        tokens = Tokens._make(None if x is None else x.contiguous() for x in tensors)
         with torch.cuda.device_of(tokens.q):
             out, S, z, log_total = forward(shape, tokens, packed)
         ctx.shape, ctx.packed = shape, packed
@@ -61,11 +70,13 @@ class Sliding(torch.autograd.Function):
 
 
 class Grouped(torch.autograd.Function):
+    """The group form as a function of autograd."""
+
     @staticmethod
     def forward(ctx, shape: Tiling, folds: int, packed: Packed | None, *tensors: Tensor | None):
         from linearize_kernels.triton.grouped import forward
 
-        tokens = Groups(*(None if x is None else x.contiguous() for x in tensors))
+        tokens = Groups._make(None if x is None else x.contiguous() for x in tensors)
         ctx.shape, ctx.folds, ctx.packed = shape, folds, packed
         ctx.save_for_backward(*tokens)
         with torch.cuda.device_of(tokens.q):

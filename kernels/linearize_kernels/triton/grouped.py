@@ -1,19 +1,30 @@
-"""The kernels of the group form.
+"""The kernels of the group form, and their launchers.
 
-Row t's own key is key t, and its own value is in slot R + t; the slots before the first key are for the conv alone.
-Of packed sequences R is 0, so that `begins` are the first rows of each group's sequence; they are None otherwise.
-Rows and slots gather what is theirs, so nothing is added atomically.
+The key of row t is key t, and its value is in slot R + t. The R slots before the first key hold older values,
+which only the conv reads. For packed sequences R is 0, and `begins` has the first row of each group's
+sequence, otherwise it is None. Every program sums the gradients of its own rows or slots, so no kernel adds
+atomically.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize_kernels.torch_forms.chunks import Tiling
 from linearize_kernels.torch_forms.grouped import Groups
-from linearize_kernels.triton.common import INTERPRETED, band, dot, folded, folded_apart, put, tile
+from linearize_kernels.triton.common import (
+    INTERPRETED,
+    chunk_states,
+    dot,
+    load_taps,
+    load_tile,
+    packed_states,
+    store_tile,
+)
 from linearize_kernels.triton.tuning import Packed, padded, tiles
 
-try:  # a loader of remote code demands what is imported outside
+try:  # transformers' loader of remote code requires every package that is imported outside a `try`
     import triton
     import triton.language as tl
 except ImportError:
@@ -21,14 +32,14 @@ except ImportError:
 
 
 @triton.jit
-def positive(a, b, seen):
-    """Scores `a bᵀ` that are seen and above zero; the others are zero."""
+def relu_scores(a, b, seen):
+    """Compute the scores `relu(a bᵀ)`, zero where `seen` is False."""
     return tl.where(seen, tl.maximum(dot(a, tl.trans(b)), 0.0), 0.0)
 
 
 @triton.jit
 def first_tap(row, begins, C: tl.constexpr, W: tl.constexpr):
-    """The first key whose value the conv reads for rows from `row` on."""
+    """Return the first key whose value the conv reads for the rows from `row` on."""
     first = row - W + 1
     if begins is not None:
         first = tl.maximum(first, tl.load(begins + row // C))
@@ -40,38 +51,41 @@ def group_attend(
     q, k, v, phi_q, factor, conv, S, out, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    UP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of BM rows of one query head: the group's own keys, S before it, the conv."""
+    """Compute the outputs of BM rows of one query head.
+
+    They are the sum of the group's own keys, S before the group and the conv.
+    """
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    opened = first // C * C
-    k += lane * rows * D
-    v += lane * (rows + R) * DV
-    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
+    group_start = first // C * C
+    k += state_head * rows * D
+    v += state_head * (rows + R) * DV
+    q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
     acc = tl.zeros((BM, BV), tl.float32)
     if F > 0:
-        own_factor = tl.load(factor + head).to(tl.float32)
-        chunk = lane * (rows // C) + first // C
+        factor_tile = tl.load(factor + head).to(tl.float32)
+        chunk = state_head * (rows // C) + first // C
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_q + head * rows * F, row, rows, f, F, UP) * own_factor
-            acc += dot(phi, tile(S + chunk * F * DV, f, F, e, DV, UP))
-    for s in range(opened, first + BM, BS):
+            phi = load_tile(phi_q + head * rows * F, row, rows, f, F, UPCAST) * factor_tile
+            acc += dot(phi, load_tile(S + chunk * F * DV, f, F, e, DV, UPCAST))
+    for s in range(group_start, first + BM, BS):
         key = s + tl.arange(0, BS)
         delay = row[:, None] - key[None, :]
-        weights = positive(own_q, tile(k, key, rows, d, D, UP), delay >= 0)
+        weights = relu_scores(q_tile, load_tile(k, key, rows, d, D, UPCAST), delay >= 0)
         weights *= weights
         if W > 0:
-            weights += band(conv + head * W, delay, W)
-        acc += dot(weights, tile(v, R + key, rows + R, e, DV, UP))
+            weights += load_taps(conv + head * W, delay, W)
+        acc += dot(weights, load_tile(v, R + key, rows + R, e, DV, UPCAST))
     if W > 0:
-        for s in range(first_tap(first, begins, C, W), opened, BS):
+        for s in range(first_tap(first, begins, C, W), group_start, BS):
             key = s + tl.arange(0, BS)
-            taps = band(conv + head * W, row[:, None] - key[None, :], W)
-            acc += dot(taps, tile(v, R + key, R + opened, e, DV, UP))
-    put(out + head * rows * DV, acc, row, rows, e, DV)
+            taps = load_taps(conv + head * W, row[:, None] - key[None, :], W)
+            acc += dot(taps, load_tile(v, R + key, R + group_start, e, DV, UPCAST))
+    store_tile(out + head * rows * DV, acc, row, rows, e, DV)
 
 
 @triton.jit
@@ -79,37 +93,40 @@ def group_query_gradients(
     q, k, v, d_out, d_q, taps, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    UP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_q of BM rows of one query head, and `taps [N, g, n C, W]`, which is `d_out · v` by delay, in packed
-    sequences only within them.
+    """Compute d_q of BM rows of one query head, and `d_out · v` for the gradient of the conv.
+
+    Args:
+        taps: `[N, g, n C, W]`, is written: `d_out · v` by delay. For packed sequences, delays before the
+            start of the sequence are not written.
     """
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    opened = first // C * C
-    k += lane * rows * D
-    v += lane * (rows + R) * DV
-    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-    own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+    group_start = first // C * C
+    k += state_head * rows * D
+    v += state_head * (rows + R) * DV
+    q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+    d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
     acc = tl.zeros((BM, BD), tl.float32)
-    for s in range(opened, first + BM, BS):
+    for s in range(group_start, first + BM, BS):
         key = s + tl.arange(0, BS)
         delay = row[:, None] - key[None, :]
-        keys = tile(k, key, rows, d, D, UP)
-        d_weights = dot(own_d, tl.trans(tile(v, R + key, rows + R, e, DV, UP)))
+        keys = load_tile(k, key, rows, d, D, UPCAST)
+        d_weights = dot(d_out_tile, tl.trans(load_tile(v, R + key, rows + R, e, DV, UPCAST)))
         if W > 0:
-            spots = taps + head * rows * W + (row[:, None] * W + delay)
-            tl.store(spots, d_weights, mask=(delay >= 0) & (delay < W))
-        acc += dot(2 * positive(own_q, keys, delay >= 0) * d_weights, keys)
+            pointers = taps + head * rows * W + (row[:, None] * W + delay)
+            tl.store(pointers, d_weights, mask=(delay >= 0) & (delay < W))
+        acc += dot(2 * relu_scores(q_tile, keys, delay >= 0) * d_weights, keys)
     if W > 0:
-        for s in range(first_tap(first, begins, C, W), opened, BS):
+        for s in range(first_tap(first, begins, C, W), group_start, BS):
             key = s + tl.arange(0, BS)
             delay = row[:, None] - key[None, :]
-            d_weights = dot(own_d, tl.trans(tile(v, R + key, R + opened, e, DV, UP)))
-            spots = taps + head * rows * W + (row[:, None] * W + delay)
-            tl.store(spots, d_weights, mask=(delay < W) & (key < opened)[None, :])
-    put(d_q + head * rows * D, acc, row, rows, d, D)
+            d_weights = dot(d_out_tile, tl.trans(load_tile(v, R + key, R + group_start, e, DV, UPCAST)))
+            pointers = taps + head * rows * W + (row[:, None] * W + delay)
+            tl.store(pointers, d_weights, mask=(delay < W) & (key < group_start)[None, :])
+    store_tile(d_q + head * rows * D, acc, row, rows, d, D)
 
 
 @triton.jit
@@ -117,27 +134,32 @@ def answers(
     a, S, phi, factor, out, total, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    UP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`a Sᵀ` of BM rows of one head, `a [N, g, R + n C, Dv]`, with the S of their group.
+    """Compute `a Sᵀ` for BM rows of one head, with S before their group.
 
-    With `factor [N, g]`, `out` is scaled by it, and `total [N, g, n C]` is `phi · a Sᵀ`.
+    Args:
+        a: `[N, g, R + n C, Dv]`, without its first R slots.
+        S: `[N, n, F, Dv]`.
+        factor: `[N, g]`, by which `out` is scaled, or None.
+        out: `[N, g, n C, F]`, is written.
+        total: `[N, g, n C]`, is written if there is a factor: `phi · a Sᵀ`.
     """
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
-    chunk = lane * (rows // C) + first // C
-    own = tile(a + head * (rows + R) * DV, R + row, rows + R, e, DV, UP)
-    products = tl.zeros((BM,), tl.float32)
+    chunk = state_head * (rows // C) + first // C
+    a_tile = load_tile(a + head * (rows + R) * DV, R + row, rows + R, e, DV, UPCAST)
+    phi_products = tl.zeros((BM,), tl.float32)
     for first_f in range(0, F, BF):
         f = first_f + tl.arange(0, BF)
-        answer = dot(own, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
+        d_phi = dot(a_tile, tl.trans(load_tile(S + chunk * F * DV, f, F, e, DV, UPCAST)))
         if factor is not None:
-            products += tl.sum(answer * tile(phi + head * rows * F, row, rows, f, F, UP), 1)
-            answer *= tl.load(factor + head).to(tl.float32)
-        put(out + head * rows * F, answer, row, rows, f, F)
+            phi_products += tl.sum(d_phi * load_tile(phi + head * rows * F, row, rows, f, F, UPCAST), 1)
+            d_phi *= tl.load(factor + head).to(tl.float32)
+        store_tile(out + head * rows * F, d_phi, row, rows, f, F)
     if factor is not None:
-        tl.store(total + head * rows + row, products)
+        tl.store(total + head * rows + row, phi_products)
 
 
 @triton.jit
@@ -145,54 +167,54 @@ def group_slot_gradients(
     q, k, v, phi_k, conv, d_S, d_out, d_k, d_v, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    UP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of BS tokens of one group, or d_v of BS slots before the first key."""
-    lane = tl.program_id(0).to(tl.int64)
+    """Compute d_k and d_v of BS tokens of one group, or d_v of BS slots before the first key."""
+    state_head = tl.program_id(0).to(tl.int64)
     first = (tl.program_id(1) - tl.cdiv(R, BS)) * BS
     key, d, e = first + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
-    place = tl.where(key >= 0, key, rows)  # at the end, where nothing is
+    key_row = tl.where(key >= 0, key, rows)  # a row outside k loads as zero
     slot = tl.where(key >= -R, R + key, R + rows)
-    own_k = tile(k + lane * rows * D, place, rows, d, D, UP)
-    own_v = tile(v + lane * (rows + R) * DV, slot, rows + R, e, DV, UP)
+    k_tile = load_tile(k + state_head * rows * D, key_row, rows, d, D, UPCAST)
+    v_tile = load_tile(v + state_head * (rows + R) * DV, slot, rows + R, e, DV, UPCAST)
     acc_k = tl.zeros((BS, BD), tl.float32)
     acc_v = tl.zeros((BS, BV), tl.float32)
-    closed = tl.maximum(first + C, 0) // C * C
+    group_end = tl.maximum(first + C, 0) // C * C
     for member in range(GROUP):
-        head = lane * GROUP + member
-        for t in range(tl.maximum(first, 0) // BM * BM, closed, BM):
+        head = state_head * GROUP + member
+        for t in range(tl.maximum(first, 0) // BM * BM, group_end, BM):
             row = t + tl.arange(0, BM)
             delay = row[None, :] - key[:, None]
-            own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-            own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
-            score = positive(own_k, own_q, delay >= 0)
-            acc_k += dot(2 * score * dot(own_v, tl.trans(own_d)), own_q)
+            q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+            d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
+            score = relu_scores(k_tile, q_tile, delay >= 0)
+            acc_k += dot(2 * score * dot(v_tile, tl.trans(d_out_tile)), q_tile)
             weights = score * score
             if W > 0:
-                weights += band(conv + head * W, delay, W)
-            acc_v += dot(weights, own_d)
+                weights += load_taps(conv + head * W, delay, W)
+            acc_v += dot(weights, d_out_tile)
         if W > 0:
-            for t in range(closed, tl.minimum(first + BS - 1 + W, rows), BM):
+            for t in range(group_end, tl.minimum(first + BS - 1 + W, rows), BM):
                 row = t + tl.arange(0, BM)
                 delay = row[None, :] - key[:, None]
                 if begins is not None:
                     delay = tl.where(tl.load(begins + t // C) <= first, delay, -1)
-                taps = band(conv + head * W, delay, W)
-                acc_v += dot(taps, tile(d_out + head * rows * DV, row, rows, e, DV, UP))
+                taps = load_taps(conv + head * W, delay, W)
+                acc_v += dot(taps, load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST))
     if F > 0:
-        chunk = lane * (rows // C) + tl.maximum(first, 0) // C
+        chunk = state_head * (rows // C) + tl.maximum(first, 0) // C
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_k + lane * rows * F, place, rows, f, F, UP)
-            acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
-    put(d_k + lane * rows * D, acc_k, place, rows, d, D)
-    put(d_v + lane * (rows + R) * DV, acc_v, slot, rows + R, e, DV)
+            phi = load_tile(phi_k + state_head * rows * F, key_row, rows, f, F, UPCAST)
+            acc_v += dot(phi, load_tile(d_S + chunk * F * DV, f, F, e, DV, UPCAST))
+    store_tile(d_k + state_head * rows * D, acc_k, key_row, rows, d, D)
+    store_tile(d_v + state_head * (rows + R) * DV, acc_v, slot, rows + R, e, DV)
 
 
-def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict:
-    """The keyword arguments of a kernel but `fold`."""
+def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
+    """Return the compile-time arguments of a kernel of this file."""
     key_dim, value_dim = tokens.q.shape[-1], tokens.v.shape[-1]
-    own = tiles(kernel, max(key_dim, value_dim), tokens.q)
+    options = tiles(kernel, max(key_dim, value_dim), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
     return dict(
         GROUP=tokens.q.shape[1],
@@ -204,41 +226,44 @@ def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict:
         W=0 if tokens.conv is None else tokens.conv.shape[-1],
         BD=padded(key_dim),
         BV=padded(value_dim),
-        BF=min(own.features, padded(features)),
-        BM=min(own.rows, shape.chunk),
-        BS=min(own.slots, shape.chunk),
-        UP=INTERPRETED,
-        num_warps=own.warps,
-        num_stages=own.stages,
+        BF=min(options.features, padded(features)),
+        BM=min(options.rows, shape.chunk),
+        BS=min(options.slots, shape.chunk),
+        UPCAST=INTERPRETED,
+        num_warps=options.warps,
+        num_stages=options.stages,
     )
 
 
-def sums(
+def group_states(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """S before each group, `[N, n, F, Dv]`, and with the first `folds`, of packed sequences None."""
+    """Compute S before each group, `[N, n, F, Dv]`, and S after the first `folds` groups.
+
+    Without a far part the state is copied. For packed sequences the second result is None.
+    """
     if tokens.phi_k is None:
         return None, None if tokens.S is None else tokens.S.clone()
     phi_k, v = tokens.phi_k[:, None], tokens.v[:, None]
     if packed is not None:
-        return folded_apart(phi_k, v, shape.chunk, packed)
+        return packed_states(phi_k, v, shape.chunk, packed)
     chunks = tokens.k.shape[1] // shape.chunk
-    states, _, S, _ = folded(phi_k, v, tokens.S, None, chunks, shape.chunk, folds=folds)
+    states, _, S, _ = chunk_states(phi_k, v, tokens.S, None, chunks, shape.chunk, folds=folds)
     return states, S
 
 
 def forward(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `grouped` returns."""
+    """Compute the results of `forms.grouped`."""
     q, k, v, phi_q, _, factor, conv, _ = tokens
-    lanes, group, rows = q.shape[:3]
-    states, S = sums(shape, folds, tokens, packed)
+    heads, group, rows = q.shape[:3]
+    states, S = group_states(shape, folds, tokens, packed)
     begins = None if packed is None else packed.begins
-    out = q.new_empty(lanes, group, rows, v.shape[-1])
-    own = sizes("group_attend", shape, tokens)
-    group_attend[(lanes * group, rows // own["BM"])](
-        q, k, v, phi_q, factor, conv, states, out, begins, rows, **own
+    out = q.new_empty(heads, group, rows, v.shape[-1])
+    options = sizes("group_attend", shape, tokens)
+    group_attend[(heads * group, rows // options["BM"])](
+        q, k, v, phi_q, factor, conv, states, out, begins, rows, **options
     )
     return out, S
 
@@ -246,44 +271,52 @@ def forward(
 def backward(
     shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor | None, packed: Packed | None = None
 ) -> Groups:
-    """The gradients of `tokens`, from those of what `grouped` returns."""
+    """Compute the gradients of `tokens` from those of the outputs.
+
+    Args:
+        d_out: `[N, g, n C, Dv]`.
+        d_S: `[N, F, Dv]`, or None for packed sequences.
+    """
     q, k, v, phi_q, phi_k, factor, conv, _ = tokens
-    lanes, group, rows = q.shape[:3]
-    grads = Groups(*(None if x is None else torch.empty_like(x) for x in tokens))
-    begins, room = (None, q.new_empty) if packed is None else (packed.begins, q.new_zeros)
-    taps = None if conv is None else room(*q.shape[:3], conv.shape[-1], dtype=torch.float32)
-    own = sizes("group_query_gradients", shape, tokens)
-    group_query_gradients[(lanes * group, rows // own["BM"])](
-        q, k, v, d_out, grads.q, taps, begins, rows, **own
+    heads, group, rows = q.shape[:3]
+    grads = Groups._make(None if x is None else torch.empty_like(x) for x in tokens)
+    begins, new_buffer = (None, q.new_empty) if packed is None else (packed.begins, q.new_zeros)
+    taps = None if conv is None else new_buffer(*q.shape[:3], conv.shape[-1], dtype=torch.float32)
+    options = sizes("group_query_gradients", shape, tokens)
+    group_query_gradients[(heads * group, rows // options["BM"])](
+        q, k, v, d_out, grads.q, taps, begins, rows, **options
     )
-    if conv is not None:
+    if grads.conv is not None and taps is not None:
         grads.conv.copy_(taps.sum(2))
 
     d_states = None
     if phi_q is not None:
-        own = sizes("answers", shape, tokens)
-        states, _ = sums(shape, folds, tokens, packed)
-        total = q.new_empty(lanes, group, rows, dtype=torch.float32)
-        answers[(lanes * group, rows // own["BM"])](
-            d_out, states, phi_q, factor, grads.phi_q, total, rows, **own | dict(R=0)
+        assert factor is not None and grads.factor is not None
+        options = sizes("answers", shape, tokens)
+        states, _ = group_states(shape, folds, tokens, packed)
+        total = q.new_empty(heads, group, rows, dtype=torch.float32)
+        answers[(heads * group, rows // options["BM"])](
+            d_out, states, phi_q, factor, grads.phi_q, total, rows, **options | dict(R=0)
         )
         grads.factor.copy_(total.sum(-1))
         by_row = factor.float()[..., None].expand(-1, -1, rows).contiguous()
         if packed is None:
+            assert d_S is not None
             chunks = rows // shape.chunk
-            d_states, _, d_S, _ = folded(
+            d_states, _, d_S, _ = chunk_states(
                 phi_q, d_out, d_S, None, chunks, shape.chunk, by_row, reverse=True, folds=folds
             )
         else:
-            d_states, _ = folded_apart(phi_q, d_out, shape.chunk, packed, factor=by_row, reverse=True)
-        answers[(lanes, rows // own["BM"])](
-            v, d_states, None, None, grads.phi_k, None, rows, **own | dict(GROUP=1)
+            d_states, _ = packed_states(phi_q, d_out, shape.chunk, packed, factor=by_row, reverse=True)
+        answers[(heads, rows // options["BM"])](
+            v, d_states, None, None, grads.phi_k, None, rows, **options | dict(GROUP=1)
         )
     if packed is None:
+        assert d_S is not None
         grads.S.copy_(d_S)
-    own = sizes("group_slot_gradients", shape, tokens)
-    slots = triton.cdiv(shape.recent, own["BS"]) + rows // own["BS"]
-    group_slot_gradients[(lanes, slots)](
-        q, k, v, phi_k, conv, d_states, d_out, grads.k, grads.v, begins, rows, **own
+    options = sizes("group_slot_gradients", shape, tokens)
+    slots = triton.cdiv(shape.recent, options["BS"]) + rows // options["BS"]
+    group_slot_gradients[(heads, slots)](
+        q, k, v, phi_k, conv, d_states, d_out, grads.k, grads.v, begins, rows, **options
     )
     return grads

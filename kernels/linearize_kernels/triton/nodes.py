@@ -1,9 +1,12 @@
-"""A token tree, an accepted path and one decoding step in Triton, without gradients; needs a CUDA device.
+"""Token trees, accepted paths and decoding steps in Triton, without gradients, for CUDA devices.
 
-`tree` gives what `block` gives; `commit_` and `decode_one_token` leave in the state's own tensors what `commit` and
-`chunked` return. All that depends on positions and counts is read on the device, so a CUDA graph can replay any of
-them. Nothing here imports Triton before it is asked for: `why_not` says whether it can be.
+`tree` computes the result of `block`. `commit_` and `decode_one_token` compute the results of `commit` and
+`chunked`, and write the state into its own tensors. Positions and counts are read on the device only, so a
+CUDA graph can replay each of them. Triton is imported on the first call. `why_not` returns the reason if
+Triton cannot run.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +21,12 @@ MOST_NODES = MOST_SINKS = 64
 
 
 def why_not(attention: LinearAttention, state: State, q: Tensor) -> str | None:
-    """Why Triton cannot run this for new tokens, of which q `[B, heads, T, D]` has the dtype and number; None: it can.
-    Sink logits it never takes.
+    """Return the reason why Triton cannot run these new tokens, or None if it can.
+
+    No kernel supports sink logits, and this function does not check them.
+
+    Args:
+        q: `[B, heads, T, D]`, in the dtype of k and v.
     """
     eq, nodes = attention.equation, q.shape[-2]
     form = (eq.scope, eq.score, eq.combine)
@@ -53,11 +60,19 @@ def tree(
     position: Tensor,
     visible: Tensor,
 ) -> Tensor:
-    """What `block` returns for nodes q `[B, heads, T, D]`, k, v `[B, kv, T, D]`, with `position [B, T]` and
-    `visible [T, T]`, in fp32; the state is only read.
+    """Compute the outputs of the nodes of a token tree, as `block` does.
+
+    Args:
+        state: is only read.
+        q, k, v: `[B, heads, T, D]`, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        position: `[B, T]`, -1 for pads.
+        visible: `[T, T]` bool, True for a node's ancestors and for itself.
+
+    Returns:
+        `[B, heads, T, Dv]` in fp32.
 
     Raises:
-        ValueError: `why_not` has a reason.
+        ValueError: `why_not` returns a reason.
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
@@ -76,13 +91,16 @@ def tree(
 def commit_(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> None:
-    """The state after an accepted path, as of `commit`, in the state's tensors; an empty slot may hold anything.
+    """Write the state after an accepted path into the state's tensors, as `commit` computes it.
+
+    The values in empty slots are undefined.
 
     Args:
-        k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, which come before a row's tokens, or None.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads, which must precede a row's tokens, or None.
 
     Raises:
-        ValueError: `why_not` has a reason.
+        ValueError: `why_not` returns a reason.
     """
     refuse(attention, state, k)
     from linearize_kernels.triton.node_state import fold, join
@@ -97,56 +115,69 @@ def commit_(
 
 @torch.no_grad()
 def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output `[B, heads, 1, Dv]` of one token in q's dtype, and the state after it, in the state's tensors.
+    """Decode one token, and write the state after it into the state's tensors.
 
-    The token that leaves the recent ones goes into S before S is read, so that S is read and written once. Hedgehog's
-    features are made in the kernels, others in torch.
+    The token that leaves the recent ones is added to S before S is read, so S is read and written once.
+    Hedgehog's features are computed in the kernels, other feature maps in torch.
+
+    Args:
+        q, k, v: `[B, heads, 1, D]`, `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
+
+    Returns:
+        `[B, heads, 1, Dv]` in q's dtype.
 
     Raises:
-        ValueError: `why_not` has a reason.
+        ValueError: `why_not` returns a reason.
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
     from linearize_kernels.triton.node_state import join
 
     eq, far = attention.equation, attention.far
-    q, left_v, own = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
+    phi_q: Tensor | None
+    phi_left: Tensor | None
+    q, left_v, hedgehog = q.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), None
     if far is not None and type(far.q_map) is Hedgehog:
         features = (far.q_map.feature_dim,)
         phi_q = q.new_empty(*q.shape[:3], *features, dtype=torch.float32)
         phi_left = q.new_empty(len(q), eq.far_heads, 1, *features, dtype=torch.float32)
-        own = (q, phi_q)
+        hedgehog = (q, phi_q)
     else:
         phi_q, phi_left = queries(attention, q), keys(attention, state.recent_k[..., :1, :])
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     with torch.cuda.device_of(q):
-        join(attention, state, k.contiguous(), v.contiguous(), None, phi_left, left_v, own)
-        recent = oldest(attention, state, 0)  # the token is the last of them by now
+        join(attention, state, k.contiguous(), v.contiguous(), None, phi_left, left_v, hedgehog)
+        recent = oldest(attention, state, 0)  # the new token is now the last recent one
         attend(attention, state, q, phi_q, recent, out, left=(phi_left, left_v))
     return out
 
 
 def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
+    """Raise ValueError if `why_not` returns a reason."""
     reason = why_not(attention, state, q)
     if reason is not None:
         raise ValueError(f"Triton's kernels for nodes cannot run: {reason}. Use block and commit.")
 
 
 def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
-    """`[B, heads, T, D] -> [B, far, g, T, F]`."""
-    if attention.far is None:
+    """Compute the features of queries, `[B, heads, T, D] -> [B, far, g, T, F]`."""
+    far: Any = attention.far
+    if far is None:
         return None
-    q = q.float().unflatten(1, (attention.equation.far_heads, -1))
-    return attention.far.queries(q).contiguous()
+    return far.queries(q.float().unflatten(1, (attention.equation.far_heads, -1))).contiguous()
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
-    """`[B, kv, T, D] -> [B, far, T, F]`."""
-    return None if attention.far is None else attention.far.keys(k.float()).contiguous()
+    """Compute the features of keys, `[B, kv, T, D] -> [B, far, T, F]`."""
+    far: Any = attention.far
+    return None if far is None else far.keys(k.float()).contiguous()
 
 
 def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
-    """Features of the recent tokens that may be far from one of the next `nodes`, or from the last of themselves."""
+    """Compute the features of the recent tokens that can be far from one of the next `nodes` tokens.
+
+    With `nodes` 0, they can be far from the last recent token.
+    """
     eq = attention.equation
     some = eq.recent if eq.scope == "group" else eq.recent - eq.size + nodes
     return keys(attention, state.recent_k[..., :some, :]) if some else None

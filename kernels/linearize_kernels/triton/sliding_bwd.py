@@ -1,37 +1,46 @@
-"""The backward kernels of the sliding form; positions are those of its forward.
+"""The backward kernels of the sliding form. `sliding_fwd` defines slots, rows and delays.
 
-With weights w_j of one normaliser, `d log w_j = w_j (d_out · v_j - mean)`, `mean = Σ_i w_i d_out · v_i`, for far ones
-too. Rows and slots gather what is theirs, so nothing is added atomically.
+Let w_j be the weights under one normaliser, local and far. Then `d log w_j = w_j (d_out · v_j - mean)` with
+`mean = Σ_i w_i d_out · v_i`. Every program sums the gradients of its own rows or slots, so no kernel adds
+atomically.
 """
 
 import torch
 from torch import Tensor
 
 from linearize_kernels.torch_forms.sliding import Shape, Tokens
-from linearize_kernels.triton.common import band, dot, folded, folded_apart, put, summed_apart, tile
+from linearize_kernels.triton.common import (
+    chunk_states,
+    dot,
+    load_taps,
+    load_tile,
+    packed_states,
+    packed_sums,
+    store_tile,
+)
 from linearize_kernels.triton.sliding_fwd import (
+    any_far,
     delays,
+    far_products,
     first_column,
+    first_key,
     first_row,
+    holds_key,
     is_far,
-    is_near,
-    is_there,
+    is_local,
     last_column,
-    near_scores,
-    older,
-    own_sinks,
-    products,
+    load_vector,
+    local_scores,
     scores,
-    seen_from,
     sink_scores,
+    sink_start,
+    sink_tensors,
     sizes,
-    some_far,
-    vector,
-    where_sinks_are,
+    states_outside,
 )
 from linearize_kernels.triton.tuning import Packed
 
-try:  # a loader of remote code demands what is imported outside
+try:  # transformers' loader of remote code requires every package that is imported outside a `try`
     import triton
     import triton.language as tl
 except ImportError:
@@ -44,61 +53,68 @@ def query_means(
     scale, start, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What the other kernels need of BM rows of one query head.
+    """Compute the terms that the other backward kernels read, for BM rows of one query head.
 
-    `mean` and `factor`, the far part's, are `[N, g, n C]`; `taps [N, g, n C, W]` is `d_out · v` by delay;
-    `sink_weights` and `d_sinks`, their scores' gradients, are `[N, g, n C, sinks]`. Of packed sequences, `taps` beyond
-    their begins are not written.
+    For packed sequences, `taps` is not written for delays before the start of the sequence.
+
+    Args:
+        mean: `[N, g, n C]`, is written: the mean above.
+        factor: `[N, g, n C]`, is written: the far part's factor under the normaliser.
+        taps: `[N, g, n C, W]`, is written: `d_out · v` by tap of the conv.
+        sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks, and `d_out · v`
+            of each.
     """
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
     slots, last = rows + R + AHEAD, last_column(first, BM, C, R, max(SIZE, AT + 1), F, AHEAD)
-    skip = seen_from(begins, skip, first, C)
-    first_sink, start = own_sinks(begins, skip, start, lane, slots, R, SINKS)
-    k += lane * slots * D
-    v += lane * slots * DV
-    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-    own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+    skip = first_key(begins, skip, first, C)
+    first_sink, start = sink_start(begins, skip, start, state_head, slots, R, SINKS)
+    k += state_head * slots * D
+    v += state_head * slots * DV
+    q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+    d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
     log = tl.load(log_total + head * rows + row)
     average = tl.zeros((BM,), tl.float32)
     if F > 0:
-        chunk = lane * (rows // C) + first // C
+        chunk = state_head * (rows // C) + first // C
         phi_q += head * rows * F
-        phi_k += lane * slots * F
+        phi_k += state_head * slots * F
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            answers = dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
-            average += tl.sum(answers * tile(phi_q, row, rows, f, F, UP), 1)
-        own_factor = tl.exp(tl.load(mix + head * rows + row).to(tl.float32) - log)
-        average *= own_factor
-        tl.store(factor + head * rows + row, own_factor)
+            d_phi = dot(d_out_tile, tl.trans(load_tile(S + chunk * F * DV, f, F, e, DV, UPCAST)))
+            average += tl.sum(d_phi * load_tile(phi_q, row, rows, f, F, UPCAST), 1)
+        factor_tile = tl.exp(tl.load(mix + head * rows + row).to(tl.float32) - log)
+        average *= factor_tile
+        tl.store(factor + head * rows + row, factor_tile)
     for s in range(first_column(first, begins, skip, C, R, max(SIZE, W - AT), F, SINKS), last, BS):
         slot = s + tl.arange(0, BS)
-        keys = tile(k, slot, last, d, D, UP)
+        keys = load_tile(k, slot, last, d, D, UPCAST)
         weights = tl.exp(
-            near_scores(own_q, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log[:, None]
+            local_scores(q_tile, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log[:, None]
         )
         delay = R + row[:, None] - slot[None, :]
         if F > 0:
-            some, seen = some_far(first, s, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD)
-            far = products(phi_q, row, rows, phi_k, slot, last, some, seen, F, BF, UP)
-            weights += own_factor[:, None] * far
-        d_weights = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP)))
+            has_far, seen = any_far(first, s, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD)
+            far = far_products(phi_q, row, rows, phi_k, slot, last, has_far, seen, F, BF, UPCAST)
+            weights += factor_tile[:, None] * far
+        d_weights = dot(d_out_tile, tl.trans(load_tile(v, slot, last, e, DV, UPCAST)))
         average += tl.sum(weights * d_weights, 1)
         if W > 0:
             tap = delay + AT
-            own_taps = taps + head * rows * W + (row[:, None] * W + tap)
-            tl.store(own_taps, d_weights, mask=(tap >= 0) & (tap < W))
+            tap_pointers = taps + head * rows * W + (row[:, None] * W + tap)
+            tl.store(tap_pointers, d_weights, mask=(tap >= 0) & (tap < W))
     sink_weights += head * rows * SINKS + row * SINKS
     d_sinks += head * rows * SINKS + row * SINKS
     for sink in range(SINKS):
-        score = sink_scores(own_q, vector(sink_k + (first_sink + sink) * D, d, D), start + row, sink, scale)
+        score = sink_scores(
+            q_tile, load_vector(sink_k + (first_sink + sink) * D, d, D), start + row, sink, scale
+        )
         weight = tl.exp(score - log)
-        d_weight = tl.sum(own_d * vector(sink_v + (first_sink + sink) * DV, e, DV)[None, :], 1)
+        d_weight = tl.sum(d_out_tile * load_vector(sink_v + (first_sink + sink) * DV, e, DV)[None, :], 1)
         average += weight * d_weight
         tl.store(sink_weights + sink, weight)
         tl.store(d_sinks + sink, d_weight)
@@ -110,30 +126,33 @@ def query_gradients(
     q, k, v, sink_k, log_total, d_out, mean, d_sinks, d_q, scale, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_q of BM rows of one query head."""
+    """Compute d_q of BM rows of one query head. `d_sinks` are the gradients of the sinks' scores."""
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, 0, AHEAD)
-    skip = seen_from(begins, skip, first, C)
-    first_sink, _ = own_sinks(begins, skip, 0, lane, slots, R, SINKS)
-    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-    own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+    skip = first_key(begins, skip, first, C)
+    first_sink, _ = sink_start(begins, skip, 0, state_head, slots, R, SINKS)
+    q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+    d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
     log = tl.load(log_total + head * rows + row)[:, None]
     average = tl.load(mean + head * rows + row)[:, None]
     acc = tl.zeros((BM, BD), tl.float32)
     for sink in range(SINKS):
         d_sink = tl.load(d_sinks + (head * rows + row) * SINKS + sink).to(tl.float32)
-        acc += d_sink[:, None] * vector(sink_k + (first_sink + sink) * D, d, D)[None, :]
+        acc += d_sink[:, None] * load_vector(sink_k + (first_sink + sink) * D, d, D)[None, :]
     for s in range(first_column(first, begins, skip, C, R, SIZE, 0, SINKS), last, BS):
         slot = s + tl.arange(0, BS)
-        keys = tile(k + lane * slots * D, slot, last, d, D, UP)
-        weights = tl.exp(near_scores(own_q, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log)
-        d_weights = dot(own_d, tl.trans(tile(v + lane * slots * DV, slot, last, e, DV, UP))) - average
+        keys = load_tile(k + state_head * slots * D, slot, last, d, D, UPCAST)
+        weights = tl.exp(local_scores(q_tile, keys, row, slot, skip, rows, scale, R, SIZE, AHEAD) - log)
+        d_weights = (
+            dot(d_out_tile, tl.trans(load_tile(v + state_head * slots * DV, slot, last, e, DV, UPCAST)))
+            - average
+        )
         acc += dot(weights * d_weights * scale, keys)
-    put(d_q + head * rows * D, acc, row, rows, d, D)
+    store_tile(d_q + head * rows * D, acc, row, rows, d, D)
 
 
 @triton.jit
@@ -141,37 +160,40 @@ def query_feature_gradients(
     v, phi_q, phi_k, S, z, d_out, mean, factor, d_phi, d_mix, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
+    """Compute d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
     slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, F, AHEAD)
     if AHEAD == 0:
         last -= SIZE
-    chunk = lane * (rows // C) + first // C
-    v += lane * slots * DV
-    own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
+    chunk = state_head * (rows // C) + first // C
+    v += state_head * slots * DV
+    d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
     average = tl.load(mean + head * rows + row)
-    own_factor = tl.load(factor + head * rows + row)
+    factor_tile = tl.load(factor + head * rows + row)
     total = tl.zeros((BM,), tl.float32)
     for first_f in range(0, F, BF):
         f = first_f + tl.arange(0, BF)
         masses = tl.load(z + chunk * F + f, mask=f < F, other=0.0)
         acc = (
-            dot(own_d, tl.trans(tile(S + chunk * F * DV, f, F, e, DV, UP)))
+            dot(d_out_tile, tl.trans(load_tile(S + chunk * F * DV, f, F, e, DV, UPCAST)))
             - average[:, None] * masses[None, :]
         )
-        begin = first_column(first, begins, seen_from(begins, 0, first, C), C, R, SIZE, F, 0)
+        begin = first_column(first, begins, first_key(begins, 0, first, C), C, R, SIZE, F, 0)
         for s in range(begin, last, BS):
             slot = s + tl.arange(0, BS)
             seen = is_far(R + row[:, None] - slot[None, :], SIZE, AHEAD)
-            d_weight = dot(own_d, tl.trans(tile(v, slot, last, e, DV, UP))) - average[:, None]
-            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_k + lane * slots * F, slot, last, f, F, UP))
-        acc *= own_factor[:, None]
-        total += tl.sum(acc * tile(phi_q + head * rows * F, row, rows, f, F, UP), 1)
-        put(d_phi + head * rows * F, acc, row, rows, f, F)
+            d_weight = dot(d_out_tile, tl.trans(load_tile(v, slot, last, e, DV, UPCAST))) - average[:, None]
+            acc += dot(
+                tl.where(seen, d_weight, 0.0),
+                load_tile(phi_k + state_head * slots * F, slot, last, f, F, UPCAST),
+            )
+        acc *= factor_tile[:, None]
+        total += tl.sum(acc * load_tile(phi_q + head * rows * F, row, rows, f, F, UPCAST), 1)
+        store_tile(d_phi + head * rows * F, acc, row, rows, f, F)
     tl.store(d_mix + head * rows + row, total)
 
 
@@ -180,15 +202,18 @@ def slot_gradients(
     q, k, v, phi_q, phi_k, conv, d_S, log_total, d_out, mean, factor, d_k, d_v, scale, skip, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of BS slots of one chunk, from the rows whose columns hold them and from what S brought later."""
-    lane, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
+    """Compute d_k and d_v of BS slots of one chunk.
+
+    Rows whose columns include the slots contribute directly. Rows of other chunks contribute through `d_S`.
+    """
+    state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, d, e = first + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
     AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
     slots = rows + R + AHEAD
-    own_k = tile(k + lane * slots * D, slot, slots, d, D, UP)
-    own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
+    k_tile = load_tile(k + state_head * slots * D, slot, slots, d, D, UPCAST)
+    v_tile = load_tile(v + state_head * slots * DV, slot, slots, e, DV, UPCAST)
     acc_k = tl.zeros((BS, BD), tl.float32)
     acc_v = tl.zeros((BS, BV), tl.float32)
     last = (first // C + 1) * C
@@ -197,39 +222,39 @@ def slot_gradients(
     begin = first_row(first, C, R, max(SIZE, AT + 1), F, AHEAD) // BM * BM
     steps = tl.cdiv(tl.maximum(tl.minimum(last, rows) - begin, 0), BM)
     for step in range(0, GROUP * steps):
-        head = lane * GROUP + step // steps
+        head = state_head * GROUP + step // steps
         t = begin + step % steps * BM
         row = t + tl.arange(0, BM)
-        own_skip = seen_from(begins, skip, t, C)
-        delay = delays(slot, row, begins, own_skip, R, SINKS)
-        own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-        own_d = tile(d_out + head * rows * DV, row, rows, e, DV, UP)
-        seen = is_near(delay, SIZE, AHEAD) & is_there(slot, own_skip, R + rows, AHEAD)[:, None]
+        first_slot = first_key(begins, skip, t, C)
+        delay = delays(slot, row, begins, first_slot, R, SINKS)
+        q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+        d_out_tile = load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)
+        seen = is_local(delay, SIZE, AHEAD) & holds_key(slot, first_slot, R + rows, AHEAD)[:, None]
         log = tl.load(log_total + head * rows + row)
-        weight = tl.exp(scores(own_k, own_q, seen, scale) - log[None, :])
-        d_weight = dot(own_v, tl.trans(own_d)) - tl.load(mean + head * rows + row)[None, :]
-        acc_k += dot(weight * d_weight * scale, own_q)
+        weight = tl.exp(scores(k_tile, q_tile, seen, scale) - log[None, :])
+        d_weight = dot(v_tile, tl.trans(d_out_tile)) - tl.load(mean + head * rows + row)[None, :]
+        acc_k += dot(weight * d_weight * scale, q_tile)
         if W > 0:
-            weight += band(conv + head * W, delay + AT, W)
+            weight += load_taps(conv + head * W, delay + AT, W)
         if F > 0:
-            far = products(
-                phi_k + lane * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
-                some_far(t, first, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD), F, BF, UP,
+            far = far_products(
+                phi_k + state_head * slots * F, slot, slots, phi_q + head * rows * F, row, rows,
+                any_far(t, first, R, SIZE, AHEAD, BM, BS), is_far(delay, SIZE, AHEAD), F, BF, UPCAST,
             )  # fmt: skip
             weight += tl.load(factor + head * rows + row)[None, :] * far
-        acc_v += dot(weight, own_d)
+        acc_v += dot(weight, d_out_tile)
     if F > 0:
-        old = rows if AHEAD == 0 else slots  # the last R slots are in no S, unless rows see ahead
-        chunk, own_slot = tl.minimum(first, old - 1) // C, slot
+        old = rows if AHEAD == 0 else slots  # without slots ahead, no S includes the last R slots
+        chunk, state_slot = tl.minimum(first, old - 1) // C, slot
         if begins is not None:
-            own_slot = tl.where(slot >= tl.load(begins + chunk), slot, old)
-        chunk += lane * (old // C)
+            state_slot = tl.where(slot >= tl.load(begins + chunk), slot, old)
+        chunk += state_head * (old // C)
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_k + lane * slots * F, own_slot, old, f, F, UP)
-            acc_v += dot(phi, tile(d_S + chunk * F * DV, f, F, e, DV, UP))
-    put(d_k + lane * slots * D, acc_k, slot, slots, d, D)
-    put(d_v + lane * slots * DV, acc_v, slot, slots, e, DV)
+            phi = load_tile(phi_k + state_head * slots * F, state_slot, old, f, F, UPCAST)
+            acc_v += dot(phi, load_tile(d_S + chunk * F * DV, f, F, e, DV, UPCAST))
+    store_tile(d_k + state_head * slots * D, acc_k, slot, slots, d, D)
+    store_tile(d_v + state_head * slots * DV, acc_v, slot, slots, e, DV)
 
 
 @triton.jit
@@ -237,101 +262,124 @@ def slot_feature_gradients(
     v, phi_q, d_S, d_z, d_out, mean, factor, d_phi, begins, rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BF features' d_phi_k of BS slots of one chunk."""
-    lane, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
+    """Compute d_phi_k of BS slots of one chunk, for BF features."""
+    state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, f, e = first + tl.arange(0, BS), tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BV)
     slots = rows + R + AHEAD
-    own_v = tile(v + lane * slots * DV, slot, slots, e, DV, UP)
+    v_tile = load_tile(v + state_head * slots * DV, slot, slots, e, DV, UPCAST)
     acc = tl.zeros((BS, BF), tl.float32)
     begin = first_row(first if AHEAD > 0 else first + SIZE, C, R, SIZE, F, AHEAD) // BM * BM
     for member in range(GROUP):
-        head = lane * GROUP + member
+        head = state_head * GROUP + member
         for t in range(begin, tl.minimum((first // C + 1) * C, rows), BM):
             row = t + tl.arange(0, BM)
-            seen = is_far(delays(slot, row, begins, seen_from(begins, 0, t, C), R, SINKS), SIZE, AHEAD)
-            d_weight = dot(own_v, tl.trans(tile(d_out + head * rows * DV, row, rows, e, DV, UP)))
+            seen = is_far(delays(slot, row, begins, first_key(begins, 0, t, C), R, SINKS), SIZE, AHEAD)
+            d_weight = dot(v_tile, tl.trans(load_tile(d_out + head * rows * DV, row, rows, e, DV, UPCAST)))
             d_weight -= tl.load(mean + head * rows + row)[None, :]
             d_weight *= tl.load(factor + head * rows + row)[None, :]
-            acc += dot(tl.where(seen, d_weight, 0.0), tile(phi_q + head * rows * F, row, rows, f, F, UP))
+            acc += dot(
+                tl.where(seen, d_weight, 0.0), load_tile(phi_q + head * rows * F, row, rows, f, F, UPCAST)
+            )
     old = rows if AHEAD == 0 else slots
     if first < old:
-        chunk = lane * (old // C) + first // C
-        later = dot(own_v, tl.trans(tile(d_S + chunk * F * DV, f, F, e, DV, UP)))
+        chunk = state_head * (old // C) + first // C
+        later = dot(v_tile, tl.trans(load_tile(d_S + chunk * F * DV, f, F, e, DV, UPCAST)))
         later += tl.load(d_z + chunk * F + f, mask=f < F, other=0.0)[None, :]
         if begins is not None:
             later = tl.where((slot >= tl.load(begins + first // C))[:, None], later, 0.0)
         acc += later
-    put(d_phi + lane * slots * F, acc, slot, slots, f, F)
+    store_tile(d_phi + state_head * slots * F, acc, slot, slots, f, F)
 
 
 def backward(
     shape: Shape, tokens: Tokens, log_total: Tensor, d_out: Tensor, d_S: Tensor | None, d_z: Tensor | None,
     packed: Packed | None = None,
 ) -> Tokens:  # fmt: skip
-    """The gradients of `tokens`, from those of what `sliding` returns; log_total: as `forward` left it."""
-    q, k, v, phi_q, phi_k, mix, conv, *_ = tokens
-    lanes, group, rows = q.shape[:3]
-    slots, chunks = k.shape[1], rows // shape.chunk
-    sink_k, sink_v, begins = where_sinks_are(tokens, packed)
-    states, masses, _, _ = older(shape, tokens, packed)
-    grads = Tokens(*(None if x is None else torch.empty_like(x) for x in tokens))
-    mean, factor = (torch.empty_like(log_total) for _ in range(2))
-    room = log_total.new_empty if packed is None else log_total.new_zeros
-    taps = None if conv is None else room(*q.shape[:3], conv.shape[-1])
+    """Compute the gradients of `tokens` from those of the outputs.
 
-    own = sizes("query_means", shape, tokens, packed)
-    sink_weights, d_sinks = (mean.new_empty(lanes, group * rows, own["SINKS"]) for _ in range(2))
-    query_means[(lanes * group, rows // own["BM"])](
+    Args:
+        log_total: `[N, g, n C]`, the last result of `sliding_fwd.forward`.
+        d_out: `[N, g, n C, Dv]`.
+        d_S, d_z: `[N, F, Dv]` and `[N, F]`, or None for packed sequences.
+    """
+    q, k, v, phi_q, phi_k, mix, conv, *_ = tokens
+    heads, group, rows = q.shape[:3]
+    slots, chunks = k.shape[1], rows // shape.chunk
+    sink_k, sink_v, begins = sink_tensors(tokens, packed)
+    states, masses, _, _ = states_outside(shape, tokens, packed)
+    grads = Tokens._make(None if x is None else torch.empty_like(x) for x in tokens)
+    mean, factor = (torch.empty_like(log_total) for _ in range(2))
+    new_buffer = log_total.new_empty if packed is None else log_total.new_zeros
+    taps = None if conv is None else new_buffer(*q.shape[:3], conv.shape[-1])
+
+    options = sizes("query_means", shape, tokens, packed)
+    sink_weights, d_sinks = (mean.new_empty(heads, group * rows, options["SINKS"]) for _ in range(2))
+    query_means[(heads * group, rows // options["BM"])](
         q, k, v, phi_q, phi_k, mix, states, sink_k, sink_v, log_total, d_out, mean, factor, taps, sink_weights,
-        d_sinks, shape.scale, shape.start, shape.skip, begins, rows, **own,
+        d_sinks, shape.scale, shape.start, shape.skip, begins, rows, **options,
     )  # fmt: skip
-    d_sinks = (sink_weights * (d_sinks - mean.view(lanes, -1, 1)) * shape.scale).to(q.dtype)
+    d_sinks = (sink_weights * (d_sinks - mean.view(heads, -1, 1)) * shape.scale).to(q.dtype)
     sink_weights = sink_weights.to(q.dtype)
-    own = sizes("query_gradients", shape, tokens, packed)
-    query_gradients[(lanes * group, rows // own["BM"])](
-        q, k, v, sink_k, log_total, d_out, mean, d_sinks, grads.q, shape.scale, shape.skip, begins, rows, **own,
+    options = sizes("query_gradients", shape, tokens, packed)
+    query_gradients[(heads * group, rows // options["BM"])](
+        q, k, v, sink_k, log_total, d_out, mean, d_sinks, grads.q, shape.scale, shape.skip, begins, rows, **options,
     )  # fmt: skip
-    if conv is not None:
+    if grads.conv is not None and taps is not None:
         grads.conv.copy_(taps.sum(2))
 
     d_states = d_masses = None
     if phi_q is not None:
-        own = sizes("query_feature_gradients", shape, tokens, packed)
-        query_feature_gradients[(lanes * group, rows // own["BM"])](
-            v, phi_q, phi_k, states, masses, d_out, mean, factor, grads.phi_q, grads.mix, begins, rows, **own
+        options = sizes("query_feature_gradients", shape, tokens, packed)
+        query_feature_gradients[(heads * group, rows // options["BM"])](
+            v,
+            phi_q,
+            phi_k,
+            states,
+            masses,
+            d_out,
+            mean,
+            factor,
+            grads.phi_q,
+            grads.mix,
+            begins,
+            rows,
+            **options,
         )
-        part = dict(factor=factor, mean=mean)
         if packed is None:
-            d_states, d_masses, d_S, d_z = folded(
-                phi_q, d_out, d_S, d_z, chunks, shape.chunk, **part, reverse=True, empty=shape.around
+            assert d_S is not None
+            d_states, d_masses, d_S, d_z = chunk_states(
+                phi_q, d_out, d_S, d_z, chunks, shape.chunk, factor, mean, reverse=True, empty=shape.around
             )
             if shape.ahead:
-                before = phi_q, d_out, torch.zeros_like(d_S), torch.zeros_like(d_z), chunks, shape.chunk
-                folded(*before, **part, onto=(d_states, d_masses), to=shape.around)
+                zeros = torch.zeros_like(tokens.S), torch.zeros_like(tokens.z)
+                earlier = phi_q, d_out, *zeros, chunks, shape.chunk, factor, mean
+                chunk_states(*earlier, onto=(d_states, d_masses), to=shape.around)
         else:
-            own = dict(with_z=True, reverse=True)
-            d_states, d_masses = folded_apart(phi_q, d_out, shape.chunk, packed, **part, **own)
-        own = sizes("slot_feature_gradients", shape, tokens, packed)
-        grid = (lanes, triton.cdiv(slots, own["BS"]), triton.cdiv(own["F"], own["BF"]))
+            d_states, d_masses = packed_states(
+                phi_q, d_out, shape.chunk, packed, with_z=True, factor=factor, mean=mean, reverse=True
+            )
+        options = sizes("slot_feature_gradients", shape, tokens, packed)
+        grid = (heads, triton.cdiv(slots, options["BS"]), triton.cdiv(options["F"], options["BF"]))
         slot_feature_gradients[grid](
-            v, phi_q, d_states, d_masses, d_out, mean, factor, grads.phi_k, begins, rows, **own
+            v, phi_q, d_states, d_masses, d_out, mean, factor, grads.phi_k, begins, rows, **options
         )
-    own = sizes("slot_gradients", shape, tokens, packed)
-    slot_gradients[(lanes, triton.cdiv(slots, own["BS"]))](
+    options = sizes("slot_gradients", shape, tokens, packed)
+    slot_gradients[(heads, triton.cdiv(slots, options["BS"]))](
         q, k, v, phi_q, phi_k, conv, d_states, log_total, d_out, mean, factor, grads.k, grads.v, shape.scale,
-        shape.skip, begins, rows, **own,
+        shape.skip, begins, rows, **options,
     )  # fmt: skip
     if packed is None:
+        assert d_S is not None and d_z is not None
         grads.S.copy_(d_S)
         grads.z.copy_(d_z)
         torch.bmm(sink_weights.mT, d_out.flatten(1, 2), out=grads.sink_v)
         torch.bmm(d_sinks.mT, q.flatten(1, 2), out=grads.sink_k)
     elif packed.sinks:
         first = packed.begins[packed.segments[packed.firsts[:-1]]] - packed.sinks
-        places = (first[:, None] + torch.arange(packed.sinks, device=first.device)).flatten()
+        sink_slots = (first[:, None] + torch.arange(packed.sinks, device=first.device)).flatten()
         for grad, weights, x in ((grads.v, sink_weights, d_out), (grads.k, d_sinks, q)):
-            own = summed_apart(weights.unflatten(1, (group, rows)), x, shape.chunk, packed)
-            grad.index_add_(1, places, own.flatten(1, 2).to(grad.dtype))
+            d_sequences = packed_sums(weights.unflatten(1, (group, rows)), x, shape.chunk, packed)
+            grad.index_add_(1, sink_slots, d_sequences.flatten(1, 2).to(grad.dtype))
     return grads

@@ -1,42 +1,57 @@
-"""The forward kernel of the sliding form, and what its backward kernels share with it.
+"""The forward kernel of the sliding form, and the device functions that its backward kernels share.
 
-Positions are of the timeline: row t's own token is in slot R + t, so slot s is `R + t - s` behind it. Within its
-chunk's columns it is near below `size` behind and far from there on, and the same ahead where AHEAD slots end columns.
-`begins` are those of packed sequences, or None; packed rows see nothing ahead. What is not of a chunk's own sequence is
-below `begins - SINKS`, or of a later chunk.
+Slots and rows are indices into the timeline (see `torch_forms.chunks`). The token of row t is in slot R + t,
+so slot s is `R + t - s` tokens behind row t: its delay. Each row sees the columns of its chunk. A column is
+local if its delay is below `size`, otherwise far. With AHEAD > 0 there are columns ahead of a row, with
+negative delays, and the rule applies to the absolute delay.
+
+For packed sequences, `begins` has the first slot after the sinks of each chunk's sequence, otherwise it is
+None. Rows of packed sequences never see ahead. The slots of earlier sequences are below `begins - SINKS`.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize_kernels.parts.combine import TINY
 from linearize_kernels.torch_forms.sliding import LOW, Shape, Tokens
-from linearize_kernels.triton.common import INTERPRETED, band, dot, folded, folded_apart, put, tile
+from linearize_kernels.triton.common import (
+    INTERPRETED,
+    chunk_states,
+    dot,
+    load_taps,
+    load_tile,
+    packed_states,
+    store_tile,
+)
 from linearize_kernels.triton.tuning import Packed, padded, tiles
 
-try:  # a loader of remote code demands what is imported outside
+try:  # transformers' loader of remote code requires every package that is imported outside a `try`
     import triton
     import triton.language as tl
 except ImportError:
     raise
 
-LOWEST, LEAST = tl.constexpr(LOW), tl.constexpr(TINY)
+LOW_SCORE, TINY_TOTAL = tl.constexpr(LOW), tl.constexpr(TINY)
 
 
 @triton.jit
 def scores(a, b, seen, scale):
-    """`a bᵀ` scaled, -inf where not seen."""
+    """Compute the scaled scores `a bᵀ`, -inf where `seen` is False."""
     return tl.where(seen, dot(a, tl.trans(b)) * scale, float("-inf"))
 
 
 @triton.jit
-def is_near(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+def is_local(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    """Determine which delays are within the window."""
     least = 0 if AHEAD == 0 else 1 - SIZE
     return (delay >= least) & (delay < SIZE)
 
 
 @triton.jit
 def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    """Determine which delays are outside the window."""
     far = delay >= SIZE
     if AHEAD > 0:
         far = far | (delay <= -SIZE)
@@ -44,34 +59,43 @@ def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
 
 
 @triton.jit
-def some_far(
+def any_far(
     row, slot, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr
 ):
-    """Whether one of BM rows and one of BS slots are far from one another."""
-    some = R + row + BM - slot > SIZE
+    """Determine if any of BM rows is far from any of BS slots."""
+    has_far = R + row + BM - slot > SIZE
     if AHEAD > 0:
-        some = some | (slot + BS - R - row > SIZE)
-    return some
+        has_far = has_far | (slot + BS - R - row > SIZE)
+    return has_far
 
 
 @triton.jit
-def is_there(slot, skip, end, AHEAD: tl.constexpr):
-    """Whether a slot holds a token and no sink; without slots ahead no row reads behind the end."""
-    there = slot >= skip
+def holds_key(slot, skip, end, AHEAD: tl.constexpr):
+    """Determine which slots hold a key that is no sink.
+
+    Without slots ahead no row reads past the end.
+    """
+    present = slot >= skip
     if AHEAD > 0:
-        there = there & (slot < end)
-    return there
+        present = present & (slot < end)
+    return present
 
 
 @triton.jit
-def near_scores(q, k, row, slot, skip, rows, scale, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    near = is_near(R + row[:, None] - slot[None, :], SIZE, AHEAD)
-    return scores(q, k, near & is_there(slot, skip, R + rows, AHEAD)[None, :], scale)
+def local_scores(
+    q, k, row, slot, skip, rows, scale, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr
+):
+    """Compute the scores of local keys, -inf for all other keys."""
+    local = is_local(R + row[:, None] - slot[None, :], SIZE, AHEAD)
+    return scores(q, k, local & holds_key(slot, skip, R + rows, AHEAD)[None, :], scale)
 
 
 @triton.jit
 def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
-    """How far slots are behind rows of one chunk, `[slots, rows]`; in packed sequences, -1 behind those of another."""
+    """Compute the delays of slots behind the rows of one chunk, `[slots, rows]`.
+
+    Slots of earlier packed sequences get -1, which is neither local nor far.
+    """
     delay = R + row[None, :] - slot[:, None]
     if begins is not None:
         delay = tl.where((slot >= skip - SINKS)[:, None], delay, -1)
@@ -79,44 +103,56 @@ def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
 
 
 @triton.jit
-def seen_from(begins, skip, row, C: tl.constexpr):
-    """The first slot that a row's chunk sees as a key that is no sink."""
+def first_key(begins, skip, row, C: tl.constexpr):
+    """Return the first slot with a key that is no sink, for the chunk of a row."""
     if begins is not None:
         skip = tl.load(begins + row // C)
     return skip
 
 
 @triton.jit
-def own_sinks(begins, skip, start, lane, slots, R: tl.constexpr, SINKS: tl.constexpr):
-    """The first sink's place among all of them, and row 0's position; a packed sequence's sinks are its first slots."""
-    place = lane * SINKS
+def sink_start(begins, skip, start, state_head, slots, R: tl.constexpr, SINKS: tl.constexpr):
+    """Return the index of the first sink in the sink tensors, and the position of row 0.
+
+    The sinks of a packed sequence are its first slots.
+    """
+    index = state_head * SINKS
     if begins is not None:
-        place = lane * slots + skip - SINKS
+        index = state_head * slots + skip - SINKS
         start = R + SINKS - skip
-    return place, start
+    return index, start
 
 
 @triton.jit
-def vector(x, column, WIDTH: tl.constexpr):
+def load_vector(x, column, WIDTH: tl.constexpr):
+    """Load columns of a vector `[WIDTH]` as fp32, zero outside it."""
     return tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def sink_scores(q, key, position, sink, scale):
-    """Of one sink, whose position is its number: `q [rows, D]`, `key [D]`."""
+    """Compute the scores of one sink, `q [rows, D]` and `key [D]`, -inf for rows before it.
+
+    The position of a sink is its index.
+    """
     return tl.where(position >= sink, tl.sum(q.to(tl.float32) * key[None, :], 1) * scale, float("-inf"))
 
 
 @triton.jit
-def products(
-    a, a_row, a_end, b, b_row, b_end, some, seen, F: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr
+def far_products(
+    a, a_row, a_end, b, b_row, b_end, has_far, seen, F: tl.constexpr, BF: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """`φ_a φ_bᵀ` of rows of `a [., F]` and `b [., F]`, 0 where not seen; unless `some`, none is."""
+    """Compute `φ_a φ_bᵀ` for rows of `a [., F]` and `b [., F]`, zero where `seen` is False.
+
+    With `has_far` False nothing is loaded.
+    """
     out = tl.zeros(seen.shape, tl.float32)
-    if some:
+    if has_far:
         for first in range(0, F, BF):
             f = first + tl.arange(0, BF)
-            out += dot(tile(a, a_row, a_end, f, F, UP), tl.trans(tile(b, b_row, b_end, f, F, UP)))
+            out += dot(
+                load_tile(a, a_row, a_end, f, F, UPCAST), tl.trans(load_tile(b, b_row, b_end, f, F, UPCAST))
+            )
     return tl.where(seen, out, 0.0)
 
 
@@ -124,8 +160,10 @@ def products(
 def first_column(
     row, begins, skip, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
-    """The first slot that rows from `row` on read: their chunk's first column, or without far ones REACH back; in
-    packed sequences, none before their own.
+    """Return the first slot that the rows from `row` on read.
+
+    It is the first column of their chunk, or without a far part the slot REACH - 1 behind `row`. Rows of a
+    packed sequence read no slot before their sequence.
     """
     first = row // C * C
     if F == 0:
@@ -139,8 +177,10 @@ def first_column(
 def last_column(
     row, BM: tl.constexpr, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """The end of the slots that BM rows from `row` on read: their own; ahead, their chunk's last column, or without
-    far ones REACH on.
+    """Return the end of the slots that BM rows from `row` on read.
+
+    Without slots ahead it is the end of the rows' own slots. Otherwise it is the end of their chunk's
+    columns, or without a far part REACH - 1 slots after the last row.
     """
     last = row + BM + R
     if AHEAD > 0:
@@ -153,8 +193,10 @@ def last_column(
 def first_row(
     slot, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """The first row that reads one of the slots from `slot` on, which are of one chunk: its own; where rows see ahead,
-    the first whose chunk's columns hold it, or without far ones REACH back.
+    """Return the first row that reads one of the slots from `slot` on, all in one chunk.
+
+    Without slots ahead it is the row of that slot. Otherwise it is the first row whose chunk has the slot
+    among its columns, or without a far part the row REACH - 1 before it.
     """
     first = slot - R
     if AHEAD > 0:
@@ -163,9 +205,9 @@ def first_row(
     return tl.maximum(first, 0)
 
 
-def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> dict:
-    """The keyword arguments of a kernel that works on rows and slots."""
-    own = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
+def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> dict[str, Any]:
+    """Return the compile-time arguments of a kernel that works on rows and slots."""
+    options = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
     return dict(
         GROUP=tokens.q.shape[1],
@@ -180,35 +222,41 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> d
         SINKS=tokens.sink_k.shape[1] if packed is None else packed.sinks,
         BD=padded(tokens.q.shape[-1]),
         BV=padded(tokens.v.shape[-1]),
-        BF=min(own.features, padded(features)),
-        BM=min(own.rows, shape.chunk),
-        BS=min(own.slots, shape.chunk),
-        UP=INTERPRETED,
-        num_warps=own.warps,
-        num_stages=own.stages,
+        BF=min(options.features, padded(features)),
+        BM=min(options.rows, shape.chunk),
+        BS=min(options.slots, shape.chunk),
+        UPCAST=INTERPRETED,
+        num_warps=options.warps,
+        num_stages=options.stages,
     )
 
 
-def older(
+def states_outside(
     shape: Shape, tokens: Tokens, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """S and z outside each chunk's columns, and after the last chunk; without a far part nothing is added to them.
-    Packed sequences have none after the last.
+    """Compute S and z outside each chunk's columns, and S and z after the last chunk.
+
+    Without a far part the state is copied. Packed sequences have no state after the last chunk.
+
+    Returns:
+        `[N, n, F, Dv]`, `[N, n, F]`, `[N, F, Dv]` and `[N, F]`, or None.
     """
     if tokens.phi_k is None:
-        return None, None, *(None if x is None else x.clone() for x in (tokens.S, tokens.z))
-    own, chunks = (tokens.phi_k[:, None], tokens.v[:, None]), tokens.q.shape[2] // shape.chunk
+        S, z = (None if x is None else x.clone() for x in (tokens.S, tokens.z))
+        return None, None, S, z
+    phi_k, v, chunks = tokens.phi_k[:, None], tokens.v[:, None], tokens.q.shape[2] // shape.chunk
     if packed is not None:
-        return *folded_apart(*own, shape.chunk, packed, packed.begins, with_z=True), None, None
-    states, masses, S, z = folded(*own, tokens.S, tokens.z, chunks, shape.chunk)
+        return *packed_states(phi_k, v, shape.chunk, packed, packed.begins, with_z=True), None, None
+    states, masses, S_after, z_after = chunk_states(phi_k, v, tokens.S, tokens.z, chunks, shape.chunk)
     if shape.ahead:
-        behind = *own, torch.zeros_like(S), torch.zeros_like(z), chunks, shape.chunk
-        folded(*behind, reverse=True, onto=(states, masses), start=shape.around)
-    return states, masses, S, z
+        zeros = torch.zeros_like(tokens.S), torch.zeros_like(tokens.z)
+        later = phi_k, v, *zeros, chunks, shape.chunk
+        chunk_states(*later, reverse=True, onto=(states, masses), start=shape.around)
+    return states, masses, S_after, z_after
 
 
-def where_sinks_are(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where the sinks are, and `begins`."""
+def sink_tensors(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the tensors that hold the keys and values of the sinks, and `begins` of packed sequences."""
     return (tokens.sink_k, tokens.sink_v, None) if packed is None else (tokens.k, tokens.v, packed.begins)
 
 
@@ -218,83 +266,98 @@ def attend(
     rows,
     GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of BM rows of one query head, and the logarithm of their normaliser: `log_total [N, g, n C]`."""
+    """Compute the outputs of BM rows of one query head, and the logarithm of their normaliser.
+
+    Args:
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the state outside the columns of each chunk.
+        log_total: `[N, g, n C]`, is written.
+        start, skip: as in `Shape`. Packed sequences use `begins` instead.
+        rows: n C.
+    """
     head = tl.program_id(0).to(tl.int64)
-    lane, first = head // GROUP, tl.program_id(1) * BM
+    state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     slots, last = rows + R + AHEAD, last_column(first, BM, C, R, SIZE, F, AHEAD)
-    skip = seen_from(begins, skip, first, C)
-    first_sink, start = own_sinks(begins, skip, start, lane, slots, R, SINKS)
-    k += lane * slots * D
-    v += lane * slots * DV
-    own_q = tile(q + head * rows * D, row, rows, d, D, UP)
-    ceiling = tl.full((BM,), LOWEST, tl.float32)
+    skip = first_key(begins, skip, first, C)
+    first_sink, start = sink_start(begins, skip, start, state_head, slots, R, SINKS)
+    k += state_head * slots * D
+    v += state_head * slots * DV
+    q_tile = load_tile(q + head * rows * D, row, rows, d, D, UPCAST)
+    running_max = tl.full((BM,), LOW_SCORE, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BV), tl.float32)
     if F > 0:
-        own_mix = tl.load(mix + head * rows + row).to(tl.float32)
-        ceiling = tl.maximum(own_mix, ceiling)
+        mix_tile = tl.load(mix + head * rows + row).to(tl.float32)
+        running_max = tl.maximum(mix_tile, running_max)
     for sink in range(SINKS):
-        score = sink_scores(own_q, vector(sink_k + (first_sink + sink) * D, d, D), start + row, sink, scale)
-        higher = tl.maximum(ceiling, score)
-        shrink = tl.exp(ceiling - higher)
-        weight = tl.exp(score - higher)
-        ceiling = higher
-        total = total * shrink + weight
-        value = vector(sink_v + (first_sink + sink) * DV, e, DV)
-        acc = acc * shrink[:, None] + weight[:, None] * value[None, :]
+        score = sink_scores(
+            q_tile, load_vector(sink_k + (first_sink + sink) * D, d, D), start + row, sink, scale
+        )
+        new_max = tl.maximum(running_max, score)
+        rescale = tl.exp(running_max - new_max)
+        weight = tl.exp(score - new_max)
+        running_max = new_max
+        total = total * rescale + weight
+        value = load_vector(sink_v + (first_sink + sink) * DV, e, DV)
+        acc = acc * rescale[:, None] + weight[:, None] * value[None, :]
     if F > 0:
-        chunk = lane * (rows // C) + first // C
+        chunk = state_head * (rows // C) + first // C
         phi_q += head * rows * F
-        phi_k += lane * slots * F
-        factor = tl.exp(own_mix - ceiling)[:, None]
+        phi_k += state_head * slots * F
+        factor = tl.exp(mix_tile - running_max)[:, None]
         for first_f in range(0, F, BF):
             f = first_f + tl.arange(0, BF)
-            phi = tile(phi_q, row, rows, f, F, UP) * factor
-            acc += dot(phi, tile(S + chunk * F * DV, f, F, e, DV, UP))
+            phi = load_tile(phi_q, row, rows, f, F, UPCAST) * factor
+            acc += dot(phi, load_tile(S + chunk * F * DV, f, F, e, DV, UPCAST))
             total += tl.sum(phi * tl.load(z + chunk * F + f, mask=f < F, other=0.0)[None, :], 1)
     for s in range(first_column(first, begins, skip, C, R, SIZE, F, SINKS), last, BS):
         slot = s + tl.arange(0, BS)
-        near = near_scores(own_q, tile(k, slot, last, d, D, UP), row, slot, skip, rows, scale, R, SIZE, AHEAD)
-        higher = tl.maximum(ceiling, tl.max(near, 1))
-        shrink = tl.exp(ceiling - higher)
-        weights = tl.exp(near - higher[:, None])
-        ceiling = higher
+        local = local_scores(
+            q_tile, load_tile(k, slot, last, d, D, UPCAST), row, slot, skip, rows, scale, R, SIZE, AHEAD
+        )
+        new_max = tl.maximum(running_max, tl.max(local, 1))
+        rescale = tl.exp(running_max - new_max)
+        weights = tl.exp(local - new_max[:, None])
+        running_max = new_max
         if F > 0:
             seen = is_far(R + row[:, None] - slot[None, :], SIZE, AHEAD)
-            some = some_far(first, s, R, SIZE, AHEAD, BM, BS)
-            far = products(phi_q, row, rows, phi_k, slot, last, some, seen, F, BF, UP)
-            weights += tl.exp(own_mix - ceiling)[:, None] * far
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + dot(weights, tile(v, slot, last, e, DV, UP))
-    total = tl.maximum(total, LEAST)
+            has_far = any_far(first, s, R, SIZE, AHEAD, BM, BS)
+            far = far_products(phi_q, row, rows, phi_k, slot, last, has_far, seen, F, BF, UPCAST)
+            weights += tl.exp(mix_tile - running_max)[:, None] * far
+        total = total * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None] + dot(weights, load_tile(v, slot, last, e, DV, UPCAST))
+    total = tl.maximum(total, TINY_TOTAL)
     acc /= total[:, None]
     if W > 0:
         AT: tl.constexpr = 0 if AHEAD == 0 else W // 2  # the tap of a row's own slot
         last = last_column(first, BM, C, R, AT + 1, 0, AHEAD)
         for s in range(first_column(first, begins, skip, C, R, W - AT, 0, SINKS), last, BS):
             slot = s + tl.arange(0, BS)
-            taps = band(conv + head * W, R + row[:, None] - slot[None, :] + AT, W)
-            acc += dot(taps, tile(v, slot, last, e, DV, UP))
-    put(out + head * rows * DV, acc, row, rows, e, DV)
-    tl.store(log_total + head * rows + row, ceiling + tl.log(total))
+            taps = load_taps(conv + head * W, R + row[:, None] - slot[None, :] + AT, W)
+            acc += dot(taps, load_tile(v, slot, last, e, DV, UPCAST))
+    store_tile(out + head * rows * DV, acc, row, rows, e, DV)
+    tl.store(log_total + head * rows + row, running_max + tl.log(total))
 
 
 def forward(
     shape: Shape, tokens: Tokens, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """What `sliding.sliding` returns, and the logarithms of the normalisers, `[N, g, n C]`."""
+    """Compute the forward pass of the sliding form.
+
+    Returns:
+        The results of `forms.sliding`, and the logarithms of the normalisers, `[N, g, n C]`.
+    """
     q = tokens.q
-    lanes, group, rows = q.shape[:3]
-    states, masses, S, z = older(shape, tokens, packed)
-    sink_k, sink_v, begins = where_sinks_are(tokens, packed)
-    out = q.new_empty(lanes, group, rows, tokens.v.shape[-1])
-    log_total = q.new_empty(lanes, group, rows, dtype=torch.float32)
-    own = sizes("attend", shape, tokens, packed)
-    attend[(lanes * group, rows // own["BM"])](
+    heads, group, rows = q.shape[:3]
+    states, masses, S, z = states_outside(shape, tokens, packed)
+    sink_k, sink_v, begins = sink_tensors(tokens, packed)
+    out = q.new_empty(heads, group, rows, tokens.v.shape[-1])
+    log_total = q.new_empty(heads, group, rows, dtype=torch.float32)
+    options = sizes("attend", shape, tokens, packed)
+    attend[(heads * group, rows // options["BM"])](
         q, tokens.k, tokens.v, tokens.phi_q, tokens.phi_k, tokens.mix, tokens.conv, states, masses, sink_k, sink_v,
-        out, log_total, shape.scale, shape.start, shape.skip, begins, rows, **own,
+        out, log_total, shape.scale, shape.start, shape.skip, begins, rows, **options,
     )  # fmt: skip
     return out, S, z, log_total

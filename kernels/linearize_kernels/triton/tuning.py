@@ -1,4 +1,7 @@
-"""What Triton's kernels take, and how much one program works on. Nothing here imports Triton at once."""
+"""The limits of the Triton kernels, and the tile sizes of their programs.
+
+Triton is imported only when `limit` runs.
+"""
 
 from typing import NamedTuple
 
@@ -7,18 +10,21 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNKS = (16, 32, 64, 128)
-WIDEST = 256  # of heads' dimensions and features
-SEGMENT = 8  # chunks that a program of `fold` goes through
+WIDEST = 256  # the most dimensions of heads and of features
+SEGMENT = 8  # chunks that a program of `fold` sums
 
 
 class Packed(NamedTuple):
-    """Sequences packed into one timeline: each begins with a chunk, from nothing, and is filled up to whole chunks.
+    """The layout of sequences packed into one timeline.
+
+    Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks.
 
     Attributes:
-        begins: `[n]` int32, by chunk, the first slot of its sequence behind the sinks.
-        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n; no segment is of two sequences.
+        begins: `[n]` int32, for each chunk the first slot of its sequence after the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n. No segment spans two
+            sequences.
         firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
-        sinks: so many first tokens of each sequence, no more than a chunk has.
+        sinks: number of first tokens of each sequence that are sinks, at most a chunk.
     """
 
     begins: Tensor
@@ -28,7 +34,7 @@ class Packed(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How much a program works on: query rows, slots and features at a time."""
+    """The tile sizes of a program in query rows, slots and features, its warps and its pipeline stages."""
 
     rows: int
     slots: int
@@ -38,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 USUAL = Tiles(rows=64, slots=64, features=64, warps=8, stages=2)
-SPECIAL = {  # by kernel and compute capability's major number; these too spill nothing in bfloat16
+SPECIAL = {  # by kernel and major compute capability: the sizes that spill no register in bfloat16
     ("query_means", 8): USUAL._replace(slots=32),
     ("query_gradients", 10): USUAL._replace(slots=32, warps=4, stages=3),
     ("query_feature_gradients", 10): USUAL._replace(warps=4),
@@ -50,42 +56,48 @@ SPECIAL = {  # by kernel and compute capability's major number; these too spill 
     ("group_slot_gradients", 8): USUAL._replace(slots=32),
     ("group_slot_gradients", 9): USUAL._replace(rows=32),
 }
-SPECIAL_WIDE = {  # the same where a head has twice the bytes
+SPECIAL_WIDE = {  # the same for heads of twice as many bytes
     ("query_feature_gradients", 8): USUAL._replace(rows=32, slots=32, warps=4),
     ("group_slot_gradients", 8): USUAL._replace(rows=32, slots=16),
 }
 
 
 def capability(device: torch.device) -> int:
-    """The major number of a chip's family: 12 has the instructions and the memory of 8."""
+    """Return the major compute capability to choose tiles by: 8, 9 or 10.
+
+    A chip of version 12 has the instructions and the shared memory of version 8.
+    """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
     return major if major in (9, 10) else 8
 
 
 def tiles(kernel: str, width: int, like: Tensor) -> Tiles:
-    """For heads as wide as `width`: fewer of them the more bytes they have, for shared memory."""
-    times, own = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
-    if times == 2 and own in SPECIAL_WIDE:
-        return SPECIAL_WIDE[own]
+    """Return the tile sizes of a kernel for heads of `width` dimensions.
+
+    Wide heads and wide dtypes get smaller tiles, to fit into shared memory.
+    """
+    times, key = padded(width) * like.element_size() // 256, (kernel, capability(like.device))
+    if times == 2 and key in SPECIAL_WIDE:
+        return SPECIAL_WIDE[key]
     if times > 1:
         return USUAL._replace(rows=64 // times, slots=64 // times)
-    return SPECIAL.get(own, USUAL)
+    return SPECIAL.get(key, USUAL)
 
 
 def padded(width: int) -> int:
-    """The side of a tile that holds `width`: a power of two, as products in Triton want it."""
+    """Return the side of a tile for `width`: a power of two of at least 16, as Triton's products require."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def limit(
     q: Tensor, k: Tensor, v: Tensor, features: int = 0, chunk: int | None = None, chunks: str = "chunks"
 ) -> str | None:
-    """Return why no kernel can run this; None: nothing that all forms share forbids it.
+    """Return the reason why no kernel can run these tensors, or None if all forms' common limits allow it.
 
     Args:
-        features: F; 0 if there is no far part.
+        features: F, or 0 without a far part.
         chunk: tokens in each chunk, or None if there are no chunks.
-        chunks: what the form calls its chunks.
+        chunks: the name of the chunks in error texts.
     """
     try:
         from linearize_kernels.triton.common import INTERPRETED
