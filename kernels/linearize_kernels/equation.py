@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize_kernels.parts.combine import COMBINES
-from linearize_kernels.parts.far import far_part
+from linearize_kernels.parts.combine import COMBINES, Combine
+from linearize_kernels.parts.far import FeatureMemory, far_part
 from linearize_kernels.parts.local_scores import SCORES
 from linearize_kernels.state import State
 
@@ -99,10 +99,20 @@ class LinearAttention(nn.Module):
         impl: the implementation of chunks: "auto" (Triton on a GPU where its kernels can run, else torch), "torch" or
             "triton", which raises where it cannot run.
         ran: the implementation that computed last: "triton", "torch" (a chunked form), "block" (any equation) or None.
+        far: the far part, or None. It may also be one of `far.FAR_PARTS`, which have the same methods for blocks and
+            for one token.
         conv: `[heads, W]`, or None.
         distance_bias: `[heads, size]`, added to the local score at distance p_i - p_j, or None. If the equation is not
             causal, `[heads, 2 size - 1]`, at p_i - p_j + size - 1. Longer distances (sinks) take the last one.
     """
+
+    dropped: str | None
+    impl: str
+    ran: str | None
+    far: FeatureMemory | None
+    combine: Combine
+    conv: nn.Parameter | None
+    distance_bias: nn.Parameter | None
 
     def __init__(self, equation: Equation):
         super().__init__()
@@ -126,9 +136,9 @@ class LinearAttention(nn.Module):
         for parameter in (self.conv, self.distance_bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
-        for part in (self.far, self.combine):
-            if part is not None:
-                part.reset_parameters()
+        if self.far is not None:
+            self.far.reset_parameters()
+        self.combine.reset_parameters()
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """Make the state before the first token; `dtype` is that of k and v."""

@@ -2,35 +2,36 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-P, R = ParamSpec("P"), TypeVar("R")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def remembered(size: int) -> Callable[[F], F]:
     """Cache the tensors that a function returns for its arguments, like `lru_cache`. They are on the CPU by default.
 
     Tensors are created outside inference mode, so that training can use them later. Tensors without values
     (FakeTensorMode) are not cached.
     """
 
-    def decorate(make: Callable[P, R]) -> Callable[P, R]:
-        def create(*arguments: P.args) -> R:
+    def decorate(make: F) -> F:
+        def create(*arguments: Any) -> Any:
             with torch.inference_mode(False), torch.device("cpu"):
                 return make(*arguments)
 
         kept = lru_cache(size)(create)
 
-        @wraps(make)
-        def remember(*arguments: P.args) -> R:
+        def remember(*arguments: Any) -> Any:
             has_values = type(torch.empty(0)) is Tensor
             return (kept if has_values else create)(*arguments)
 
-        remember.cache_clear = kept.cache_clear
-        return remember
+        decorated: Any = wraps(make)(remember)
+        decorated.cache_clear = kept.cache_clear
+        return decorated
 
     return decorate
 
@@ -44,7 +45,7 @@ def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: to
     Args:
         name: the parameter's name in the module. A parameter has one `make`.
     """
-    parameter = module._parameters[name]
+    parameter: Any = module._parameters[name]  # not None: the caller has it
     if parameter.is_inference() or (parameter.requires_grad and torch.is_grad_enabled()):
         return make(parameter.to(dtype))
     stamp = dtype, parameter.data_ptr(), parameter._version

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def adapt(model: nn.Module) -> list[nn.Module]:
 def adapted(model: nn.Module) -> Iterator[None]:
     """Adapt the model's modules while the context is open."""
     had = {module for module in model.modules() if "config" in vars(module)}
-    modules = adapt(model)
+    modules: list[Any] = adapt(model)
     try:
         yield
     finally:

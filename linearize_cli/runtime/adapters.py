@@ -9,8 +9,9 @@ import sys
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,11 +24,14 @@ class Adapter:
     """The base class of adapters.
 
     Attributes:
+        config, original: the module's config, and its class in transformers.
         native_mask: True if the model's own code needs a mask of the base model's kind.
         mask_is_all: True if the base model's attention gets hidden tokens and biases from its mask alone.
         mask_has_biases: True if the model adds its position bias to its mask.
     """
 
+    config: PreTrainedConfig
+    original: type
     is_causal = True
     native_mask = False
     mask_is_all = True
@@ -60,6 +64,8 @@ class Adapter:
 class Method(Adapter):
     """The adapter of GPT-J and similar models, which compute attention in a method `_attn`."""
 
+    scale_attn: Tensor | float
+
     def forward(self, *args, linearize_state=None, **kwargs):
         token = _state.set(linearize_state)
         try:
@@ -86,6 +92,9 @@ class Method(Adapter):
 class GPTNeo(Method):
     """The adapter of GPT-Neo: unscaled scores, and local layers that mask tokens beyond their window."""
 
+    layer_id: int
+    bias: Tensor
+    q_proj: nn.Linear
     mask_is_all = False
 
     @property
@@ -107,6 +116,8 @@ class GPTNeo(Method):
 
 class GPTNeoXJapanese(Method):
     """The adapter of GPT-NeoX Japanese."""
+
+    norm_factor: float
 
     def attention_scale(self) -> float:
         return 1.0 / self.norm_factor
@@ -193,6 +204,8 @@ class Bart(Adapter):
 
 class Bert(Adapter):
     """The adapter of RemBERT, RoFormer, Megatron-BERT and BigBird as decoders."""
+
+    is_decoder: bool
 
     @property
     def is_causal(self) -> bool:

@@ -8,10 +8,12 @@ import ast
 import re
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import walk_packages
 from types import ModuleType
+from typing import Any
 
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 
@@ -25,7 +27,7 @@ FLAT = {
 OWN = "linearize_own_"  # prefix of modules with a user's feature map
 
 
-def auto_map(*model_classes: type) -> dict[str, str]:
+def auto_map(*model_classes: type[Any]) -> dict[str, str]:
     """Return the `auto_map` of config.json for classes of `model.AUTO_MODELS`."""
     models = {cls.auto_class: f"modeling_linearized.{cls.__name__}" for cls in model_classes}
     # The config class is loaded from the model's file. transformers caches a module by the hash of all files
@@ -54,27 +56,32 @@ def sources() -> dict[str, str]:
         module = pending.pop()
         name = f"{flat_name(module)}.py"
         if name not in files:
-            text = Path(find_spec(module).origin).read_text()
+            text = text_of(module, find_spec(module))
             files[name] = flatten(text)
-            pending += [node.module for node in our_imports(text)]
+            pending += [imported for _, imported in our_imports(text)]
     return files
 
 
-def our_imports(source: str) -> list[ast.ImportFrom]:
-    """Return the `from linearize_... import` statements of a module."""
+def text_of(name: str, spec: ModuleSpec | None) -> str:
+    """Return the text of a module's file."""
+    if spec is None or spec.origin is None:
+        raise ImportError(f"the module {name} has no file")
+    return Path(spec.origin).read_text()
+
+
+def our_imports(source: str) -> list[tuple[int, str]]:
+    """Return the lines and modules of the `from linearize_... import` statements of a module."""
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
-    return [
-        node for node in nodes if (node.module or "").split(".")[0] in ("linearize_cli", "linearize_kernels")
-    ]
+    imports = [(node.lineno, node.module or "") for node in nodes]
+    return [(i, name) for i, name in imports if name.split(".")[0] in ("linearize_cli", "linearize_kernels")]
 
 
 def flatten(source: str) -> str:
     """Rewrite `from linearize_kernels.state import State` to `from .linearize_kernels_state import State`."""
     lines = source.splitlines(keepends=True)
-    for node in our_imports(source):
-        line = lines[node.lineno - 1]
-        flat = f"from .{flat_name(node.module)} "
-        lines[node.lineno - 1] = line.replace(f"from {node.module} ", flat, 1)
+    for number, module in our_imports(source):
+        line = lines[number - 1]
+        lines[number - 1] = line.replace(f"from {module} ", f"from .{flat_name(module)} ", 1)
     return "".join(lines)
 
 
@@ -88,6 +95,8 @@ def load_own_code(path: Path) -> ModuleType:
     modules = walk_packages(import_module("linearize_kernels").__path__, "linearize_kernels.")
     packed = {flat_name(module.name): module.name for module in modules}
     spec = spec_from_file_location(name, path)
+    if spec is None:
+        raise ImportError(f"{path} is no Python file")
     module = sys.modules[name] = module_from_spec(spec)
     text = re.sub(
         r"from \.(linearize_kernels_\w+) ", lambda match: f"from {packed[match[1]]} ", path.read_text()
@@ -99,10 +108,10 @@ def load_own_code(path: Path) -> ModuleType:
 def copy_code(folder: Path, feature_map: str | None) -> None:
     """Write the flat modules into a folder, and the user's module that defines the feature map."""
     files = sources()
-    cls = FEATURE_MAPS.get(feature_map)
+    cls = None if feature_map is None else FEATURE_MAPS.get(feature_map)
     if cls is not None and cls.__module__.startswith(OWN):
         own = sys.modules[cls.__module__]
-        files[f"{own.__name__}.py"] = flatten(Path(own.__spec__.origin).read_text())
+        files[f"{own.__name__}.py"] = flatten(text_of(own.__name__, own.__spec__))
         files[f"{FLAT[ENTRIES[1]]}.py"] += (
             f"\nfrom .{own.__name__} import {cls.__name__}  # noqa: E402, F401\n"
         )

@@ -7,7 +7,6 @@ from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
-from linearize_kernels.remembered import forget_derived
 from linearize_kernels.state import State
 from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
@@ -24,7 +23,11 @@ ROLLBACK = 256
 
 
 class MappedRows:
-    """Operations on the rows of a cache layer. Its `map` applies a function to every tensor, batch dimension first."""
+    """Operations on the rows of a cache layer."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to every tensor of the layer, batch dimension first."""
+        raise NotImplementedError
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -45,9 +48,12 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
     Attributes:
         decoding: the state as it is laid out while tokens are decoded one by one, or None.
+        last_state: the state, or None if there is none yet or only `decoding` is up to date.
         seen: tokens appended to each row, pads included, as transformers counts cache positions.
     """
 
+    decoding: Decoding | None
+    last_state: State | None
     is_compileable = True
     is_croppable = True
     is_sliding = False
@@ -72,7 +78,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def forget(self) -> None:
         """Delete the record of the past: no crop goes back beyond this point."""
         self.snapshot: State | None = None
-        self.trail: tuple[Tensor, Tensor, Tensor] | None = None
+        self.trail: tuple[Tensor, ...] | None = None  # k, v and which tokens are no pads
 
     def attend(
         self,
@@ -85,8 +91,9 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     ) -> Tensor:
         """Append new tokens to the state, and return their outputs `[B, heads, T, Dv]`; arguments as of `chunked`."""
         if q.shape[-2] == 1 and valid is None:
-            if self.writes(attention, q, sink_logits):
-                out = decode_one_token(attention, self.state, q, k, v)
+            written = self.state_to_write(attention, q, sink_logits)
+            if written is not None:
+                out = decode_one_token(attention, written, q, k, v)
                 self.seen += 1
                 return out
             if self.decodes(attention, q):
@@ -107,13 +114,20 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         """Append one token of every row to the state, and return the outputs `[B, heads, 1, Dv]`."""
         if self.record_past:
             self.record(attention, k, v, None)
-        if self.decoding is None:
-            forget_derived(attention)
-            self.decoding = Decoding(attention.equation, self.state)
+        decoding = self.decoding
+        if decoding is None:
+            decoding = self.begin_decoding(attention)
         if attention.ran != "block":  # to set a module's attribute takes as long as two operations
             attention.ran = "block"
         self.last_state, self.seen = None, self.seen + 1
-        return self.decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
+        return decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
+
+    def begin_decoding(self, attention: LinearAttention) -> Decoding:
+        """Lay out the state to decode tokens one by one."""
+        assert self.last_state is not None  # `decodes` has seen it
+        forget_derived(attention)
+        self.decoding = Decoding(attention.equation, self.last_state)
+        return self.decoding
 
     @property
     def state(self) -> State | None:
@@ -126,20 +140,26 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def state(self, state: State | None) -> None:
         self.last_state, self.decoding = state, None
 
-    def writes(self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None) -> bool:
-        """Return whether Triton's kernels compute the tokens of q and write into the state.
+    def state_to_write(
+        self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None
+    ) -> State | None:
+        """Return the state if Triton's kernels compute the tokens of q and write into it, or else None.
 
-        If so, and something else may hold the state, it is copied first, once.
+        A state that something else may hold is copied first, once.
         """
         wanted = decoding_backend(attention, q) == "triton"
-        if not wanted or self.state is None or self.record_past or sink_logits is not None:
-            return False
+        if not wanted or self.record_past or sink_logits is not None:
+            return None
+        state = self.state
+        if state is None:
+            return None
         if not self.owned:
-            self.state, self.owned = self.state.fork(), True
-        if why_not(attention, self.state, q) is not None:
-            return False
+            state = state.fork()
+            self.state, self.owned = state, True
+        if why_not(attention, state, q) is not None:
+            return None
         attention.ran = "triton"
-        return True
+        return state
 
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
@@ -173,10 +193,13 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         excess = self.trail[0].shape[-2] - ROLLBACK
         if excess > 0:
             self.snapshot = self.replay(attention, excess)
-            self.trail = (*(x[..., excess:, :] for x in self.trail[:2]), self.trail[2][:, excess:])
+            k, v, valid = self.trail
+            self.trail = k[..., excess:, :], v[..., excess:, :], valid[:, excess:]
 
-    def replay(self, attention: LinearAttention, length: int) -> State:
+    def replay(self, attention: LinearAttention | None, length: int) -> State:
         """Return the snapshot after the first `length` tokens of the trail."""
+        if attention is None or self.snapshot is None or self.trail is None:
+            raise RuntimeError("the cache has recorded no tokens")
         if length == 0:
             return self.snapshot
         k, v, valid = self.trail
@@ -232,7 +255,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state, self.owned = self.state.map(function), False
-        if self.snapshot is not None:
+        if self.snapshot is not None and self.trail is not None:
             self.snapshot = self.snapshot.map(function)
             self.trail = tuple(function(x) for x in self.trail)
 

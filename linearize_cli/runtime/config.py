@@ -1,6 +1,8 @@
 """The config of a linearized model: its base model's config with a `linearize` record."""
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,14 +13,14 @@ MODEL_TYPE = "linearized"
 PREFIX = "Linearized"
 # Auto class -> model type -> the class that it loads. The first entry that fits a class counts, because some
 # encoder-decoders are also listed as masked language models.
-AUTO_CLASSES: dict[str, dict[str, str]] = {
+AUTO_CLASSES: dict[str, Mapping[str, Sequence[str]]] = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 # The same for Auto classes that load a model with another head than it was converted with. It may be new.
-HEADS: dict[str, dict[str, str]] = {
+HEADS: dict[str, Mapping[str, Sequence[str]]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -26,7 +28,7 @@ HEADS: dict[str, dict[str, str]] = {
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 _concrete: dict[str, type[PreTrainedConfig]] = {}
-_registered: list[type] = []
+_registered: list[type[Any]] = []
 
 
 class LinearizedConfig(PreTrainedConfig):
@@ -66,7 +68,7 @@ def __getattr__(name: str) -> type[PreTrainedConfig]:
     return LinearizedConfig.concrete(base_of(name).model_type)
 
 
-def base_of(name: str) -> type:
+def base_of(name: str) -> type[Any]:
     """Return the class of transformers with the name `<Base>` in `Linearized<Base>`.
 
     Raises:
@@ -111,7 +113,7 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     return config
 
 
-def register(*model_classes: type) -> None:
+def register(*model_classes: type[Any]) -> None:
     """Register config and model classes, so that Auto classes load artifacts without `trust_remote_code`."""
     AutoConfig.register(MODEL_TYPE, LinearizedConfig, exist_ok=True)
     _registered.extend(model_classes)

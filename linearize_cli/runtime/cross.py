@@ -23,7 +23,7 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
     Models read the length of the cache's keys and values. These are expanded zeros without memory.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.state: tuple[Tensor, Tensor] | None = None
 
@@ -45,9 +45,12 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function that selects or reorders rows to the state."""
         if self.state is not None:
-            self.state = tuple(map(function, self.state))
-            rows = self.state[0].shape[0]
-            self.keys, self.values = (x[:1].expand(rows, *x.shape[1:]) for x in (self.keys, self.values))
+            S, z = map(function, self.state)
+            self.state = S, z
+            if self.keys is not None and self.values is not None:
+                self.keys, self.values = (
+                    x[:1].expand(S.shape[0], *x.shape[1:]) for x in (self.keys, self.values)
+                )
 
 
 class LinearizedCrossAttention(LinearAttention):
@@ -109,11 +112,11 @@ class LinearizedCrossAttention(LinearAttention):
         Raises:
             RuntimeError: the layer holds keys and values of another kind.
         """
-        cache = cache.cross_attention_cache
-        layer = grown(cache, index)
+        sources = cache.cross_attention_cache
+        layer = grown(sources, index)
         if not isinstance(layer, CrossCacheLayer):
             check_empty(layer, index)
-            layer = cache.layers[index] = CrossCacheLayer()
+            layer = sources.layers[index] = CrossCacheLayer()
         return layer
 
 

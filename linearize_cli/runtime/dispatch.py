@@ -8,9 +8,9 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
+from typing import Any
 
 import torch
-from linearize_kernels.equation import LinearAttention
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
@@ -21,10 +21,11 @@ from linearize_cli.runtime.packed import document_starts
 from linearize_cli.runtime.places import check_softmax, find_cache
 
 IMPLEMENTATION = "linearize"
+Module = Any  # a module with attributes of its own, which nn.Module does not declare
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     return module.linear_attention(query, key, value, attention_mask, **kwargs), None
 
@@ -60,7 +61,7 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
 
 
-def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Pass the module's cache layer as `linearize_state`, as a forward pre-hook of a converted module."""
     if module.config._attn_implementation != IMPLEMENTATION:
         return None
@@ -70,7 +71,7 @@ def pass_state(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     return args, {**kwargs, "linearize_state": module.linear_attention.place(cache, module.layer_idx)}
 
 
-def examine(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Pass documents, which begin where positions start again, as a mask. A forward pre-hook of the model.
 
     Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
@@ -113,7 +114,7 @@ def check_export(mask: Tensor | None, positions: Tensor | None) -> None:
 starts_in = torch.compiler.disable(document_starts)
 
 
-def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
+def attach(model: Module, layers: dict[str, Module]) -> None:
     """Attach its linear attention to each named module. Softmax layers that are kept stay native.
 
     A config object all of whose attention modules are converted is switched as a whole, so that the model
@@ -146,7 +147,7 @@ def attach(model: nn.Module, layers: dict[str, LinearAttention]) -> None:
             config._attn_implementation_internal = IMPLEMENTATION
 
 
-def mask_limit(model: nn.Module, module: nn.Module, beside_softmax: bool) -> float:
+def mask_limit(model: Module, module: Module, beside_softmax: bool) -> float:
     """Return the number of columns up to which the base model's own masks for a module are causal, or a window.
 
     Args:
@@ -162,7 +163,7 @@ def mask_limit(model: nn.Module, module: nn.Module, beside_softmax: bool) -> flo
     return inf
 
 
-def set_config(module: nn.Module, config: PreTrainedConfig) -> None:
+def set_config(module: Module, config: PreTrainedConfig) -> None:
     """Replace the config of a module, and of its submodules that share it."""
     before = module.config
     for part in module.modules():
@@ -176,7 +177,7 @@ def converted(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+def attention_implementation(model: Module, name: str) -> Iterator[None]:
     """Run the converted layers with another attention, as the softmax teacher ("sdpa") or a recorder.
 
     Beside kept softmax layers it must take masks of their implementation, for one mask serves both.

@@ -119,8 +119,9 @@ class LinearizedAttention(LinearAttention):
         valid = valid_tokens(mask, query.shape[0], query.shape[-2], past)
         starts = None
         readable = mask is not None and not is_compact(mask) and mask.shape[-1] <= self.mask_limit
-        if readable and not torch.compiler.is_compiling():
-            count = None if state is None or state.state is None else state.state.count
+        if mask is not None and readable and not torch.compiler.is_compiling():
+            before = None if state is None else state.state
+            count = None if before is None else before.count
             starts = masked_documents(mask, query.shape[-2], past, count, self.equation.causal, window)
         if starts is None and valid is None and state is None and self.equation.causal:
             starts = starts_of(mask)

@@ -28,7 +28,7 @@ def is_document_mask(mask: Tensor | None) -> bool:
 
 def starts_of(mask: Tensor | None) -> Tensor | None:
     """Return where documents begin in a `document_mask`, `[B, T]` bool, or None for another mask."""
-    if not is_document_mask(mask):
+    if mask is None or not is_document_mask(mask):
         return None
     return pad(mask[:, 0, :, 0].diff(dim=-1) != 0, (1, 0), value=True)
 

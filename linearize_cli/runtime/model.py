@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,8 +25,13 @@ from linearize_cli.runtime.tree import Tree, read_tree
 
 _classes: dict[type, type] = {}
 
+if TYPE_CHECKING:
+    Base = PreTrainedModel  # of which a mixin before the base model's class uses methods and attributes
+else:
+    Base = object
 
-class LinearizeMixin:
+
+class LinearizeMixin(Base):
     """A base class placed before the base model's class. It attaches the layers in `config.linearize`."""
 
     def __init__(self, config, *args, **kwargs):
@@ -66,6 +72,7 @@ class LinearizeMixin:
                 tensors = (x for x in (*module.parameters(), *module.buffers()) if not x.is_meta)
                 if not all(getattr(x, "_is_hf_initialized", False) for x in tensors):
                     module.reset_parameters()
+                part: Any
                 for part in module.modules():
                     part._is_hf_initialized = True
         super().initialize_weights()
@@ -104,6 +111,7 @@ class LinearizeMixin:
 def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class `Linearized<Base>` of linearized models of a base class."""
     if base not in _classes:
+        assert base.config_class is not None
         name, base_type = f"Linearized{base.__name__}", base.config_class.model_type
         namespace = {
             "__module__": __name__,
@@ -225,7 +233,8 @@ def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
     config.linearize = record
     config.architectures = [f"Linearized{base.__name__}"]
     model.__class__ = concrete_model(config)
-    model.attach_linear_attention()
+    changed: Any = model
+    changed.attach_linear_attention()
     return model
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 
@@ -32,8 +33,8 @@ def loaded(layer: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def kept_loaded(parts: list[nn.Module]) -> Iterator[None]:
-    """Load the parts, and unload them when the context closes."""
+def kept_loaded(parts: list[Any]) -> Iterator[None]:
+    """Load modules that have a hook of accelerate, and unload them when the context closes."""
     calls = [part.forward for part in parts]
     for part in parts:
         part._hf_hook.pre_forward(part)

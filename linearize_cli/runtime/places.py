@@ -1,7 +1,9 @@
 """Cache layers of a transformers cache: those that hold a state, and those that hold keys and values."""
 
+from typing import Any
+
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
 
 from linearize_cli.runtime.cache import HybridCacheLayer, LinearCacheLayer
 
@@ -24,7 +26,7 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
     return layer
 
 
-def grown(cache: Cache, index: int) -> CacheLayerMixin:
+def grown(cache: Cache, index: int) -> Any:
     """Return the cache's layer `index`. A cache that grows on demand makes all layers up to it."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
@@ -42,7 +44,7 @@ def of_self_attention(cache: Cache) -> Cache:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def check_empty(layer: CacheLayerMixin, index: int) -> None:
+def check_empty(layer: Any, index: int) -> None:
     """Raise RuntimeError if a cache layer that cannot hold a state holds tokens."""
     if not (layer.is_initialized and int(layer.get_seq_length()) > 0):
         return
@@ -79,7 +81,7 @@ def find_cache(args: tuple, kwargs: dict) -> Cache | None:
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
-def holds_state(layer: CacheLayerMixin) -> bool:
+def holds_state(layer: object) -> bool:
     """Return whether a cache layer is one of ours, of this copy of the code or another."""
     names = {cls.__name__ for cls in type(layer).__mro__}
     return not names.isdisjoint(("LinearCacheLayer", "CrossCacheLayer"))

@@ -4,11 +4,12 @@ Reading a tree writes nothing. Branches take the place of the cache's layers whi
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from typing import Any
 
 import torch
 from linearize_kernels.equation import LinearAttention
@@ -59,23 +60,31 @@ class LinearBranch(LinearCacheLayer):
         sink_logits: Tensor | None,
     ) -> Tensor:
         self.attention, self.new = attention, (k, v)
-        if self.prefix.writes(attention, q, sink_logits):
-            self.state = self.prefix.state
+        written = self.prefix.state_to_write(attention, q, sink_logits)
+        if written is not None:
+            self.state = written
             position, visible = self.shape.position.to(q.device), self.shape.visible.to(q.device)
-            return attend_tree(attention, self.state, q, k, v, position, visible).to(q.dtype)
-        return nodes(attention, self.state, q, k, v, self.shape.parents, sink_logits).to(q.dtype)
+            return attend_tree(attention, written, q, k, v, position, visible).to(q.dtype)
+        state = self.state
+        assert state is not None  # `read_tree` refuses an empty cache
+        return nodes(attention, state, q, k, v, self.shape.parents, sink_logits).to(q.dtype)
 
     def commit(self, path: Tensor, valid: Tensor | None) -> None:
+        assert self.attention is not None  # the tree was read
+        k, v = (take(x, path) for x in self.new)
         with loaded(self.attention):
-            self.append_path(*(take(x, path) for x in self.new), valid)
+            self.append_path(k, v, valid)
 
     def append_path(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Append an accepted path's keys and values to the prefix."""
-        if self.prefix.writes(self.attention, k, None):
-            commit_(self.attention, self.prefix.state, k, v, valid)
+        assert self.attention is not None  # the tree was read
+        written, before = self.prefix.state_to_write(self.attention, k, None), self.prefix.state
+        if written is not None:
+            commit_(self.attention, written, k, v, valid)
             self.prefix.seen += k.shape[-2]
             return
-        state = commit(self.attention, self.prefix.state, k, v, valid)
+        assert before is not None  # `read_tree` refuses an empty cache
+        state = commit(self.attention, before, k, v, valid)
         self.prefix.append(self.attention, state, k, v, valid)
 
 
@@ -99,10 +108,11 @@ class SoftmaxBranch(DynamicLayer):
     def commit(self, path: Tensor, valid: Tensor | None) -> None:
         new = [take(x, path) for x in self.new]
         if valid is not None:  # a shorter path's pads go left of all that its row has
-            stored = self.prefix.keys.shape[-2]
+            keys, values = self.prefix.keys, self.prefix.values
+            assert keys is not None and values is not None  # `read_tree` refuses an empty cache
+            stored = keys.shape[-2]
             order = pad(valid.to(new[0].device), (stored, 0), value=True).long().argsort(dim=-1, stable=True)
-            old = self.prefix.keys, self.prefix.values
-            rows = [take(torch.cat(pair, -2), order) for pair in zip(old, new, strict=True)]
+            rows = [take(torch.cat(pair, -2), order) for pair in zip((keys, values), new, strict=True)]
             self.prefix.keys, self.prefix.values = (x[..., :stored, :] for x in rows)
             new = [x[..., stored:, :] for x in rows]
         self.prefix.update(*new)
@@ -117,7 +127,7 @@ class DummyBranch(DummyLayer):
     def commit(self, path: Tensor, valid: Tensor | None) -> None: ...
 
 
-BRANCHES = {
+BRANCHES: dict[type, Callable[..., Any]] = {
     LinearCacheLayer: LinearBranch,
     DynamicLayer: SoftmaxBranch,
     DynamicSlidingWindowLayer: SoftmaxBranch,
@@ -142,7 +152,7 @@ class Tree:
 
     def path(self, node: int) -> list[int]:
         """Return the nodes from a root to the node."""
-        path = []
+        path: list[int] = []
         while node >= 0:
             path, node = [node, *path], self.parents[node]
         return path
@@ -157,25 +167,25 @@ class Tree:
             ValueError: the nodes are no such path, or there are not as many paths as rows.
             RuntimeError: the cache has moved on since the tree was read.
         """
-        rows, nodes = self.logits.shape[:2]
-        paths = [list(path) for path in (paths * rows if len(paths) == 1 else paths)]
-        if len(paths) != rows:
-            raise ValueError(f"{len(paths)} paths for {rows} rows")
-        for path in paths:
-            if path and not (0 <= path[-1] < nodes and path == self.path(path[-1])):
+        rows, count = self.logits.shape[:2]
+        chosen = [list(path) for path in (paths * rows if len(paths) == 1 else paths)]
+        if len(chosen) != rows:
+            raise ValueError(f"{len(chosen)} paths for {rows} rows")
+        for path in chosen:
+            if path and not (0 <= path[-1] < count and path == self.path(path[-1])):
                 raise ValueError(
                     f"{path} is no path of the tree: it must go from a root from parent to child"
                 )
         linear = (branch for branch in self.branches if isinstance(branch, LinearBranch))
         if any(x.state is not x.prefix.state or x.seen != x.prefix.seen for x in linear):
             raise RuntimeError("the cache has moved on since the tree was read")
-        longest = max(map(len, paths))
+        longest = max(map(len, chosen))
         if longest == 0:
             return
         nodes = torch.tensor(
-            [[-1] * (longest - len(path)) + path for path in paths], device=self.logits.device
+            [[-1] * (longest - len(path)) + path for path in chosen], device=self.logits.device
         )
-        valid = nodes >= 0 if min(map(len, paths)) < longest else None
+        valid = nodes >= 0 if min(map(len, chosen)) < longest else None
         for branch in self.branches:
             branch.commit(nodes.clamp_min(0), valid)
 
@@ -209,14 +219,16 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
             f"{type(model).__name__} takes no position_ids: it cannot be told the places of a tree's nodes"
         )
     first = next((x for x in cache.layers if isinstance(x, LinearCacheLayer) and x.state is not None), None)
-    if first is None:
+    state = None if first is None else first.state
+    if first is None or state is None:
         raise ValueError("the cache holds no prefix: run the model on it first")
-    count = first.state.count
+    count = state.count
     parents = tuple(parents)
     visible, depth = (x.to(ids.device) for x in ancestors(parents))
     shape = Shape(parents, depth, visible, count[:, None] + depth)
     branched = copy.copy(cache)
-    branched.layers = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
+    branches: list[Any] = [BRANCHES[type(layer)](layer, shape) for layer in cache.layers]
+    branched.layers = branches
     slots = torch.arange(first.seen + len(parents), device=ids.device)
     hook = partial(pass_tree_mask, shape=shape)
     with ExitStack() as hooks:
@@ -231,7 +243,7 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
             attention_mask=(slots >= first.seen - count[:, None]).long(),
             position_ids=shape.position,
         ).logits
-    return Tree(logits, hidden[-1], shape, parents, branched.layers)
+    return Tree(logits, hidden[-1], shape, parents, branches)
 
 
 @contextmanager

@@ -102,8 +102,8 @@ def prefill(
         if attention.impl == "triton":
             raise ValueError(f"Triton's kernels cannot run: {reason}. Use impl='auto'.")
     rows = 64 if eq.value_dim > 32 else 32  # wider heads have a larger S by chunk
-    own = own if eq.scope == "group" else min(own or rows, length)
-    return Prefill("torch", form, own, accumulator(q.dtype))
+    size = eq.size if eq.scope == "group" else min(own or rows, length)
+    return Prefill("torch", form, size, accumulator(q.dtype))
 
 
 def wants_triton(attention: LinearAttention, q: Tensor) -> bool:

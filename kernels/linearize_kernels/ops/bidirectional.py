@@ -120,16 +120,19 @@ def outside(
     side, wide = attention.equation.recent, accumulator(k.dtype)
     empty = attention.empty_state(k.shape[0], k.device, k.dtype)
     if attention.far is None:
-        return tuple(x.expand(chunks, *x.shape) for x in (empty.S, empty.z))
+        S, z = (x.expand(chunks, *x.shape) for x in (empty.S, empty.z))
+        return S, z
+    far = attention.far
 
     def folded(first: int, backwards: bool) -> tuple[Tensor, Tensor]:
         part = slice(first, first + chunks * chunk)
-        tokens = [x[..., part, :].to(wide).unflatten(-2, (chunks, chunk)) for x in (k, v)]
+        keys, values = (x[..., part, :].to(wide).unflatten(-2, (chunks, chunk)) for x in (k, v))
         places = position[:, part].unflatten(-1, (chunks, chunk))
         if backwards:
-            tokens, places = [x.flip(-3) for x in tokens], places.flip(-2)
-        sums = attention.far.fold(empty.S, empty.z, *tokens, places)
-        return tuple(x[:chunks].flip(0) if backwards else x[:chunks] for x in sums)
+            keys, values, places = keys.flip(-3), values.flip(-3), places.flip(-2)
+        sums = far.fold(empty.S, empty.z, keys, values, places)
+        S, z = (x[:chunks].flip(0) if backwards else x[:chunks] for x in sums)
+        return S, z
 
     before, behind = folded(0, backwards=False), folded(2 * side, backwards=True)
-    return tuple(a + b for a, b in zip(before, behind, strict=True))
+    return before[0] + behind[0], before[1] + behind[1]

@@ -133,7 +133,8 @@ def prefix_sums(
         `[chunks + 1, B, far, F, Dv]` and `[chunks + 1, B, far, F]`.
     """
     if attention.far is None:
-        return tuple(x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+        S, z = (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
+        return S, z
     old = slice(0, chunks * chunk)
     k, v = (x[..., old, :].to(state.S.dtype).unflatten(-2, (chunks, chunk)) for x in (k, v))
     return attention.far.fold(state.S, state.z, k, v, position[:, old].unflatten(-1, (chunks, chunk)))
@@ -163,7 +164,8 @@ def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: T
         pairs = (state.recent_k, k), (state.recent_v, v)
         dropped = (torch.cat([x, new[..., :length, :]], -2)[..., folds, :].to(S.dtype) for x, new in pairs)
         position = torch.arange(folds.start, length, device=k.device)[None] + (count - eq.recent)
-        S, z = attention.far.append(S, z, *dropped, position)
+        dropped_k, dropped_v = dropped
+        S, z = attention.far.append(S, z, dropped_k, dropped_v, position)
     return after(state, S, z, count, k, v)
 
 
@@ -228,23 +230,26 @@ def chunked(
     pads = [None] * len(parts[0]) if valid is None else valid.split(segment, -1)
     recomputes = torch.is_grad_enabled() and not q.is_cuda and q.shape[:-1].numel() > STORED
     outputs = []
-    for *heads, own in zip(*parts, pads, strict=True):
-        size = heads[0].shape[-2]
-        plan = prefill(attention, tuple(heads), count, sink_logits is not None, chunk)
-        if plan is not None:
+    for own_q, own_k, own_v, own in zip(*parts, pads, strict=True):
+        size = own_q.shape[-2]
+        plan = prefill(attention, (own_q, own_k, own_v), count, sink_logits is not None, chunk)
+        if plan is not None and count is not None:
             compute = partial(recompute, plan) if recomputes else plan
-            out, S, z = compute(attention, state, count, *heads)
-            state = after(state, S, z, count, *heads[1:])
+            out, S, z = compute(attention, state, count, own_q, own_k, own_v)
+            state = after(state, S, z, count, own_k, own_v)
         else:
             attention.ran = "block"
             slots = chunk or attention.equation.chunk
+            heads = own_q, own_k, own_v
             out, state = run_segment(attention, state, count, *heads, own, sink_logits, slots, in_step)
         outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2), state
 
 
-def recompute(plan: Prefill, attention: LinearAttention, *segment: object) -> tuple[Tensor, Tensor, Tensor]:
+def recompute(
+    plan: Prefill, attention: LinearAttention, state: State, count: int, *heads: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a segment with gradient checkpointing.
 
     The backward computes it with the equation of the forward, even if the layer's equation was changed in between, as
@@ -252,14 +257,14 @@ def recompute(plan: Prefill, attention: LinearAttention, *segment: object) -> tu
     """
     equation = attention.equation
 
-    def compute(*inputs: object) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(state: State, count: int, *heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         current, attention.equation = attention.equation, equation
         try:
-            return plan(attention, *inputs)
+            return plan(attention, state, count, *heads)
         finally:
             attention.equation = current
 
-    return checkpoint(compute, *segment, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(compute, state, count, *heads, use_reentrant=False, preserve_rng_state=False)
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:

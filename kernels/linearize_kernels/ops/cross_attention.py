@@ -1,5 +1,7 @@
 """`cross`: attention from a decoder to an encoder's tokens through a state of fixed size."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ def encode(
     else:
         position = torch.where(valid, valid.cumsum(-1) - 1, -1)
     k, v = (x.to(accumulator(x.dtype)).unsqueeze(-3) for x in (k, v))
-    S, z = attention.far.fold(empty.S, empty.z, k, v, position[:, None])
+    memory: Any = attention.far  # never None in a cross-attention
+    S, z = memory.fold(empty.S, empty.z, k, v, position[:, None])
     return S[-1], z[-1]
 
 
@@ -42,6 +45,7 @@ def cross(attention: LinearAttention, q: Tensor, S: Tensor, z: Tensor) -> Tensor
     k, v = none.split([eq.key_dim, eq.value_dim], -1)
     nothing = torch.zeros(q.shape[-2], 0, dtype=torch.bool, device=q.device)
     position = torch.zeros(0, dtype=torch.long, device=q.device)
-    far, mass = attention.far(q.to(S.dtype), k, v, position, nothing, nothing, 0, S, z)
+    memory: Any = attention.far  # never None in a cross-attention
+    far, mass = memory(q.to(S.dtype), k, v, position, nothing, nothing, 0, S, z)
     out = far / mass.clamp_min(TINY)[..., None]
     return out.reshape(*q.shape[:-1], -1).to(q.dtype)

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from linearize_kernels.equation import Equation, LinearAttention
 from linearize_kernels.parts.combine import Far, by_read_head
+from linearize_kernels.parts.far import FeatureMemory
 from linearize_kernels.reference.block import distance_bias
 from linearize_kernels.reference.visibility import Layout, laid_out, settled
 from linearize_kernels.remembered import derived, remembered
@@ -187,14 +188,18 @@ def attend(
 
     far = taps = None
     if attention.far is not None and attention.dropped != "far" and view.any_far is not False:
-        read = read_outside if view.outside else read_state
-        far = Far(*read(attention, state, q, view), view.any_far)
+        if view.outside is None:
+            read = read_state(attention.far, state, q)
+        else:
+            read = read_outside(attention.far, state, q, view.outside)
+        far = Far(*read, view.any_far)
     local = view.local
     if attention.dropped == "local":
         local = torch.zeros(1, 1, keys.shape[1], dtype=torch.bool)
     scores = attention.score(by_read_head(q, kv), keys, eq.scale, eq.softcap)
     if attention.distance_bias is not None:
-        scores = scores + spread(distance_bias(attention, view.delay).movedim(-3, 0).unflatten(0, (kv, -1)))
+        bias = distance_bias(attention.distance_bias, eq.causal, view.delay)
+        scores = scores + spread(bias.movedim(-3, 0).unflatten(0, (kv, -1)))
     if attention.conv is not None:
         twice = derived(attention, "conv", partial(taps_by_age, eq), q.dtype)
         taps = twice[..., eq.recent - state.start : 2 * eq.recent - state.start]
@@ -219,22 +224,24 @@ def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
     return torch.cat([taps, taps], -1)
 
 
-def read_state(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, Tensor]:
     """Read S: numerator `[kv * B, group, Dv]` and mass `[kv * B, group, 1]`."""
-    eq = attention.equation
-    read = attention.far.read_one(q, state.S, state.z)
+    eq, read = far.equation, far.read_one(q, state.S, state.z)
     if eq.far_heads == eq.kv_heads:
         return read
-    return tuple(by_read_head(x.view(eq.heads, q.shape[1], -1), eq.kv_heads) for x in read)
+    out, mass = (x.view(eq.heads, q.shape[1], -1) for x in read)
+    return by_read_head(out, eq.kv_heads), by_read_head(mass, eq.kv_heads)
 
 
-def read_outside(attention: LinearAttention, state: Decoding, q: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def read_outside(
+    far: FeatureMemory, state: Decoding, q: Tensor, outside: tuple[Layout, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Read S and the recent tokens that are far but not in S yet: in groups, or under a long conv."""
-    layout, columns = view.outside
+    layout, columns = outside
     tokens = (x.transpose(0, 1)[:, :, columns] for x in (state.keys, state.values))
     places = layout.old_position, layout.seen, layout.far, layout.new
     S, z = (x.transpose(0, 1) for x in (state.S, state.z))
-    read = attention.far(q.transpose(0, 1)[:, :, None], *tokens, *places, S, z)  # [B, far, g, 1, ..]
-    eq = attention.equation
+    read = far(q.transpose(0, 1)[:, :, None], *tokens, *places, S, z)  # [B, far, g, 1, ..]
+    eq = far.equation
     out, mass = (x.flatten(1, 2).reshape(len(x), eq.heads, -1).transpose(0, 1).contiguous() for x in read)
     return by_read_head(out, eq.kv_heads), by_read_head(mass, eq.kv_heads)

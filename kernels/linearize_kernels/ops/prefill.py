@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.parts.combine import per_head
+from linearize_kernels.parts.far import FeatureMemory
 from linearize_kernels.parts.feature_maps import unit_norm
 from linearize_kernels.state import State
 from linearize_kernels.torch_forms.chunks import Tiling, zero_pad
@@ -50,19 +51,19 @@ def sliding_segment(
     values = eq.to_far_heads(timeline(state.recent_v, v, count, fill, ahead))
     sinks = (eq.to_far_heads(x) for x in sinks_with(state, count, k, v))
     phi_q = phi_k = mix = None
-    if reads_far(attention):
+    far = far_read(attention)
+    if far is not None:
         wide = accumulator(q.dtype)
-        phi_q = attention.far.queries(q.to(wide))
+        phi_q = far.queries(q.to(wide))
         slot = torch.arange(keys.shape[-2], device=q.device)
         there = (slot >= skip) & (slot < len(slot) - ahead)
-        phi_k = attention.far.written(keys.to(wide), there.to(wide) if skip or ahead else None)
+        phi_k = far.written(keys.to(wide), there.to(wide) if skip or ahead else None)
         position = torch.arange(count - fill, count + length, device=q.device)
         mix = far_factor(attention, q.to(wide), position, length)
     by_token = (join_heads(x, dtype) for x in (q, keys, values, phi_q, phi_k))
     sums = state.S.flatten(0, 1), state.z.flatten(0, 1)
-    tokens = Tokens(
-        *by_token, join_heads(mix), taps(attention, len(q)), *sums, *(join_heads(x, dtype) for x in sinks)
-    )
+    before = *sums, *(join_heads(x, dtype) for x in sinks)
+    tokens = Tokens._make((*by_token, join_heads(mix), taps(attention, len(q)), *before))
     out, S, z = run(shape, tokens)
     out = out[:, :, fill:].unflatten(0, (len(q), -1)).flatten(1, 2)
     return out, S.view_as(state.S), z.view_as(state.z)
@@ -97,11 +98,12 @@ def grouped_segment(
     )
     phi_q = phi = phi_k = factor = None
     S, z, folds = state.S, state.z, 0
-    if reads_far(attention):
+    far, far_factors = far_read(attention), attention.combine.factor
+    if far is not None and far_factors is not None:
         absent = max(0, eq.recent - count)
-        phi_q = attention.far.queries(q)
-        phi = zero_pad(attention.far.written(keys[..., absent:, :]), absent)
-        phi_k, factor = groups(phi), repeat_heads(attention, attention.combine.factor, len(q))
+        phi_q = far.queries(q)
+        phi = zero_pad(far.written(keys[..., absent:, :]), absent)
+        phi_k, factor = groups(phi), repeat_heads(attention, far_factors, len(q))
         folds = max(0, (length - first) // chunk)
         S = S + phi[..., :first, :].mT @ values[..., :first, :]
         z = z + phi[..., :length, :].sum(-2)
@@ -110,7 +112,8 @@ def grouped_segment(
     unit_k, own_v, phi_k = (
         join_heads(x, dtype) for x in (groups(unit_norm(keys)), groups(values, reach), phi_k)
     )
-    tokens = Groups(unit_q, unit_k, own_v, phi_q, phi_k, factor, taps(attention, len(q)), S.flatten(0, 1))
+    conv, first_S = taps(attention, len(q)), S.flatten(0, 1)
+    tokens = Groups._make((unit_q, unit_k, own_v, phi_q, phi_k, factor, conv, first_S))
     out, S = run(Tiling(chunk, reach), folds, tokens)
     out = out[:, :, opened : opened + length].unflatten(0, (len(q), -1)).flatten(1, 2)
     if phi is None:
@@ -121,9 +124,9 @@ def grouped_segment(
     return out, before + phi[..., done:length, :].mT @ values[..., done:length, :], z
 
 
-def reads_far(attention: LinearAttention) -> bool:
-    """Return whether there is a far part that is not dropped."""
-    return attention.far is not None and attention.dropped != "far"
+def far_read(attention: LinearAttention) -> FeatureMemory | None:
+    """Return the far part, or None if there is none or it is dropped."""
+    return None if attention.dropped == "far" else attention.far
 
 
 def timeline(
@@ -207,10 +210,12 @@ def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) 
 
     end = count + length
     position = torch.arange(end - recent, end, device=S.device).clamp_min(-1)
+    sink_k, sink_v = sinks_with(state, count, k, v)
     return State(
         S,
         z,
-        *sinks_with(state, count, k, v),
+        sink_k,
+        sink_v,
         recent_k=last(state.recent_k, k),
         recent_v=last(state.recent_v, v),
         recent_position=position.expand_as(state.recent_position),

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.ops.backend import Prefill, prefill
 from linearize_kernels.ops.chunked import chunked
-from linearize_kernels.ops.prefill import far_factor, reads_far, repeat_heads, taps
+from linearize_kernels.ops.prefill import far_factor, far_read, repeat_heads, taps
 from linearize_kernels.parts.feature_maps import unit_norm
 from linearize_kernels.remembered import remembered
 from linearize_kernels.torch_forms.chunks import Tiling
@@ -44,10 +44,10 @@ def varlen(
     """
     if not attention.equation.causal:
         raise ValueError("varlen takes no equation that sees ahead: use bidirectional on every sequence")
-    bounds, total = cu_seqlens.tolist(), q.shape[-2]
-    if not total or (bounds[0], bounds[-1]) != (0, total) or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {total}; it is {bounds}")
-    bounds = tuple(dict.fromkeys(bounds))  # without empty sequences
+    given, total = cu_seqlens.tolist(), q.shape[-2]
+    if not total or (given[0], given[-1]) != (0, total) or given != sorted(given):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {total}; it is {given}")
+    bounds = tuple(dict.fromkeys(given))  # without empty sequences
     plan = packed_plan(attention, q, k, v, chunk=chunk)
     if plan is not None:
         attention.ran = "triton"
@@ -55,7 +55,10 @@ def varlen(
         return rows(attention, plan, q, k, v, bounds)
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
     apart = zip(*(x[None].split(lengths, -2) for x in (q, k, v)), strict=True)
-    return torch.cat([chunked(attention, None, *own, chunk=chunk)[0][0] for own in apart], -2)
+    outputs = [
+        chunked(attention, None, own_q, own_k, own_v, chunk=chunk)[0][0] for own_q, own_k, own_v in apart
+    ]
+    return torch.cat(outputs, -2)
 
 
 def packed_plan(
@@ -95,12 +98,13 @@ def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, devic
     first_chunk, first_segment = (torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (chunks, segments))
     first_row = first_chunk[:-1] * chunk
     rows = torch.arange(bounds[-1]) + (first_row - begin[:-1]).repeat_interleave(length)
-    position = torch.arange(first_chunk[-1] * chunk) - first_row.repeat_interleave(chunks * chunk)
-    own = torch.arange(first_segment[-1]) - first_segment[:-1].repeat_interleave(segments)
+    position = torch.arange(int(first_chunk[-1]) * chunk) - first_row.repeat_interleave(chunks * chunk)
+    own = torch.arange(int(first_segment[-1])) - first_segment[:-1].repeat_interleave(segments)
     by_segment = first_chunk[:-1].repeat_interleave(segments) + SEGMENT * own
     begins = (first_row + recent + sinks).repeat_interleave(chunks)
     tables = (begins, torch.cat([by_segment, first_chunk[-1:]]), first_segment)
-    packed = Packed(*(x.to(device, torch.int32) for x in tables), sinks)
+    begins, by_segment, first_segment = (x.to(device, torch.int32) for x in tables)
+    packed = Packed(begins, by_segment, first_segment, sinks)
     return Layout(rows.to(device), position.to(device), packed)
 
 
@@ -119,16 +123,15 @@ def sliding_rows(
     q = laid(q, rows, len(position)).unflatten(0, (eq.far_heads, -1))
     k, v = (eq.to_far_heads(laid(x, eq.recent + rows, eq.recent + len(position))) for x in (k, v))
     phi_q = phi_k = mix = None
-    if reads_far(attention):
-        phi_q, phi_k = (
-            attention.far.queries(q.to(wide)).to(narrow),
-            attention.far.written(k.to(wide)).to(narrow),
-        )
+    far = far_read(attention)
+    if far is not None:
+        phi_q, phi_k = far.queries(q.to(wide)).to(narrow), far.written(k.to(wide)).to(narrow)
         if eq.sinks:
             is_sink = pad(position < eq.sinks, (eq.recent, 0), value=True)
             phi_k = phi_k.masked_fill(is_sink[:, None], 0.0)
         mix = far_factor(attention, q.to(wide), position, 0)
-    tokens = Tokens(q, k, v, phi_q, phi_k, mix, taps(attention, 1), None, None, None, None)
+    no_state = (None, None, None, None)
+    tokens = Tokens._make((q, k, v, phi_q, phi_k, mix, taps(attention, 1), *no_state))
     return plan.form.triton(shape, tokens, packed)[0].flatten(0, 1).index_select(1, rows)
 
 
@@ -141,10 +144,11 @@ def group_rows(
     q, k, v = (laid(x, rows, len(position)).to(wide) for x in (q, k, v))
     q, k, v = q.unflatten(0, (eq.far_heads, -1)), eq.to_far_heads(k), eq.to_far_heads(v)
     phi_q = phi_k = factor = None
-    if reads_far(attention):
-        phi_q, phi_k = attention.far.queries(q), attention.far.written(k)
-        factor = repeat_heads(attention, attention.combine.factor, 1)
+    far, far_factors = far_read(attention), attention.combine.factor
+    if far is not None and far_factors is not None:
+        phi_q, phi_k = far.queries(q), far.written(k)
+        factor = repeat_heads(attention, far_factors, 1)
     by_token = (None if x is None else x.to(narrow) for x in (unit_norm(q), unit_norm(k), v, phi_q, phi_k))
-    tokens = Groups(*by_token, factor, taps(attention, 1), None)
+    tokens = Groups._make((*by_token, factor, taps(attention, 1), None))
     out = plan.form.triton(Tiling(plan.chunk, 0), 0, tokens, packed)[0]
     return out.flatten(0, 1).index_select(1, rows)

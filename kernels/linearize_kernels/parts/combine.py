@@ -29,11 +29,25 @@ class Far(NamedTuple):
 
 
 class Combine(nn.Module):
+    """The base class of combines.
+
+    Attributes:
+        mix: `[heads, D + 1]`, the far part's logit in `Shared`, or None without one of the parts.
+        factor: `[heads]`, the far part's factor in `Unnormalised`, or None without a far part.
+    """
+
+    mix: nn.Parameter | None
+    factor: nn.Parameter | None
+
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
         super().__init__()
 
     def reset_parameters(self) -> None:
         """Set all parameters to their values at the start of a conversion."""
+
+    def define(self, head: int, q: Tensor, scores: list, values: list, far: Far | None) -> Tensor:
+        """Combine the parts of one token and head."""
+        raise NotImplementedError
 
     def one_token(
         self,
@@ -104,7 +118,7 @@ class Shared(Combine):
         if far is None:
             return softmax(scores, local, values)
         mix = q.new_zeros(()) if self.mix is None else per_head(self.mix, q)
-        mix = torch.where(far.any, mix, float("-inf"))
+        mix = torch.where(far.any, mix, float("-inf"))  # type: ignore[arg-type]  # a tensor in blocks
         scores = scores.masked_fill(~local, float("-inf"))
         ceiling = finite(torch.maximum(scores.detach().amax(-1), mix.detach()))
         weights, factor = (scores - ceiling[..., None]).exp(), (mix - ceiling).exp()
@@ -127,7 +141,7 @@ class Shared(Combine):
         mass = far.mass.clamp_min(torch.finfo(q.dtype).tiny)
         logit = by_read_head(torch.baddbmm(b, q, w), len(mass) // q.shape[1]) + mass.log()
         if far.any is not True:
-            logit = logit.masked_fill(~far.any, float("-inf"))
+            logit = logit.masked_fill(~far.any, float("-inf"))  # type: ignore[arg-type]  # never False
         if local is not None:
             scores = scores.masked_fill(~local, float("-inf"))
         weights = torch.cat([logit, scores], -1).softmax(-1)
@@ -185,9 +199,10 @@ class Unnormalised(Combine):
 
     def forward(self, q: Tensor, scores: Tensor, local: Tensor, values: Tensor, far: Far | None) -> Tensor:
         out = attend(scores.masked_fill(~local, 0.0), values)
-        if far is None:
+        factor = self.factor
+        if far is None or factor is None:
             return out
-        return out + self.factor.to(q.dtype).view(*q.shape[-4:-2], 1, 1) * far.out
+        return out + factor.to(q.dtype).view(*q.shape[-4:-2], 1, 1) * far.out
 
 
 class RootMeanSquare(Combine):
@@ -251,7 +266,8 @@ class Gate(RootMeanSquare):
         out = softmax(scores, local, values)
         if far is None:
             return out
-        gate = torch.where(far.any, per_head(self.gate, q).sigmoid(), 0.0)[..., None]
+        gate = per_head(self.gate, q).sigmoid()
+        gate = torch.where(far.any, gate, 0.0)[..., None]  # type: ignore[arg-type]  # a tensor in blocks
         return (1 - gate) * out + gate * self.normalise(q, far.out)
 
 

@@ -10,13 +10,14 @@ and never counts, and sinks are never folded.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize_kernels.parts.combine import as_affine, by_read_head
 from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
-from linearize_kernels.parts.feature_maps import FEATURE_MAPS, unit_norm
+from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap, unit_norm
 from linearize_kernels.parts.linformer import Projection
 from linearize_kernels.remembered import derived
 
@@ -85,7 +86,7 @@ class FeatureMemory(nn.Module):
         return phi if weight is None else weight * phi
 
     @property
-    def writing_map(self) -> nn.Module:
+    def writing_map(self) -> FeatureMap:
         return self.q_map if self.k_map is None else self.k_map
 
     def weights(self, k: Tensor) -> Tensor:
@@ -179,7 +180,8 @@ class FeatureMemory(nn.Module):
         """Fold a chain of tokens k, v `[B, kv, N, D]`, none of them a sink, into S and z; position `[B or 1, N]`."""
         if self.memory.forward_in_time:
             chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
-            return tuple(x[-1] for x in self.fold(S, z, *chunk))
+            states, sums = self.fold(S, z, *chunk)
+            return states[-1], sums[-1]
         phi = self.keys(k)
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
@@ -214,15 +216,15 @@ class FeatureMemory(nn.Module):
             right = torch.cat([right, passed.exp()[..., None] * phi], -1)
             right = delta_solve(phi, strength, passed, chain(counts), right)
             right, answers = right[..., : v.shape[-1]], right[..., v.shape[-1] :]
-        states, sums = [S], [z]
+        each_S, each_z = [S], [z]
         for n in range(chunks):
             written = right[n] if strength is None else right[n] - answers[n] @ S
             decay = passed[n, ..., -1].exp()[..., None]
             S = decay[..., None] * S + kept[n].transpose(-1, -2) @ written
             z = decay * z + kept[n].sum(-2)
-            states.append(S)
-            sums.append(z)
-        return torch.stack(states), torch.stack(sums)
+            each_S.append(S)
+            each_z.append(z)
+        return torch.stack(each_S), torch.stack(each_z)
 
 
 def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,11 +232,13 @@ def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
     return as_affine(key_weight / CEILING)
 
 
-def far_part(equation) -> nn.Module:
+def far_part(equation) -> FeatureMemory:
+    """Build the far part of an equation."""
     return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
 
 
-FAR_PARTS = {"linformer": Projection}
+# Any: they are no `FeatureMemory`, but have what `block` and one token need of it.
+FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:

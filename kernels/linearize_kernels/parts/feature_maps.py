@@ -44,6 +44,7 @@ class FeatureMap(nn.Module):
         shared: whether queries and keys must use one map with the same parameters.
     """
 
+    name: str
     positive = False
     shared = False
 

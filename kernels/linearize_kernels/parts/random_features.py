@@ -16,6 +16,7 @@ class Performer(FeatureMap):
     where `scale |x|²` is beyond about 100: there is no stabiliser, which would have to know later keys.
     """
 
+    directions: Tensor
     positive = True
     shared = True
 
@@ -53,6 +54,7 @@ class Yoso(FeatureMap):
     than the state.
     """
 
+    planes: Tensor
     positive = True
     shared = True
 

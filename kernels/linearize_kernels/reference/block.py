@@ -74,7 +74,7 @@ def evaluate(
     scores = attention.score(grouped_q.flatten(-3, -2), keys, eq.scale, eq.softcap)
     scores = scores.unflatten(-2, (-1, length))
     if attention.distance_bias is not None:
-        scores = scores + by_head(eq, distance_bias(attention, layout.delay))
+        scores = scores + by_head(eq, distance_bias(attention.distance_bias, eq.causal, layout.delay))
     local_values = values
     if sink_logits is not None:  # one more local key, whose value is zero
         logits = sink_logits.to(wide).view(eq.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -92,10 +92,9 @@ def by_head(eq, x: Tensor) -> Tensor:
     return x.unflatten(-3, (eq.kv_heads, -1))
 
 
-def distance_bias(attention: LinearAttention, delay: Tensor) -> Tensor:
-    """Look up the bias of distances `p_i - p_j [..., T, N]`: `[..., heads, T, N]`."""
-    table = attention.distance_bias
-    zero = 0 if attention.equation.causal else table.shape[-1] // 2
+def distance_bias(table: Tensor, causal: bool, delay: Tensor) -> Tensor:
+    """Look up the bias `[..., heads, T, N]` of distances `p_i - p_j [..., T, N]` in a layer's `distance_bias`."""
+    zero = 0 if causal else table.shape[-1] // 2
     return table[:, (delay + zero).clamp(0, table.shape[-1] - 1)].movedim(0, -3)
 
 

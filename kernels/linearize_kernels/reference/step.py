@@ -86,8 +86,9 @@ def step(
         far = None if read is None else Far(read[head], mass[head, 0], any=folded > 0)
         none = torch.zeros_like(v[kv])
         out = attention.combine.define(head, q[head], scores, values or [none], far)
-        for delay, old in enumerate(past_v):
-            out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
+        if attention.conv is not None:
+            for delay, old in enumerate(past_v):
+                out = out + attention.conv[head, delay].to(q.dtype) * old[kv]
         outputs.append(out)
     following = replace(state, S=S, z=z, count=now + 1, folded=folded, sinks=sinks, near=kept, past_v=past_v)
     return torch.stack(outputs), following

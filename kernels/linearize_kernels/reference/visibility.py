@@ -72,17 +72,18 @@ def lay_out(
     recent, length = recent_position.shape[-1], visible.shape[-1]
     key_position = torch.cat([sink_position, recent_position, position[..., :length]], -1)
     new = length if far_apart else 0
-    old = slice(eq.sinks, eq.sinks + (recent if old is None or far_apart else old) + new)
+    far_slots = recent if old is None or far_apart else old
+    columns = slice(eq.sinks, eq.sinks + far_slots + new)
     exists = (key_position >= 0)[..., None, :]
     seen = exists & pad(visible, (key_position.shape[-1] - length, 0), value=True)
     local = seen & (eq.near(position, key_position) | (key_position < eq.sinks)[..., None, :])
-    far_seen = seen[..., old] & (key_position[..., old] >= eq.sinks)[..., None, :]
-    far = far_seen & ~local[..., old]
+    far_seen = seen[..., columns] & (key_position[..., columns] >= eq.sinks)[..., None, :]
+    far = far_seen & ~local[..., columns]
     delay = position[..., :, None] - key_position[..., None, :]
     tap = delay + (0 if eq.causal else eq.conv_width // 2)
     tap = torch.where(seen & (tap >= 0) & (tap < eq.conv_width), tap, eq.conv_width)
     any_far = far.any(-1) | folded[..., None]
-    return Layout(local, old, new, key_position[..., old], far_seen, far, any_far, delay, tap)
+    return Layout(local, columns, new, key_position[..., columns], far_seen, far, any_far, delay, tap)
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:

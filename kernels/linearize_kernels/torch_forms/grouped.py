@@ -43,7 +43,7 @@ def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
     if tokens.conv is not None:
         weights = pad(weights, (R, 0)) + band(tokens.conv, shape)
     out = weights @ columns(tokens.v, shape)
-    if tokens.phi_q is None:
+    if tokens.phi_q is None or tokens.phi_k is None or tokens.factor is None:
         return by_head(out, C), tokens.S
     phi_q, phi_k = by_chunk(tokens.phi_q, C), tokens.phi_k.unflatten(1, (-1, C))
     sums = (phi_k.mT @ tokens.v[:, R:].unflatten(1, (-1, C))).flatten(2)

@@ -77,7 +77,9 @@ class Tokens(NamedTuple):
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the timeline."""
     values = with_front(tokens.sink_v, columns(tokens.v, shape))
-    far = None if tokens.phi_q is None else read_far(shape, tokens, values[:, :, -shape.columns :])
+    phi_q, phi_k, far = tokens.phi_q, tokens.phi_k, None
+    if phi_q is not None and phi_k is not None:
+        far = read_far(shape, tokens, phi_q, phi_k, values[:, :, -shape.columns :])
     weights = local_weights(shape, tokens, far)  # [N, n, g C, front + columns]
     total = weights
     if tokens.conv is not None:
@@ -98,28 +100,29 @@ class FarPart(NamedTuple):
     z: Tensor
 
 
-def read_far(shape: Shape, tokens: Tokens, values: Tensor) -> FarPart:
+def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> FarPart:
     """Read the far tokens: through S and z outside a chunk's columns, one by one within them.
 
     Args:
+        phi_q, phi_k: those of `tokens`.
         values: `[N, n, columns, Dv]`, of every chunk's columns.
     """
-    phi_q = by_chunk(tokens.phi_q, shape.chunk)
+    phi_q = by_chunk(phi_q, shape.chunk)
     chunks, groups = phi_q.shape[1], tokens.q.shape[1]
     some = shape.columns if shape.ahead else shape.columns - shape.size  # of the columns may be far
-    phi_k = columns(tokens.phi_k, shape, some)
+    some_k = columns(phi_k, shape, some)
     if shape.ahead:
-        slots = [x.unflatten(1, (-1, shape.chunk)) for x in (tokens.phi_k, tokens.v)]
+        slots = [x.unflatten(1, (-1, shape.chunk)) for x in (phi_k, tokens.v)]
     else:
         slots = [
-            x[:, :, : shape.chunk] for x in (phi_k, values)
+            x[:, :, : shape.chunk] for x in (some_k, values)
         ]  # each chunk's columns begin with a chunk of slots
     S, S_after = sums_outside(tokens.S.flatten(1), product(slots[0].mT, slots[1]).flatten(2), shape, chunks)
     z, z_after = sums_outside(tokens.z, slots[0].sum(2), shape, chunks)
 
     delay = delays(shape, phi_q.device)[:, :some]
     is_far = delay.abs() >= shape.size if shape.ahead else delay >= shape.size
-    products = phi_q @ phi_k.mT * is_far.to(phi_q.dtype).repeat(groups, 1)
+    products = phi_q @ some_k.mT * is_far.to(phi_q.dtype).repeat(groups, 1)
     mass = products.sum(-1) + (z[:, :, None] @ phi_q.mT).squeeze(2)
     out = product(products, values[:, :, :some]) + product(phi_q, S.unflatten(2, tokens.S.shape[1:]))
     return FarPart(out, mass.clamp_min(TINY), S_after.unflatten(1, tokens.S.shape[1:]), z_after)
@@ -137,7 +140,7 @@ def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
     bias[..., NOTHING] = LOW / 2
     bias = bias.repeat(heads if len(bias) > 1 else 1, rows // shape.chunk, 1)
     scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, chunks))
-    if far is not None:
+    if far is not None and tokens.mix is not None:
         mix = by_chunk(tokens.mix[..., None], shape.chunk).squeeze(-1)
         scores[..., FAR] = (mix + far.mass.log()).clamp_min(LOW)
     return scores.softmax(-1)
