@@ -7,6 +7,7 @@ from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.backend import decoding_backend
 from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
+from linearize_kernels.remembered import forget_derived
 from linearize_kernels.state import State
 from linearize_kernels.triton.nodes import decode_one_token, why_not
 from torch import Tensor
