@@ -19,7 +19,7 @@ VERBS = set(
     accept adapt add advance advise apply append assert ask attach attend average begin branch build bring
     call cast check choose clear clip close collect combine commit compare compile complete compute
     continue convert copy count create crop cut decide decode decorate delete derive describe detach
-    determine disable divide download draft draw drop encode end enter estimate evaluate exchange
+    determine disable divide do download draft draw drop encode end enter estimate evaluate exchange
     exclude expand explain export feed fetch fill find finish fold follow forget format forward
     freeze gather generate get give group handle hide hold identify import initialize insert install
     interrupt inspect iterate join judge keep lay leave let limit list load lock look loop make map mark
@@ -35,7 +35,7 @@ VERBS = set(
     """.split()  # noqa: SIM905
 )
 # Words of our own that had a name in the field already.
-PRIVATE = re.compile(r"\b(lanes?|scratch|tapes?|so many|there is none|goes on with|is told)\b")
+PRIVATE = re.compile(r"\b(lanes?|scratch|tapes?|so many|goes on with|is told)\b")
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
