@@ -17,7 +17,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 VERBS = set(
     """
     accept adapt add advance advise apply append assert ask attach attend average begin branch build bring
-    call cast check choose clear clip close collect combine commit compare compile complete compute
+    cache call cast check choose clear clip close collect combine commit compare compile complete compute
     continue convert copy count create crop cut decide decode decorate delete derive describe detach
     determine disable divide do download draft draw drop encode end enter estimate evaluate exchange
     exclude expand explain export feed fetch fill find finish fold follow forget format forward

@@ -57,7 +57,9 @@ def uneven_rows(subject: Subject, worst: Comparison) -> None:
 def long_turns(subject: Subject, worst: Comparison) -> None:
     """Compare a padded batch followed by a long turn, a single token and a short turn, as in a chat."""
     turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
-    texts, follow = texts_of(subject, (3, subject.size + 5, 9), sum(turns))
+    texts, follow = texts_of(
+        subject, (3, subject.size + 5, 9, 3), sum(turns)
+    )  # the first row is as long as the last
     if follow.shape[1] + 3 <= subject.context:
         compare_batch(subject.task, subject.model, texts, follow.split(turns, 1), worst)
 

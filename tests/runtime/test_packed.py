@@ -175,7 +175,7 @@ def test_documents_go_where_they_can(can, monkeypatch):
         own = getattr(layer_module, name)
         monkeypatch.setattr(layer_module, name, lambda *given: went.append(name) or own(*given))
 
-    monkeypatch.setattr(layer_module, "runs", lambda *given: can)
+    monkeypatch.setattr(layer_module, "packed_plan", lambda *given: can or None)
     for name in ("attend_packed", "attend_apart"):
         spy(name)
     assert apart(model, blocks, documents) < 1e-11
