@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import AUGMENTED, swapped
-from planted_faults import BLOCKED, DECODING, GROUPS, LAYOUT, Fault, forget_layouts
+from planted_faults import DECODING, GROUPS, LAYOUT, PREFILL, Fault, forget_layouts
 
 from linearize_cli.errors import CheckFailed
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
@@ -39,7 +39,7 @@ FAULTS = [
     ),
     Fault(
         "a conv tail that is lost once the window is full",
-        f"{BLOCKED}:after",
+        f"{PREFILL}:after",
         "recent_v=last(state.recent_v, v),",
         "recent_v=last(state.recent_v * (count < recent), v),",
         "incremental",
