@@ -30,7 +30,7 @@ from linearize_cli.training.text import open_sources
 
 
 def default_output(model: str, method: str) -> Path:
-    """Return the default output folder, `./MODEL-METHOD`."""
+    """Return the default output folder, `MODEL-METHOD` in the working directory."""
     method = Path(method).stem if method.endswith((".yaml", ".yml")) else method
     return Path(f"{Path(model).name or 'model'}-{method.replace(':', '-')}")
 
@@ -115,6 +115,9 @@ def plan_report(
     """Return the plan of a conversion and its estimated costs, from the model's config alone.
 
     Args:
+        job: the run configuration.
+        device: the device to plan for.
+        processes: the number of training processes.
         flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)
