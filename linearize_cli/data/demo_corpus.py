@@ -65,7 +65,7 @@ SPOTS = _words("""
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it."""
+    """A kind of fact: the possible answers, sentences that state it first, and sentences that only repeat it."""
 
     answers: list[str]
     statements: list[str]
@@ -196,7 +196,7 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True)
 class Recall:
-    """A repeated word.
+    """A repeated word of a document.
 
     Attributes:
         start, end: its range in the text, in characters.

@@ -1,4 +1,4 @@
-"""Readers of text, JSONL and parquet files. They yield documents."""
+"""Readers of text, JSONL and parquet files. Each yields the documents of a file."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ class BadRow(UserError):
     Args:
         where: the file and line, or the dataset and row.
         what: what is wrong with it.
+        hint: what to do.
     """
 
     def __init__(self, where: str, what: str, hint: str = "Correct or remove it."):
@@ -30,12 +31,12 @@ class BadRow(UserError):
 
 @dataclass
 class BadRows:
-    """The rows of a run that cannot be used.
+    """The rows of a run that cannot be used and were skipped.
 
     Attributes:
         allowed: the number of rows that may be skipped. One more is an error.
         skipped: the places (file and line) of the skipped rows. A row that is read twice counts once.
-        reported: the number of skipped rows that the user has seen.
+        reported: the number of skipped rows that the user has been told about.
     """
 
     allowed: int = 0
@@ -43,7 +44,7 @@ class BadRows:
     reported: int = 0
 
     def skip(self, error: BadRow) -> None:
-        """Skip a row.
+        """Skip the row of an error, or raise the error if no more rows may be skipped.
 
         Raises:
             BadRow: the allowed number of rows has been skipped already.
@@ -111,7 +112,9 @@ def document(row: Any, where: str) -> Document | None:
 
 
 def is_message(entry: Any) -> bool:
-    """Return True if an entry is a message of a chat, in the usual or in ShareGPT's form."""
+    """Return True if an entry is a message of a chat, in the usual form (`role`) or in ShareGPT's (`from`,
+    `value`).
+    """
     return isinstance(entry, dict) and ("role" in entry or {"from", "value"} <= entry.keys())
 
 
@@ -130,8 +133,8 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
     """Yield the documents of rows, without the empty ones.
 
     Args:
-        rows: pairs of a place (file and line) and a row. A row may be a BadRow.
-        bad: the bad rows of the run.
+        rows: pairs of a place (file and line) and a row. A row may be a BadRow, if it could not be parsed.
+        bad: counts the skipped rows.
 
     Raises:
         BadRow: more rows are bad than may be skipped.
@@ -181,7 +184,11 @@ def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
 
 
 def json_row(line: bytes, where: str, encoding: str) -> Any:
-    """Return the value of one line of JSON, or a BadRow if it cannot be parsed."""
+    """Return the value of one line of JSON. If the line cannot be parsed, return a BadRow without raising it.
+
+    Args:
+        where: the file and line.
+    """
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError:

@@ -33,13 +33,14 @@ def write_corpus(
 
     Every batch has its own seed. An interrupted file therefore continues with the same text, and a shorter
     corpus is the beginning of a longer one. The finished text is also kept in the cache of huggingface_hub,
-    under a fingerprint of the teacher and of the settings. The next conversion of the same teacher reads it
+    under a hash of the teacher and of the settings. The next conversion of the same teacher reads it
     from there.
 
     Args:
         path: the JSONL file to write or to continue.
         tokens: the number of tokens at which sampling stops.
         length: the largest length of a document, in tokens.
+        seed: the seed of the run.
     """
     cached = corpus_cache(fingerprint(model, tokenizer, length, seed))
     if cached.exists() and not path.exists():
@@ -68,7 +69,9 @@ def write_corpus(
 
 
 def whole_batches(path: Path) -> Iterator[list[bytes]]:
-    """Yield the lines of a corpus file, one batch of documents at a time, without an incomplete batch."""
+    """Yield the lines of an existing corpus file, one batch of documents at a time, without an incomplete
+    last batch.
+    """
     if not path.exists():
         return
     with path.open("rb") as stream:
@@ -88,7 +91,7 @@ def keep(path: Path, cached: Path, terminal: Terminal) -> None:
 
 
 def corpus_cache(key: str) -> Path:
-    """Return the path of the cached corpus with a fingerprint."""
+    """Return the path of the cached corpus with the hash `key` (see `fingerprint`). It need not exist."""
     return cached_assets_path(LIBRARY, NAMESPACE, key) / "corpus.jsonl"
 
 

@@ -13,7 +13,9 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tens
 
     Args:
         logits: `[M, vocab]`.
-        top_p: keep the most probable tokens up to this total probability. All others get 0.
+        temperature: the sampling temperature.
+        top_p: keep the most probable tokens up to this total probability. All others get 0. 1 keeps all
+            tokens.
     """
     p = (logits.double() / temperature).softmax(-1).cpu()
     if top_p < 1:
@@ -50,9 +52,13 @@ def integral_transform(
 def uniformity(values: Tensor, bins: int = BINS) -> dict[str, Any]:
     """Test with a chi-square test that values `[M]` in [0, 1) are uniform.
 
+    Args:
+        bins: the number of equal bins.
+
     Returns:
-        `tokens`: M. `bins`. `chi_square`: the statistic. `p_value`: the probability of a statistic at least as large
-        if the values are uniform.
+        `tokens`: M. `bins`: the number of bins. `chi_square`: the statistic. `p_value`: the probability of a
+            statistic at
+        least as large if the values are uniform.
     """
     counts = (values * bins).long().bincount(minlength=bins).double()
     expected = len(values) / bins

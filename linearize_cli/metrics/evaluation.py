@@ -68,7 +68,7 @@ def evaluate(
         tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
         trust_remote_code: allow both models to run their own code.
         device: the torch device to run on.
-        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of recall probes and of sampled text.
         write: write the report and the figures into the artifact.
 
@@ -137,6 +137,11 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
 
     A local source is named by its file name alone, because the report may be published.
 
+    Args:
+        data: the name of the text. None uses the demo's held-out text, for the demo's artifact only.
+        demo: True for the demo's artifact.
+        bad: counts the skipped rows.
+
     Raises:
         UserError: no text was given, or it is `self`, or it cannot be opened.
     """
@@ -158,7 +163,12 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
 
 
 def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:
-    """Return the block lengths in tokens. The first is used for the overall numbers.
+    """Return the block lengths to measure, in tokens. The first is used for the overall numbers.
+
+    Args:
+        asked: the lengths of the command line. If empty, the trained length and up to 8 times that are used.
+        trained: the block length of the conversion.
+        name: the text's name in messages.
 
     Raises:
         UserError: a block is longer than the text, or than the teacher's learned positions.
@@ -182,7 +192,7 @@ def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> li
 
 
 def draw(folder: Path, report: dict[str, Any]) -> None:
-    """Write the figures of a report that have data into the artifact's folder."""
+    """Write the figures of a report into the artifact's folder. A figure without data is not written."""
     drawn = (plots.by_position(report), plots.by_distance(report), plots.transfer(folder / "log.jsonl"))
     for name, figure in zip(FIGURES, drawn, strict=True):
         if figure is not None:

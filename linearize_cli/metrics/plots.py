@@ -46,7 +46,9 @@ def save(drawing: Figure, path: Path) -> None:
 
 
 def by_position(report: dict[str, Any]) -> Figure | None:
-    """Draw the perplexity of both models by position in the block, or return None without data."""
+    """Draw the perplexity of both models by position in the block, from a report of `eval`. Return None
+    without data.
+    """
     parts = [part for part in report["perplexity"]["by_position"] or () if part["teacher"] is not None]
     if not parts:
         return None
@@ -66,7 +68,7 @@ def by_position(report: dict[str, Any]) -> Figure | None:
 
 
 def by_distance(report: dict[str, Any]) -> Figure | None:
-    """Draw the recall of both models by distance, or return None without data."""
+    """Draw the recall of both models by distance, from a report of `eval`. Return None without data."""
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return None

@@ -24,13 +24,15 @@ LOGITS = 1 << 26  # the most logits in one forward
 
 @dataclass
 class Predictions:
-    """Sums over blocks of the predictions at each position. A causal language model predicts the next token there.
+    """Sums over blocks of the predictions at each of T positions. A causal language model predicts the next
+    token there.
 
     Attributes:
-        count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all count.
+        count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all
+            count.
         loss: `[models, T]`, the negative log-likelihood of the right answers, in nats.
         kl: `[models - 1, T]`, KL(first model ‖ this model) in nats, for each model after the first.
-        same: `[models - 1, T]`, the number of positions where both have the same most probable token.
+        same: `[models - 1, T]`, the number of predictions where both have the same most probable token.
     """
 
     count: Tensor
@@ -48,7 +50,11 @@ class Predictions:
         return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
 
     def mean(self, sums: Tensor) -> float:
-        """Return the mean over all predictions of one of the sums, such as `kl`. With two models it is `[1, T]`."""
+        """Return the mean of `kl` or `same` over all predictions of two models.
+
+        Args:
+            sums: `kl` or `same`, `[1, T]`.
+        """
         return (sums.sum() / self.count.sum()).item()
 
 
@@ -94,7 +100,7 @@ def predictions(
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
-    """Return the most tokens that a model may read in one forward, by the size of its logits."""
+    """Return the largest number of tokens that a model may read in one forward. A large vocabulary lowers it."""
     return max(1, min(AT_ONCE, LOGITS // model.config.get_text_config().vocab_size))
 
 

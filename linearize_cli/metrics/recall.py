@@ -13,9 +13,11 @@ DISTANCES = ((0, 32), (32, 64), (64, 128), (128, 256))
 
 @torch.inference_mode()
 def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16) -> dict:
-    """Measure the teacher-forced top-1 accuracy at the repeated words of documents.
+    """Measure the accuracy of a model's most probable token at the repeated words of documents
+    (teacher-forced).
 
-    A word of several tokens counts as recalled if each token is the argmax of the logits one position earlier. The
+    A word of several tokens counts as recalled if each token is the argmax of the logits one position
+    earlier. The
     distance is the number of tokens from where the word was stated to where it is repeated.
 
     Args:
@@ -72,5 +74,5 @@ def _in_bin(distance: int, lo: int, hi: int) -> bool:
 
 
 def _score(rights: list[bool]) -> dict:
-    """Return the accuracy (None for an empty list) and the count of some recalls."""
+    """Return the accuracy and the count of some recalls. The accuracy of an empty list is None."""
     return {"accuracy": sum(rights) / len(rights) if rights else None, "count": len(rights)}

@@ -27,7 +27,7 @@ class Blocks:
     counted: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
-        """Return the blocks with a function applied to each tensor."""
+        """Return the blocks with a function applied to each tensor that is not None."""
         return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
 
     def to(self, device: torch.device | str) -> "Blocks":
@@ -64,7 +64,7 @@ def causal_batch(blocks: Blocks | Tensor) -> Batch:
     """Return the batch of a causal language model. The label of each token is the next token of its document.
 
     Args:
-        blocks: blocks, or ids `[B, L]` without marks.
+        blocks: blocks, or ids `[B, L]` that are one document each and trained on as a whole.
     """
     if not isinstance(blocks, Blocks):
         blocks = Blocks(blocks)

@@ -29,7 +29,11 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def check_sizes(model: str, config: dict[str, Any]) -> None:
-    """Refuse a config with more layers or experts than any model has. To build them would take hours.
+    """Refuse a config with more layers or experts than any known model has. Building such a model would take
+    hours.
+
+    Args:
+        config: the contents of config.json.
 
     Raises:
         UserError: a count is too large.
@@ -43,7 +47,7 @@ def check_sizes(model: str, config: dict[str, Any]) -> None:
 
 
 def check_files(model: str, folder: str | Path) -> None:
-    """Check that a folder has weight files, and every file that its index names.
+    """Check that a folder has weight files, and every file that its index lists.
 
     Raises:
         UserError: files are missing, or the index is invalid.
@@ -129,7 +133,9 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
 
 
 def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[str, str]:
-    """Return the text and the hint of the error about missing weights. A missing head has its own text."""
+    """Return the text and the hint of the error about missing weights. A missing LM or classification head
+    has its own text.
+    """
     named = next(iter(loaded.config.architectures or ()), None)
     body = f"{loaded.base_model_prefix}."
     if named and named != type(loaded).__name__ and not any(name.startswith(body) for name in missing):
@@ -141,8 +147,11 @@ def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[st
 
 
 def _is_own(name: str, loaded: PreTrainedModel) -> bool:
-    """Return True if an unused weight is one more layer, or one more part of a layer, of a kind that the
-    model has.
+    """Return True if a stored weight that was not loaded belongs to a layer, or a part of a layer, that the
+    config omits.
+
+    Its kind (its name without numbers) must occur in the model. Layers for multi-token prediction are no such
+    weights.
     """
     text, index = loaded.config.get_text_config(decoder=True), re.search(r"\.layers\.(\d+)\.", name)
     drafting = getattr(text, "num_nextn_predict_layers", None) or 0
