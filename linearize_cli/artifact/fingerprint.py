@@ -1,6 +1,8 @@
 """The fingerprint of an artifact: logits that it computed when it was saved.
 
-It finds a change that affects all forms of the model equally, such as a wrong constant or another tokenizer.
+A later comparison shows a change that affects every way of computing them equally, such as a wrong constant
+or another
+tokenizer.
 """
 
 import copy
@@ -46,12 +48,15 @@ def differences(
 ) -> tuple[float, float, bool]:
     """Compare a model with the fingerprint of its artifact.
 
+    Args:
+        recorded: the fingerprint in `linearize.json`.
+
     Returns:
         the largest difference of a logit, the largest logit, and True if the tokenizer gives the recorded
             ids.
 
     Raises:
-        ValueError: the record is incomplete.
+        ValueError: the fingerprint in `linearize.json` is incomplete.
     """
     try:
         worst = largest = 0.0
@@ -81,7 +86,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random tokens `[length]` int64."""
+    """Return random token ids `[length]` int64 that depend only on the vocabulary, the length and the seed."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)
@@ -94,7 +99,10 @@ def last_logits(task: Task, model: PreTrainedModel, row: Tensor) -> Tensor:
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a model in fp32 or fp64 itself, else a copy in fp32, or None if memory is too small."""
+    """Return an fp32 copy of a half-precision model, or None if memory does not suffice for the copy.
+
+    A model in fp32 or fp64 is returned itself.
+    """
     if model.dtype in (torch.float32, torch.float64):
         return model
     if model.device.type == "cuda":

@@ -39,7 +39,9 @@ class TokenCounts(TokenCount):
 
 
 class Method(click.ParamType):
-    """A method's name or a recipe file. The file is parsed here, before slow imports."""
+    """A method's name, or the path of a recipe file. The file is parsed here, so that an error in it appears
+    at once.
+    """
 
     name = "NAME|FILE"
 
@@ -85,7 +87,7 @@ TOKENS, FLOPS, METHOD = TokenCount(), Flops(), Method()
 
 
 def options(*decorators: Callable) -> Callable[[Callable], Callable]:
-    """Return a decorator that applies several decorators."""
+    """Return a decorator that applies several decorators, the last one first."""
 
     def apply(function: Callable) -> Callable:
         for decorator in reversed(decorators):
