@@ -59,6 +59,9 @@ def read_text(file: Path, hint: str = "", most: int = JSON_BYTES) -> str:
 def read_json(file: Path, hint: str = "") -> Any:
     """Return the contents of a JSON file.
 
+    Args:
+        hint: the hint of the error.
+
     Raises:
         UserError: the file cannot be read, or is not JSON.
     """
@@ -129,6 +132,9 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(file: Path, hint: str = "") -> Any:
     """Return the contents of a YAML file.
+
+    Args:
+        hint: the hint of the error.
 
     Raises:
         UserError: the file cannot be read, or is not YAML.

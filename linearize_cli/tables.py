@@ -96,7 +96,9 @@ def conversion(report: dict[str, Any]) -> RenderableType:
 
 
 def medusa(facts: dict[str, Any]) -> RenderableType:
-    """Return how often each Medusa head is right within its top 1, 2 and 3 candidates, and the chosen tree."""
+    """Return a table of how often each Medusa head is right within its top 1, 2 and 3 candidates, and the
+    chosen tree.
+    """
     rows = table("head", *(f">top {rank}" for rank in (1, 2, 3)))
     for head, rates in enumerate(facts["acceptance"], 1):
         rows.add_row(str(head), *(f"{sum(rates[:rank]):.1%}" for rank in (1, 2, 3)))

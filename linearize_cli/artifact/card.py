@@ -176,7 +176,7 @@ def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
 
 
 def _names(modules: list[str]) -> str:
-    """Return module names as Markdown code."""
+    """Return module names as Markdown code, separated by commas, or "none" for an empty list."""
     return ", ".join(f"`{module}`" for module in modules) or "none"
 
 
@@ -214,5 +214,9 @@ def _pairs(values: dict | None, style: str) -> str:
 
 
 def _number(value: float | str | None, style: str) -> str:
-    """Return a number as text, or "not measured" for None."""
+    """Return a number as text, or "not measured" for None.
+
+    Args:
+        style: the format of a number.
+    """
     return NOT_MEASURED if value is None else style.format(value)

@@ -26,9 +26,11 @@ def fingerprint(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """Compute the fingerprint of a model in its own dtype.
 
     Returns:
-        `seed` of the token sequences, `dtype` of the computation, `tokenizer` (the ids of a fixed text) and
-            `sequences`. Each sequence has its `length` and the 8 best tokens at its last position (`tokens`,
-            `logits`).
+        `seed` (from which the token sequences are drawn), `dtype` of the computation, `tokenizer` (the token
+            ids of a
+            fixed text) and `sequences`. Each sequence has its `length`, and the 8 best `tokens` at its last
+                position with
+            their `logits`.
     """
     sequences = []
     for length in lengths(task, model):
@@ -75,9 +77,10 @@ def differences(
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences: 32, one and a half windows, and 2.5 segments.
+    """Return the lengths of the sequences: 32 tokens, one and a half windows, and 5,120 tokens (1,024 for an
+    encoder).
 
-    They are limited to the positions that the model has.
+    Each is at most the number of positions that the model has.
     """
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
@@ -86,7 +89,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random token ids `[length]` int64 that depend only on the vocabulary, the length and the seed."""
+    """Return random token ids `[length]` int64. They depend only on the vocabulary, the length and the seed."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)

@@ -25,9 +25,9 @@ def upload(
 ) -> tuple[CommitInfo, str | None]:
     """Upload a folder in one commit.
 
-    A commit whose reply was lost is not made again. On a branch the Hub makes no empty commit. A pull request
-    that was
-    opened is found by its title.
+    A commit whose reply was lost is not made again: a branch that has the files needs no further commit, and
+    a pull
+    request that was opened is found by its title.
 
     Args:
         revision: the branch to commit to, if no pull request is opened.

@@ -98,9 +98,10 @@ def options(*decorators: Callable) -> Callable[[Callable], Callable]:
 
 
 def command_options(function: Callable) -> Callable:
-    """Add `--json` and `-q` to a command, and pass a `terminal` to its function.
+    """Add the options `--json` and `-q` to a command, and pass a `terminal` to its function.
 
-    The function returns the result. The program ends with exit code 1 if the result has the verdict FAIL.
+    The function returns the result of the command. If the result has the verdict FAIL, the program ends with
+    exit code 1.
     """
 
     @wraps(function)
@@ -138,7 +139,7 @@ def notices(terminal: Terminal) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Hide the warnings and progress bars of other libraries."""
+    """Hide the warnings and progress bars of other libraries until the process ends."""
     import datasets
     import huggingface_hub
     import transformers

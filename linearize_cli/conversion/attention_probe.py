@@ -1,4 +1,4 @@
-"""A probe of a model: it records the arguments with which the model's modules call the attention interface."""
+"""A probe of a model: it records the arguments with which the modules call the attention interface."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,7 +155,7 @@ def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
 
 
 def is_cross(call: Call) -> bool:
-    """Return True if a call is cross-attention. In the probe its keys have another length than its queries."""
+    """Return True if a call is cross-attention. In the probe, its keys are longer than its queries."""
     return call.query[2] != call.key[2]
 
 
@@ -183,7 +183,7 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def score_bias(module: nn.Module, call: Call) -> Tensor | None:
-    """Return the sum of all biases on the scores, broadcastable to `[B, heads, T, T]`.
+    """Return the sum of all biases that are added to the scores, broadcastable to `[B, heads, T, T]`.
 
     It is minus infinity where the mask hides the scores. Return None if nothing is added to the scores.
     """
@@ -201,7 +201,9 @@ def score_bias(module: nn.Module, call: Call) -> Tensor | None:
 
 
 def has_bias(module: nn.Module, call: Call) -> bool:
-    """Return True if a bias other than 0 is added to visible scores."""
+    """Return True if a bias other than 0 is added to visible scores. Cross-attention counts as without a
+    bias.
+    """
     bias = None if is_cross(call) else score_bias(module, call)
     return bias is not None and bool((bias.isfinite() & (bias != 0)).any())
 

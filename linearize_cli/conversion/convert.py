@@ -68,14 +68,16 @@ def convert(
     The arguments are those of `linearize convert`. A tracker may also be one of accelerate's trackers.
 
     Returns:
-        the report: the contents of `linearize.json`, and `output`. With `dry_run`, the plan and its costs,
-            which need only the model's config, and nothing is written. Only the main process of a distributed
-            run returns the report.
+        the report: the contents of `linearize.json`, and `output`, the artifact's folder. With `dry_run`, the
+            plan and its
+            costs, which need only the model's config, and nothing is written. Only the main process of a
+                distributed
+            run returns the report. The others return None.
 
     Raises:
         UserError: the caller can correct the error. No incomplete artifact is left.
-        CheckFailed: the forms of the converted model disagree. Nothing is saved.
-        KeyboardInterrupt: `<output>.partial` is kept for `resume`.
+        CheckFailed: prefill, decoding or the reloaded model give different logits. Nothing is saved.
+        KeyboardInterrupt: the run was interrupted. `<output>.partial` is kept for `resume`.
     """
     recipe = load_recipe(method, overrides, trust_remote_code).with_budget(tokens, ", ".join(data))
     job = Job(

@@ -126,7 +126,7 @@ def train(
 
 
 def identity(report: dict[str, Any]) -> str:
-    """Return a hash of an artifact's `linearize.json` that stays the same when heads are added or replaced."""
+    """Return a hash of an artifact's `linearize.json`. It stays the same when heads are added or replaced."""
     rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

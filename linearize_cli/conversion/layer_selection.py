@@ -124,8 +124,8 @@ def refusal(
     Args:
         call: the recorded attention call of the module.
         cache: an empty cache of the model, whose layers show what they store.
-        bias: the module's position bias by distance. None if it has none, or none that depends on distance
-            alone.
+        bias: the module's position bias by distance. None if it has no bias, or one that also depends on
+            other things.
         encodes: True if bidirectional layers can be converted.
         cross: True if cross-attention can be converted.
     """
@@ -210,6 +210,10 @@ def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Laye
 
     In T5 a decoder's first layer computes the position biases for all layers, for as many tokens as its cache
     has keys. A converted layer's cache has no keys.
+
+    Args:
+        linear, softmax: the layers that become linear, and those that stay softmax.
+        keep: the argument of `--keep-softmax`. With `auto:N`, any layer may stay softmax.
 
     Raises:
         UserError: a layer that stays softmax, or may with `auto:N`, takes its biases from a converted layer.

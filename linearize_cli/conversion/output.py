@@ -43,12 +43,15 @@ def output_folder(name: str | Path) -> Path:
 
 
 class Output(Workspace):
-    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a complete artifact, or
-    nothing.
+    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a complete artifact, or does
+    not exist.
 
     The run writes the new artifact to `DIR.partial/artifact`. If there is an old one, the two folders
     exchange their names, atomically if the system supports it. Otherwise the old artifact is moved to
     `DIR.partial/replaced` between two renames. If the run is killed there, the next run moves it back.
+
+    Args:
+        folder: DIR.
     """
 
     def __init__(self, folder: Path):
@@ -102,7 +105,7 @@ class Output(Workspace):
             raise UserError(f"cannot replace {self.folder}: {error.strerror}", "Move it away.") from error
 
     def replace_in_two_steps(self, new: Path) -> None:
-        """Move the old artifact away and rename the new folder to DIR. Move the old one back if that fails."""
+        """Move the old artifact away and rename the new folder to DIR. If that fails, move the old one back."""
         old = self.path / OLD
         shutil.rmtree(
             old, ignore_errors=True
@@ -179,8 +182,9 @@ def inode(folder: Path) -> int:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders atomically. Return False, with nothing changed, if that is
-    impossible.
+    """Exchange the names of two folders atomically.
+
+    Return False, with nothing changed, if the system cannot do it.
     """
     if sys.platform != "linux":
         return False

@@ -63,11 +63,13 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
 
     Args:
         kind: the name of the model's class, for messages.
+        task: the model's task.
         layers: the layers to convert.
 
     Raises:
-        UserError: the recipe has a memory that runs forward in time for bidirectional layers, needs labels
-            that text does not give, or needs text that the model cannot write.
+        UserError: the recipe's memory runs forward in time but a layer is bidirectional, the recipe needs
+            labels
+            that text does not give, or an option needs another kind of model.
     """
     attention, distill = job.recipe.attention, job.recipe.recover.distill
     if MEMORIES[attention.memory.kind].forward_in_time and not all(layer.causal for layer in layers):

@@ -19,14 +19,14 @@ HELD_OUT = 64  # held-out blocks that select the best parameters
 
 @dataclass(frozen=True)
 class Steps:
-    """The planned training steps of the two stages, transfer and distillation. Both are 0 without training."""
+    """The planned training steps of the two stages, transfer and distillation (0 without training)."""
 
     transfer: int
     distill: int
 
     @classmethod
     def of(cls, conversion: Conversion) -> "Steps":
-        """Divide the token budget between the stages. A method without trainable parameters gets no transfer."""
+        """Divide the token budget between the stages. A method without parameters to train gets no transfer."""
         job = conversion.job
         if not job.train:
             return cls(0, 0)
@@ -38,7 +38,7 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """Return the steps of both stages."""
+        """Return the number of steps of both stages together."""
         return self.transfer + self.distill
 
 

@@ -51,8 +51,12 @@ class Restorer:
     def restored(self, name: str) -> Iterator[None]:
         """Let one layer attend by softmax while the context is open.
 
-        Its shared config is set to the native implementation too. The model makes its masks by that config.
-        Linear layers accept any mask, softmax layers only their own.
+        A converted layer has its own config, and other layers share one. The shared config is set to softmax
+        attention too,
+        because the model makes its masks by it. Linear layers accept any mask, softmax layers only their own.
+
+        Args:
+            name: the name of the layer.
         """
         configs = [self.model.get_submodule(name).config, self.shared[name]]
         before = [config._attn_implementation_internal for config in configs]

@@ -105,7 +105,11 @@ class Conversion:
         session.terminal.note(f"{title}: {value:.4f}")
 
     def add_seconds(self, stage: str, started: float) -> None:
-        """Add the time since `started` to the seconds of a stage."""
+        """Add the time since `started` to the recorded seconds of a stage.
+
+        Args:
+            started: a reading of `time.monotonic`.
+        """
         seconds = self.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 

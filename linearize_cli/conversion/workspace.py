@@ -178,7 +178,7 @@ class Workspace:
         """
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write `job.json`."""
+        """Write the state to `job.json`."""
         self.state = state
         write_json(self.path / JOB, state)
 
@@ -249,7 +249,9 @@ class Workspace:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the contents of a `job.json`, or None if it does not exist or no run wrote it."""
+    """Return the contents of a `job.json`, or None if it does not exist or was not written by a run of
+    linearize.
+    """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -65,7 +65,7 @@ SPOTS = _words("""
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: the possible answers, sentences that state it first, and sentences that only repeat it."""
+    """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it later."""
 
     answers: list[str]
     statements: list[str]
@@ -210,7 +210,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its repeated words."""
+    """A text and the positions of its repeated words."""
 
     text: str
     recalls: tuple[Recall, ...]

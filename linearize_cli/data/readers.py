@@ -36,7 +36,7 @@ class BadRows:
     Attributes:
         allowed: the number of rows that may be skipped. One more is an error.
         skipped: the places (file and line) of the skipped rows. A row that is read twice counts once.
-        reported: the number of skipped rows that the user has been told about.
+        reported: the number of skipped rows in the last report to the user.
     """
 
     allowed: int = 0
@@ -74,7 +74,7 @@ class Row(list):
 
 
 class Chat(Row):
-    """A document that is a list of messages, in the form that chat templates expect."""
+    """A document that is a list of messages (dicts with `role` and `content`), as chat templates expect."""
 
 
 # A document is a stream of text parts, so that a long one is never in memory as a whole.
@@ -152,7 +152,11 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
 
 
 def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield the only document of a text file, or nothing if the file is empty."""
+    """Yield the only document of a text file, or nothing if the file is empty. No row of it can be bad.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
 
     def parts() -> Iterator[str]:
         try:
@@ -171,7 +175,12 @@ def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
 
 
 def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield a document for each line of a JSONL file that is not empty."""
+    """Yield a document for each line of a JSONL file, without empty ones. `bad` counts the rows that are
+    skipped.
+
+    Raises:
+        BadRow: more rows are bad than may be skipped.
+    """
 
     def rows() -> Iterator[tuple[str, Any]]:
         with file.open("rb") as stream:
@@ -198,7 +207,13 @@ def json_row(line: bytes, where: str, encoding: str) -> Any:
 
 
 def read_parquet(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield a document for each row of a parquet file that is not empty."""
+    """Yield a document for each row of a parquet file, without empty ones. `bad` counts the rows that are
+    skipped.
+
+    Raises:
+        UserError: the file cannot be read, or has no column with text or chats.
+        BadRow: more rows are bad than may be skipped.
+    """
     import pyarrow.parquet
 
     def rows() -> Iterator[tuple[str, Any]]:

@@ -80,7 +80,13 @@ def whole_batches(path: Path) -> Iterator[list[bytes]]:
 
 
 def keep(path: Path, cached: Path, terminal: Terminal) -> None:
-    """Copy a corpus into the cache, unless the cache holds a longer one."""
+    """Copy a corpus into the cache, unless the cache holds one that is at least as long. A failure is only
+    reported.
+
+    Args:
+        path: the corpus.
+        cached: its path in the cache.
+    """
     if cached.exists() and cached.stat().st_size >= path.stat().st_size:
         return
     try:
@@ -96,7 +102,9 @@ def corpus_cache(key: str) -> Path:
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
-    """Return a hash of everything that decides the text: the weights, the tokenizer and the settings."""
+    """Return a hash of everything that determines the sampled text: the weights, the tokenizer and the
+    settings.
+    """
     digest = hashlib.sha256()
     settings = (type(model).__name__, model.device.type, ROWS, length, seed, end_ids(model, tokenizer))
     config = model.config.to_dict() | {"_name_or_path": None}
@@ -117,7 +125,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
-    """Sample ROWS texts from the model.
+    """Sample 32 texts from the model at temperature 1.
 
     Args:
         length: the largest length of a text, in tokens.

@@ -74,7 +74,15 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
 
 
 def local_source(name: str, path: Path, bad: BadRows) -> Source:
-    """Open a file or a folder, and read all of it once to find errors and to count the documents."""
+    """Open a file or a folder, and read all of it once to find errors and to count the documents.
+
+    Args:
+        name: its name in messages.
+        bad: counts the skipped rows of the run.
+
+    Raises:
+        UserError: a file cannot be read, or there is no text.
+    """
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UserError(
@@ -117,6 +125,7 @@ def hub_source(name: str, bad: BadRows) -> Source:
 
     Args:
         name: `name[:config][:split]`. The split is `train` by default.
+        bad: counts the skipped rows of the run.
 
     Raises:
         UserError: the dataset cannot be opened.
@@ -163,8 +172,9 @@ def joined(sources: Iterable[Source]) -> Source:
 def hold_out(source: Source) -> tuple[Source, Source]:
     """Split a source into training text and evaluation text.
 
-    The last 1% of the documents (at least one) is held out. A stream of unknown length with at least 1,000
-    documents gives its first 500.
+    The last 1% of the documents (at least one) is held out. If the number of documents is unknown and at
+    least 1,000, the
+    first 500 are held out.
 
     Returns:
         the training source and the evaluation source.

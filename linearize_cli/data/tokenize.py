@@ -119,5 +119,5 @@ def at_most(seconds: float, error: Exception) -> Iterator[None]:
 
 
 def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if the chat template marks the tokens of the assistant."""
+    """Return True if the tokenizer has a chat template that marks the tokens of the assistant."""
     return bool(tokenizer.chat_template and GENERATION.search(tokenizer.get_chat_template()))

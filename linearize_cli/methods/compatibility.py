@@ -1,4 +1,4 @@
-"""The rules between the keys of a recipe: which parts the library has, and which of them fit together."""
+"""The rules between the keys of a recipe: which named parts exist, and which of them fit together."""
 
 from collections.abc import Iterator
 

@@ -39,7 +39,7 @@ def parse_count(value: Any) -> int:
 
 
 def parse_number(value: Any) -> Any:
-    """Return the number in a text, or the value itself. YAML 1.1 reads 1e-3 as text."""
+    """Return the number in a text, because YAML 1.1 reads 1e-3 as text. Return any other value unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -332,7 +332,10 @@ def names_code(feature_map: object) -> bool:
 
 
 def transfer_rate(transfer: Transfer, head_dim: int) -> float:
-    """Return the learning rate of transfer for keys of `head_dim` entries per head."""
+    """Return the learning rate of transfer for keys of `head_dim` entries per head.
+
+    `auto` is 1e-2 for 128 entries, and scales with 1 / sqrt(head_dim).
+    """
     return 1e-2 * (128 / head_dim) ** 0.5 if transfer.lr == "auto" else transfer.lr
 
 

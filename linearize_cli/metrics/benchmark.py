@@ -173,7 +173,9 @@ def random_tokens(
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """Return a table of tokens/s, cache size and peak memory of both models, side by side."""
+    """Return a report of `bench` as a table: tokens/s, cache size and peak memory of both models, side by
+    side.
+    """
     names = ("teacher", "student")
     columns = [f">{what}\n{name}" for what in ("tokens/s", "cache", "peak") for name in names]
     rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher", *columns[2:])

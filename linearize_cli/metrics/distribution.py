@@ -30,12 +30,14 @@ def integral_transform(
 ) -> Tensor:
     """Compute the randomised probability integral transform of each token.
 
-    Tokens are ordered by falling probability. The value is the probability of all tokens before this one, plus a
+    Tokens are ordered by falling probability. The value of a token is the total probability of all tokens
+    before it, plus a
     random share of its own. If the tokens follow the distribution, the values are uniform.
 
     Args:
-        logits: `[M, vocab]`, the distributions of the tokens at this temperature and `top_p`.
-        tokens: `[M]`.
+        logits: `[M, vocab]`. The distributions follow from them by `temperature` and `top_p`.
+        tokens: `[M]`, one token of each distribution.
+        generator: draws the random shares.
 
     Returns:
         `[M]` in [0, 1), in fp64.

@@ -56,7 +56,7 @@ def repetition(rows: Tensor) -> float | None:
 
 
 def agreed(rows: Tensor, others: Tensor) -> float:
-    """Return the mean length of the prefix that two sets of rows `[R, T]` have in common."""
+    """Return the mean number of leading tokens on which two sets of rows `[R, T]` agree."""
     return (rows == others).cumprod(1).sum(1).double().mean().item()
 
 

@@ -44,7 +44,9 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def held_bytes(x: object) -> int:
-    """Return the bytes of a tensor, a `State` or a dict of them, and 0 for other objects."""
+    """Return the bytes of a tensor, of a linear attention's `State`, or of a dict of them. Other objects
+    count 0.
+    """
     if isinstance(x, State):
         return x.nbytes()
     if isinstance(x, dict):

@@ -66,10 +66,11 @@ def predictions(
     progress: Callable[[int], None] = lambda tokens: None,
     batch_size: int = 8,
 ) -> Predictions:
-    """Read blocks `[N, L]` with each model and compare their predictions.
+    """Compute the logits of blocks with each model, and compare their predictions.
 
     Args:
         models: the first one is the reference of `kl` and `same`.
+        blocks: token ids `[N, L]`.
         task: makes the inputs and answers of a block. None is the task of a causal language model.
         progress: called with the number of tokens just read.
         batch_size: the most blocks in one forward. Long blocks are read in smaller batches.
@@ -100,7 +101,7 @@ def predictions(
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
-    """Return the largest number of tokens that a model may read in one forward. A large vocabulary lowers it."""
+    """Return the largest number of tokens for one forward of a model. A large vocabulary lowers it."""
     return max(1, min(AT_ONCE, LOGITS // model.config.get_text_config().vocab_size))
 
 
@@ -120,14 +121,16 @@ def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
 
 
 def score(answers: Tensor, *logits: Tensor) -> Tensor:
-    """Compute the stacked sums of `Predictions` over the rows of a batch.
+    """Compute the sums of `Predictions` over the rows of a batch, stacked.
 
     Args:
-        answers: `[B, T]`, `IGNORED` where there is no right answer.
+        answers: `[B, T]`, the right tokens, or `IGNORED` where there is none.
         logits: one tensor for each model, `[B, T, vocab]`, or `[B, vocab]` of a classifier.
 
     Returns:
-        `[3 * models - 1, T]`: count, loss, kl and same, in fp64 on the CPU.
+        `[3 * models - 1, T]`, in fp64 on the CPU: one row of count, `models` rows of loss, and `models - 1`
+            rows each of
+            kl and same.
     """
     counted = answers != IGNORED
     first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)

@@ -1,4 +1,6 @@
-"""Recall of facts in the demo's documents: words that only an earlier sentence of the same document determines."""
+"""Recall of facts in the demo's documents: words that only an earlier sentence of the same document
+determines.
+"""
 
 from collections.abc import Iterable
 
@@ -69,7 +71,7 @@ def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int
 
 
 def _in_bin(distance: int, lo: int, hi: int) -> bool:
-    """Return True if a distance belongs to a bin of `DISTANCES`. The last bin has no upper end."""
+    """Return True if a distance belongs to the bin from `lo` to `hi - 1`. The last bin has no upper end."""
     return lo <= distance and (distance < hi or hi == DISTANCES[-1][1])
 
 

@@ -105,7 +105,7 @@ def compare_padded_decoding(
 
 
 def largest(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference."""
+    """Return the largest absolute difference of two tensors."""
     return (actual - expected).abs().max().item()
 
 

@@ -30,7 +30,11 @@ class Probe:
 
 
 def distances(window: int, longest: int) -> list[int]:
-    """Return distances below `longest`: half the window (at least 8 tokens), doubled again and again."""
+    """Return the distances of recall tests, in tokens: half the window (at least 8), then always twice the
+    one before.
+
+    All are below `longest`.
+    """
     found, distance = [], max(window // 2, 8)
     while distance < longest:
         found.append(distance)

@@ -168,10 +168,12 @@ def window(model: PreTrainedModel) -> int:
 
 
 def demo_recall(pair: Pair) -> dict[str, Any]:
-    """Measure both models on the demo's documents.
+    """Measure the recall of both models on the demo's documents.
 
     Returns:
-        The result of `recall`, with a share for each model. A bin covers distances from `distance` to `until - 1`.
+        `teacher` and `student` (the share of repeated words that each recalls), and under `by_distance` the
+            same for each
+        bin of distances, from `distance` to `until - 1` tokens.
     """
     documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
     found = {name: recall(model, pair.tokenizer, documents) for name, model in pair.models.items()}

@@ -13,12 +13,13 @@ IGNORED = -100  # a label that torch's cross entropy ignores
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of tokens.
+    """Blocks of L tokens, cut from text.
 
     Attributes:
         ids: `[B, L]` int64.
-        starts: `[B, L]` bool, True at the first token of each document that attention must not cross into
-            (document masking). None means that each block is one document.
+        starts: `[B, L]` bool, True at the first token of each document. Attention then stays within a
+            document
+            (document masking). None: attention may cross from one document of a block into the next.
         counted: `[B, L]` bool, True at the tokens to train on. None means all tokens.
     """
 

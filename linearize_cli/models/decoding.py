@@ -1,4 +1,4 @@
-"""Decoding of rows of tokens with a cache, and batches of rows of different lengths."""
+"""Decoding of rows of tokens with a cache, and padding of rows of different lengths."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -60,7 +60,7 @@ class Decoder:
         return DynamicCache(config=self.model.config)
 
     def own(self, cache: Cache) -> Cache:
-        """Return the part of the cache that holds the decoder's own tokens."""
+        """Return the cache of the decoder's own tokens, without that of an encoder's."""
         return cache
 
 

@@ -207,7 +207,12 @@ def _require_checkpoint(model: str | Path, folder: Path) -> None:
 def _load_meta(
     model: str, source: str, dtype: torch.dtype | None, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in Meta's format."""
+    """Load a checkpoint in Meta's format, and its tokenizer.
+
+    Args:
+        model: the model's name in messages.
+        source: the checkpoint's folder.
+    """
     from linearize_cli.models.meta_llama import load_meta_llama, load_meta_tokenizer
 
     with explained(model, "the checkpoint", FORMATS):
@@ -226,7 +231,13 @@ def _load_hugging_face(
     trust_remote_code: bool,
     own_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer."""
+    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer.
+
+    Args:
+        model: the model's name in messages.
+        source: the checkpoint's folder.
+        own_code: True if an artifact runs the code that it carries instead of this package's code.
+    """
     import transformers
     from transformers import AutoTokenizer
 
@@ -256,7 +267,7 @@ def _load_hugging_face(
 
 
 def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
-    """Return the config, and the name of the Auto class that loads the model."""
+    """Return the config of a checkpoint, and the name of the Auto class that loads its model."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)

@@ -106,7 +106,11 @@ def _read_params(file: Path) -> dict:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """Return the shard files in order. Raise a UserError if one is missing."""
+    """Return the paths of the shard files in order.
+
+    Raises:
+        UserError: a shard is missing.
+    """
     files = sorted(folder.glob("consolidated.*.pth"))
     for i in range(max(len(files), 1)):
         expected = folder / f"consolidated.{i:02d}.pth"

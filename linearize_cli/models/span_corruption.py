@@ -1,4 +1,4 @@
-"""Span corruption: masked spans of a text ("gaps"), on which masked models and encoder-decoders are trained."""
+"""Span corruption: texts in which spans are masked ("gaps"), to train masked models and encoder-decoders."""
 
 import zlib
 from collections.abc import Sequence

@@ -392,10 +392,11 @@ def last_position(model: PreTrainedModel) -> int | None:
 
 
 def reach(model: PreTrainedModel) -> int | None:
-    """Return the largest number of tokens that a converted model can read.
+    """Return the largest number of tokens that a converted model can read, or None if it has no limit.
 
-    Return None if it has no limit. A layer that stays softmax may have its own table of positions, as long as
-    the context.
+    A model with layers that stay softmax is limited to its context, because such a layer may have its own
+    table of
+    positions.
     """
     last = last_position(model)
     return context_length(model) if last is None and model.config.linearize["softmax"] else last

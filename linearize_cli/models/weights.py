@@ -87,10 +87,12 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
     """Refuse a model that is far larger than its weight files, before memory is allocated for it.
 
     Args:
+        model: the model's name in messages.
         shape: the model on the meta device.
+        folder: the folder of the weight files.
 
     Raises:
-        UserError: config.json does not match the files.
+        UserError: config.json describes far more weights than the files hold.
     """
     held, wanted = sum(file.stat().st_size for file in weight_files(folder)), shape.num_parameters()
     if wanted > max(PER_BYTE * held, FEW):
@@ -101,10 +103,12 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
 
 
 def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Check that every stored weight was loaded and that every parameter was stored.
+    """Check that every parameter of a model was loaded from its files, and that no stored weight of it was
+    ignored.
 
-    transformers fills missing weights at random. A weight that the model does not use is reported as a
-    Notice, unless the result would be another model.
+    transformers would fill missing weights at random. A stored weight that the model does not use is only
+    reported as a
+    Notice, unless the model would be another one with it.
 
     Args:
         info: the loading info of `from_pretrained`.

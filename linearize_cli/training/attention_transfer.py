@@ -115,7 +115,9 @@ class WindowDropout:
     seed: int
 
     def at(self, step: int) -> float | None:
-        """Return the share of the window that is kept at a step, in [0, 1), or None for the whole window."""
+        """Return the share of the window that is kept at a training step, in [0, 1), or None for the whole
+        window.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chance, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         return share if chance < self.probability * (1 - step / self.steps) else None

@@ -26,7 +26,7 @@ LOGITS = 1 << 26  # largest number of logits in memory, for teacher and student 
 
 
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student), the mean over all tokens.
+    """Return KL(teacher ‖ student), averaged over all tokens.
 
     Args:
         teacher: log-probabilities `[..., vocab]`.

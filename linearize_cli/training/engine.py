@@ -176,7 +176,7 @@ class Engine:
                 signal.signal(signal.SIGTERM, before)
 
     def failed_first(self) -> bool:
-        """Return whether this is the first process that fails."""
+        """Return True if this is the first process of the run that fails."""
         try:
             return self.store.add("failed", 1) == 1
         except RuntimeError:  # the store ended with the process that held it
@@ -236,7 +236,7 @@ def ended(*signal_and_frame: object) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one: `{"a": {"b": 1}}` as `{"a/b": 1}`."""
+    """Return nested dicts as one dict: `{"a": {"b": 1}}` gives `{"a/b": 1}`. All keys begin with `prefix`."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

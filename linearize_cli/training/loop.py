@@ -171,7 +171,7 @@ def train(
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Load the parameters and the optimizer's state from the checkpoint. An empty checkpoint changes nothing."""
+    """Load the parameters and the optimizer's state from the checkpoint. If it is empty, change nothing."""
     with torch.no_grad():
         for name, value in checkpoint.parameters.items():
             parameters[name].copy_(placed_like(value, parameters[name]))

@@ -1,4 +1,4 @@
-"""The objective of a training stage, and the best parameters on held-out text."""
+"""The objective of a training stage, and the selection of the best parameters on held-out text."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

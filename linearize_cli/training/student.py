@@ -100,7 +100,7 @@ class Cast(nn.Module):
 
 
 def vocabulary_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the parameters of the embeddings and of the head."""
+    """Return the parameters of the embeddings and of the LM head."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     return [p for module in (*modules, head) if module is not None for p in module.parameters()]

@@ -53,7 +53,7 @@ class NamedText:
             self.split()
 
     def split(self) -> None:
-        """Join the training sources, and hold out a part of them if no evaluation text is given."""
+        """Join the training sources into one, and hold out a part of it if no evaluation text is named."""
         train, self.evaluation = text.joined(self.sources) if self.sources else None, self.named_evaluation
         if train is not None and self.evaluation is None:
             train, self.evaluation = text.hold_out(train)
@@ -98,10 +98,10 @@ class NamedText:
         self.split()
 
     def blocks(self, job: Job, tokenizer: PreTrainedTokenizerBase, task: Task, length: int) -> "TextBlocks":
-        """Cut the text into blocks of `length` tokens.
+        """Return the text cut into blocks of `length` tokens.
 
         Args:
-            job: the job, with its batch size resolved.
+            job: the run configuration, with its batch size resolved.
 
         Raises:
             UserError: the evaluation text does not fill one block.

@@ -71,9 +71,9 @@ class Subject:
         return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:
-        """Return an empty comparison of logits.
+        """Return an empty comparison of logits, with the tolerance of the model's dtype.
 
-        Its tolerance is the dtype's. In half precision it is at most `NOISES` times the measured noise.
+        In half precision the tolerance is at most `NOISES` times the measured rounding noise.
         """
         tolerance = TOLERANCE[self.model.dtype]
         if self.half:

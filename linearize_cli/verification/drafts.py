@@ -53,7 +53,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare speculative with plain greedy decoding, for drafts with 0 to `DEPTH` right tokens.
+    """Compare speculative with plain greedy decoding, for drafts with 0 to 4 right tokens.
 
     Two more runs end within a draft: one at a stop token, one at the end of the context.
     """

@@ -1,6 +1,6 @@
 """The check `long`: a prefill of several segments against chunks of odd lengths that end in single tokens.
 
-A segment is the number of tokens that the kernels compute at a time.
+The kernels compute a long prefill in segments.
 """
 
 from collections.abc import Iterator

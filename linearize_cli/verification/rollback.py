@@ -22,7 +22,9 @@ STEPS = 3  # single tokens that are decoded after an accepted path
 
 
 def rollback(subject: Subject) -> Finding:
-    """Compare crops and partly accepted token trees with fresh runs over the tokens that were kept."""
+    """Compare caches after crops and partly accepted token trees with fresh runs over the tokens that were
+    kept.
+    """
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):

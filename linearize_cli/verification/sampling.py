@@ -97,6 +97,9 @@ def worst(values: list[Tensor]) -> dict[str, Any]:
 def rule_pit(setting: Setting, generator: torch.Generator) -> Tensor:
     """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
 
+    Args:
+        setting: the temperature and `top_p`.
+
     Returns:
         The probability integral transform of each token, `[M]` in [0, 1) (`integral_transform`).
     """

@@ -66,7 +66,12 @@ class Clocked:
     clock: Clock = field(default_factory=Clock)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return the drafter's token trees."""
+        """Return the drafter's token trees.
+
+        Args:
+            rows: the token ids of each row so far.
+            hidden: the last hidden states, from which the drafter may predict.
+        """
         self.clock.start()
         try:
             return self.drafter.draft(rows, hidden)

@@ -141,9 +141,10 @@ def verify_model(
 
 
 def noise(subject: Subject) -> Finding:
-    """Check that the rounding noise is within the dtype's tolerance.
+    """Check that the rounding noise of the logits is within the dtype's tolerance.
 
-    The noise is the difference between rows in a batch and alone, without a cache.
+    The noise is the difference between the logits of rows in a batch and of the same rows alone, without a
+    cache.
     """
     limit = TOLERANCE[subject.model.dtype] * max(1.0, subject.largest)
     return compared("noise", subject.noise, limit, {})
@@ -162,7 +163,7 @@ def run(name: str, check: Check, subject: Subject) -> Finding:
 
 
 def stopped(name: str, error: Exception) -> Finding:
-    """Return the finding of a check in which the model's code raised an error."""
+    """Return the finding of a check that failed because the model's code raised an error."""
     return Finding(lines=[Line(name, f"stopped by {type(error).__name__}: {brief(error)}", "", FAIL)])
 
 
