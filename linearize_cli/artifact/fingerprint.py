@@ -89,7 +89,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random token ids `[length]` int64. They depend only on the vocabulary, the length and the seed."""
+    """Return random token ids `[length]` int64, which depend only on the vocabulary, the length and the seed."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)

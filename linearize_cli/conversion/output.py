@@ -105,7 +105,7 @@ class Output(Workspace):
             raise UserError(f"cannot replace {self.folder}: {error.strerror}", "Move it away.") from error
 
     def replace_in_two_steps(self, new: Path) -> None:
-        """Move the old artifact away and rename the new folder to DIR. If that fails, move the old one back."""
+        """Move the old artifact away and rename the new folder to DIR. On failure, move the old one back."""
         old = self.path / OLD
         shutil.rmtree(
             old, ignore_errors=True

@@ -26,7 +26,7 @@ class Steps:
 
     @classmethod
     def of(cls, conversion: Conversion) -> "Steps":
-        """Divide the token budget between the stages. A method without parameters to train gets no transfer."""
+        """Divide the token budget between the stages. There is no transfer without parameters to train."""
         job = conversion.job
         if not job.train:
             return cls(0, 0)

@@ -65,7 +65,7 @@ SPOTS = _words("""
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it later."""
+    """A kind of fact: the possible answers, sentences that state it, and sentences that only repeat it."""
 
     answers: list[str]
     statements: list[str]

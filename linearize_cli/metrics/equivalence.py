@@ -73,7 +73,7 @@ def finite_max(x: Tensor) -> float:
 
 
 def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, seed: int) -> Tensor:
-    """Return two rows of token ids `[2, length]`: random tokens, and the texts' tokens joined and repeated."""
+    """Return two rows of token ids `[2, length]`: random ones, and the texts' tokens joined and repeated."""
     vocabulary = model.get_input_embeddings().num_embeddings
     random = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     joined = torch.tensor([token for ids in texts for token in ids])

@@ -1,4 +1,6 @@
-"""The checks `forms` (prefill and chunked prefill against decoding), `padding`, and `reload` (a saved copy)."""
+"""The checks `forms` (prefill and chunked prefill against decoding), `padding`, and `reload` (saving,
+loading).
+"""
 
 from linearize_cli.metrics.equivalence import compare_forms, compare_padding, compare_reading, compare_reload
 from linearize_cli.verification.check import Finding, Subject, compared

@@ -78,7 +78,7 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """Return the sentence that explains the verdict of a report. If a check of the folder failed, add advice."""
+    """Return the sentence that explains a report's verdict. If a check of the folder failed, add advice."""
     if report["verdict"] == FAIL:
         names = ", ".join(name.replace("_", " ") for name in report["failed"])
         advice = [text for name, text in ADVICE.items() if name in report["failed"]]
