@@ -50,8 +50,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code: 0, or 1 for a failed check, 2 for an error of the user, 3 for an
-    internal error,
-    130 for an interruption.
+    internal error, 130 for an interruption.
 
     Args:
         arguments: the command line without the program's name. None uses that of the process.

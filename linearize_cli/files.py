@@ -18,8 +18,7 @@ def replacing(path: str | Path, suffix: str = SUFFIX, sync: bool = True) -> Iter
     context.
 
     If the process is killed, either the old or the new file is there. If `path` is a symbolic link, its
-    target is replaced.
-    A device or a pipe is written to directly.
+    target is replaced. A device or a pipe is written to directly.
 
     Args:
         suffix: the suffix of the temporary file. Processes that write the same file need different ones.

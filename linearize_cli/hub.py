@@ -50,8 +50,7 @@ def persistent(call: Callable[[], T], paths: tuple[str, ...] = ("",)) -> T:
 
     Args:
         paths: parts of addresses. Only requests to an address with one of them are sent again. By default,
-            all are. Most
-            requests of an upload are sent again by `huggingface_hub` itself.
+            all are. Most requests of an upload are sent again by `huggingface_hub` itself.
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 

@@ -1,8 +1,7 @@
 """The fingerprint of an artifact: logits that it computed when it was saved.
 
 A later comparison shows a change that affects every way of computing them equally, such as a wrong constant
-or another
-tokenizer.
+or another tokenizer.
 """
 
 import copy
@@ -27,10 +26,8 @@ def fingerprint(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
     Returns:
         `seed` (from which the token sequences are drawn), `dtype` of the computation, `tokenizer` (the token
-            ids of a
-            fixed text) and `sequences`. Each sequence has its `length`, and the 8 best `tokens` at its last
-                position with
-            their `logits`.
+            ids of a fixed text) and `sequences`. Each sequence has its `length`, and the 8 best `tokens` at
+            its last position with their `logits`.
     """
     sequences = []
     for length in lengths(task, model):

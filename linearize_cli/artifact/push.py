@@ -39,8 +39,7 @@ def push(
         artifact: the folder that `linearize convert` wrote.
         repo_id: `NAMESPACE/NAME`, or `NAME` under the signed-in user. None uses the folder's name.
         private: the visibility of a new repository. None uses the Hub's default. An existing repository must
-            have this
-            visibility.
+            have this visibility.
         revision: an existing branch to commit to. None uses `main`.
         create_pr: open a pull request on `main` instead of committing to it.
         commit_message: title of the commit, and of the pull request. None uses "Upload linearized model".
@@ -48,8 +47,8 @@ def push(
         dry_run: return what would be pushed, and write nothing on the Hub.
 
     Returns:
-        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None),
-        `files` ([{`path`, `size` in bytes}], changed or not), `bytes` (their sum), `dry_run`.
+        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None), `files` ([{`path`, `size`
+        in bytes}], changed or not), `bytes` (their sum), `dry_run`.
 
     Raises:
         UserError: the folder is not a complete artifact, or the Hub refuses or cannot be reached.

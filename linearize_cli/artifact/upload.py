@@ -26,8 +26,7 @@ def upload(
     """Upload a folder in one commit.
 
     A commit whose reply was lost is not made again: a branch that has the files needs no further commit, and
-    a pull
-    request that was opened is found by its title.
+    a pull request that was opened is found by its title.
 
     Args:
         revision: the branch to commit to, if no pull request is opened.

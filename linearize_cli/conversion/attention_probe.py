@@ -173,8 +173,8 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     """Add a marker to a module's keyword arguments in the place of a linear attention's state.
 
     It is a forward pre-hook. The runtime passes the real state in the same way
-    (`runtime.dispatch.pass_state`). Return
-    None, which changes nothing, if the module gets no cache or takes no further keyword arguments.
+    (`runtime.dispatch.pass_state`). Return None, which changes nothing, if the module gets no cache or takes
+    no further keyword arguments.
     """
     parameters = signature(module.forward).parameters.values()
     if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
@@ -237,8 +237,7 @@ def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
     distance.
 
     Softmax does not change if all scores of a query shift by the same number, as ALiBi's do in some models,
-    so such
-    shifts are removed. Distances beyond the text get the last value. Rounding errors of bfloat16 are
+    so such shifts are removed. Distances beyond the text get the last value. Rounding errors of bfloat16 are
     tolerated.
 
     Args:
@@ -288,8 +287,7 @@ def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int)
     """Return the position bias of each module whose bias is a function of distance alone.
 
     The embeddings' output is the only tensor that requires gradients during the probe, so a bias that
-    requires
-    gradients depends on the tokens.
+    requires gradients depends on the tokens.
 
     Args:
         calls: the modules and their recorded calls.

@@ -69,10 +69,8 @@ def convert(
 
     Returns:
         the report: the contents of `linearize.json`, and `output`, the artifact's folder. With `dry_run`, the
-            plan and its
-            costs, which need only the model's config, and nothing is written. Only the main process of a
-                distributed
-            run returns the report. The others return None.
+            plan and its costs, which need only the model's config, and nothing is written. Only the main
+            process of a distributed run returns the report. The others return None.
 
     Raises:
         UserError: the caller can correct the error. No incomplete artifact is left.

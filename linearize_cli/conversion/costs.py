@@ -2,8 +2,7 @@
 shapes.
 
 No model runs here. Counts of parameters are exact. Bytes of activations are those of the tensors that
-autograd keeps,
-within about a factor of 1.5.
+autograd keeps, within about a factor of 1.5.
 """
 
 from dataclasses import dataclass

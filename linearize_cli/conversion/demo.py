@@ -43,8 +43,7 @@ def demo(
 
     Returns:
         the report of `convert`, with `eval`, `recall`, `verdict` and `bench` (the results of these commands),
-            and
-            `context`, the number of tokens at which memory is compared.
+            and `context`, the number of tokens at which memory is compared.
     """
     terminal = terminal or Terminal(quiet=True)
     report = convert(

@@ -18,8 +18,7 @@ def check_document_masking(model: PreTrainedModel, native: str) -> None:
     """Check that a document's logits do not depend on the document before it in the same row.
 
     Two documents are packed into one row. The second one's logits must equal those of the same document
-    alone, in the
-    softmax teacher and in the converted model.
+    alone, in the softmax teacher and in the converted model.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).

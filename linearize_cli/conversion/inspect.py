@@ -21,8 +21,7 @@ def inspect(
 
     Returns:
         the report: the layers, and the bytes of keys and values and of states at some context lengths, for
-            the default
-            method.
+            the default method.
 
     Raises:
         UserError: the model cannot be loaded, or no layer calls transformers' attention interface.

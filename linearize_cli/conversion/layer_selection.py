@@ -180,8 +180,7 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
 
     Args:
         keep: the argument of `--keep-softmax`, which keeps more layers softmax: `N` (evenly spread) or
-            `at:i,j,k`
-            (indices from 0). The layers of `auto:N` are chosen later, so all count as linear here.
+            `at:i,j,k` (indices from 0). The layers of `auto:N` are chosen later, so all count as linear here.
 
     Returns:
         the layers to convert and the layers that stay softmax.
@@ -237,8 +236,7 @@ def kept_indices(keep: str, count: int) -> list[int]:
     converted.
 
     `2` of 8 layers gives 2 and 6. `at:0,3` gives 0 and 3. `auto:2` gives an empty list, because its layers
-    are chosen
-    later.
+    are chosen later.
 
     Raises:
         UserError: `keep` is invalid.

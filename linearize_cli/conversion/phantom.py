@@ -15,8 +15,7 @@ class Phantom(TorchDispatchMode):
     real.
 
     Parameters stay on the meta device. Token ids, masks and shapes are real, so the code of a model may
-    branch on them
-    (to choose experts, for example).
+    branch on them (to choose experts, for example).
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -128,8 +128,7 @@ def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[L
 
     Raises:
         UserError: no layer can be converted, `--keep-softmax` is invalid, or a softmax layer needs the
-            position biases
-            of a converted one.
+            position biases of a converted one.
     """
     attention = job.recipe.attention
     reach = attention.local.size if attention.local else 1
@@ -210,8 +209,7 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
 
     Raises:
         CheckFailed: the saved model differs from the one in memory, or its prefill from its decoding. The
-            message says
-            which and by how much.
+            message says which and by how much.
     """
     started, partial, text = time.monotonic(), conversion.session.folder, conversion.text
     model, folder = conversion.model.eval(), partial / "artifact"

@@ -68,8 +68,7 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
 
     Raises:
         UserError: the recipe's memory runs forward in time but a layer is bidirectional, the recipe needs
-            labels
-            that text does not give, or an option needs another kind of model.
+            labels that text does not give, or an option needs another kind of model.
     """
     attention, distill = job.recipe.attention, job.recipe.recover.distill
     if MEMORIES[attention.memory.kind].forward_in_time and not all(layer.causal for layer in layers):

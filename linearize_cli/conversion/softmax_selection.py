@@ -52,8 +52,8 @@ class Restorer:
         """Let one layer attend by softmax while the context is open.
 
         A converted layer has its own config, and other layers share one. The shared config is set to softmax
-        attention too,
-        because the model makes its masks by it. Linear layers accept any mask, softmax layers only their own.
+        attention too, because the model makes its masks by it. Linear layers accept any mask, softmax layers
+        only their own.
 
         Args:
             name: the name of the layer.
@@ -94,8 +94,7 @@ class Restorer:
 
         Returns:
             the KL per token: under `none` with every layer linear, and under each layer's name with that
-                layer alone
-                softmax.
+                layer alone softmax.
         """
         model.eval()
         kl = dict.fromkeys([NONE, *self.shared], 0.0)

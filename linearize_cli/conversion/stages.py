@@ -36,11 +36,9 @@ class Conversion:
         text: the training text and the held-out text.
         session: the processes, the checkpoint and the log.
         by_block: the blocks of layers that are copied to the device one by one. None if the whole model is on
-            the
-            device.
+            the device.
         teacher: the teacher's log-probabilities `[N, classes]` on the held-out blocks, if the task has no
-            labels and
-            quality is measured by KL. Otherwise None.
+            labels and quality is measured by KL. Otherwise None.
     """
 
     job: Job

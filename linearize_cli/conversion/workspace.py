@@ -49,8 +49,7 @@ class Workspace:
 
         Returns:
             the report of the interrupted run if only the deletion of this folder was missing. Otherwise None:
-                the run
-                must be done.
+                the run must be done.
 
         Raises:
             UserError: the run cannot start. Nothing has changed.

@@ -33,8 +33,8 @@ def write_corpus(
 
     Every batch has its own seed. An interrupted file therefore continues with the same text, and a shorter
     corpus is the beginning of a longer one. The finished text is also kept in the cache of huggingface_hub,
-    under a hash of the teacher and of the settings. The next conversion of the same teacher reads it
-    from there.
+    under a hash of the teacher and of the settings. The next conversion of the same teacher reads it from
+    there.
 
     Args:
         path: the JSONL file to write or to continue.

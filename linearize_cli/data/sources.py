@@ -173,8 +173,7 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     """Split a source into training text and evaluation text.
 
     The last 1% of the documents (at least one) is held out. If the number of documents is unknown and at
-    least 1,000, the
-    first 500 are held out.
+    least 1,000, the first 500 are held out.
 
     Returns:
         the training source and the evaluation source.
@@ -234,8 +233,7 @@ def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task)
     """Check the documents of a local source before a run starts, and skip its bad rows.
 
     A row is bad if the chat template refuses it, or if it has a token without an embedding in the model. A
-    source on the
-    Hub is not read here, but checked during training.
+    source on the Hub is not read here, but checked during training.
 
     Raises:
         BadRow: more rows are bad than may be skipped.
@@ -289,8 +287,7 @@ def batches(
         skip: the number of batches to skip at the start. A resumed run continues there.
         separate: set `Blocks.starts`, so that attention stays within each document. Else it is None.
         assistant_only: set `Blocks.counted`, so that only the assistant's tokens are trained on. Blocks
-            without one
-            are skipped. Else it is None.
+            without one are skipped. Else it is None.
 
     Raises:
         UserError: the source does not fill one block.

@@ -49,8 +49,7 @@ def attention_rules(a: Attention) -> Iterator[tuple[object, str, str]]:
     """Yield the rules between the parts of an attention equation.
 
     Each rule is `(broken, keys, reason)`: `broken` is true if the recipe breaks the rule, `keys` are the
-    paths of the keys
-    involved, and `reason` explains the rule.
+    paths of the keys involved, and `reason` explains the rule.
     """
     local, far, combine, memory = a.local, a.far, a.combine, a.memory.kind
     score = local and local.score

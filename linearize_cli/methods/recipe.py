@@ -189,8 +189,7 @@ class Stage(Part):
         warmup: share of the steps in which the learning rate rises. Then it falls to zero as a cosine.
         clip: maximum gradient norm over all trained parameters. None: no clipping.
         evaluate: share of the steps between two evaluations on held-out text. The parameters of the best
-            evaluation are
-            kept. 0: no evaluation, and the last parameters are kept.
+            evaluation are kept. 0: no evaluation, and the last parameters are kept.
         early_stop: number of evaluations without an improvement after which the stage ends. None: never.
         key: path of the learning rate's key, for messages.
     """
@@ -209,9 +208,8 @@ class Transfer(Stage):
         share: share of the training tokens. The rest is for distillation.
         lr: learning rate. `auto` is 1e-2 for heads of size 128, and scales with 1 / sqrt(head size).
         window_dropout: probability that a step shortens the window of every layer at random, so that the
-            linear
-            part learns the tokens of the window too. It falls from this value at the first step to 0 at the
-                last.
+            linear part learns the tokens of the window too. It falls from this value at the first step to 0
+            at the last.
         block_layers: number of layers on the device at a time. 0 or None: all.
         linear_lr: always None, because transfer trains only parameters that the conversion added.
     """
@@ -231,8 +229,7 @@ class Lora(Part):
         rank: rank of the updates.
         alpha: the updates are multiplied by alpha / rank.
         targets: the Linear layers that get an update: those of the converted attention modules (`attention`),
-            or all of
-            the decoder layers that contain these (`all`).
+            or all of the decoder layers that contain these (`all`).
     """
 
     rank: Dimension = 8
@@ -252,8 +249,7 @@ class Distill(Stage):
         hidden: weight of the squared error of the last hidden states. Useful for classifiers, which have few
             logits.
         lora: the LoRA updates that are trained together with the parameters that the conversion added. None:
-            every
-            weight except embeddings and LM head is trained instead, with a frozen copy of the teacher.
+            every weight except embeddings and LM head is trained instead, with a frozen copy of the teacher.
         checkpointing: gradient checkpointing, which takes less memory and more time.
     """
 
@@ -343,8 +339,7 @@ def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
 
     `auto` is 2e-3 at width 64 and 2e-4 at 4096, and three times that for the parameters that the conversion
-    added.
-    `linear_lr` is None if these have no rate of their own.
+    added. `linear_lr` is None if these have no rate of their own.
     """
     rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr

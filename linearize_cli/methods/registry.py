@@ -35,8 +35,7 @@ def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         UserError: the method is unknown, the file cannot be read, or the recipe is invalid. The message names
-            every
-            error of the recipe.
+            every error of the recipe.
     """
     data, where = read_data(method, overrides)
     if names_code(feature_map_of(data)):
@@ -92,8 +91,7 @@ def augment(base: dict) -> dict:
     """Return a base recipe, as plain data, with a local part and a convolution added (arXiv 2406.07368).
 
     A base without a local part gets the window and the sinks of the default method. If its features are
-    positive, both
-    parts share one normaliser. Otherwise a gate joins them.
+    positive, both parts share one normaliser. Otherwise a gate joins them.
     """
     default = yaml.safe_load(_text(DEFAULT))["attention"]
     attention = {**base["attention"], "conv": default["conv"]}
@@ -151,8 +149,7 @@ def own_file(data: dict, where: str) -> Path:
     """Return the path of the user's file that a recipe names as `FILE.py:CLASS`.
 
     FILE is relative to the folder of the recipe's file. If `--set` names it for a method of the package, it
-    is relative to
-    the working directory.
+    is relative to the working directory.
 
     Raises:
         UserError: there is no such file, or it is outside that folder.
@@ -207,8 +204,7 @@ def try_feature_map(cls: type[FeatureMap], feature_dim: int | None, where: str) 
 
     Raises:
         UserError: it fails, its features have another shape or are not finite, or they give negative weights
-            although
-            the class declares them positive.
+            although the class declares them positive.
     """
     heads, tokens, size = 3, 33, 8
     x = torch.randn(2, heads, tokens, size, generator=torch.Generator().manual_seed(0))

@@ -50,16 +50,14 @@ def bench(
     """Time an artifact and its softmax teacher, and write `bench.json` and a figure (`linearize bench`).
 
     Both models run in turn, in one process, on one CPU thread, over random tokens. The phases are prefill,
-    decode and
-    train (see `metrics.speed`).
+    decode and train (see `metrics.speed`).
 
     Args:
         artifact: the artifact's folder.
         teacher: the softmax model that the artifact was made from. None uses the one that linearize.json
             names.
         context: lengths of a row in tokens. If empty, 1, 2, 4 and 8 times the trained length are measured, as
-            far as
-            both models have positions and the time allows.
+            far as both models have positions and the time allows.
         batch: numbers of rows in a batch.
         plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
@@ -74,16 +72,14 @@ def bench(
             seconds: the median over `repeats` of one forward, one decoding step, or one forward and backward.
             tokens_per_s: the throughput of all rows of the batch together.
             peak_bytes: the peak memory of the weights, the initial cache and all tensors allocated during the
-                run.
-                None on devices other than CPU and CUDA.
+                run. None on devices other than CPU and CUDA.
             state_bytes: the size of the cache of all rows after the context, or None without a cache.
             reason: why the numbers are None (out of memory, positions or time), or None if they were
                 measured.
 
     Raises:
         UserError: the artifact or the teacher cannot be loaded, an argument is out of range, or a file cannot
-            be
-            written. No partly written file is left.
+            be written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)

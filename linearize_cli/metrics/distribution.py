@@ -31,8 +31,7 @@ def integral_transform(
     """Compute the randomised probability integral transform of each token.
 
     Tokens are ordered by falling probability. The value of a token is the total probability of all tokens
-    before it, plus a
-    random share of its own. If the tokens follow the distribution, the values are uniform.
+    before it, plus a random share of its own. If the tokens follow the distribution, the values are uniform.
 
     Args:
         logits: `[M, vocab]`. The distributions follow from them by `temperature` and `top_p`.
@@ -59,8 +58,7 @@ def uniformity(values: Tensor, bins: int = BINS) -> dict[str, Any]:
 
     Returns:
         `tokens`: M. `bins`: the number of bins. `chi_square`: the statistic. `p_value`: the probability of a
-            statistic at
-        least as large if the values are uniform.
+            statistic at least as large if the values are uniform.
     """
     counts = (values * bins).long().bincount(minlength=bins).double()
     expected = len(values) / bins

@@ -25,8 +25,7 @@ class Comparison:
     """The worst difference of one check: the one with the largest ratio to its limit.
 
     The limit is the tolerance times the largest magnitude of the model's logits or of the compared tensor,
-    and at
-    least the tolerance itself. Integers (positions, counts) must be equal.
+    and at least the tolerance itself. Integers (positions, counts) must be equal.
 
     Attributes:
         tolerance: the relative difference that is allowed.
@@ -100,10 +99,8 @@ def rounding_noise(
     """Measure how much rounding alone changes a logit.
 
     The noise is the largest difference between sequences in a batch and the same sequences alone, for whole
-    rows and
-    for single tokens. Only the shapes of the matrix products differ. The forwards use neither a cache nor
-    padding,
-    so faults of these cannot hide in the noise.
+    rows and for single tokens. Only the shapes of the matrix products differ. The forwards use neither a
+    cache nor padding, so faults of these cannot hide in the noise.
 
     Args:
         logits_of: a function from ids `[B, T]` to logits.
@@ -136,8 +133,7 @@ def compare_forms(
     """Compare the ways to compute logits with decoding one token at a time.
 
     They are one forward without a cache, prefills of many lengths, and a prefill in uneven chunks. Some
-    prefills
-    are shorter than the convolution, some end at a window or group boundary.
+    prefills are shorter than the convolution, some end at a window or group boundary.
 
     Args:
         rows: token ids `[B, T]`.
@@ -235,8 +231,7 @@ def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int,
 
 def compare_reload(task: Task, model: PreTrainedModel, rows: Tensor, worst: Comparison) -> None:
     """Compare the model's logits on rows `[B, T]` with those of a copy that was saved and loaded. `worst`
-    collects the
-    differences.
+    collects the differences.
     """
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)

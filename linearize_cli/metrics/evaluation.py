@@ -53,17 +53,20 @@ def evaluate(
     terminal: Terminal | None = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """Compare an artifact with its softmax teacher, and write `eval.json` and figures into it (`linearize eval`).
+    """Compare an artifact with its softmax teacher, and write `eval.json` and figures into it.
+
+    It is the function behind `linearize eval`.
 
     Args:
         artifact: the artifact's folder.
-        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json names.
-        data: the text to measure on, in the forms that `convert` accepts. None uses the demo's held-out text, for a
-            demo artifact only.
+        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json
+            names.
+        data: the text to measure on, in the forms that `convert` accepts. None uses the demo's held-out text,
+            for a demo artifact only.
         skip_bad_rows: the number of unusable rows of the data that may be skipped.
-        context: block lengths in tokens. The first is used for the overall numbers, the longest for the numbers by
-            position. If empty, the trained length and up to 8 times that are used, as far as the model's positions
-            and the text allow.
+        context: block lengths in tokens. The first is used for the overall numbers, the longest for the
+            numbers by position. If empty, the trained length and up to 8 times that are used, as far as the
+            model's positions and the text allow.
         tasks: tasks of lm_eval, by name or as YAML files.
         tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
         trust_remote_code: allow both models to run their own code.
@@ -76,8 +79,8 @@ def evaluate(
         The contents of `eval.json`. Parts that do not apply to the model, or were not asked for, are None.
 
     Raises:
-        UserError: the artifact, the teacher or the data cannot be loaded, an argument does not fit them, or a file
-            cannot be written. No partly written file is left.
+        UserError: the artifact, the teacher or the data cannot be loaded, an argument does not fit them, or a
+            file cannot be written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)

@@ -129,8 +129,7 @@ def score(answers: Tensor, *logits: Tensor) -> Tensor:
 
     Returns:
         `[3 * models - 1, T]`, in fp64 on the CPU: one row of count, `models` rows of loss, and `models - 1`
-            rows each of
-            kl and same.
+            rows each of kl and same.
     """
     counted = answers != IGNORED
     first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)

@@ -19,8 +19,7 @@ def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16
     (teacher-forced).
 
     A word of several tokens counts as recalled if each token is the argmax of the logits one position
-    earlier. The
-    distance is the number of tokens from where the word was stated to where it is repeated.
+    earlier. The distance is the number of tokens from where the word was stated to where it is repeated.
 
     Args:
         model: a causal language model in evaluation mode, on any device.

@@ -97,8 +97,7 @@ def compare_padded_decoding(
     task: Task, model: PreTrainedModel, ids: Tensor, edge: int, worst: Comparison
 ) -> None:
     """Compare a padded batch, followed by `edge` single tokens with a cache, with each row alone. `worst`
-    collects the
-    differences.
+    collects the differences.
     """
     first, last = [ids[0, :PADS], ids[1, :2]], ids[:, PADS : PADS + edge]
     compare_batch(task, model, first, last.split(1, 1), worst)

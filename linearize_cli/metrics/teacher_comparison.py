@@ -172,8 +172,7 @@ def demo_recall(pair: Pair) -> dict[str, Any]:
 
     Returns:
         `teacher` and `student` (the share of repeated words that each recalls), and under `by_distance` the
-            same for each
-        bin of distances, from `distance` to `until - 1` tokens.
+        same for each bin of distances, from `distance` to `until - 1` tokens.
     """
     documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
     found = {name: recall(model, pair.tokenizer, documents) for name, model in pair.models.items()}

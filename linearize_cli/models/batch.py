@@ -18,8 +18,7 @@ class Blocks:
     Attributes:
         ids: `[B, L]` int64.
         starts: `[B, L]` bool, True at the first token of each document. Attention then stays within a
-            document
-            (document masking). None: attention may cross from one document of a block into the next.
+            document (document masking). None: attention may cross from one document of a block into the next.
         counted: `[B, L]` bool, True at the tokens to train on. None means all tokens.
     """
 

@@ -16,8 +16,7 @@ class Layer:
         refusal: the reason why it cannot be converted. None if it can.
         bias: `[heads, distances]`, the bias that the base model adds to scores by token distance (ALiBi, T5),
             0 at distance 0. A causal layer has distances 0, 1, ...; a bidirectional one those ahead, 0, and
-                those back.
-            None if the model adds none.
+            those back. None if the model adds none.
         caches: True if the softmax layer caches the keys and values of all decoded tokens.
     """
 

@@ -1,8 +1,7 @@
 """The tasks of models: causal LM, masked LM, classification, encoder-decoder.
 
 A task makes inputs and labels from blocks of tokens, computes the logits of rows of tokens, and continues
-them. The
-Auto class that loads a model determines its task.
+them. The Auto class that loads a model determines its task.
 """
 
 from collections.abc import Sequence
@@ -135,8 +134,7 @@ class Task:
 
         Returns:
             a decoder, the first tokens `[B, T]` that it reads, and their mask `[B, T]`. These are the padded
-                texts, or the
-                start token if an encoder has read the texts.
+                texts, or the start token if an encoder has read the texts.
         """
         raise NotImplementedError
 
@@ -395,8 +393,7 @@ def reach(model: PreTrainedModel) -> int | None:
     """Return the largest number of tokens that a converted model can read, or None if it has no limit.
 
     A model with layers that stay softmax is limited to its context, because such a layer may have its own
-    table of
-    positions.
+    table of positions.
     """
     last = last_position(model)
     return context_length(model) if last is None and model.config.linearize["softmax"] else last

@@ -107,8 +107,7 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
     ignored.
 
     transformers would fill missing weights at random. A stored weight that the model does not use is only
-    reported as a
-    Notice, unless the model would be another one with it.
+    reported as a Notice, unless the model would be another one with it.
 
     Args:
         info: the loading info of `from_pretrained`.

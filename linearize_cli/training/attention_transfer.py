@@ -1,6 +1,5 @@
 """Attention transfer: every linear attention layer is trained to match the output of the softmax attention
-that
-it replaces.
+that it replaces.
 
 Both get the same inputs, which come from the teacher's own hidden states.
 """
@@ -99,15 +98,13 @@ class WindowDropout:
     """Random training steps in which the local part sees a shorter window.
 
     In these steps the linear (global) part takes over the tokens that the window loses, so it learns them
-    too. The
-    idea is from arXiv 2510.05901, which drops the whole window.
+    too. The idea is from arXiv 2510.05901, which drops the whole window.
 
     Attributes:
         probability: the probability of such a step at step 0. It falls linearly to 0 at the last step.
         steps: the number of steps of the stage.
         seed: determines the random draw together with the step number. A resumed run and all processes
-            therefore
-            draw the same.
+            therefore draw the same.
     """
 
     probability: float
@@ -129,8 +126,7 @@ def shorter_windows(model: PreTrainedModel, share: float | None) -> Iterator[Non
 
     Args:
         share: the share of the window's tokens that is kept, rounded down to whole tokens. None: the windows
-            stay
-            as they are.
+            stay as they are.
     """
     attentions = [module.linear_attention for module in converted(model).values()]
     before = [attention.equation for attention in attentions]

@@ -22,9 +22,8 @@ class Decoded:
         output: the model's output. If `parts` is empty, it has all logits, else those of the first token
             only.
         parts: the outputs of the models inside the model (such as encoder and decoder), by name, in module
-            order.
-            The last one's last hidden states are the input of the LM head. Empty if the model cannot be split
-            before its head.
+            order. The last one's last hidden states are the input of the LM head. Empty if the model cannot
+            be split before its head.
     """
 
     model: PreTrainedModel
@@ -36,8 +35,7 @@ class Decoded:
         """Return one row per token, to be passed to `logits`: its last hidden state.
 
         If the model cannot be split before its head (`parts` is empty), the rows are the logits, which
-        `logits` returns
-        unchanged.
+        `logits` returns unchanged.
 
         Args:
             counted: `[B, T]` bool, the tokens to return. None means all.
@@ -54,8 +52,7 @@ class Decoded:
         """Compute the logits `[n, vocab]` of n of the rows that `rows` returned, `[n, X]`.
 
         The model's own forward does it, because it may scale, cap or shift logits. The stored outputs replace
-        the
-        forwards of the models inside it. Rows that are logits already are returned unchanged.
+        the forwards of the models inside it. Rows that are logits already are returned unchanged.
         """
         if not self.parts:
             return rows
@@ -74,10 +71,8 @@ def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
     later.
 
     Some children of the model are models themselves (such as a decoder). They contain everything but the LM
-    head,
-    and the head reads the output of the last one. If a model is built differently (OPT's head reads a
-    grandchild),
-    all logits are computed, as by `decode_all`.
+    head, and the head reads the output of the last one. If a model is built differently (OPT's head reads a
+    grandchild), all logits are computed, as by `decode_all`.
     """
     children = {name: child for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
     last, parts = next(reversed(children), None), {}

@@ -50,12 +50,10 @@ class Distillation(Objective):
 
     The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
     The KL is the mean over the batch's counted tokens (`Batch.counted`), and the cross entropy the mean over
-    the
-    tokens with a label. The error is the squared error relative to the teacher's mean square.
+    the tokens with a label. The error is the squared error relative to the teacher's mean square.
 
     A batch with more than `limit` logits is processed a few tokens at a time, and the backward computes their
-    logits
-    again. Memory for logits then does not grow with the batch.
+    logits again. Memory for logits then does not grow with the batch.
 
     Args:
         student: the linearized model, with or without LoRA.

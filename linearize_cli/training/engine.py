@@ -122,8 +122,7 @@ class Engine:
         """Yield two objectives: the one to call, and the one whose parameters to optimize.
 
         The call averages the gradients over the processes. With one process both are `objective` itself. When
-        the
-        context ends, `objective` has the trained parameters.
+        the context ends, `objective` has the trained parameters.
         """
         if self.plugin is not None:
             trained = self.sharded(objective)
@@ -185,8 +184,7 @@ class Engine:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Turn the failure of a collective operation into a UserError that says that another process has
-        ended, while the
-        context is open.
+        ended, while the context is open.
         """
         try:
             yield

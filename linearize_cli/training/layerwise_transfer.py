@@ -85,8 +85,8 @@ class HiddenStates:
     tokens.
 
     A file is named by a hash of the row's inputs, and is either complete or absent. A row that occurs again
-    finds its
-    file, whichever process, batch or run wrote it. A block is named by the index of its first layer.
+    finds its file, whichever process, batch or run wrote it. A block is named by the index of its first
+    layer.
     """
 
     def __init__(self, folder: Path):
@@ -127,10 +127,8 @@ class BlockTransfer(Objective):
     """The objective of attention transfer for one block of layers: the sum of its linear layers' losses.
 
     Each loss is the error against the output of the softmax attention, as in `attention_transfer.Transfer`.
-    The
-    forward runs the block only, and writes its outputs as the inputs of the next block. The objective's
-    submodules are
-    only the trained ones, because most of the model is not on the device.
+    The forward runs the block only, and writes its outputs as the inputs of the next block. The objective's
+    submodules are only the trained ones, because most of the model is not on the device.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).

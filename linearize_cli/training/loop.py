@@ -90,11 +90,9 @@ def train(
         objective: maps a batch to the loss and to more scalars for the log, by name. The gradients of each
             group of `objective.independent()` are clipped separately.
         batches: a function that takes the number of finished steps, and returns this process's share of the
-            batches
-            that follow.
+            batches that follow.
         held_out: returns the batches that select the best parameters, the same in all processes. None: the
-            last
-            parameters are kept.
+            last parameters are kept.
 
     Raises:
         UserError: the loss is not finite.

@@ -31,8 +31,7 @@ class HeadTraining(Objective):
 
     The target of a head is the model's own most probable token at that position of the text, because greedy
     decoding verifies drafts against it. A batch with more than `limit` logits is processed a few tokens at a
-    time, and
-    the backward computes their logits again.
+    time, and the backward computes their logits again.
 
     Args:
         model: the model, which is frozen.

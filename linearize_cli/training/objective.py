@@ -34,8 +34,7 @@ class Best:
         steps: the number of steps of the stage.
         options: the stage's part of the recipe: how often to evaluate, and `early_stop`.
         record: the best evaluation, kept in the checkpoint: its `step`, `loss` and `parameters`, and in
-            `misses` the
-            number of evaluations since then. Empty before the first evaluation.
+            `misses` the number of evaluations since then. Empty before the first evaluation.
     """
 
     def __init__(

@@ -18,8 +18,7 @@ def process_mean(value: Tensor) -> Tensor:
     unchanged.
 
     The divisors of a loss are averaged with it. The mean of the processes' losses, and of their gradients, is
-    then that
-    of the whole batch.
+    then that of the whole batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -55,11 +54,9 @@ def sharded(module: nn.Module, device: torch.device, **policy: Any) -> nn.Module
     unchanged.
 
     FSDP gathers the parameters unit by unit. The units are the layers of the model (the entries of the
-    outermost module
-    lists) and the root. A linear attention is a unit of its own, because in transfer the gradient reaches
-    nothing else.
-    The copy shares its config objects with the module, so that a switch of the attention implementation
-    reaches both.
+    outermost module lists) and the root. A linear attention is a unit of its own, because in transfer the
+    gradient reaches nothing else. The copy shares its config objects with the module, so that a switch of the
+    attention implementation reaches both.
 
     Args:
         device: the device of the shards. At most one whole unit is on it while the module is copied.

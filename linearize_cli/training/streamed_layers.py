@@ -77,8 +77,7 @@ class LayerBlocks:
         """Let the whole model run on the device while the context is open.
 
         A layer is on the device during its forward only, and the rest of the model all the time. If the
-        device is the CPU,
-        nothing is copied.
+        device is the CPU, nothing is copied.
         """
         if torch.device(self.device).type == "cpu":  # the mapped weights can be used directly
             yield
@@ -155,8 +154,7 @@ def only_block(
         layers: the model's list of layers.
         block: the layer indices of the block.
         entering: the hidden states `[B, T, width]` at the input of the block. None for the first block, which
-            starts
-            from the embeddings.
+            starts from the embeddings.
         returns: the length of each layer's output tuple, 0 for a plain tensor.
     """
     skipped = [layers[i] for i in range(block.start)]
@@ -202,8 +200,7 @@ def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, bat
 
     Raises:
         UserError: a block alone computes another result than in the whole model, because its layers share
-            more than
-            hidden states with earlier layers.
+            more than hidden states with earlier layers.
     """
     layers, lengths, outputs = blocks.layers(model), {}, {}
     inputs = {

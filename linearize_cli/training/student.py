@@ -1,8 +1,7 @@
 """The parameters that distillation trains.
 
 With LoRA they are the LoRA weights and the parameters that the conversion added. Without it they are all
-parameters
-except the embeddings and the LM head.
+parameters except the embeddings and the LM head.
 """
 
 import copy
@@ -29,8 +28,7 @@ def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
 
     Args:
         reach: `attention` for the modules inside converted attention modules, or `all` for every module
-            inside the
-            decoder layers that contain these.
+            inside the decoder layers that contain these.
     """
     roots = dict.fromkeys(converted(model))
     if reach == "all":
@@ -80,8 +78,7 @@ def student_and_teacher(
 
     Returns:
         with LoRA, the wrapped model and None, because the student without LoRA is the teacher. Without LoRA,
-            the model
-            and a frozen copy of it.
+            the model and a frozen copy of it.
     """
     if lora is None:
         return model, unfreeze(model)
@@ -110,8 +107,7 @@ def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
     """Make all parameters trainable except the embeddings and the LM head. Tied parameters stay tied.
 
     A parameter of fewer than 32 bits is kept in fp32, because small steps would be rounded away. It is cast
-    to its own
-    dtype where it is used. `merge` undoes this.
+    to its own dtype where it is used. `merge` undoes this.
 
     Returns:
         the teacher: a frozen copy of the model that shares its embeddings and LM head, without the linear

@@ -40,8 +40,7 @@ class NamedText:
         sources: the training texts. None stands for `self`, which is not sampled yet.
         train: the joined training text. None without training, or before `self` is sampled.
         evaluation: the evaluation text: the named one, or a part that is held out of the training text. None
-            if there
-            is no text, or before `self` is sampled.
+            if there is no text, or before `self` is sampled.
     """
 
     def __init__(self, job: Job):
@@ -63,8 +62,7 @@ class NamedText:
         """Read every local text once, so that an unusable row stops the run before training starts.
 
         A row is unusable if the chat template refuses it, or if a token has no embedding in the model. Rows
-        that the job
-        allows to be skipped are reported. Remote texts are not read.
+        that the job allows to be skipped are reported. Remote texts are not read.
 
         Raises:
             BadRow: more rows are unusable than the job allows.
@@ -83,8 +81,7 @@ class NamedText:
         engine: Engine,
     ) -> None:
         """Replace a `self` source by text sampled from the model, up to its share of the token budget. Do
-        nothing if no source
-        is `self`.
+        nothing if no source is `self`.
 
         Args:
             corpus: the JSONL file that the main process writes the text to.
@@ -144,8 +141,7 @@ class TextBlocks:
 
     def batches(self, engine: Engine, start: int = 0) -> Callable[[int], Iterator[Batch]]:
         """Return a function that takes a number of finished steps `done`, and yields this process's training
-        batches after the
-        first `start + done`.
+        batches after the first `start + done`.
         """
 
         def after(done: int) -> Iterator[Batch]:

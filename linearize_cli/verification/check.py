@@ -162,8 +162,7 @@ def refused(subject: Subject, name: str, why: str) -> Finding:
     """Return the finding of a check that the model cannot run, for the reason `why`.
 
     A causal model whose cache holds linear states alone, and whose forward takes positions, must support
-    every
-    check. For such a model this is a failure, for any other the check counts as not run.
+    every check. For such a model this is a failure, for any other the check counts as not run.
     """
     if not isinstance(subject.task, CausalLM):
         return not_checked(name, why)

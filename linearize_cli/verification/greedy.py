@@ -71,8 +71,7 @@ def decoded(
 
     Returns:
         The ids `[B, L + max_new]`, their mask `[B, L + max_new - 1]` without the last token, the padded
-            prompt length
-        L, and the gap between the top two logits at each new token `[B, max_new]`.
+        prompt length L, and the gap between the top two logits at each new token `[B, max_new]`.
     """
     decoder, ids, mask = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
     length, cache, token, margins = ids.shape[1], decoder.new_cache(), ids, []
@@ -98,8 +97,7 @@ def uncached_mismatches(
 
     Returns:
         Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the
-            best
-        logit of the forward without a cache minus the chosen token's logit.
+        best logit of the forward without a cache minus the chosen token's logit.
     """
     ids, mask, length, _ = decoded(task, model, texts, max_new)
     decoder, _, _ = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
@@ -122,8 +120,7 @@ def speculative_mismatches(
 
     Returns:
         Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the
-            gap between
-        the top two logits of plain decoding.
+        gap between the top two logits of plain decoding.
     """
     plain, _, length, margins = decoded(task, speculation.target, texts, max_new)
     found = []
@@ -150,8 +147,7 @@ def mismatch(prompt: int, position: int, margin: Tensor) -> dict[str, Any]:
         prompt: the number of the prompt.
         position: the number of tokens generated before it.
         margin: the gap between two logits (each caller says which). NaN and infinity become 1e30, because
-            JSON has
-            neither.
+            JSON has neither.
     """
     return {
         "prompt": prompt,

@@ -1,8 +1,7 @@
 """The check `rollback`: tokens that are taken back from a cache must leave no trace.
 
 After a crop, or a token tree of which some or no nodes are accepted, the whole cache and the next logits must
-equal
-those of a fresh run over the tokens that were kept.
+equal those of a fresh run over the tokens that were kept.
 """
 
 import torch
@@ -55,8 +54,7 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
     """Compare cropped caches with fresh ones, for drafts that cross window and group boundaries.
 
     Each case drafts tokens, crops some, drafts again, crops one, and decodes one more token. The fresh cache
-    reads
-    only the tokens that were kept.
+    reads only the tokens that were kept.
 
     Args:
         rows: token ids `[B, L]`.
@@ -192,8 +190,7 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
     """Verify two token trees one after the other, with rows of different lengths, then decode single tokens.
 
     Row i accepts the first i nodes of the first tree's deepest path. In the second tree the numbers are
-    reversed. `worst`
-    collects the differences.
+    reversed. `worst` collects the differences.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()

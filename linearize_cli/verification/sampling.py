@@ -163,8 +163,7 @@ def sampled_pit(
 
     Returns:
         The probability integral transform of each new token, `[M]` in [0, 1). The distributions are those of
-            a forward
-        without a cache.
+        a forward without a cache.
     """
     sampled = written(speculate(model, rows, drafter, new, rule))
     whole = [

@@ -107,14 +107,11 @@ def load_drafted(
         folder: the artifact.
         draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
         target: "self" if the artifact's own tokens are drafted. "teacher" if the artifact drafts for its
-            softmax
-            teacher.
+            softmax teacher.
         tree: the name of a tree, or a JSON file of choices. None chooses the heads' own tree for drafts, and
-            a tree
-            of 64 nodes for the check `tree`.
+            a tree of 64 nodes for the check `tree`.
         options: the arguments `device`, `dtype` and `trust_remote_code` of `load`. With `trust_remote_code`
-            the
-            artifact runs its own code.
+            the artifact runs its own code.
 
     Returns:
         The model, its tokenizer, and the arguments of `verify_model` that determine the speculation.

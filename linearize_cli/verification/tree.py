@@ -69,10 +69,8 @@ def tree(subject: Subject) -> Finding:
     boundary.
 
     A node crosses a boundary if its window no longer contains a token that the window of the row's last token
-    contains.
-    In half precision the limit is twice the rounding noise: the difference between single tokens and the same
-    path as a
-    chunk.
+    contains. In half precision the limit is twice the rounding noise: the difference between single tokens
+    and the same path as a chunk.
     """
     if subject.no_tree:
         return refused(subject, "tree", subject.no_tree)

@@ -63,18 +63,14 @@ def verify_model(
         max_new: tokens to generate for each prompt.
         drafter: drafts the token trees that the model verifies. None uses prompt lookup.
         speculation: the speculative decoding that is compared with greedy decoding and timed. None verifies
-            the
-            drafter's trees with the model itself.
+            the drafter's trees with the model itself.
         parents: the parent of each node of the token tree in the check `tree`, -1 for the root. None uses
-            Medusa's tree
-            of 64 nodes.
+            Medusa's tree of 64 nodes.
         seed: the seed of all random inputs.
         quick: skip the slow checks: long rows, batches of many kinds, layers against their definition,
-            sampling at
-            several settings, and the repetition in float32 of a half-precision model.
+            sampling at several settings, and the repetition in float32 of a half-precision model.
         artifact: the folder that the model was loaded from. Its code, files and fingerprint are checked as
-            well. None:
-            these are not checked.
+            well. None: these are not checked.
         progress: called with the name of each check before it starts.
 
     Returns:
@@ -82,10 +78,9 @@ def verify_model(
             checks: the lines of the table.
             failed: the names of the checks that exceed their limits.
             noise: the measured rounding noise of the logits (`rounding_noise`). A greedy token that differs
-                counts as a
-                tie if the two tokens' logits differ by less than 10 times the noise.
-        Parts that were not run are None. For an encoder, padding and `reload` are the only checks of the
-            model.
+                counts as a tie if the two tokens' logits differ by less than 10 times the noise.
+        Parts that were not run are None. For an encoder, `padding` and `reload` are the only checks of the
+        model.
 
     Raises:
         UserError: the model is not linearized, no prompt has a token, or max_new does not fit its context.
@@ -232,8 +227,7 @@ def verify(
         draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
         target: "self", or "teacher" if the artifact drafts for its softmax teacher.
         tree: the name of a tree, or a JSON file of choices. None uses the heads' own tree for drafts, and
-            Medusa's tree
-            of 64 nodes for the check `tree`.
+            Medusa's tree of 64 nodes for the check `tree`.
         prompts: a file with one prompt on each line, or JSONL with a `text` field. None uses the built-in
             prompts.
         max_new: tokens to generate for each prompt.
@@ -242,8 +236,7 @@ def verify(
         seed: the seed of all random inputs.
         quick: skip the slow checks (long rows, batches of many kinds, and others).
         trust_remote_code: run and verify the artifact's own code. Otherwise this package's code is verified,
-            and
-            compared with the artifact's.
+            and compared with the artifact's.
         progress: called with the name of each check before it starts.
         write: write ARTIFACT/verify.json.
 
@@ -252,8 +245,7 @@ def verify(
 
     Raises:
         UserError: the folder is not a complete linearized artifact, or the prompts, the tree or the drafter
-            cannot
-            be used.
+            cannot be used.
     """
     folder = user_path(artifact)
     check_artifact(folder)
