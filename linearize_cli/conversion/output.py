@@ -158,9 +158,7 @@ def edited_card(folder: Path) -> bool:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the local path of a model or a text source, or None if it is on the Hub or one of `demo` and
-    `self`.
-    """
+    """Return the local path of a model or a text source, or None if it is on the Hub, `demo` or `self`."""
     path = Path(os.path.expanduser(name))
     return path if name not in (DEMO, SELF) and os.path.exists(path) else None
 

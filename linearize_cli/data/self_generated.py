@@ -80,8 +80,8 @@ def whole_batches(path: Path) -> Iterator[list[bytes]]:
 
 
 def keep(path: Path, cached: Path, terminal: Terminal) -> None:
-    """Copy a corpus into the cache, unless the cache holds one that is at least as long. A failure is only
-    reported.
+    """Copy a corpus into the cache, unless the cache has one that is at least as long. If writing fails, only
+    a note is shown.
 
     Args:
         path: the corpus.

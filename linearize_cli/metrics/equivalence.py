@@ -163,8 +163,8 @@ def uneven(length: int) -> Iterator[int]:
 
 
 def lengths_around(size: int, most: int) -> list[int]:
-    """Return lengths of rows, up to `most`, just below and above the boundaries of windows and groups of
-    `size` tokens.
+    """Return lengths of rows around the boundaries of windows and groups of `size` tokens, between 1 and
+    `most`.
     """
     return [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= most]
 

@@ -61,7 +61,7 @@ def evaluate(
         artifact: the artifact's folder.
         teacher: the softmax model that the artifact was made from. None uses the one that linearize.json
             names.
-        data: the text to measure on, in the forms that `convert` accepts. None uses the demo's held-out text,
+        data: the text to measure on: a file, a folder or a Hub dataset. None uses the demo's held-out text,
             for a demo artifact only.
         skip_bad_rows: the number of unusable rows of the data that may be skipped.
         context: block lengths in tokens. The first is used for the overall numbers, the longest for the

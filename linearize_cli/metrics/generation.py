@@ -79,8 +79,8 @@ def generation(
 
     Returns:
         The number of `prompts`, their `prompt_tokens` and `new_tokens`, and:
-            repetition: the share of repeated 4-grams: under `greedy` and `sampled` for each model, and under `text`
-                for the text's own continuation.
+            repetition: the share of repeated 4-grams: under `greedy` and `sampled` for each model, and under
+                `text` for the text's own continuation.
             exact_match: `mean` is the mean number of leading tokens on which the two greedy continuations
                 agree. `of` is the largest possible number, T - prompt.
     """

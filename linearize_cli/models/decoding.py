@@ -108,12 +108,15 @@ def counts_pads(model: PreTrainedModel) -> bool:
 
 
 def alone(model: PreTrainedModel, row: Tensor, pads: int) -> tuple[Tensor, Tensor]:
-    """Return the ids and the mask, `[1, T]`, of a row that must give the same logits as the row behind pads.
+    """Return a row of tokens for which the model must give the same logits as for `row` behind pads.
 
     Args:
         row: token ids `[T]`.
         pads: the number of pads. A model whose positions count pads gets as many pads, with another token id.
             Any other model gets the row without pads.
+
+    Returns:
+        ids and mask, `[1, T]` or `[1, pads + T]`.
     """
     other = (int(row[0]) + 1) % model.config.get_text_config().vocab_size
     return pad_left([row], other, pads if counts_pads(model) else 0)

@@ -171,10 +171,10 @@ def mean_count(mask: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the mean squared error, divided by the mean square of the expected vectors (a scalar).
+    """Return the mean squared error divided by the mean square of the expected vectors (a scalar).
 
     Args:
-        actual, expected: `[..., X]`.
+        actual, expected: vectors `[..., X]`.
         counted: `[...]` bool, the vectors to include. None means all.
     """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))

@@ -15,8 +15,8 @@ class Job:
         recipe: the method and its training settings.
         data, eval_data: the names of the training texts and of the evaluation text.
         keep_softmax: the argument of `--keep-softmax`.
-        seq_len: the number of tokens per block. None: the default of `check_length`.
-        batch_size: the number of blocks per step, over all processes. None: the default of `with_batch_size`.
+        seq_len: the number of tokens per block. None: 1024, or the model's context if that is shorter.
+        batch_size: the number of blocks per step, over all processes. None: 1 to 8, by the number of tokens.
         train: False for a conversion without training.
         keep_adapter: True to save the LoRA adapter beside the merged model.
         dtype: the name of the model's dtype. None: that of the checkpoint.

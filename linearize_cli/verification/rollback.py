@@ -264,7 +264,7 @@ def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, wors
     """
     for layer, fresh in zip(layers, fresh_layers, strict=True):
         if is_linear(fresh):
-            filled = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # empty slots are undefined
+            filled = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # others are undefined
             for name, tensor in vars(fresh.state).items():
                 pair = getattr(layer.state, name)[row], tensor[fresh_row]
                 if name in ("recent_k", "recent_v"):
