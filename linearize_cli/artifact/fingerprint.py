@@ -74,10 +74,10 @@ def differences(
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences: 32 tokens, one and a half windows, and 5,120 tokens (1,024 for an
-    encoder).
+    """Return the lengths of the sequences: 32 tokens, one and a half windows, and 5,120 tokens.
 
-    Each is at most the number of positions that the model has.
+    The last is 1,024 tokens if the model is not a causal language model. Each is at most the number of
+    positions of the model.
     """
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
@@ -86,7 +86,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random token ids `[length]` int64, which depend only on the vocabulary, the length and the seed."""
+    """Return random token ids `[length]` int64 that follow from the vocabulary, the length and the seed."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)
