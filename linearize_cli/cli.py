@@ -39,7 +39,7 @@ def check_arguments(arguments: list[str]) -> None:
     """Check that all arguments are valid Unicode text without null characters.
 
     Raises:
-        UserError: one is not.
+        UserError: an argument is not.
     """
     for number, argument in enumerate(arguments, 1):
         if "\0" in argument or argument != without_surrogates(argument):
@@ -49,8 +49,11 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command, and turn errors into the exit codes 1 (check), 2 (user), 3 (internal) and 130
-    (interrupted).
+    """Run a command and exit with its code: 0, or 1 for a failed check, 2 for an error of the user, 3 for an
+    internal error, 130 for an interruption.
+
+    Args:
+        arguments: the command line without the program's name. None uses that of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = (

@@ -31,7 +31,9 @@ class Notice(UserWarning):
 
 
 def shortened(message: str) -> str:
-    """Cut a message to LINES lines of WIDTH characters. The last line, which says what to do, is kept."""
+    """Cut a message to at most LINES lines of WIDTH characters. The last line, which says what to do, is
+    kept.
+    """
     lines = message.strip().splitlines()
     if len(lines) > LINES:
         lines = [*lines[: LINES - 2], f"... ({len(lines) - LINES + 1} more lines)", lines[-1]]
@@ -40,6 +42,8 @@ def shortened(message: str) -> str:
 
 
 def first_five(names: Iterable[str]) -> str:
-    """Return the first five names in order, and the number of the others."""
+    """Return the first five names in alphabetical order, separated by commas, and the number of the remaining
+    ones.
+    """
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,10 +14,11 @@ SUFFIX = ".partial"  # suffix of a file that is being written
 
 @contextmanager
 def replacing(path: str | Path, suffix: str = SUFFIX, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path next to `path`, and rename the file written there to `path` at the end.
+    """Yield a temporary path next to `path`, and rename the file written there to `path` at the end of the
+    context.
 
-    If the process is killed, either the old or the new file is there. A link is followed. A device or a pipe
-    is written to directly.
+    If the process is killed, either the old or the new file is there. If `path` is a symbolic link, its
+    target is replaced. A device or a pipe is written to directly.
 
     Args:
         suffix: the suffix of the temporary file. Processes that write the same file need different ones.
@@ -43,7 +44,7 @@ def replacing(path: str | Path, suffix: str = SUFFIX, sync: bool = True) -> Iter
 
 
 def is_stream(path: str | Path) -> bool:
-    """Return True if `path` exists and is neither a file nor a folder."""
+    """Return True if `path` exists and is neither a file nor a folder, but a device or a pipe for example."""
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
@@ -75,10 +76,11 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
 
 
 def check_writable(path: str | Path, option: str = "") -> None:
-    """Check that a file can be written at a path. Nothing is left there.
+    """Check that a file can be written at a path. The check leaves no file behind. A device or a pipe is
+    always accepted.
 
     Args:
-        option: the option that names the path, for the message.
+        option: the option that names the path, for the message. Empty if none does.
 
     Raises:
         UserError: the path is a folder, its folder does not exist, or the system refuses a new file there.

@@ -1,4 +1,6 @@
-"""The Hugging Face Hub: limited waits, requests that are sent again, and errors that say what to do."""
+"""Access to the Hugging Face Hub: limited waits, requests that are sent again, and errors that say what to
+do.
+"""
 
 import re
 import time
@@ -16,7 +18,9 @@ SIGN_IN = "`hf auth login` or set HF_TOKEN"
 
 @contextmanager
 def limited_waits() -> Iterator[None]:
-    """Limit how long `huggingface_hub` waits for an answer. By itself it waits without end."""
+    """Limit how long `huggingface_hub` waits for an answer, while the context is open. By itself it has no
+    limit.
+    """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
@@ -40,11 +44,13 @@ def limited_waits() -> Iterator[None]:
 
 
 def persistent(call: Callable[[], T], paths: tuple[str, ...] = ("",)) -> T:
-    """Return what a call returns. If the Hub does not answer, call again, a few times.
+    """Return the result of a call. If the Hub does not answer, call again up to two times, after a pause.
+
+    An error that the Hub answers is raised at once.
 
     Args:
-        paths: parts of the addresses whose requests may be sent again; all if not given. Most requests of an upload
-            are sent again by `huggingface_hub` itself.
+        paths: parts of addresses. Only requests to an address with one of them are sent again. By default,
+            all are. Most requests of an upload are sent again by `huggingface_hub` itself.
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -61,14 +67,18 @@ def persistent(call: Callable[[], T], paths: tuple[str, ...] = ("",)) -> T:
 def hub_error(
     error: Exception, repo: str, verb: str, instead: str, again: str, revision: str = "main", token: str = ""
 ) -> UserError | None:
-    """Translate a failure of the Hub or of the connection to it; None: it is another failure.
+    """Translate a failure of the Hub, or of the connection to it, into a UserError. Return None for any other
+    error.
 
-    Tokens are removed from the error and its causes, because a traceback shows them.
+    Access tokens are removed from the error and its causes, because a traceback shows them.
 
     Args:
+        repo: the repository's name.
         verb: what was tried: `read` or `write to`.
-        instead: what to do where the repository or the permission is missing.
+        instead: what to do if the repository or the permission is missing.
         again: what to do after a failure that may pass.
+        revision: the branch that was used.
+        token: the access token that was used. Empty if there was none.
     """
     from huggingface_hub import constants, errors
 
@@ -113,7 +123,7 @@ def hub_error(
 
 
 def signed_in(token: str) -> str:
-    """Return whose token is in use, as part of a sentence."""
+    """Return which user an access token belongs to, as part of a sentence ("signed in as NAME")."""
     from huggingface_hub import whoami
 
     if not token:
@@ -126,7 +136,11 @@ def signed_in(token: str) -> str:
 
 
 def redacted_chain(error: BaseException, token: str = "") -> list[BaseException]:
-    """Return an error and its causes, with tokens removed from their messages."""
+    """Return an error and its causes, with access tokens removed from their messages.
+
+    Args:
+        token: an access token to remove, in addition to everything of the form `hf_...`.
+    """
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -136,7 +150,12 @@ def redacted_chain(error: BaseException, token: str = "") -> list[BaseException]
 
 
 def cause_of(chain: list[BaseException], token: str = "") -> str:
-    """Return what the Hub says in a chain of redacted errors, or else the first cause."""
+    """Return the Hub's own message and HTTP status if a chain of errors has one, or else the message of the
+    last cause.
+
+    Args:
+        chain: an error and its causes (see `redacted_chain`).
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     answer = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
@@ -147,10 +166,10 @@ def cause_of(chain: list[BaseException], token: str = "") -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Return the first two lines of an error's message, without tokens."""
+    """Return the first two lines of an error's message, with Hub access tokens (`hf_...`) removed."""
     return redacted(" ".join(str(error).split("\n")[:2]).strip() or type(error).__name__)
 
 
 def redacted(text: str, token: str = "") -> str:
-    """Remove a token, and whatever looks like a Hub token, from a text."""
+    """Return a text in which an access token, and everything of the form `hf_...`, is replaced."""
     return re.sub(r"hf_\w{8,}", "hf_...", text.replace(token, "hf_...") if token else text)

@@ -15,7 +15,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def user_path(name: str | Path, hint: str = "Choose another file or folder.") -> Path:
-    """Return the path that a user names, with `~` expanded. It need not exist.
+    """Return the path that a user names, with `~` expanded. The path need not exist.
+
+    Args:
+        hint: the hint of the error.
 
     Raises:
         UserError: the file system rejects the name, or denies access.
@@ -56,6 +59,9 @@ def read_text(file: Path, hint: str = "", most: int = JSON_BYTES) -> str:
 def read_json(file: Path, hint: str = "") -> Any:
     """Return the contents of a JSON file.
 
+    Args:
+        hint: the hint of the error.
+
     Raises:
         UserError: the file cannot be read, or is not JSON.
     """
@@ -67,7 +73,7 @@ def read_json(file: Path, hint: str = "") -> Any:
 
 
 def read_object(file: Path, hint: str = "") -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object (a dict) in a JSON file.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or is not an object.
@@ -127,6 +133,9 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(file: Path, hint: str = "") -> Any:
     """Return the contents of a YAML file.
 
+    Args:
+        hint: the hint of the error.
+
     Raises:
         UserError: the file cannot be read, or is not YAML.
     """
@@ -138,7 +147,9 @@ def read_yaml(file: Path, hint: str = "") -> Any:
 
 
 def without_surrogates(data: Any) -> Any:
-    """Replace lone surrogates, which are not valid Unicode, by U+FFFD in all strings of JSON data."""
+    """Return JSON data in which U+FFFD replaces lone surrogates, which are not valid Unicode, in all strings
+    and keys.
+    """
     if isinstance(data, str):
         return SURROGATE.sub("\ufffd", data)
     if isinstance(data, list):

@@ -20,7 +20,11 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Return a formatted number, or `-` for None."""
+    """Return a formatted number, or `-` for None.
+
+    Args:
+        form: the format.
+    """
     return "-" if value is None else format(value, form)
 
 
@@ -33,7 +37,9 @@ def size(count: int) -> str:
 
 
 def perplexities(report: dict[str, Any]) -> Table:
-    """Return the perplexities of a conversion by stage, and of the ablations."""
+    """Return a table of the perplexities of a conversion: after each stage, and of each part of the attention
+    alone.
+    """
     rows = table("", ">perplexity", ">x teacher")
     teacher = report["perplexity"]["teacher"]
     for name, value in report["perplexity"].items():
@@ -45,7 +51,10 @@ def perplexities(report: dict[str, Any]) -> Table:
 
 
 def kept(report: dict[str, Any]) -> Table:
-    """Return the KL of each layer that `--keep-softmax auto:N` measured, and mark the layers that were kept."""
+    """Return a table of the KL with each layer alone softmax, which `--keep-softmax auto:N` measured.
+
+    The layers that stay softmax are marked "kept".
+    """
     rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
     for name, value in chosen["kl"].items():
         rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
@@ -53,7 +62,7 @@ def kept(report: dict[str, Any]) -> Table:
 
 
 def divergences(report: dict[str, Any]) -> Table:
-    """Return the KL from the teacher by stage."""
+    """Return a table of the KL from the teacher after each stage."""
     rows = table("", ">KL from the teacher, nats")
     for name, value in report["kl"].items():
         rows.add_row(name.replace("_", " "), number(value, ".4f"))
@@ -87,7 +96,9 @@ def conversion(report: dict[str, Any]) -> RenderableType:
 
 
 def medusa(facts: dict[str, Any]) -> RenderableType:
-    """Return how often each Medusa head is right within its top 1, 2 and 3 candidates, and the chosen tree."""
+    """Return a table of how often each Medusa head is right within its top 1, 2 and 3 candidates, and the
+    chosen tree.
+    """
     rows = table("head", *(f">top {rank}" for rank in (1, 2, 3)))
     for head, rates in enumerate(facts["acceptance"], 1):
         rows.add_row(str(head), *(f"{sum(rates[:rank]):.1%}" for rank in (1, 2, 3)))
@@ -189,7 +200,9 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
 
 
 def evaluation(report: dict[str, Any]) -> RenderableType:
-    """Return the report of `eval`."""
+    """Return the report of `eval`: perplexity by context, then ablation, recall, generated text and lm_eval's
+    tasks.
+    """
     texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
     for row in report["perplexity"]["by_context"]:
         teacher, student = row["teacher"], row["student"]
@@ -206,14 +219,18 @@ def evaluation(report: dict[str, Any]) -> RenderableType:
 
 
 def ablation(report: dict[str, Any]) -> list[RenderableType]:
-    """Return a line with the student's perplexity without one of its parts, or nothing if it was not measured."""
+    """Return a line with the student's perplexity with one part of its attention only. Empty if it was not
+    measured.
+    """
     parts = {name: value for name, value in report["ablation"].items() if name != "full" and value}
     said = "    ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in parts.items())
     return [f"student's perplexity with one part only: {said}"] if parts else []
 
 
 def recall(report: dict[str, Any]) -> list[RenderableType]:
-    """Return a table of recall by distance, with a column for each measure and model."""
+    """Return a table of recall by distance, with a column for each measure and model. Empty if recall was not
+    measured.
+    """
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return []
@@ -234,7 +251,9 @@ def recall(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def written(report: dict[str, Any]) -> list[RenderableType]:
-    """Return the comparison of generated text: repetition, and agreement with the teacher."""
+    """Return the comparison of generated text: repetition, and agreement with the teacher. Empty if none was
+    generated.
+    """
     if report["generation"] is None:
         return []
     found = report["generation"]
@@ -248,7 +267,7 @@ def written(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def harness(report: dict[str, Any]) -> list[RenderableType]:
-    """Return a table of lm_eval's results, or nothing without tasks."""
+    """Return a table of lm_eval's results. Empty without tasks."""
     rows = table("task", "metric", ">teacher", ">student")
     for task, metrics in (report["tasks"] or {}).items():
         for metric, values in metrics.items():

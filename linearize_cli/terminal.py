@@ -22,7 +22,11 @@ class TokensPerSecond(ProgressColumn):
 
 
 class Terminal:
-    """The output streams of the commands. `quiet` silences progress and notes, but not results and errors."""
+    """The output streams of the commands: results on standard output, progress and notes on standard error.
+
+    Args:
+        quiet: True to hide progress and notes. Results and errors are always shown.
+    """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -36,7 +40,12 @@ class Terminal:
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Show a progress bar over `total` tokens, with tokens/s and the time left.
+        """Show a progress bar over `total` tokens, with tokens/s and the time left, while the context is
+        open.
+
+        Args:
+            title: the text before the bar.
+            done: the number of tokens that an earlier run has processed.
 
         Yields:
             A function that advances the bar by a number of tokens.

@@ -7,8 +7,8 @@ PACKAGES = ("linearize-cli", "torch", "transformers", "peft", "safetensors")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions of Python, of PACKAGES and of `more` packages, without those that are not
-    installed.
+    """Return the versions of Python, of PACKAGES and of `more` packages. A package that is not installed is
+    missing.
     """
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):

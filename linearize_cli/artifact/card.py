@@ -37,7 +37,7 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
     Args:
         report: the contents of `linearize.json`. A null becomes "not measured".
         repo_name: the title, and the name in the loading example: the folder's name or the Hub id.
-        recipe: the resolved recipe. Its `summary` and `paper` are shown.
+        recipe: the recipe as plain data. Its `summary` and `paper` are shown. None: neither is shown.
     """
     base = _base_name(report["base_model"])
     # `--method` may be a file: show its name, never its path.
@@ -74,7 +74,7 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
 
 
 def _hub_id(base_model: str) -> str | None:
-    """Return `base_model` if it is a Hub id, or None for `demo` and local folders."""
+    """Return a base model's name if it is a Hub id, or None for `demo` and local folders."""
     try:
         validate_repo_id(base_model)
     except HFValidationError:
@@ -92,7 +92,9 @@ def _base_name(base_model: str) -> str:
 
 
 def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
-    """Return the metadata for the Hub: the base model, the tags, and the perplexity of the saved weights."""
+    """Return the card's metadata for the Hub: the base model, the tags, and the perplexity of the model after
+    training.
+    """
     base_model = _hub_id(report["base_model"])
     perplexity = report["perplexity"] or {}
     stages = (perplexity.get(stage) for stage in ("recovered", "transferred", "swapped"))
@@ -132,7 +134,9 @@ def _gain(decodes: bool) -> str:
 
 
 def _quality(report: dict) -> list[str]:
-    """Return the tables of perplexities, or of the KL from the teacher for a task without labels."""
+    """Return the tables of perplexities. For a task without labels, return the table of the KL from the
+    teacher.
+    """
     if kl := report.get("kl"):
         labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in kl}
         return [_table("model", "KL from the teacher, nats", labels, kl, "{:.4f}")]
@@ -144,13 +148,22 @@ def _quality(report: dict) -> list[str]:
 
 
 def _table(subject: str, measure: str, labels: dict[str, str], values: dict | None, style: str) -> str:
-    """Return a Markdown table with a row for each key of `labels`. `values` has the same keys."""
+    """Return a Markdown table with one row for each label.
+
+    Args:
+        subject, measure: the titles of the two columns.
+        labels: the text of the first column, by key.
+        values: the numbers by the same keys. A missing one becomes "not measured".
+        style: the format of a number.
+    """
     rows = [f"| {label} | {_number((values or {}).get(key), style)} |" for key, label in labels.items()]
     return "\n".join([f"| {subject} | {measure} |", "| --- | ---: |", *rows])
 
 
 def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
-    """Return the table of the state and of the KV cache."""
+    """Return the table of the state's size, the KV cache's size, and the context at which the state becomes
+    smaller.
+    """
     values = {"state": state_bytes, "kv": kv_bytes_per_token}
     labels = {
         "state": "state of the linear layers, bytes per sequence",
@@ -163,12 +176,14 @@ def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
 
 
 def _names(modules: list[str]) -> str:
-    """Return module names as Markdown code."""
+    """Return module names as Markdown code, separated by commas, or "none" for an empty list."""
     return ", ".join(f"`{module}`" for module in modules) or "none"
 
 
 def _making(report: dict, base: str, method: str, recipe: dict) -> str:
-    """Return a list of facts: base model, method, paper, tokens and seconds of each stage, versions."""
+    """Return the Markdown list of how the model was made: base model, method, paper, tokens, seconds and
+    versions.
+    """
     paper = re.sub(r"\b\d{4}\.\d{4,5}\b", r"[\g<0>](https://arxiv.org/abs/\g<0>)", recipe.get("paper") or "")
     lines = {
         "base model": base,
@@ -183,7 +198,7 @@ def _making(report: dict, base: str, method: str, recipe: dict) -> str:
 
 
 def _medusa(facts: dict | None) -> str:
-    """Return the description of the Medusa heads."""
+    """Return the description of the Medusa heads, or an empty text without heads."""
     if not facts:
         return ""
     return (
@@ -193,11 +208,15 @@ def _medusa(facts: dict | None) -> str:
 
 
 def _pairs(values: dict | None, style: str) -> str:
-    """Return names and numbers, separated by commas."""
+    """Return names and numbers as text, separated by commas, or "not measured" without any."""
     pairs = [f"{name} {_number(value, style)}" for name, value in (values or {}).items()]
     return ", ".join(pairs) or NOT_MEASURED
 
 
 def _number(value: float | str | None, style: str) -> str:
-    """Return a number as text, or "not measured" for None."""
+    """Return a number as text, or "not measured" for None.
+
+    Args:
+        style: the format of a number.
+    """
     return NOT_MEASURED if value is None else style.format(value)

@@ -18,7 +18,11 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def is_loaded(path: Path) -> bool:
-    """Return True if loading reads a file. The path is relative to the artifact."""
+    """Return True if loading an artifact reads this file.
+
+    Args:
+        path: relative to the artifact's folder.
+    """
     return any(matches(path.parts, pattern.split("/")) for pattern in LOADED)
 
 
@@ -32,7 +36,13 @@ def sha256(path: Path) -> str:
 
 
 def changed(recorded: dict[str, str], folder: Path) -> str:
-    """List the files that differ from the recorded checksums: changed, missing or new. Empty if none do."""
+    """Return a list, as text, of the files that differ from their checksums: changed, missing or new.
+
+    Return an empty text if none differs.
+
+    Args:
+        recorded: the SHA-256 sums by relative path.
+    """
     now = checksums(folder)
     kinds = {
         "changed": [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]],

@@ -1,4 +1,4 @@
-"""Check that a folder is a whole artifact, and choose the files of it that are published."""
+"""A check that a folder is a complete artifact, and the choice of its files that a push publishes."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def artifact_files(folder: Path) -> list[str]:
-    """Return the sorted relative paths of the files of an artifact that are published.
+    """Return the sorted relative paths of an artifact's files that a push publishes.
 
     Raises:
-        UserError: the folder is missing or is not a whole artifact. Names every fault.
+        UserError: the folder is missing or is not a complete artifact. The message names every error.
     """
     if not folder.is_dir():
         raise UserError(
@@ -49,7 +49,11 @@ def artifact_files(folder: Path) -> list[str]:
 
 
 def config_faults(config: dict, names: set[str]) -> list[str]:
-    """Return what is wrong with `config.json`, a phrase for each fault."""
+    """Return a phrase for each error in the contents of `config.json`.
+
+    Args:
+        names: the relative paths of the artifact's files.
+    """
     faults, auto_map = [], config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
     if config.get("model_type") != "linearized":
@@ -61,7 +65,9 @@ def config_faults(config: dict, names: set[str]) -> list[str]:
 
 
 def record_faults(record: dict, folder: Path) -> list[str]:
-    """Return what is wrong with `linearize.json`, and the files that differ from its checksums."""
+    """Return a phrase for each error in `linearize.json`, and one for the files that differ from its
+    checksums.
+    """
     faults = [f"linearize.json: {fault}" for fault in report_faults(record)]
     recorded = record.get("checksums")
     since = changed(recorded, folder) if isinstance(recorded, dict) and recorded else ""
@@ -71,7 +77,12 @@ def record_faults(record: dict, folder: Path) -> list[str]:
 
 
 def weight_faults(folder: Path, names: set[str], shards: set) -> list[str]:
-    """Return the files of weights that are missing or broken, a phrase for each."""
+    """Return a phrase for each file of weights that is missing or broken.
+
+    Args:
+        names: the relative paths of the artifact's files.
+        shards: the weight files that the index names.
+    """
     faults = [
         f"no {shard}, which the index names" for shard in sorted(map(str, shards)) if shard not in names
     ]

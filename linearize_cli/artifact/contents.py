@@ -59,7 +59,10 @@ def foreign_files(folder: Path) -> Iterator[str]:
 
 
 def published_files(folder: Path) -> set[str]:
-    """Return the relative paths of the files of an artifact that are published, `checksums` of a report included."""
+    """Return the relative paths of an artifact's files that a push publishes.
+
+    Files under `checksums` in `linearize.json` are published too, whatever their names.
+    """
     patterns, named = [pattern.split("/") for pattern in PUBLISHED], recorded(folder)
     paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     return {
@@ -75,7 +78,9 @@ def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
 
 
 def recorded(folder: Path) -> set[str]:
-    """Return the file names under `checksums` in `linearize.json`, or an empty set."""
+    """Return the file names under `checksums` in `linearize.json`, or an empty set if it has none or cannot
+    be read.
+    """
     try:
         checksums = json.loads((folder / "linearize.json").read_text())["checksums"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,7 @@
 """The fingerprint of an artifact: logits that it computed when it was saved.
 
-It finds a change that affects all forms of the model equally, such as a wrong constant or another tokenizer.
+A later comparison shows a change that affects every way of computing them equally, such as a wrong constant
+or another tokenizer.
 """
 
 import copy
@@ -24,9 +25,9 @@ def fingerprint(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """Compute the fingerprint of a model in its own dtype.
 
     Returns:
-        `seed` of the token sequences, `dtype` of the computation, `tokenizer` (the ids of a fixed text) and
-            `sequences`. Each sequence has its `length` and the 8 best tokens at its last position (`tokens`,
-            `logits`).
+        `seed` (from which the token sequences are drawn), `dtype` of the computation, `tokenizer` (the token
+            ids of a fixed text) and `sequences`. Each sequence has its `length`, and the 8 best `tokens` at
+            its last position with their `logits`.
     """
     sequences = []
     for length in lengths(task, model):
@@ -46,12 +47,15 @@ def differences(
 ) -> tuple[float, float, bool]:
     """Compare a model with the fingerprint of its artifact.
 
+    Args:
+        recorded: the fingerprint in `linearize.json`.
+
     Returns:
         the largest difference of a logit, the largest logit, and True if the tokenizer gives the recorded
             ids.
 
     Raises:
-        ValueError: the record is incomplete.
+        ValueError: the fingerprint in `linearize.json` is incomplete.
     """
     try:
         worst = largest = 0.0
@@ -70,9 +74,10 @@ def differences(
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences: 32, one and a half windows, and 2.5 segments.
+    """Return the lengths of the sequences: 32 tokens, one and a half windows, and 5,120 tokens.
 
-    They are limited to the positions that the model has.
+    The last is 1,024 tokens if the model is not a causal language model. Each is at most the number of
+    positions of the model.
     """
     size = max(module.linear_attention.equation.recent for module in converted(model).values())
     longest = LONGEST if isinstance(task, CausalLM) else LONGEST_READ
@@ -81,7 +86,7 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random tokens `[length]` int64."""
+    """Return random token ids `[length]` int64 that follow from the vocabulary, the length and the seed."""
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)
@@ -94,7 +99,10 @@ def last_logits(task: Task, model: PreTrainedModel, row: Tensor) -> Tensor:
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a model in fp32 or fp64 itself, else a copy in fp32, or None if memory is too small."""
+    """Return an fp32 copy of a half-precision model, or None if memory does not suffice for the copy.
+
+    A model in fp32 or fp64 is returned itself.
+    """
     if model.dtype in (torch.float32, torch.float64):
         return model
     if model.device.type == "cuda":

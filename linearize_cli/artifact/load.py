@@ -25,9 +25,9 @@ def load(
 
     Args:
         path: a folder or a Hub id.
-        device: the device of the weights by torch's name (`cuda:0`).
-        dtype: the dtype of the weights by torch's name. None keeps the artifact's.
-        trust_remote_code: True if a feature map that the artifact brings along may run.
+        device: the name of the weights' torch device (`cuda:0`).
+        dtype: the name of the weights' torch dtype. None keeps the artifact's.
+        trust_remote_code: True if a user's own feature map, whose code is in the artifact, may run.
         own_code: True to run the artifact's code instead of this package's. It requires `trust_remote_code`.
 
     Raises:
@@ -50,9 +50,9 @@ def load(
 
 
 def artifact_name(path: str | Path) -> str:
-    """Return a folder's absolute path, or a Hub id unchanged.
+    """Return the absolute path of a folder, or a Hub id unchanged.
 
-    With its absolute path, a folder named `demo` is not taken for the embedded teacher.
+    The absolute path distinguishes a folder named `demo` from the embedded teacher.
     """
     folder = user_path(path)
     return str(folder.resolve() if folder.is_dir() else path)
@@ -62,7 +62,7 @@ def check_artifact(folder: Path) -> None:
     """Check that a folder is an artifact.
 
     Raises:
-        UserError: it is not, with what it is instead.
+        UserError: the folder is no artifact. The message says what it is instead.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder", "Pass the folder that `linearize convert` wrote.")
@@ -82,10 +82,10 @@ def check_artifact(folder: Path) -> None:
 
 
 def refuse_linearized(model: str) -> None:
-    """Check that a model is not already linearized.
+    """Check that a model is not linearized already.
 
     Raises:
-        UserError: it is.
+        UserError: the model is linearized.
     """
     from linearize_cli.models.load import resolve_model
 
@@ -96,7 +96,11 @@ def refuse_linearized(model: str) -> None:
 
 
 def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
-    """Register the artifact's own feature map, if its recipe uses one. This runs code from the artifact.
+    """Register the user's own feature map of an artifact, which runs code from the artifact. Do nothing if it
+    uses none.
+
+    Args:
+        path: the artifact's folder or Hub id.
 
     Raises:
         UserError: the code is missing or may not run.

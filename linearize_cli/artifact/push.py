@@ -1,4 +1,4 @@
-"""Push an artifact to the Hugging Face Hub: check the folder, choose its files, upload, explain failures."""
+"""`push`: upload an artifact to the Hugging Face Hub."""
 
 import glob
 import re
@@ -32,24 +32,26 @@ def push(
     token: str | None = None,
     dry_run: bool = False,
 ) -> dict:
-    """Upload an artifact's files to a model repository in one commit, and create the repository if need be.
+    """Upload an artifact's files to a model repository in one commit. The repository is created if it does
+    not exist.
 
     Args:
         artifact: the folder that `linearize convert` wrote.
-        repo_id: `NAMESPACE/NAME`, or `NAME` under the signed-in user; default: the folder's name.
-        private: visibility of a new repository; None: the Hub's default. An existing one must have it.
-        revision: an existing branch to commit to.
+        repo_id: `NAMESPACE/NAME`, or `NAME` under the signed-in user. None uses the folder's name.
+        private: the visibility of a new repository. None uses the Hub's default. An existing repository must
+            have this visibility.
+        revision: an existing branch to commit to. None uses `main`.
         create_pr: open a pull request on `main` instead of committing to it.
-        commit_message: title of the commit, and of the pull request.
-        token: a Hub token, by default that of `hf auth login` or HF_TOKEN.
+        commit_message: title of the commit, and of the pull request. None uses "Upload linearized model".
+        token: a Hub access token. None uses that of `hf auth login` or HF_TOKEN.
         dry_run: return what would be pushed, and write nothing on the Hub.
 
     Returns:
-        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None),
-        `files` ([{`path`, `size` in bytes}], changed or not), `bytes` (their sum), `dry_run`.
+        `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None), `files` ([{`path`, `size`
+        in bytes}], changed or not), `bytes` (their sum), `dry_run`.
 
     Raises:
-        UserError: the folder is not a whole artifact, or the Hub refuses or cannot be reached.
+        UserError: the folder is not a complete artifact, or the Hub refuses or cannot be reached.
     """
     folder = user_path(artifact)
     files = [{"path": name, "size": (folder / name).stat().st_size} for name in artifact_files(folder)]
@@ -96,7 +98,7 @@ def push(
 
 
 def _full_repo_id(api: HfApi, repo_id: str) -> str:
-    """Return `NAMESPACE/NAME`. A name without a namespace belongs to the signed-in user."""
+    """Return `NAMESPACE/NAME`. The signed-in user is the namespace of a name without one."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -124,8 +126,12 @@ def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str,
 
     A missing revision is not created: `upload_folder` refuses it.
 
+    Args:
+        private: the visibility. None: the Hub's default for a new repository, and no check of an existing
+            one.
+
     Raises:
-        UserError: the repository has another visibility.
+        UserError: the existing repository has another visibility.
     """
     if revision == "main" and not (create_pr and persistent(lambda: api.repo_exists(repo_id))):
         create_repository(api, repo_id, private)
@@ -141,7 +147,7 @@ def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str,
 def _explained(
     error: Exception, endpoint: str, repo: str, revision: str, token: str, create_pr: bool
 ) -> UserError:
-    """Translate a failure on the way to the Hub into a message that says what to do, without tokens."""
+    """Translate a failure of the upload into a UserError that says what to do, with access tokens removed."""
     again = "Run the same command again: a push is one commit, and what has arrived is not sent twice."
     if create_pr:
         url = f"{endpoint}/{repo}/discussions"

@@ -1,4 +1,6 @@
-"""Readers of the two files that describe an artifact: `linearize.json`, and `linearize` in `config.json`."""
+"""Readers of the two files that describe an artifact: `linearize.json`, and the part `linearize` of
+`config.json`.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,10 +52,10 @@ OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
-    """Return the contents of `linearize.json`, or an empty dict if the file does not exist.
+    """Return the contents of `linearize.json`.
 
     Args:
-        whole: True to require the file and all its fields.
+        whole: True to require the file and all its fields. Otherwise a missing file gives an empty dict.
 
     Raises:
         UserError: the file cannot be read, a field has the wrong type, or a required field is missing.
@@ -68,7 +70,11 @@ def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
-    """Return a phrase for each error in the contents of `linearize.json`."""
+    """Return a phrase for each error in the contents of `linearize.json`. A valid report gives an empty list.
+
+    Args:
+        whole: True if a missing required field is an error too.
+    """
     faults = misfits(record, FIELDS)
     length = record.get("seq_len")
     if not faults and length is not None and not 1 <= length <= LARGEST:
@@ -84,10 +90,10 @@ def report_faults(record: dict[str, Any], whole: bool = False) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of `config.json`, or an empty dict if the file does not exist (Meta's format).
+    """Return the contents of `config.json`, or an empty dict if there is none (Meta's format).
 
     Raises:
-        UserError: the file cannot be read, or its `linearize` or `auto_map` is invalid.
+        UserError: the file cannot be read, or its part `linearize` or `auto_map` is invalid.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -117,12 +123,20 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
 
 
 def misfits(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    """Return a phrase for each field whose value has the wrong type."""
+    """Return a phrase for each field whose value has the wrong type.
+
+    Args:
+        kinds: the type of each field.
+    """
     return [f"{key} is {data[key]!r:.60}" for key in kinds if key in data and not fits(data[key], kinds[key])]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return True if a value is null or of a type (see FIELDS)."""
+    """Return True if a value is None or has a type.
+
+    Args:
+        kind: the type, as in FIELDS.
+    """
     try:
         TypeAdapter(kind | None, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""Writing an artifact: weights, config, code, tokenizer, recipe, report and card."""
+"""Saving of an artifact: weights, config, code, tokenizer, recipe, report and model card."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ def save_artifact(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> None:
-    """Write an artifact without its report and card, which need the reloaded artifact."""
+    """Write an artifact's folder without its report and model card, which need measurements on the loaded
+    artifact.
+    """
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -27,7 +29,12 @@ def save_artifact(
 
 
 def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any]) -> None:
-    """Write the card (README.md) and `linearize.json`, which holds the card's SHA-256 sum."""
+    """Write the model card (README.md) and `linearize.json`, which records the card's SHA-256 sum.
+
+    Args:
+        name: the artifact's name in the card.
+        report: the contents of `linearize.json`. The card's sum is added to it.
+    """
     write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))
     report["card"] = sha256(folder / "README.md")
     write_json(folder / "linearize.json", report)

@@ -23,10 +23,12 @@ def seal(
 
     Args:
         artifact: the folder.
+        device: the torch device to run on.
         trust_remote_code: True to compute the fingerprint with the artifact's own code.
 
     Returns:
-        `artifact`, `files` (their number), and `changed` (the files that were changed, missing or new).
+        `artifact`, `files` (their number), and `changed` (the files that were changed, missing or new, as
+            text).
 
     Raises:
         UserError: the folder is not a complete artifact.

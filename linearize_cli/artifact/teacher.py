@@ -12,10 +12,10 @@ from linearize_cli.models.tasks import task_of
 
 
 def teacher_name(folder: Path, record: dict[str, Any], asked: str | None) -> str:
-    """Return the requested teacher, or the base model that the artifact records.
+    """Return the requested teacher, or the base model that `linearize.json` names if none was requested.
 
     Raises:
-        UserError: there is neither.
+        UserError: no teacher was requested, and `linearize.json` names no base model.
     """
     name = asked or record.get("base_model")
     if name is None:
@@ -34,12 +34,13 @@ def original_model(
     device: str,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """Load the teacher of an artifact.
+    """Load the teacher of an artifact, and check that it suits the artifact's model.
 
     Args:
-        folder: the artifact.
+        folder: the artifact, for messages.
         base: the teacher's folder or Hub id.
         student, tokenizer: the artifact's own.
+        dtype: the name of the torch dtype. None keeps the teacher's.
 
     Raises:
         UserError: it cannot be loaded, or its task, vocabulary or classes differ from the student's.

@@ -1,4 +1,4 @@
-"""Uploads to the Hub that make a commit once, even if its reply is lost."""
+"""Uploads to the Hub. They make one commit, even if the Hub's reply is lost and a request is sent again."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # raised by an an
 
 
 def create_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
-    """Create a repository unless it exists."""
+    """Create a repository unless it exists. `private` None gives it the Hub's default visibility."""
     try:
         persistent(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     except MALFORMED:  # such as 409 without the address
@@ -23,13 +23,18 @@ def create_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
 def upload(
     api: HfApi, repo_id: str, revision: str, create_pr: bool, **options: Any
 ) -> tuple[CommitInfo, str | None]:
-    """Upload a folder. Return the commit, and the address of the pull request if one was asked for.
+    """Upload a folder in one commit.
 
-    A commit whose reply was lost is not made again. A branch that has it needs no other, and a pull request that was
-    opened is found by its title.
+    A commit whose reply was lost is not made again: a branch that has the files needs no further commit, and
+    a pull request that was opened is found by its title.
 
     Args:
-        options: of `HfApi.upload_folder`.
+        revision: the branch to commit to, if no pull request is opened.
+        create_pr: open a pull request.
+        options: further arguments of `HfApi.upload_folder`.
+
+    Returns:
+        the commit, and the address of the pull request or None.
     """
     send = partial(api.upload_folder, repo_id=repo_id, **options)
     to_branch = partial(persistent, paths=("/validate-yaml", "/commit/"))
@@ -52,7 +57,7 @@ def upload(
 
 
 def pull_requests(api: HfApi, repo_id: str, author: str, title: str) -> set[int]:
-    """Return the numbers of an author's open pull requests with a title."""
+    """Return the numbers of the open pull requests with this author and title."""
     found = api.get_repo_discussions(
         repo_id, author=author, discussion_type="pull_request", discussion_status="open"
     )

@@ -39,7 +39,9 @@ class TokenCounts(TokenCount):
 
 
 class Method(click.ParamType):
-    """A method's name or a recipe file. The file is parsed here, before slow imports."""
+    """A method's name, or the path of a recipe file. The file is parsed here, so that an error in it appears
+    at once.
+    """
 
     name = "NAME|FILE"
 
@@ -85,7 +87,7 @@ TOKENS, FLOPS, METHOD = TokenCount(), Flops(), Method()
 
 
 def options(*decorators: Callable) -> Callable[[Callable], Callable]:
-    """Return a decorator that applies several decorators."""
+    """Return a decorator that applies several decorators, the last one first."""
 
     def apply(function: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -96,9 +98,10 @@ def options(*decorators: Callable) -> Callable[[Callable], Callable]:
 
 
 def command_options(function: Callable) -> Callable:
-    """Add `--json` and `-q` to a command, and pass a `terminal` to its function.
+    """Add the options `--json` and `-q` to a command, and pass a `terminal` to its function.
 
-    The function returns the result. The program ends with exit code 1 if the result has the verdict FAIL.
+    The function returns the result of the command. If the result has the verdict FAIL, the program ends with
+    exit code 1.
     """
 
     @wraps(function)
@@ -136,7 +139,7 @@ def notices(terminal: Terminal) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Hide the warnings and progress bars of other libraries."""
+    """Hide the warnings and progress bars of other libraries until the process ends."""
     import datasets
     import huggingface_hub
     import transformers

@@ -1,4 +1,4 @@
-"""A probe of a model: the arguments with which its modules call the attention interface."""
+"""A probe of a model: it records the arguments with which the modules call the attention interface."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ ALONE = "it does not run on tokens alone"
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
-    """Return a boolean mask, True at visible scores, of a boolean or additive mask."""
+    """Return a mask that is True where a query sees a key, from a boolean or an additive mask."""
     return mask if mask.dtype == torch.bool else mask > -1e4
 
 
@@ -29,10 +29,10 @@ class Call:
     """The arguments of a module's call of the attention interface.
 
     Attributes:
-        query, key, value: the shapes `[B, heads, T, D]`.
+        query, key, value: the shapes of the three tensors, `[B, heads, T, D]`.
         mask: the attention mask. None if the module got no mask.
         extra: the other keyword arguments.
-        count: the number of calls in one forward.
+        count: the number of the module's calls in one forward.
     """
 
     query: torch.Size
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass
 class Probe:
-    """An attention function that records its calls and returns zeros."""
+    """An attention function that records the last call of each module, in `calls`, and returns zeros."""
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)
 
@@ -57,7 +57,10 @@ class Probe:
 
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
-    """Use `recorder` as attention, in eval mode and with full additive masks, while the context is open."""
+    """Use `recorder` as the model's attention function while the context is open.
+
+    The model is in eval mode meanwhile, and makes full additive masks.
+    """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     configs = [c for c in configs if hasattr(c, "_attn_implementation_internal")]
     before = [c._attn_implementation_internal for c in configs]
@@ -79,7 +82,8 @@ def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
-    """Run three tokens through a model and record the attention call of each module.
+    """Run three tokens through a model and record the attention call of each module. The model may have no
+    such call.
 
     The first forward finds the modules. The second one has a cache and shows which modules can receive a
     state, by a marker in their keyword arguments. A model that does not return its cache loses the states, so
@@ -112,9 +116,12 @@ def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
 
 @contextmanager
 def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
-    """Turn any exception of the model's own code into a UserError.
+    """Turn any exception of the model's own code into a UserError while the context is open.
 
     Some model types fail with the sizes of some configs.
+
+    Args:
+        otherwise: the reason in the message, such as "it does not run on tokens alone".
     """
     try:
         yield
@@ -126,13 +133,19 @@ def running(model: PreTrainedModel, otherwise: str) -> Iterator[None]:
 
 
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the model's inputs. A decoder gets a token less than its encoder, to reveal cross-attention."""
+    """Return the model's inputs for token ids `[B, T]`.
+
+    The decoder of an encoder-decoder gets one token less than its encoder, so that cross-attention can be
+    recognized.
+    """
     decoder = {"decoder_input_ids": ids[:, :-1]} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **decoder}
 
 
 def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
-    """Return the cache argument: a `DynamicCache` if the model takes one, nothing for an encoder-decoder."""
+    """Return the cache argument: a `DynamicCache`, or nothing if the model takes none or is an
+    encoder-decoder.
+    """
     takes = "past_key_values" in signature(model.forward).parameters
     return (
         {"past_key_values": DynamicCache(config=model.config)}
@@ -142,12 +155,14 @@ def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
 
 
 def is_cross(call: Call) -> bool:
-    """Return True if a call is cross-attention: its keys have another length."""
+    """Return True if a call is cross-attention. In the probe, its keys are longer than its queries."""
     return call.query[2] != call.key[2]
 
 
 def is_causal(module: nn.Module, call: Call) -> bool:
-    """Return True if a call's attention is causal."""
+    """Return True if a call's attention is causal, by its mask or, without a mask, by the module's
+    `is_causal`.
+    """
     if call.mask is None:
         return bool(getattr(module, "is_causal", True))
     seen = visible(call.mask[0, 0])
@@ -155,7 +170,12 @@ def is_causal(module: nn.Module, call: Call) -> bool:
 
 
 def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pass a marker as the state, as `runtime.dispatch.pass_state` passes the state."""
+    """Add a marker to a module's keyword arguments in the place of a linear attention's state.
+
+    It is a forward pre-hook. The runtime passes the real state in the same way
+    (`runtime.dispatch.pass_state`). Return None, which changes nothing, if the module gets no cache or takes
+    no further keyword arguments.
+    """
     parameters = signature(module.forward).parameters.values()
     if find_cache(args, kwargs) is None or all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
         return None
@@ -163,7 +183,7 @@ def send_marker(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def score_bias(module: nn.Module, call: Call) -> Tensor | None:
-    """Return the sum of all biases on the scores, broadcastable to `[B, heads, T, T]`.
+    """Return the sum of all biases that are added to the scores, broadcastable to `[B, heads, T, T]`.
 
     It is minus infinity where the mask hides the scores. Return None if nothing is added to the scores.
     """
@@ -181,7 +201,9 @@ def score_bias(module: nn.Module, call: Call) -> Tensor | None:
 
 
 def has_bias(module: nn.Module, call: Call) -> bool:
-    """Return True if a bias other than 0 is added to visible scores."""
+    """Return True if a bias other than 0 is added to visible scores. Cross-attention counts as without a
+    bias.
+    """
     bias = None if is_cross(call) else score_bias(module, call)
     return bias is not None and bool((bias.isfinite() & (bias != 0)).any())
 
@@ -191,9 +213,10 @@ class BiasProbe:
     """An attention function that records the position biases of some modules and returns zeros.
 
     Attributes:
-        wanted: the modules.
-        reach: the number of distances to record.
-        found: the biases by module.
+        wanted: the modules whose biases are recorded.
+        reach: the number of token distances to record.
+        found: the bias by distance of each module, `[heads, reach]` if causal, else `[heads, 2 reach - 1]`. A
+            module whose bias is not a function of distance is missing.
     """
 
     wanted: set[nn.Module]
@@ -210,10 +233,11 @@ class BiasProbe:
 
 
 def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
-    """Return a bias as a function of token distance, 0 at distance 0, or None if it is not one.
+    """Return a bias as a function of token distance, 0 at distance 0, or None if it is not a function of
+    distance.
 
-    Softmax does not change if a row of scores is shifted as a whole, as ALiBi is in some models, so such
-    shifts are removed. Distances beyond the text get the last value. Rounding errors of bfloat16 are
+    Softmax does not change if all scores of a query shift by the same number, as ALiBi's do in some models,
+    so such shifts are removed. Distances beyond the text get the last value. Rounding errors of bfloat16 are
     tolerated.
 
     Args:
@@ -236,7 +260,14 @@ def by_distance(bias: Tensor, reach: int, causal: bool) -> Tensor | None:
 
 
 def one_side(bias: Tensor, reach: int) -> Tensor | None:
-    """Return the diagonals of a bias `[heads, T, T]`, from the main one down, `[heads, reach]`, or None."""
+    """Return a bias as a function of the distance back, 0 to `reach - 1`: the values of its diagonals.
+
+    Args:
+        bias: `[heads, T, T]`, minus infinity at hidden scores.
+
+    Returns:
+        `[heads, reach]`, or None if a diagonal has different values.
+    """
     scale = bias[bias.isfinite()].abs().max()
     curve = []
     for distance in range(min(reach, bias.shape[-1])):
@@ -253,10 +284,18 @@ def one_side(bias: Tensor, reach: int) -> Tensor | None:
 
 
 def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int) -> dict[nn.Module, Tensor]:
-    """Return the biases (see `by_distance`) of the modules whose bias is a function of distance alone.
+    """Return the position bias of each module whose bias is a function of distance alone.
 
-    Only the output of the embeddings requires gradients, so a bias that requires gradients depends on the
-    tokens.
+    The embeddings' output is the only tensor that requires gradients during the probe, so a bias that
+    requires gradients depends on the tokens.
+
+    Args:
+        calls: the modules and their recorded calls.
+        reach: the number of distances.
+
+    Returns:
+        biases `[heads, reach]`, or `[heads, 2 reach - 1]` for a bidirectional module. Other modules are
+            missing.
     """
     recorder = BiasProbe({module for module, call in calls.items() if has_bias(module, call)}, reach)
     if not recorder.wanted:

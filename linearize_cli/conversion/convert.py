@@ -30,7 +30,7 @@ from linearize_cli.training.text import open_sources
 
 
 def default_output(model: str, method: str) -> Path:
-    """Return the default output folder, `./MODEL-METHOD`."""
+    """Return the default output folder, `MODEL-METHOD` in the working directory."""
     method = Path(method).stem if method.endswith((".yaml", ".yml")) else method
     return Path(f"{Path(model).name or 'model'}-{method.replace(':', '-')}")
 
@@ -68,14 +68,14 @@ def convert(
     The arguments are those of `linearize convert`. A tracker may also be one of accelerate's trackers.
 
     Returns:
-        the report: the contents of `linearize.json`, and `output`. With `dry_run`, the plan and its costs,
-            which need only the model's config, and nothing is written. Only the main process of a distributed
-            run returns the report.
+        the report: the contents of `linearize.json`, and `output`, the artifact's folder. With `dry_run`, the
+            plan and its costs, which need only the model's config, and nothing is written. Only the main
+            process of a distributed run returns the report. The others return None.
 
     Raises:
         UserError: the caller can correct the error. No incomplete artifact is left.
-        CheckFailed: the forms of the converted model disagree. Nothing is saved.
-        KeyboardInterrupt: `<output>.partial` is kept for `resume`.
+        CheckFailed: prefill, decoding or the reloaded model give different logits. Nothing is saved.
+        KeyboardInterrupt: the run was interrupted. `<output>.partial` is kept for `resume`.
     """
     recipe = load_recipe(method, overrides, trust_remote_code).with_budget(tokens, ", ".join(data))
     job = Job(
@@ -115,6 +115,9 @@ def plan_report(
     """Return the plan of a conversion and its estimated costs, from the model's config alone.
 
     Args:
+        job: the run configuration.
+        device: the device to plan for.
+        processes: the number of training processes.
         flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)

@@ -1,7 +1,8 @@
-"""The numbers that a conversion's memory and time follow from: formulas of the shapes of its modules.
+"""The numbers from which the memory and the time of a conversion are estimated, as formulas of its modules'
+shapes.
 
-Nothing runs here. Counts of parameters are exact. Bytes of activations are those of the tensors that autograd keeps,
-within about a factor of 1.5.
+No model runs here. Counts of parameters are exact. Bytes of activations are those of the tensors that
+autograd keeps, within about a factor of 1.5.
 """
 
 from dataclasses import dataclass
@@ -29,25 +30,29 @@ RECOMPUTED = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Numbers that memory and time follow from. Bytes and FLOPs are per token.
+    """Sizes and costs that the memory and time estimates are made from.
+
+    Numbers of weights are totals of the model. FLOPs and bytes of activations are per token.
 
     Attributes:
-        parameters: parameters of the base model.
+        parameters: number of parameters of the base model.
         bytes: bytes of the base model.
-        layers: bytes of the weights of each decoder layer; empty where the layers are not in one list.
-        linear: parameters that conversion adds.
-        others: parameters that distillation trains besides these: LoRA, or the weights of the model.
-        copied: bytes of the teacher's own weights, where the weights of the model are trained.
-        products: multiply-adds outside attention in one forward.
-        softmax: FLOPs of the softmax attention that becomes linear.
-        attention: FLOPs of the linear attention.
-        stays: FLOPs of the softmax attention that stays.
+        layers: bytes of the weights of each decoder layer. Empty if the layers are not in one list.
+        linear: number of parameters that the conversion adds.
+        others: number of further parameters that distillation trains: LoRA's, or the model's own without
+            LoRA.
+        copied: bytes of the weights that the frozen teacher holds besides the student's. 0 with LoRA.
+        products: multiply-adds per token outside attention, in one forward of the whole model.
+        softmax: FLOPs per token of softmax attention in all layers that become linear.
+        attention: FLOPs per token of linear attention in all layers that become linear.
+        stays: FLOPs per token of softmax attention in all layers that stay softmax.
         width: size of the hidden states.
-        vocabulary: number of logits; 0 without a head.
-        transfer: bytes that autograd keeps in each layer during transfer.
-        distill: bytes that autograd keeps in each layer during distillation.
-        forward: bytes of the outputs of all modules in the largest layer.
-        inner: bytes of the features and scores of one layer, where the backward computes them again.
+        vocabulary: number of logits per token. 0 without an LM head.
+        transfer: bytes per token that autograd keeps during transfer, layer by layer.
+        distill: bytes per token that autograd keeps during distillation, layer by layer.
+        forward: bytes per token of the outputs of all modules in the largest layer.
+        inner: bytes per token of the features and scores of one linear layer, if the backward recomputes them
+            instead of keeping them. 0 if no layer does.
     """
 
     parameters: int
@@ -77,10 +82,13 @@ def costs(
     batch: int,
     device: str = "cpu",
 ) -> Costs:
-    """Compute the costs of a conversion from the shapes of a model, which is linearized here.
+    """Compute the costs of a conversion from the shapes of a model. The model is linearized here.
 
     Args:
         model: a model on the meta device.
+        linear: the layers that become linear.
+        softmax: the layers that stay softmax.
+        recipe: the method and its training settings.
         length: tokens of a block.
         batch: blocks of a step in one process.
         device: the torch device to train on.
@@ -135,7 +143,13 @@ def costs(
 
 
 def multiply_adds(model: PreTrainedModel, name: str = "") -> float:
-    """Return the multiply-adds per token of the matrices in a part of a model: a token is sent to some experts only."""
+    """Return the multiply-adds per token of all matrices in a part of a model, without embeddings.
+
+    Of a mixture of experts, only the experts that a token is sent to count.
+
+    Args:
+        name: the name of the part. Empty for the whole model.
+    """
     config = model.config.get_text_config()
     experts = next((getattr(config, key) for key in EXPERTS_PER_TOKEN if hasattr(config, key)), None)
     total = 0.0
@@ -150,19 +164,27 @@ def multiply_adds(model: PreTrainedModel, name: str = "") -> float:
 
 
 def heads_width(layer: Layer) -> int:
-    """Return the entries of the queries, keys, values and outputs of a token."""
+    """Return the number of entries of a token's queries, keys, values and attention outputs in a layer."""
     g = layer.geometry
     return (g["heads"] + g["kv_heads"]) * (g["key_dim"] + g["value_dim"])
 
 
 def softmax_flops(layer: Layer, length: int) -> float:
-    """Return the FLOPs per token of softmax attention. A causal token sees half of the block on average."""
+    """Return the FLOPs per token of a layer's softmax attention over a block of `length` tokens.
+
+    A causal token sees half of the block on average.
+    """
     g, seen = layer.geometry, (length + 1) / 2 if layer.causal else length
     return 2 * g["heads"] * (g["key_dim"] + g["value_dim"]) * seen
 
 
 def reach(attention: LinearAttention) -> tuple[int, int]:
-    """Return the keys that a query meets in the local part, and in the features of its own chunk."""
+    """Return how many keys a query is compared with: in the local part, and through features in its own
+    chunk.
+
+    The rest of the linear part is read from the state. The second number is 0 if the local part covers whole
+    groups.
+    """
     eq = attention.equation
     if eq.scope == "group" and eq.size:
         return eq.size, 0
@@ -170,12 +192,14 @@ def reach(attention: LinearAttention) -> tuple[int, int]:
 
 
 def feature_count(attention: LinearAttention) -> int:
-    """Return the features per head, 0 without a far part."""
+    """Return the number of features per head, 0 without a linear part."""
     return 0 if attention.far is None else attention.far.state_width[0]
 
 
 def linear_flops(attention: LinearAttention) -> float:
-    """Return the FLOPs per token of linear attention: scores, features within the chunk, state, learned parameters."""
+    """Return the FLOPs per token of a linear attention layer: scores, features within the chunk, state and
+    parameters.
+    """
     eq, features, (local, chunk) = attention.equation, feature_count(attention), reach(attention)
     scores = eq.heads * (eq.key_dim + eq.value_dim) * local
     within = eq.heads * (features + eq.value_dim) * chunk if features else 0
@@ -184,21 +208,26 @@ def linear_flops(attention: LinearAttention) -> float:
 
 
 def input_bytes(attention: LinearAttention, itemsize: int) -> int:
-    """Return the bytes per token of queries, keys and values, and of the output and its error in fp32."""
+    """Return the bytes per token of a layer's queries, keys and values, and of its output and the output's
+    error in fp32.
+    """
     eq = attention.equation
     inputs = eq.heads * eq.key_dim + eq.kv_heads * (eq.key_dim + eq.value_dim)
     return itemsize * inputs + 2 * FP32 * eq.heads * eq.value_dim
 
 
 def inner_bytes(attention: LinearAttention) -> int:
-    """Return the bytes per token within linear attention: the features twice, and the scores four times."""
+    """Return the bytes per token that autograd keeps inside linear attention: the features twice, the scores
+    four times.
+    """
     eq = attention.equation
     features = 2 * (eq.heads + eq.far_heads) * feature_count(attention)
     return FP32 * (features + 4 * eq.heads * reach(attention)[0])
 
 
 def recomputes(attention: LinearAttention, tokens: int | None) -> bool:
-    """Return True if autograd keeps the inputs only, and the backward computes the features and scores again.
+    """Return True if autograd keeps only the inputs of a layer, and the backward recomputes its features and
+    scores.
 
     Args:
         tokens: tokens of a step on a CPU, where short inputs are not recomputed. None on a GPU.

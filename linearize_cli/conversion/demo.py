@@ -1,4 +1,6 @@
-"""`demo`: the whole pipeline on the embedded teacher."""
+"""`demo`: the whole pipeline (convert, evaluate, verify, benchmark) on the small teacher that the package
+contains.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,15 @@ def demo(
 ) -> dict[str, Any]:
     """Convert the embedded teacher, evaluate and verify the artifact, and benchmark both models.
 
+    Args:
+        output: the artifact's folder.
+        tokens: the number of training tokens. None uses 600,000.
+        resume: continue an interrupted run.
+        force: replace an existing artifact.
+
     Returns:
-        the report of `convert`, with `eval`, `recall`, `verdict`, `bench` and the `context` of the memory
-            comparison.
+        the report of `convert`, with `eval`, `recall`, `verdict` and `bench` (the results of these commands),
+            and `context`, the number of tokens at which memory is compared.
     """
     terminal = terminal or Terminal(quiet=True)
     report = convert(

@@ -15,8 +15,10 @@ LENGTHS = (5, 9)
 
 @torch.no_grad()
 def check_document_masking(model: PreTrainedModel, native: str) -> None:
-    """Compare a packed second document with the same document alone, in the softmax teacher and in the
-    converted model.
+    """Check that a document's logits do not depend on the document before it in the same row.
+
+    Two documents are packed into one row. The second one's logits must equal those of the same document
+    alone, in the softmax teacher and in the converted model.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).

@@ -20,12 +20,15 @@ class Estimate:
     """The estimate of a conversion, section by section.
 
     Attributes:
+        costs: the sizes and FLOPs that the estimate is computed from.
+        job: the run configuration, with its batch size resolved.
         length: tokens of a block.
-        itemsize: bytes of a number in the dtype of the model.
-        processes: training processes, which share the weights and the batch.
+        itemsize: bytes of one number in the model's dtype.
+        processes: number of training processes, which share the weights and the batch.
         flops: FLOP/s of one process.
-        source: how `flops` is known.
+        source: where `flops` comes from, for the report.
         lines: the lines so far, each with `section`, `what`, `arithmetic`, `value` and `unit`.
+        section: the section of the next lines.
     """
 
     costs: Costs
@@ -63,13 +66,19 @@ class Estimate:
         return self.lines
 
     def add(self, what: str, arithmetic: str, value: float, unit: str = "B") -> float:
-        """Add a line to the section and return its value."""
+        """Add a line to the current section and return its value.
+
+        Args:
+            what: what the value is.
+            arithmetic: how it was computed, as text.
+            unit: `B` for bytes.
+        """
         line = {"section": self.section, "what": what, "arithmetic": arithmetic, "value": value, "unit": unit}
         self.lines.append(line)
         return value
 
     def total(self) -> float:
-        """Add the sum of the section's lines and return it."""
+        """Add a line with the sum of the section's lines and return that sum."""
         values = [line["value"] for line in self.lines if line["section"] == self.section]
         return self.add("in all", "the sum", sum(values))
 
@@ -190,7 +199,7 @@ class Estimate:
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a product of square matrices on the device: the best of four, within two seconds."""
+    """Return the FLOP/s of a matrix product on the device: the best of four products."""
     size = 8192 if torch.device(device).type != "cpu" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

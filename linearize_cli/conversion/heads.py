@@ -51,13 +51,13 @@ def heads(
     seed: int = 0,
     terminal: Terminal | None = None,
 ) -> dict[str, Any] | None:
-    """Train Medusa heads for an artifact and save them in its folder. Its model does not change.
+    """Train Medusa heads for an artifact and save them in its folder. The model's weights do not change.
 
     The arguments are those of `linearize heads`. Text, tokens and block length default to the conversion's.
 
     Returns:
         the facts under `medusa` in `linearize.json`, and `output`. Only the main process of a distributed run
-            returns them.
+            returns them. The others return None.
 
     Raises:
         UserError: the caller can correct the error. No incomplete heads are left.
@@ -102,10 +102,11 @@ def train(
     """Train heads for the artifact that a job names.
 
     Args:
+        job: the run configuration. Its `model` is the artifact's folder.
         partial: the folder of the checkpoint and the log.
 
     Returns:
-        the heads, the model's dtype, and the facts about the heads.
+        the heads, the model's dtype, and the facts about the heads for `linearize.json`.
     """
     text = NamedText(job)
     model, tokenizer = load(
@@ -125,16 +126,16 @@ def train(
 
 
 def identity(report: dict[str, Any]) -> str:
-    """Return a hash of an artifact's `linearize.json` that does not depend on its heads."""
+    """Return a hash of an artifact's `linearize.json`. It stays the same when heads are added or replaced."""
     rest = {key: value for key, value in report.items() if key not in ("medusa", "checksums", "card")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def saved_recipe(folder: Path) -> Recipe:
-    """Return the recipe of an artifact. Its parts need not be registered.
+    """Return the recipe of an artifact. It may name parts that the installed version does not have.
 
     Raises:
-        UserError: the file cannot be read, or lacks keys.
+        UserError: `recipe.yaml` cannot be read, or is not valid.
     """
     path, hint = folder / "recipe.yaml", "Convert the model again, or download the artifact again."
     data = read_yaml(path, hint)
@@ -144,7 +145,13 @@ def saved_recipe(folder: Path) -> Recipe:
 
 
 def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Record the facts about new heads in `linearize.json`, and in the card unless it was edited."""
+    """Write the facts about new heads into `linearize.json`, and into the model card unless a user edited the
+    card.
+
+    Args:
+        report: the contents of `linearize.json` before.
+        facts: the facts about the heads, for the key `medusa`.
+    """
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     before, report = card(report, **name), {**report, "medusa": facts}
     # A killed run may have written the new card already.

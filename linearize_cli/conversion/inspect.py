@@ -16,11 +16,15 @@ CONTEXTS = (1_000, 4_000, 32_000, 128_000)
 def inspect(
     model: str, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """List the layers of a model, the reason why a layer cannot be converted, and the bytes per sequence by
-    context.
+    """List the attention layers of a model, with the reason if a layer cannot be converted, and the memory of
+    a sequence.
+
+    Returns:
+        the report: the layers, and the bytes of keys and values and of states at some context lengths, for
+            the default method.
 
     Raises:
-        UserError: the model cannot be loaded, or has no layer that dispatches its attention.
+        UserError: the model cannot be loaded, or no layer calls transformers' attention interface.
     """
     refuse_linearized(model)
     teacher, _ = load_teacher(model, dtype, device, trust_remote_code)

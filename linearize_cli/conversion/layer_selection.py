@@ -1,4 +1,6 @@
-"""Selection of the layers to convert. A probe finds them, not their names."""
+"""Selection of the layers to convert. They are found by a probe of the model's attention calls, not by their
+names.
+"""
 
 from typing import Any
 
@@ -43,14 +45,16 @@ AUTO = "auto:"
 
 
 def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) -> list[Layer]:
-    """Return all attention modules that the model's forward calls, in order.
+    """Return all attention modules that the model's forward calls, in order, with the reason if one cannot be
+    converted.
 
     Args:
         reach: the number of distances at which a position bias is read: the size of the local window.
         cross: True to convert cross-attention.
 
     Raises:
-        UserError: the model's code is not part of transformers, or no layer dispatches its attention.
+        UserError: the model's code is not part of transformers, or no layer calls transformers' attention
+            interface.
     """
     kind = type(model).__name__
     if getattr(transformers, kind, None) is not type(model):
@@ -90,7 +94,9 @@ def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) ->
 
 
 def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
-    """Return the keyword arguments of `runtime.layer.equation` for a module."""
+    """Return the geometry of a layer: the keyword arguments of `runtime.layer.equation`, such as heads and
+    head sizes.
+    """
     scale = call.extra.get("scaling")
     softcap = call.extra.get("softcap")
     sides = {"cross": True} if is_cross(call) else {} if is_causal(module, call) else {"causal": False}
@@ -116,6 +122,10 @@ def refusal(
     """Return the reason why a layer cannot be converted, or None if it can.
 
     Args:
+        call: the recorded attention call of the module.
+        cache: an empty cache of the model, whose layers show what they store.
+        bias: the module's position bias by distance. None if it has no bias, or one that also depends on
+            other things.
         encodes: True if bidirectional layers can be converted.
         cross: True if cross-attention can be converted.
     """
@@ -143,13 +153,16 @@ def refusal(
 
 
 def sees_all(call: Call) -> bool:
-    """Return True if every token of the probe sees all others."""
+    """Return True if every token of the probe attends to all tokens."""
     return call.mask is None or bool(visible(call.mask[0, 0]).all())
 
 
 @torch.no_grad()
 def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Initialize the position biases of a linearized model from the base model's, for softmax scores."""
+    """Copy the base model's position biases into the layers of a linearized model.
+
+    Only layers with softmax scores in their local part get them.
+    """
     for layer in layers:
         attention = model.get_submodule(layer.name).linear_attention
         if (
@@ -166,8 +179,11 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
     """Split the layers into those to convert and those that stay softmax.
 
     Args:
-        keep: more layers to keep softmax: `N` (evenly spread) or `at:i,j,k` (indices from 0). The layers of
-            `auto:N` are chosen later and count as linear here.
+        keep: the argument of `--keep-softmax`, which keeps more layers softmax: `N` (evenly spread) or
+            `at:i,j,k` (indices from 0). The layers of `auto:N` are chosen later, so all count as linear here.
+
+    Returns:
+        the layers to convert and the layers that stay softmax.
 
     Raises:
         UserError: no layer can be converted, or `keep` names a layer that does not exist.
@@ -184,7 +200,7 @@ def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[La
 
 
 def measured_count(keep: str | None) -> int:
-    """Return N of `auto:N`, the number of layers to choose by measured KL, else 0."""
+    """Return N if `--keep-softmax` is `auto:N` (N layers chosen by measured KL), else 0."""
     return int(keep.removeprefix(AUTO)) if keep and keep.startswith(AUTO) else 0
 
 
@@ -193,6 +209,10 @@ def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Laye
 
     In T5 a decoder's first layer computes the position biases for all layers, for as many tokens as its cache
     has keys. A converted layer's cache has no keys.
+
+    Args:
+        linear, softmax: the layers that become linear, and those that stay softmax.
+        keep: the argument of `--keep-softmax`. With `auto:N`, any layer may stay softmax.
 
     Raises:
         UserError: a layer that stays softmax, or may with `auto:N`, takes its biases from a converted layer.
@@ -212,7 +232,11 @@ def check_biases(model: PreTrainedModel, linear: list[Layer], softmax: list[Laye
 
 
 def kept_indices(keep: str, count: int) -> list[int]:
-    """Return the indices of the layers to keep: `2` of 8 layers gives 2 and 6, and `auto:2` gives none yet.
+    """Return the indices of the layers that `--keep-softmax` keeps, among `count` layers that can be
+    converted.
+
+    `2` of 8 layers gives 2 and 6. `at:0,3` gives 0 and 3. `auto:2` gives an empty list, because its layers
+    are chosen later.
 
     Raises:
         UserError: `keep` is invalid.

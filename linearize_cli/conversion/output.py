@@ -25,7 +25,7 @@ def output_folder(name: str | Path) -> Path:
     """Return the folder that `-o` names. A symbolic link is resolved.
 
     Raises:
-        UserError: it cannot be the folder of an artifact.
+        UserError: the path cannot be an artifact's folder (a broken link, or the root).
     """
     folder = user_path(name, ELSEWHERE)
     if folder.is_symlink():
@@ -43,12 +43,15 @@ def output_folder(name: str | Path) -> Path:
 
 
 class Output(Workspace):
-    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a complete artifact, or
-    nothing.
+    """An output folder DIR and its workspace, `DIR.partial`. DIR always holds a complete artifact, or does
+    not exist.
 
     The run writes the new artifact to `DIR.partial/artifact`. If there is an old one, the two folders
     exchange their names, atomically if the system supports it. Otherwise the old artifact is moved to
     `DIR.partial/replaced` between two renames. If the run is killed there, the next run moves it back.
+
+    Args:
+        folder: DIR.
     """
 
     def __init__(self, folder: Path):
@@ -61,15 +64,20 @@ class Output(Workspace):
             os.rename(self.path / OLD, self.folder)
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of an interrupted run whose artifact is already in place."""
+        """Return the report of an interrupted run if its artifact is already in place, else None.
+
+        Args:
+            before: the contents of that run's `job.json`, or None.
+        """
         made = os.path.isdir(self.folder) and before and before.get("inode") == inode(self.folder)
         return super().finished(before) if made else None
 
     def check(self, job: Job, force: bool) -> None:
-        """Check that DIR may be replaced: with `force`, and if it holds only an artifact.
+        """Check that DIR may be replaced. It may if it does not exist, or with `force` if it holds only an
+        artifact.
 
         Raises:
-            UserError: it may not, with what it holds.
+            UserError: DIR may not be replaced. The message says what it contains.
         """
         folder = self.folder
         if not os.path.lexists(folder):
@@ -80,7 +88,7 @@ class Output(Workspace):
             raise UserError(f"{folder} {why}, so --force does not delete it", ELSEWHERE)
 
     def put_in_place(self, job: Job, report: dict[str, Any]) -> None:
-        """Rename the new artifact to DIR. If the run is killed, either the old or the new artifact is there.
+        """Rename the new artifact to DIR. If the run is killed, DIR is either the old or the new artifact.
 
         Raises:
             UserError: DIR cannot be replaced.
@@ -97,7 +105,7 @@ class Output(Workspace):
             raise UserError(f"cannot replace {self.folder}: {error.strerror}", "Move it away.") from error
 
     def replace_in_two_steps(self, new: Path) -> None:
-        """Rename a folder to DIR, and move the old one back if that fails."""
+        """Move the old artifact away and rename the new folder to DIR. On failure, move the old one back."""
         old = self.path / OLD
         shutil.rmtree(
             old, ignore_errors=True
@@ -111,7 +119,10 @@ class Output(Workspace):
 
 
 def reason_to_keep(folder: Path, job: Job) -> str | None:
-    """Return why a folder may not be deleted, as a phrase with a verb, or None if it is only an artifact."""
+    """Return the reason why a folder may not be deleted, as a phrase with a verb ("is not a folder").
+
+    Return None if it contains only an artifact and none of the job's inputs.
+    """
     if not os.path.isdir(folder):
         return "is not a folder"
     if os.path.ismount(folder):
@@ -136,7 +147,9 @@ def reason_to_keep(folder: Path, job: Job) -> str | None:
 
 
 def edited_card(folder: Path) -> bool:
-    """Return True if an artifact's card differs from the one whose checksum `linearize.json` records."""
+    """Return True if a user has edited an artifact's model card: its checksum differs from that in
+    `linearize.json`.
+    """
     try:
         written = json.loads((folder / "linearize.json").read_text(encoding="utf-8")).get("card")
         return written is not None and sha256(folder / "README.md") != written
@@ -145,13 +158,15 @@ def edited_card(folder: Path) -> bool:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the local path of a model or a text source, or None if it is not local."""
+    """Return the local path of a model or a text source, or None if it is on the Hub, `demo` or `self`."""
     path = Path(os.path.expanduser(name))
     return path if name not in (DEMO, SELF) and os.path.exists(path) else None
 
 
 def shares_files(folder: Path, path: Path | None) -> bool:
-    """Return True if a folder contains a path, or a file that this path links to."""
+    """Return True if deleting a folder would delete a path, or a file that the path links to. False if `path`
+    is None.
+    """
     if path is None:
         return False
     places = [path, *(file for file in path.glob("*") if file.is_file())]
@@ -165,8 +180,9 @@ def inode(folder: Path) -> int:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders atomically. Return False, with nothing changed, if that is
-    impossible.
+    """Exchange the names of two folders atomically.
+
+    Return False, with nothing changed, if the system cannot do it.
     """
     if sys.platform != "linux":
         return False

@@ -11,9 +11,11 @@ META = torch.device("meta")
 
 
 class Phantom(TorchDispatchMode):
-    """While open, an operation on meta and real tensors returns real zeros, and new tensors are real.
+    """A torch mode in which an operation on meta and real tensors returns real zeros, and new tensors are
+    real.
 
-    So token ids, masks and shapes are real, and the code of a model may branch on them (to choose experts, say).
+    Parameters stay on the meta device. Token ids, masks and shapes are real, so the code of a model may
+    branch on them (to choose experts, for example).
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

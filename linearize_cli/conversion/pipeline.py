@@ -51,6 +51,8 @@ class Place:
     Attributes:
         output: the final folder of the artifact.
         partial: the workspace in the same parent folder. The artifact is written to `partial/artifact`.
+        engine: the training processes.
+        terminal: the output to the user.
     """
 
     output: Path
@@ -60,11 +62,11 @@ class Place:
 
 
 def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, Any]:
-    """Write the artifact to `partial/artifact` and return its report.
+    """Run a conversion, write the artifact to `partial/artifact` and return its report.
 
     Raises:
         UserError: the job, the model or the text cannot be used.
-        CheckFailed: the forms of the converted model disagree.
+        CheckFailed: prefill, decoding or the reloaded model give different logits. Nothing is kept.
     """
     refuse_linearized(job.model)
     text = NamedText(job)
@@ -90,7 +92,8 @@ def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, 
 
 
 def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) -> Conversion:
-    """Load the teacher and its tokenizer, choose the layers, and check the job.
+    """Load the teacher and its tokenizer, choose the layers, and check the job. Sample the text of a `self`
+    source.
 
     Raises:
         UserError: the job, the model or the text cannot be used.
@@ -124,7 +127,8 @@ def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[L
     """Return the layers that become linear, and those that stay softmax.
 
     Raises:
-        UserError: see `choose_layers` and `check_biases`.
+        UserError: no layer can be converted, `--keep-softmax` is invalid, or a softmax layer needs the
+            position biases of a converted one.
     """
     attention = job.recipe.attention
     reach = attention.local.size if attention.local else 1
@@ -144,9 +148,10 @@ def warn_short_blocks(conversion: Conversion) -> None:
 
 
 def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dict[str, Any]]:
-    """Train Medusa heads for the converted model, and return them with the facts about them.
+    """Train Medusa heads for the converted model, and return them with the facts about them for
+    `linearize.json`.
 
-    They use their own folder, because the checkpoint in the session's folder holds the model's parameters.
+    They have their own folder, because the checkpoint in the session's folder holds the model's parameters.
     """
     session, folder = conversion.session, conversion.session.folder / "heads"
     if session.engine.main:
@@ -156,7 +161,12 @@ def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dic
 
 
 def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the contents of `linearize.json`, without what needs the saved artifact."""
+    """Return the contents of `linearize.json`, except the results of checks on the saved artifact.
+
+    Args:
+        steps: the planned steps of each stage.
+        medusa: the facts about Medusa heads. None without heads.
+    """
     job, text, results = conversion.job, conversion.text, conversion.results
     record = conversion.model.config.linearize
     done = {"transfer": steps.transfer, "distill": steps.distill} | results.get("steps", {})
@@ -189,13 +199,17 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
 
 
 def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | None, name: str) -> None:
-    """Write the artifact, load it again, and complete the report.
+    """Write the artifact, load it again, check it, and complete its report.
 
     Args:
-        name: the artifact's name in its card.
+        report: the contents of `linearize.json`, which get the checks' results, the fingerprint and the
+            checksums.
+        heads: the Medusa heads to save. None for none.
+        name: the artifact's name in its model card.
 
     Raises:
-        CheckFailed: the forms of the loaded model disagree. The message says which, and by how much.
+        CheckFailed: the saved model differs from the one in memory, or its prefill from its decoding. The
+            message says which and by how much.
     """
     started, partial, text = time.monotonic(), conversion.session.folder, conversion.text
     model, folder = conversion.model.eval(), partial / "artifact"

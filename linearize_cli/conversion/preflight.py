@@ -23,7 +23,7 @@ STEPS, LARGEST = 1000, 8  # steps to aim for, and the largest batch, if no batch
 
 
 def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) -> int:
-    """Return the number of tokens per block: `seq_len`, by default 1024 or the model's context if that is
+    """Return the number of tokens per block: `seq_len`, or by default 1024 or the model's context if that is
     shorter.
 
     Raises:
@@ -47,7 +47,7 @@ def check_length(seq_len: int | None, recipe: Recipe, model: PreTrainedModel) ->
 
 
 def with_batch_size(job: Job, length: int) -> Job:
-    """Return the job with its batch size, in blocks per step.
+    """Return the job with its batch size, in blocks per step. A batch size that is given stays.
 
     The default is the largest power of 2, up to LARGEST, with which the token budget makes STEPS steps or
     more. With the same number of tokens, more steps recover more quality, up to about STEPS.
@@ -63,11 +63,12 @@ def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> No
 
     Args:
         kind: the name of the model's class, for messages.
+        task: the model's task.
         layers: the layers to convert.
 
     Raises:
-        UserError: the recipe has a memory that runs forward in time for bidirectional layers, needs labels
-            that text does not give, or needs text that the model cannot write.
+        UserError: the recipe's memory runs forward in time but a layer is bidirectional, the recipe needs
+            labels that text does not give, or an option needs another kind of model.
     """
     attention, distill = job.recipe.attention, job.recipe.recover.distill
     if MEMORIES[attention.memory.kind].forward_in_time and not all(layer.causal for layer in layers):
@@ -105,7 +106,7 @@ def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
     """Check that the model supports gradient checkpointing if the recipe requests it.
 
     Raises:
-        UserError: it does not.
+        UserError: the model does not support it.
     """
     if job.recipe.recover.distill.checkpointing and not checkpointable(model):
         raise UserError(
@@ -115,7 +116,8 @@ def check_checkpointing(job: Job, model: PreTrainedModel) -> None:
 
 
 def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine: Engine) -> None:
-    """Check that a conversion can run one block of layers at a time.
+    """Check that a conversion can train one block of layers at a time, with the other layers not on the
+    device.
 
     Raises:
         UserError: the model must generate its own text, is sharded, or must be distilled on a device that
@@ -147,8 +149,10 @@ def check_blocks(job: Job, model: PreTrainedModel, by_block: LayerBlocks, engine
 
 
 def hidden_bytes(job: Job, model: PreTrainedModel, by_block: LayerBlocks | None) -> int:
-    """Return the disk space of the hidden states between blocks: those that are read and those that are
+    """Return the disk space of the hidden states between two blocks of layers: the files read and the files
     written.
+
+    Return 0 without training, or if all layers are trained at once (`by_block` is None).
     """
     if by_block is None or not job.train:
         return 0
@@ -160,6 +164,10 @@ def hidden_bytes(job: Job, model: PreTrainedModel, by_block: LayerBlocks | None)
 
 def check_budget(job: Job, length: int, processes: int = 1) -> None:
     """Check that the training budget and the options can be used together.
+
+    Args:
+        length: the number of tokens per block.
+        processes: the number of training processes.
 
     Raises:
         UserError: the tokens do not fill a batch, the batch cannot be divided among the processes, an adapter
@@ -206,7 +214,7 @@ def check_space(folder: Path, model: PreTrainedModel, hidden_states: int = 0) ->
         hidden_states: the bytes of the hidden states between two blocks of layers.
 
     Raises:
-        UserError: it has not.
+        UserError: the disk has too little free space.
     """
     need = 2 * sum(p.nbytes for p in model.parameters()) + hidden_states + (64 << 20)
     free = shutil.disk_usage(folder.parent).free

@@ -19,14 +19,14 @@ HELD_OUT = 64  # held-out blocks that select the best parameters
 
 @dataclass(frozen=True)
 class Steps:
-    """The planned training steps of each stage."""
+    """The planned training steps of the two stages, transfer and distillation (0 without training)."""
 
     transfer: int
     distill: int
 
     @classmethod
     def of(cls, conversion: Conversion) -> "Steps":
-        """Divide the token budget between the stages."""
+        """Divide the token budget between the stages. There is no transfer without parameters to train."""
         job = conversion.job
         if not job.train:
             return cls(0, 0)
@@ -38,13 +38,14 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """Return the steps of both stages."""
+        """Return the number of steps of both stages together."""
         return self.transfer + self.distill
 
 
 def recover(conversion: Conversion, steps: Steps) -> None:
-    """Train the linearized model: transfer, selection of softmax layers, distillation with LoRA merged at the
-    end.
+    """Train the linearized model: transfer, then the selection of softmax layers, then distillation.
+
+    LoRA is merged at the end. A stage without steps is skipped.
     """
     conversion.model.requires_grad_(False)
     for parameter in linear_parameters(conversion.model):
@@ -61,7 +62,7 @@ def recover(conversion: Conversion, steps: Steps) -> None:
 
 
 def transfer(conversion: Conversion, steps: Steps) -> None:
-    """Train every linear layer on the output of its softmax layer."""
+    """Train every linear layer to match the output of the softmax layer that it replaces."""
     started, options = time.monotonic(), conversion.job.recipe.recover.transfer
     session, model, native = conversion.session, conversion.model, conversion.native
     windows = WindowDropout(options.window_dropout, steps.transfer, conversion.job.seed)
@@ -83,7 +84,7 @@ def transfer(conversion: Conversion, steps: Steps) -> None:
 
 
 def distill(conversion: Conversion, steps: Steps) -> None:
-    """Train the whole model on its teacher's logits, and merge LoRA into it."""
+    """Train the model on its teacher's logits. Then merge LoRA into its weights, if LoRA was used."""
     started, options = time.monotonic(), conversion.job.recipe.recover.distill
     session = conversion.session
     if conversion.by_block:  # distillation needs the whole model on the device

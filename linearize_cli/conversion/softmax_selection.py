@@ -17,19 +17,24 @@ ROWS = 32  # blocks of text to measure on
 
 
 def best(kl: dict[str, float], count: int) -> list[str]:
-    """Return the `count` layers that lower the KL most when they are softmax again, in the model's order."""
+    """Return the `count` layers that lower the KL most when they are softmax again, in the model's order.
+
+    Args:
+        kl: the KL to the teacher under each layer's name, with that layer alone softmax (see
+            `Restorer.divergences`).
+    """
     layers = [name for name in kl if name != NONE]
     chosen = sorted(layers, key=kl.__getitem__)[:count]
     return [name for name in layers if name in chosen]
 
 
 class Restorer:
-    """The means to give converted layers their softmax attention back.
+    """A switch that gives converted layers their softmax attention back.
 
     Args:
         model: the model before its conversion, when every layer still has the shared config.
-        names: the layers to convert.
-        batch_of: makes the inputs of blocks.
+        names: the names of the layers to convert.
+        batch_of: makes a model's batch from blocks of tokens.
     """
 
     def __init__(
@@ -46,8 +51,12 @@ class Restorer:
     def restored(self, name: str) -> Iterator[None]:
         """Let one layer attend by softmax while the context is open.
 
-        Its shared config is set to the native implementation too. The model makes its masks by that config.
-        Linear layers accept any mask, softmax layers only their own.
+        A converted layer has its own config, and other layers share one. The shared config is set to softmax
+        attention too, because the model makes its masks by it. Linear layers accept any mask, softmax layers
+        only their own.
+
+        Args:
+            name: the name of the layer.
         """
         configs = [self.model.get_submodule(name).config, self.shared[name]]
         before = [config._attn_implementation_internal for config in configs]
@@ -60,7 +69,9 @@ class Restorer:
                 config._attn_implementation_internal = implementation
 
     def restore(self, names: Sequence[str]) -> None:
-        """Make layers softmax permanently, as if they had never been converted."""
+        """Make layers softmax permanently, as if they had never been converted. The model's record is
+        updated.
+        """
         record = self.model.config.linearize
         for name in names:
             module = self.model.get_submodule(name)
@@ -74,16 +85,16 @@ class Restorer:
     def divergences(
         self, model: nn.Module, batches: Sequence[Blocks | Tensor], progress: Callable[[int], None]
     ) -> dict[str, float]:
-        """Return KL(teacher ‖ model), the mean over the tokens of batches.
+        """Measure KL(teacher ‖ model) with every layer linear, and with each layer alone softmax.
 
         Args:
             model: the converted model, or a sharded copy that shares its configs.
-            batches: blocks, or ids `[B, L]`.
+            batches: batches of blocks, or ids `[B, L]`.
             progress: called with the number of tokens after each forward of the model.
 
         Returns:
-            the KL under `none` with every layer linear, and under each layer's name with that layer alone
-                softmax.
+            the KL per token: under `none` with every layer linear, and under each layer's name with that
+                layer alone softmax.
         """
         model.eval()
         kl = dict.fromkeys([NONE, *self.shared], 0.0)
@@ -98,5 +109,5 @@ class Restorer:
         return kl
 
     def logits(self, model: nn.Module, ids: Blocks | Tensor) -> Tensor:
-        """Return the logits `[B, T, vocab]` in fp32."""
+        """Return the model's logits `[B, T, vocab]` on blocks of tokens, in fp32."""
         return model(**self.batch_of(ids).inputs).logits.float()

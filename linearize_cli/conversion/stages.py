@@ -30,12 +30,15 @@ class Conversion:
     """The state of one conversion.
 
     Attributes:
+        job: the run configuration.
         model: the teacher until `swap`, then the linearized model.
         linear, softmax: the layers that become linear, and those that stay softmax.
-        by_block: the blocks of layers that are copied to the device one by one. None if the whole model is
-            there.
-        teacher: the teacher's log-probabilities on the held-out blocks, if the task has no labels and quality
-            is measured by KL. Otherwise None.
+        text: the training text and the held-out text.
+        session: the processes, the checkpoint and the log.
+        by_block: the blocks of layers that are copied to the device one by one. None if the whole model is on
+            the device.
+        teacher: the teacher's log-probabilities `[N, classes]` on the held-out blocks, if the task has no
+            labels and quality is measured by KL. Otherwise None.
     """
 
     job: Job
@@ -58,11 +61,13 @@ class Conversion:
         return self.restorer.native
 
     def on_device(self, model: PreTrainedModel) -> AbstractContextManager:
-        """Let the whole model run on the device while the context is open."""
+        """Let the whole model run on the device while the context is open. Layers that are not there are
+        copied when needed.
+        """
         return self.by_block.streamed(model) if self.by_block else nullcontext()
 
     def measure_teacher(self) -> None:
-        """Measure the teacher's perplexity, or keep its log-probabilities if the task has no labels."""
+        """Measure the teacher's perplexity. If the task has no labels, keep its log-probabilities instead."""
         blocks, session = self.text.held_out, self.session
         if blocks is None or self.text.task.answers:
             self.measure("teacher")
@@ -72,9 +77,12 @@ class Conversion:
             self.teacher = log_probabilities(model, blocks, self.job.batch_size, advance, self.text.task)
 
     def measure(self, name: str, title: str | None = None) -> None:
-        """Record the perplexity, or the KL divergence from the teacher, under a name.
+        """Measure the perplexity, or the KL divergence from the teacher, and record it under a name.
 
         It is skipped without held-out text, or if an interrupted run has already measured it.
+
+        Args:
+            title: the name in messages. None uses `name`.
         """
         blocks, session = self.text.held_out, self.session
         if blocks is None or name in self.results:
@@ -95,7 +103,11 @@ class Conversion:
         session.terminal.note(f"{title}: {value:.4f}")
 
     def add_seconds(self, stage: str, started: float) -> None:
-        """Add the time since `started` to the seconds of a stage."""
+        """Add the time since `started` to the recorded seconds of a stage.
+
+        Args:
+            started: a reading of `time.monotonic`.
+        """
         seconds = self.results.setdefault("seconds", {})
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
 
@@ -103,7 +115,7 @@ class Conversion:
         """Replace the attention of the chosen layers, and check that the model can be trained as requested.
 
         Raises:
-            UserError: document masking fails, or Medusa heads have no next token to predict.
+            UserError: document masking fails, or Medusa heads do not suit the model.
         """
         torch.manual_seed(self.job.seed)
         linearize(self.model, conversion_record(self.model, self.job.recipe, self.linear, self.softmax))
@@ -120,11 +132,12 @@ class Conversion:
             )
 
     def keep_softmax(self) -> None:
-        """Choose the layers of `--keep-softmax auto:N` by KL, and give them their softmax attention back.
+        """Choose the layers of `--keep-softmax auto:N` by KL, and give them their softmax attention back. Do
+        nothing otherwise.
 
         It runs after transfer. A layer just swapped would mostly show what it has not learned yet, while a
         trained layer shows what the linear form cannot compute. It runs before distillation, in which the
-        other layers adapt to the kept ones.
+        remaining linear layers adapt to those kept softmax.
         """
         count, session = measured_count(self.job.keep_softmax), self.session
         if not count:
@@ -148,7 +161,9 @@ class Conversion:
         self.linear = [layer for layer in self.linear if layer.name not in kept]
 
     def ablate(self) -> None:
-        """Measure the model without its local part, and without its linear part, if it has both."""
+        """Measure the model without its local part, and without its linear part. Do nothing if it lacks one
+        of them.
+        """
         if self.text.held_out is None or not has_both_parts(self.model):
             return
         self.results["full"] = self.results.get("recovered", self.results.get("swapped"))
@@ -157,5 +172,5 @@ class Conversion:
                 self.measure(name, name.replace("_", " "))
 
     def selected(self, *names: str) -> dict[str, float | None]:
-        """Return measured values by name, with None for a value that was not measured."""
+        """Return the measured values with these names. A value that was not measured is None."""
         return {name: self.results.get(name) for name in names}

@@ -42,11 +42,14 @@ class Workspace:
         """Create and lock the folder, or take over the folder of an interrupted run.
 
         Args:
-            artifact: identifies the artifact that the run adds to, if there is one.
+            job: the run configuration.
+            resume: continue the interrupted run.
+            force: delete the interrupted run's files, and replace an existing result.
+            artifact: identifies the artifact that the run adds to. Empty if it makes a new one.
 
         Returns:
-            the report of the interrupted run if it was finished except for the deletion of this folder.
-                Otherwise None.
+            the report of the interrupted run if only the deletion of this folder was missing. Otherwise None:
+                the run must be done.
 
         Raises:
             UserError: the run cannot start. Nothing has changed.
@@ -80,7 +83,10 @@ class Workspace:
             raise
 
     def claim(self) -> dict[str, Any] | None:
-        """Create the folder if it does not exist, lock it, and return the `job.json` of an interrupted run.
+        """Create the folder if it does not exist, and lock it.
+
+        Returns:
+            the `job.json` of an interrupted run, or None if there was none.
 
         Raises:
             UserError: the folder cannot be written, is used by another run, or was not made by linearize.
@@ -114,10 +120,10 @@ class Workspace:
             raise
 
     def exclude_others(self) -> None:
-        """Lock the folder until this run closes it.
+        """Lock the folder until this run ends. A file system without locks is not an error.
 
         Raises:
-            UserError: another run has locked it.
+            UserError: another run has locked the folder.
         """
         if self.lock is None:
             return
@@ -131,8 +137,12 @@ class Workspace:
     def require_same(self, asked: dict[str, Any], before: dict[str, Any] | None) -> None:
         """Check that an interrupted run had the same configuration.
 
+        Args:
+            asked: the configuration of this run.
+            before: the `job.json` of the interrupted run, or None.
+
         Raises:
-            UserError: it had another one, or there is no interrupted run.
+            UserError: it had another configuration, or there is no interrupted run.
         """
         if before is None:
             raise UserError(f"nothing to resume: {self.path} does not exist", "Run without --resume.")
@@ -145,21 +155,29 @@ class Workspace:
             )
 
     def restore(self) -> None:
-        """Move files back that an interrupted run moved into the folder."""
+        """Move files back that an interrupted run moved into the folder. The base class has none; `Output`
+        overrides this.
+        """
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of a run that was killed after its result was in place, or None."""
+        """Return the report of a run that was killed after its result was in place. Return None if it was not
+        finished.
+
+        Args:
+            before: the `job.json` of that run, or None.
+        """
         return before and before.get("report")
 
     def check(self, job: Job, force: bool) -> None:
-        """Check that the result may be put in place.
+        """Check that the result may be put in place. The base class allows it always; `Output` overrides
+        this.
 
         Raises:
-            UserError: it may not.
+            UserError: the result may not be put in place.
         """
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write `job.json`."""
+        """Write the state to `job.json`."""
         self.state = state
         write_json(self.path / JOB, state)
 
@@ -190,9 +208,9 @@ class Workspace:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Delete the folder when the run ends.
+        """Run the work of a run in this context, and delete the folder when it ends.
 
-        It is kept if the run is interrupted, or if it fails after training.
+        The folder is kept if the run is interrupted, or if it fails when a checkpoint exists.
 
         Raises:
             KeyboardInterrupt: the run was interrupted. The message says what was kept.
@@ -230,7 +248,9 @@ class Workspace:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the contents of a `job.json`, or None if it does not exist or no run wrote it."""
+    """Return the contents of a `job.json`, or None if it does not exist or was not written by a run of
+    linearize.
+    """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -241,7 +261,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 def disk_is_full(error: Exception, folder: Path) -> bool:
     """Return True if an error comes from a full disk.
 
-    Libraries report it in different ways, so an almost full disk counts too.
+    Libraries report it in different ways, so any error except a UserError counts if the disk is almost full.
     """
     if any(getattr(e, "errno", None) == errno.ENOSPC for e in (error, error.__cause__)):
         return True

@@ -196,7 +196,7 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True)
 class Recall:
-    """A repeated word.
+    """A repeated word of a document.
 
     Attributes:
         start, end: its range in the text, in characters.
@@ -210,7 +210,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its repeated words."""
+    """A text and the positions of its repeated words."""
 
     text: str
     recalls: tuple[Recall, ...]

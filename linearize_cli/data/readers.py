@@ -1,4 +1,4 @@
-"""Readers of text, JSONL and parquet files. They yield documents."""
+"""Readers of text, JSONL and parquet files. Each yields the documents of a file."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ class BadRow(UserError):
     Args:
         where: the file and line, or the dataset and row.
         what: what is wrong with it.
+        hint: what to do.
     """
 
     def __init__(self, where: str, what: str, hint: str = "Correct or remove it."):
@@ -30,12 +31,12 @@ class BadRow(UserError):
 
 @dataclass
 class BadRows:
-    """The rows of a run that cannot be used.
+    """The rows of a run that cannot be used and were skipped.
 
     Attributes:
         allowed: the number of rows that may be skipped. One more is an error.
         skipped: the places (file and line) of the skipped rows. A row that is read twice counts once.
-        reported: the number of skipped rows that the user has seen.
+        reported: the number of skipped rows in the last report to the user.
     """
 
     allowed: int = 0
@@ -43,7 +44,7 @@ class BadRows:
     reported: int = 0
 
     def skip(self, error: BadRow) -> None:
-        """Skip a row.
+        """Skip the row of an error, or raise the error if no more rows may be skipped.
 
         Raises:
             BadRow: the allowed number of rows has been skipped already.
@@ -73,7 +74,7 @@ class Row(list):
 
 
 class Chat(Row):
-    """A document that is a list of messages, in the form that chat templates expect."""
+    """A document that is a list of messages (dicts with `role` and `content`), as chat templates expect."""
 
 
 # A document is a stream of text parts, so that a long one is never in memory as a whole.
@@ -111,7 +112,9 @@ def document(row: Any, where: str) -> Document | None:
 
 
 def is_message(entry: Any) -> bool:
-    """Return True if an entry is a message of a chat, in the usual or in ShareGPT's form."""
+    """Return True if an entry is a message of a chat, in the usual form (`role`) or in ShareGPT's (`from`,
+    `value`).
+    """
     return isinstance(entry, dict) and ("role" in entry or {"from", "value"} <= entry.keys())
 
 
@@ -130,8 +133,8 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
     """Yield the documents of rows, without the empty ones.
 
     Args:
-        rows: pairs of a place (file and line) and a row. A row may be a BadRow.
-        bad: the bad rows of the run.
+        rows: pairs of a place (file and line) and a row. A row may be a BadRow, if it could not be parsed.
+        bad: counts the skipped rows.
 
     Raises:
         BadRow: more rows are bad than may be skipped.
@@ -149,7 +152,11 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
 
 
 def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield the only document of a text file, or nothing if the file is empty."""
+    """Yield the only document of a text file, or nothing if the file is empty. No row of it can be bad.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
 
     def parts() -> Iterator[str]:
         try:
@@ -168,7 +175,12 @@ def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
 
 
 def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield a document for each line of a JSONL file that is not empty."""
+    """Yield a document for each line of a JSONL file, without empty ones. `bad` counts the rows that are
+    skipped.
+
+    Raises:
+        BadRow: more rows are bad than may be skipped.
+    """
 
     def rows() -> Iterator[tuple[str, Any]]:
         with file.open("rb") as stream:
@@ -181,7 +193,11 @@ def read_jsonl(file: Path, bad: BadRows) -> Iterator[Document]:
 
 
 def json_row(line: bytes, where: str, encoding: str) -> Any:
-    """Return the value of one line of JSON, or a BadRow if it cannot be parsed."""
+    """Return the value of one line of JSON. If the line cannot be parsed, return a BadRow without raising it.
+
+    Args:
+        where: the file and line.
+    """
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError:
@@ -191,7 +207,13 @@ def json_row(line: bytes, where: str, encoding: str) -> Any:
 
 
 def read_parquet(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield a document for each row of a parquet file that is not empty."""
+    """Yield a document for each row of a parquet file, without empty ones. `bad` counts the rows that are
+    skipped.
+
+    Raises:
+        UserError: the file cannot be read, or has no column with text or chats.
+        BadRow: more rows are bad than may be skipped.
+    """
     import pyarrow.parquet
 
     def rows() -> Iterator[tuple[str, Any]]:

@@ -33,13 +33,14 @@ def write_corpus(
 
     Every batch has its own seed. An interrupted file therefore continues with the same text, and a shorter
     corpus is the beginning of a longer one. The finished text is also kept in the cache of huggingface_hub,
-    under a fingerprint of the teacher and of the settings. The next conversion of the same teacher reads it
-    from there.
+    under a hash of the teacher and of the settings. The next conversion of the same teacher reads it from
+    there.
 
     Args:
         path: the JSONL file to write or to continue.
         tokens: the number of tokens at which sampling stops.
         length: the largest length of a document, in tokens.
+        seed: the seed of the run.
     """
     cached = corpus_cache(fingerprint(model, tokenizer, length, seed))
     if cached.exists() and not path.exists():
@@ -68,7 +69,9 @@ def write_corpus(
 
 
 def whole_batches(path: Path) -> Iterator[list[bytes]]:
-    """Yield the lines of a corpus file, one batch of documents at a time, without an incomplete batch."""
+    """Yield the lines of an existing corpus file, one batch of documents at a time, without an incomplete
+    last batch.
+    """
     if not path.exists():
         return
     with path.open("rb") as stream:
@@ -77,7 +80,13 @@ def whole_batches(path: Path) -> Iterator[list[bytes]]:
 
 
 def keep(path: Path, cached: Path, terminal: Terminal) -> None:
-    """Copy a corpus into the cache, unless the cache holds a longer one."""
+    """Copy a corpus into the cache, unless the cache has one that is at least as long. If writing fails, only
+    a note is shown.
+
+    Args:
+        path: the corpus.
+        cached: its path in the cache.
+    """
     if cached.exists() and cached.stat().st_size >= path.stat().st_size:
         return
     try:
@@ -88,12 +97,14 @@ def keep(path: Path, cached: Path, terminal: Terminal) -> None:
 
 
 def corpus_cache(key: str) -> Path:
-    """Return the path of the cached corpus with a fingerprint."""
+    """Return the path of the cached corpus with the hash `key` (see `fingerprint`). It need not exist."""
     return cached_assets_path(LIBRARY, NAMESPACE, key) / "corpus.jsonl"
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
-    """Return a hash of everything that decides the text: the weights, the tokenizer and the settings."""
+    """Return a hash of everything that determines the sampled text: the weights, the tokenizer and the
+    settings.
+    """
     digest = hashlib.sha256()
     settings = (type(model).__name__, model.device.type, ROWS, length, seed, end_ids(model, tokenizer))
     config = model.config.to_dict() | {"_name_or_path": None}
@@ -114,7 +125,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
-    """Sample ROWS texts from the model.
+    """Sample 32 texts from the model at temperature 1.
 
     Args:
         length: the largest length of a text, in tokens.

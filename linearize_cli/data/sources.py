@@ -31,9 +31,9 @@ class Source:
 
     Attributes:
         name: its name in messages.
-        documents: starts a new pass over the documents.
+        documents: a function that starts a new pass over the documents.
         count: the number of documents. None if it is not known.
-        bad: the bad rows of the run. All sources of a run share it.
+        bad: counts the rows of the run that were skipped. All sources of a run share it.
         local: True if the data is on this machine, so that it can be checked before training.
     """
 
@@ -51,7 +51,7 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
         name: a text file (one document), a JSONL or parquet file (`text` or `messages` fields), a folder of
             such files, a Hub dataset `name[:config][:split]`, or `demo` (the generated text of the embedded
             teacher).
-        bad: the bad rows of the run. None allows none.
+        bad: counts the skipped rows of the run. None: no row may be skipped.
 
     Raises:
         UserError: the source does not exist, has an unknown format, holds no text, or has too many bad rows.
@@ -74,7 +74,15 @@ def open_source(name: str, bad: BadRows | None = None) -> Source:
 
 
 def local_source(name: str, path: Path, bad: BadRows) -> Source:
-    """Open a file or a folder, and read all of it once to find errors and to count the documents."""
+    """Open a file or a folder, and read all of it once to find errors and to count the documents.
+
+    Args:
+        name: its name in messages.
+        bad: counts the skipped rows of the run.
+
+    Raises:
+        UserError: a file cannot be read, or there is no text.
+    """
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UserError(
@@ -117,6 +125,7 @@ def hub_source(name: str, bad: BadRows) -> Source:
 
     Args:
         name: `name[:config][:split]`. The split is `train` by default.
+        bad: counts the skipped rows of the run.
 
     Raises:
         UserError: the dataset cannot be opened.
@@ -163,8 +172,8 @@ def joined(sources: Iterable[Source]) -> Source:
 def hold_out(source: Source) -> tuple[Source, Source]:
     """Split a source into training text and evaluation text.
 
-    The last 1% of the documents (at least one) is held out. A stream of unknown length with at least 1,000
-    documents gives its first 500.
+    The last 1% of the documents (at least one) is held out. If the number of documents is unknown and at
+    least 1,000, the first 500 are held out.
 
     Returns:
         the training source and the evaluation source.
@@ -187,7 +196,9 @@ def hold_out(source: Source) -> tuple[Source, Source]:
 
 
 def part(source: Source, first: int, end: int | None) -> Source:
-    """Return the documents `first` to `end` (exclusive) of a source. With `end` None, all from `first` on."""
+    """Return a source of the documents `first` to `end` (exclusive) of a source. If `end` is None, it has all
+    from `first` on.
+    """
     name = source.name if first == 0 else f"{source.name} from document {first + 1} on"
     name += "" if end is None else f", {end - first} documents"
     rest = None if end is None else end - first
@@ -195,12 +206,20 @@ def part(source: Source, first: int, end: int | None) -> Source:
 
 
 def tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the token ids of the documents in parts. Each document starts with BOS, if there is one."""
+    """Yield the token ids of the documents, a part of a document at a time. Each document starts with BOS, if
+    there is one.
+    """
     return (piece[0].tolist() for piece in encoded(source, tokenizer))
 
 
 def encoded(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield the documents as tokens (see `encode`), without the bad rows."""
+    """Yield the documents as tensors `[3, n]`, without the bad rows. A document may come in several parts.
+
+    The rows are token ids, 1 at training targets, and 1 at a document's first token (see `encode`).
+
+    Raises:
+        BadRow: more rows are bad than may be skipped.
+    """
     for document in source.documents():
         if getattr(document, "where", None) in source.bad.skipped:
             continue
@@ -211,10 +230,10 @@ def encoded(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tens
 
 
 def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Check local text before a run starts, and skip its bad rows.
+    """Check the documents of a local source before a run starts, and skip its bad rows.
 
-    A row is bad if the chat template refuses it, or if it has a token without an embedding in the model. Text
-    from the Hub is checked while it is read.
+    A row is bad if the chat template refuses it, or if it has a token without an embedding in the model. A
+    source on the Hub is not read here, but checked during training.
 
     Raises:
         BadRow: more rows are bad than may be skipped.
@@ -237,7 +256,7 @@ def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: i
     """Yield consecutive blocks of the joined documents, without the incomplete last one.
 
     Returns:
-        blocks `[3, length]`, with the rows that `encode` describes.
+        blocks `[3, length]`: token ids, 1 at training targets, and 1 at a document's first token.
     """
     pending = torch.empty(3, 0, dtype=torch.long)
     for piece in encoded(source, tokenizer):
@@ -266,9 +285,9 @@ def batches(
 
     Args:
         skip: the number of batches to skip at the start. A resumed run continues there.
-        separate: mark the document starts (see `Blocks.starts`).
-        assistant_only: mark the tokens of the assistant (see `Blocks.counted`). Blocks without one are
-            skipped.
+        separate: set `Blocks.starts`, so that attention stays within each document. Else it is None.
+        assistant_only: set `Blocks.counted`, so that only the assistant's tokens are trained on. Blocks
+            without one are skipped. Else it is None.
 
     Raises:
         UserError: the source does not fill one block.
@@ -301,7 +320,11 @@ def stream(
     recover: Recover,
     skip: int = 0,
 ) -> Iterator[Blocks]:
-    """Yield batches (see `batches`) with the marks that the recipe requests."""
+    """Yield batches of `size` blocks of `length` tokens without end, after the first `skip` batches.
+
+    The recipe decides whether documents are kept separate and whether only the assistant's tokens are trained
+    on.
+    """
     marks = {"separate": recover.separate_documents, "assistant_only": recover.assistant_only}
     return batches(source, tokenizer, length, size, skip, **marks)
 

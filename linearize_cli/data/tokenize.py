@@ -31,7 +31,9 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
             2 is 1 at the first token of the document.
 
     Raises:
-        UserError: see `check_chat`.
+        UserError: the document is a chat, and the tokenizer has no chat template or it does not finish in
+            time.
+        BadRow: the chat template refuses the chat.
     """
     first = 1
     for ids, counted in (chat_tokens if isinstance(document, Chat) else text_tokens)(document, tokenizer):
@@ -41,7 +43,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
 
 
 def text_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Yield the tokens of a text. All of them are training targets."""
+    """Yield the token ids of a text's parts with a 1 for each, because all of them are training targets."""
     if tokenizer.bos_token_id is not None:
         yield [tokenizer.bos_token_id], [1]
     for piece in document:
@@ -73,7 +75,10 @@ def check_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Yield the tokens of a chat. Only the assistant's are training targets if the template marks them."""
+    """Yield the token ids of a chat, and for each of them 1 if it is a training target, else 0.
+
+    Only the assistant's tokens are targets if the chat template marks them. Otherwise all tokens are.
+    """
     check_chat(chat, tokenizer)
     marks = marks_assistant(tokenizer)
     read = tokenizer.apply_chat_template(
@@ -93,6 +98,9 @@ def at_most(seconds: float, error: Exception) -> Iterator[None]:
     """Raise an error if the code inside the context takes longer than `seconds`.
 
     There is no time limit outside the main thread or on Windows, where no signal can interrupt the code.
+
+    Args:
+        error: the error to raise.
     """
 
     def stop(*unused: object) -> None:
@@ -111,5 +119,5 @@ def at_most(seconds: float, error: Exception) -> Iterator[None]:
 
 
 def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if the chat template marks the tokens of the assistant."""
+    """Return True if the tokenizer has a chat template that marks the tokens of the assistant."""
     return bool(tokenizer.chat_template and GENERATION.search(tokenizer.get_chat_template()))

@@ -1,4 +1,4 @@
-"""The rules between the keys of a recipe: which parts the library has, and which of them fit together."""
+"""The rules between the keys of a recipe: which named parts exist, and which of them fit together."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,11 @@ UNNORMALISED = ("none", "rms")
 
 
 def misfits(recipe: Recipe) -> list[str]:
-    """Return each part that the library lacks and each rule that the recipe breaks, with their key paths."""
+    """Return a line for each error of a recipe: a part that the library does not have, or a broken rule
+    between keys.
+
+    Each line begins with the paths of the keys. A valid recipe gives an empty list.
+    """
     attention = recipe.attention
     unknown = unknown_parts(attention)
     rules = [*training_rules(attention, recipe.recover)]
@@ -25,7 +29,7 @@ def misfits(recipe: Recipe) -> list[str]:
 
 
 def unknown_parts(a: Attention) -> list[str]:
-    """Return a line for each key that names a part which the library lacks."""
+    """Return a line for each key of an attention part that names a part which the library does not have."""
     choices = [
         ("attention.combine", a.combine, COMBINES),
         ("attention.memory.kind", a.memory.kind, MEMORIES),
@@ -42,7 +46,11 @@ def unknown_parts(a: Attention) -> list[str]:
 
 
 def attention_rules(a: Attention) -> Iterator[tuple[object, str, str]]:
-    """Yield the rules between the parts of an equation: whether it is broken, the keys and the reason."""
+    """Yield the rules between the parts of an attention equation.
+
+    Each rule is `(broken, keys, reason)`: `broken` is true if the recipe breaks the rule, `keys` are the
+    paths of the keys involved, and `reason` explains the rule.
+    """
     local, far, combine, memory = a.local, a.far, a.combine, a.memory.kind
     score = local and local.score
     weight = score in WEIGHTS
@@ -115,7 +123,9 @@ def attention_rules(a: Attention) -> Iterator[tuple[object, str, str]]:
 
 
 def training_rules(a: Attention, r: Recover) -> Iterator[tuple[object, str, str]]:
-    """Yield the rules of training: whether it is broken, the keys and the reason."""
+    """Yield the rules of training as `(broken, keys, reason)`: the recipe breaks a rule if its first entry is
+    true.
+    """
     for name in ("transfer", "distill"):
         stage = getattr(r, name)
         yield (

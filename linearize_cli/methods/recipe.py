@@ -1,6 +1,8 @@
-"""The schema of a recipe: which parts the equation of a method has, its paper, and how quality is recovered.
+"""The schema of a recipe: the parts of a method's attention equation, its paper, and how quality is
+recovered.
 
-A recipe is a YAML file that states deviations from the defaults below. `compatibility` has the rules between keys.
+A recipe is a YAML file that states deviations from the defaults below. `compatibility` has the rules between
+keys.
 """
 
 import difflib
@@ -37,7 +39,7 @@ def parse_count(value: Any) -> int:
 
 
 def parse_number(value: Any) -> Any:
-    """Return the number in a text, or the value itself. YAML 1.1 reads 1e-3 as text."""
+    """Return the number in a text, because YAML 1.1 reads 1e-3 as text. Return any other value unchanged."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -45,7 +47,11 @@ def parse_number(value: Any) -> Any:
 
 
 def parse_rate(value: Any) -> float | str:
-    """Return a learning rate or `auto`. Raises ValueError: the value is neither."""
+    """Return a learning rate: a number above 0, or `auto`.
+
+    Raises:
+        ValueError: the value is neither.
+    """
     rate = parse_number(value)
     if value == "auto" or (type(rate) in (int, float) and 0 < rate < math.inf):
         return rate
@@ -63,13 +69,19 @@ Dimension = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Part(BaseModel):
-    """A group of keys. Unknown keys and values of another type are refused."""
+    """A group of keys of a recipe. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @classmethod
     def faults(cls, data: Any, prefix: str = "") -> list[str]:
-        """Return what is wrong with plain data: the key path, the value and the valid ones, a line for each fault."""
+        """Return a line for each error in plain data of this group: the key's path, the value, and what is
+        valid.
+
+        Args:
+            data: the group as plain data, usually a dict.
+            prefix: the path of the group, such as `attention.`.
+        """
         try:
             cls.model_validate(data)
         except ValidationError as error:
@@ -94,7 +106,7 @@ class Part(BaseModel):
 
     @classmethod
     def _kinds(cls, path: tuple) -> tuple:
-        """Return the types of the value at a path below this group."""
+        """Return the types that the value at a path below this group may have."""
         kinds = (cls,)
         for key in path:
             kind = kinds[0].model_fields[key].annotation
@@ -103,7 +115,13 @@ class Part(BaseModel):
 
 
 class Local(Part):
-    """The local part: exact attention to `size` tokens, in a sliding window or within groups."""
+    """The local part: exact attention to nearby tokens.
+
+    Attributes:
+        scope: a sliding window over the last tokens, or consecutive groups of tokens.
+        size: the number of tokens in the window or group.
+        score: the name of the score function, such as softmax.
+    """
 
     scope: Literal["sliding", "group"] = "sliding"
     size: Size = 64
@@ -114,7 +132,8 @@ class Far(Part):
     """The linear part: older tokens enter a state of fixed size through a feature map.
 
     Attributes:
-        feature_dim: size of the feature map, where it has a choice.
+        feature_map: name of the feature map, or `FILE.py:CLASS` for the user's own.
+        feature_dim: size of the feature map, if it has a choice. None uses the map's default.
         per_query_head: key features per query head instead of per KV head.
         key_weight: multiply the features of each key by a learned weight.
     """
@@ -126,22 +145,32 @@ class Far(Part):
 
 
 class Memory(Part):
-    """How the state forgets."""
+    """The rule by which the state of the linear part forgets. `kind` is its name; `none` keeps all tokens."""
 
     kind: str = "none"
 
 
 class Conv(Part):
-    """The depthwise conv over values, `width` taps wide (0: no conv). It is causal where attention is, else centred."""
+    """The depthwise convolution over values. `width` is its number of taps; 0 means no convolution.
+
+    It is causal if the attention is causal, else centred.
+    """
 
     width: Width = 0
 
 
 class Attention(Part):
-    """The equation of one layer.
+    """The attention equation of a converted layer.
 
     Attributes:
-        cross: attention of a decoder to an encoder: softmax, or linear through the feature map of `far` alone.
+        local: the local part. None: the method has none.
+        far: the linear part. None: the method has none.
+        memory: how the state of the linear part forgets.
+        combine: the name of how the local and the linear part are joined (`shared`: by one normaliser).
+        conv: the convolution over values.
+        sinks: number of first tokens that stay in softmax attention at any distance (attention sinks).
+        cross: attention of a decoder to an encoder: softmax, or linear through the feature map of `far`
+            alone.
     """
 
     local: Local | None = None
@@ -157,12 +186,12 @@ class Stage(Part):
     """The options that both stages of training have.
 
     Attributes:
-        warmup: share of the steps in which the learning rate rises, before it falls to zero as a cosine.
-        clip: maximum gradient norm over all trained parameters; null: no clipping.
-        evaluate: share of the steps between two evaluations on held-out text; 0: no evaluation. The parameters of
-            the best evaluation are kept.
-        early_stop: evaluations without an improvement after which the stage ends; null: never.
-        key: the key of the learning rate, for messages.
+        warmup: share of the steps in which the learning rate rises. Then it falls to zero as a cosine.
+        clip: maximum gradient norm over all trained parameters. None: no clipping.
+        evaluate: share of the steps between two evaluations on held-out text. The parameters of the best
+            evaluation are kept. 0: no evaluation, and the last parameters are kept.
+        early_stop: number of evaluations without an improvement after which the stage ends. None: never.
+        key: path of the learning rate's key, for messages.
     """
 
     key: ClassVar[str]
@@ -173,15 +202,16 @@ class Stage(Part):
 
 
 class Transfer(Stage):
-    """Attention transfer: each linear layer learns the output of its softmax layer.
+    """Attention transfer: each linear layer learns the output of the softmax layer that it replaces.
 
     Attributes:
-        share: share of the training tokens.
-        lr: learning rate; auto: 1e-2 for heads of size 128, in proportion to 1 / sqrt(head size) for others, as the
-            entries of a projection.
-        window_dropout: probability that a step shortens the window of every layer at random, so that the linear
-            part learns the tokens of the window too. It falls from this value at the first step to 0 at the last.
-        block_layers: number of layers on the device at a time; 0 or null: all.
+        share: share of the training tokens. The rest is for distillation.
+        lr: learning rate. `auto` is 1e-2 for heads of size 128, and scales with 1 / sqrt(head size).
+        window_dropout: probability that a step shortens the window of every layer at random, so that the
+            linear part learns the tokens of the window too. It falls from this value at the first step to 0
+            at the last.
+        block_layers: number of layers on the device at a time. 0 or None: all.
+        linear_lr: always None, because transfer trains only parameters that the conversion added.
     """
 
     share: Share = 0.4
@@ -193,13 +223,13 @@ class Transfer(Stage):
 
 
 class Lora(Part):
-    """Low-rank updates of the weights.
+    """Low-rank updates of the weights (LoRA).
 
     Attributes:
         rank: rank of the updates.
-        alpha: scale of the updates, times the rank.
-        targets: the Linear layers that get an update: those of the converted modules (`attention`), or those of
-            the decoder layers around them too (`all`).
+        alpha: the updates are multiplied by alpha / rank.
+        targets: the Linear layers that get an update: those of the converted attention modules (`attention`),
+            or all of the decoder layers that contain these (`all`).
     """
 
     rank: Dimension = 8
@@ -211,13 +241,15 @@ class Distill(Stage):
     """Distillation: the whole model learns the logits of the teacher.
 
     Attributes:
-        lr: learning rate; auto: falls with the width of the model.
-        linear_lr: learning rate of the linear parameters; auto: three times `lr`; null: `lr`.
+        lr: learning rate. `auto` falls with the width of the model.
+        linear_lr: learning rate of the parameters that the conversion added. `auto` is three times `lr`.
+            None: `lr`.
         kl: weight of the KL divergence from the logits of the teacher.
         ce: weight of the cross entropy of the next tokens.
-        hidden: weight of the squared error of the last hidden states, for classifiers, whose logits say little.
-        lora: what is trained besides the linear parameters; null: every weight but the embeddings, with a frozen
-            copy of the teacher.
+        hidden: weight of the squared error of the last hidden states. Useful for classifiers, which have few
+            logits.
+        lora: the LoRA updates that are trained together with the parameters that the conversion added. None:
+            every weight except embeddings and LM head is trained instead, with a frozen copy of the teacher.
         checkpointing: gradient checkpointing, which takes less memory and more time.
     """
 
@@ -232,11 +264,12 @@ class Distill(Stage):
 
 
 class HeadStage(Stage):
-    """Training of Medusa heads, each of which predicts the token at a fixed distance. Not a part of a recipe.
+    """The options of training Medusa heads. They are not a part of a recipe.
 
     Attributes:
-        lr: learning rate; auto: falls with the width of the model.
-        decay: weight of the loss of each head relative to the head before.
+        lr: learning rate. `auto` falls with the width of the model.
+        decay: factor between the loss weights of a head and of the head before it.
+        linear_lr: always None, because the model is frozen.
     """
 
     lr: Rate = "auto"
@@ -246,11 +279,14 @@ class HeadStage(Stage):
 
 
 class Recover(Part):
-    """Training: the number of tokens and the text.
+    """The options of training: the number of tokens, the text, and the two stages.
 
     Attributes:
+        tokens: number of training tokens of both stages together.
+        data: name of the default training text: a Hub dataset, a file or a folder.
         separate_documents: mask attention between the documents of a block.
-        assistant_only: learn only from what the assistant says in a chat.
+        assistant_only: train only on what the assistant says in a chat.
+        transfer, distill: the options of the two stages.
     """
 
     tokens: Tokens = 40_000_000
@@ -262,7 +298,7 @@ class Recover(Part):
 
 
 class Recipe(Part):
-    """A method as data."""
+    """A method as data: its name, one-line summary and paper, its attention equation, and its training."""
 
     name: str
     summary: str = ""
@@ -279,30 +315,39 @@ class Recipe(Part):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def with_budget(self, tokens: int | None = None, data: str | None = None) -> "Recipe":
-        """Return the recipe with the tokens and the data of the command line, where they are given."""
+        """Return the recipe with the tokens and the data of the command line. What is None or empty there
+        stays the recipe's.
+        """
         given = {key: value for key, value in (("tokens", tokens), ("data", data)) if value}
         return self.model_copy(update={"recover": self.recover.model_copy(update=given)})
 
 
 def names_code(feature_map: object) -> bool:
-    """Return whether a feature map is Python code of the user's own beside the recipe: `FILE.py:CLASS`."""
+    """Return True if a feature map is the user's own Python code next to the recipe: `FILE.py:CLASS`."""
     return isinstance(feature_map, str) and ".py:" in feature_map
 
 
 def transfer_rate(transfer: Transfer, head_dim: int) -> float:
-    """Return the learning rate of transfer for keys of `head_dim` entries per head."""
+    """Return the learning rate of transfer for keys of `head_dim` entries per head.
+
+    `auto` is 1e-2 for 128 entries, and scales with 1 / sqrt(head_dim).
+    """
     return 1e-2 * (128 / head_dim) ** 0.5 if transfer.lr == "auto" else transfer.lr
 
 
 def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
 
-    `auto` is 2e-3 at width 64 and 2e-4 at 4096, and three times that for the linear parameters.
+    `auto` is 2e-3 at width 64 and 2e-4 at 4096, and three times that for the parameters that the conversion
+    added. `linear_lr` is None if these have no rate of their own.
     """
     rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
 
 
 def head_rate(stage: HeadStage, width: int) -> float:
-    """Return the learning rate of Medusa heads: `auto` is Medusa's 1e-3 at width 4096 and 6.5e-3 at 96."""
+    """Return the learning rate of Medusa heads for a model with hidden states of `width` entries.
+
+    `auto` is Medusa's 1e-3 at width 4096, and 6.5e-3 at width 96.
+    """
     return 1e-3 * (4096 / width) ** 0.5 if stage.lr == "auto" else stage.lr

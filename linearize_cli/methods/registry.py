@@ -1,4 +1,4 @@
-"""The registry of methods: the recipes of the package, their augmented forms, and files of the user."""
+"""The registry of methods: the package's recipes, their augmented forms, and recipe files of the user."""
 
 import difflib
 import os
@@ -21,17 +21,21 @@ ALL_KEYS = "`linearize methods augmented` prints a recipe with every key."
 
 
 def method_names() -> list[str]:
-    """Return the names of the package's methods: the default, the bases, and the augmented bases."""
+    """Return the names of the package's methods: the default, the other recipes, and `augmented:NAME` for
+    these.
+    """
     names = sorted(p.name[: -len(".yaml")] for p in _folder().iterdir() if p.name.endswith(".yaml"))
     bases = [name for name in names if name != DEFAULT]
     return [DEFAULT, *bases, *(f"{DEFAULT}:{base}" for base in bases if base != DEFAULT_BASE)]
 
 
 def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it, without running its code.
+    """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it. Code that it names is
+    not run.
 
     Raises:
-        UserError: the method is unknown, the file cannot be read, or the recipe is invalid. Names every fault.
+        UserError: the method is unknown, the file cannot be read, or the recipe is invalid. The message names
+            every error of the recipe.
     """
     data, where = read_data(method, overrides)
     if names_code(feature_map_of(data)):
@@ -40,10 +44,12 @@ def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load_recipe(method: str, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> Recipe:
-    """Read a recipe, and register the feature map of the user that it names by running its code.
+    """Read a recipe. If it names a feature map of the user's own (`FILE.py:CLASS`), run that file to register
+    it.
 
     Raises:
-        UserError: see `read_recipe`, or the recipe names code and `trust_remote_code` is not given.
+        UserError: the method is unknown, the file cannot be read, the recipe is invalid, or it names code and
+            `trust_remote_code` is not given.
     """
     data, where = read_data(method, overrides)
     if names_code(feature_map_of(data)):
@@ -58,7 +64,7 @@ def load_recipe(method: str, overrides: Iterable[str] = (), trust_remote_code: b
 
 
 def read_data(method: str, overrides: Iterable[str]) -> tuple[dict, str]:
-    """Return a recipe as plain data with the overrides applied, and its name in messages."""
+    """Return a recipe as plain data with the overrides applied, and the name to use for it in messages."""
     data, where = _read(method)
     for override in overrides:
         _apply(data, override)
@@ -68,8 +74,12 @@ def read_data(method: str, overrides: Iterable[str]) -> tuple[dict, str]:
 def checked(data: dict, where: str) -> Recipe:
     """Return the recipe of plain data.
 
+    Args:
+        where: the recipe's name in messages.
+
     Raises:
-        UserError: unknown keys, invalid values or parts that do not fit together. Names all of them.
+        UserError: unknown keys, invalid values or parts that do not fit together. The message names all of
+            them.
     """
     faults = Recipe.faults(data) or misfits(Recipe.model_validate(data))
     if faults:
@@ -78,10 +88,10 @@ def checked(data: dict, where: str) -> Recipe:
 
 
 def augment(base: dict) -> dict:
-    """Return a base recipe with a local part and a masked conv (arXiv 2406.07368).
+    """Return a base recipe, as plain data, with a local part and a convolution added (arXiv 2406.07368).
 
-    A base without a local part gets the window and the sinks of the default. Positive features share its normaliser.
-    Other features are joined by a gate.
+    A base without a local part gets the window and the sinks of the default method. If its features are
+    positive, both parts share one normaliser. Otherwise a gate joins them.
     """
     default = yaml.safe_load(_text(DEFAULT))["attention"]
     attention = {**base["attention"], "conv": default["conv"]}
@@ -104,7 +114,7 @@ def _folder():
 
 
 def _read(method: str) -> tuple[dict, str]:
-    """Return a recipe as plain data, and its name in messages."""
+    """Return a recipe as plain data, and the name to use for it in messages."""
     if method.endswith((".yaml", ".yml")):
         data = read_yaml(user_path(method), "Correct the file, or name a method.")
         if not isinstance(data, dict):
@@ -129,17 +139,17 @@ def _text(name: str) -> str:
 
 
 def feature_map_of(data: dict) -> object:
-    """Return `attention.far.feature_map` of plain data, or None if there is no such key."""
+    """Return `attention.far.feature_map` of a recipe's plain data, or None if it has no such key."""
     for key in ("attention", "far", "feature_map"):
         data = data.get(key) if isinstance(data, dict) else None
     return data
 
 
 def own_file(data: dict, where: str) -> Path:
-    """Return the file of a feature map that a recipe names as `FILE.py:CLASS`.
+    """Return the path of the user's file that a recipe names as `FILE.py:CLASS`.
 
-    FILE is relative to the folder of the recipe's file, or to the working directory where `--set` names it for a
-    method of ours.
+    FILE is relative to the folder of the recipe's file. If `--set` names it for a method of the package, it
+    is relative to the working directory.
 
     Raises:
         UserError: there is no such file, or it is outside that folder.
@@ -158,7 +168,13 @@ def own_file(data: dict, where: str) -> Path:
 
 
 def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
-    """Run the file of a user's feature map, which registers itself, and write its registered name into `data`.
+    """Run the file of a user's feature map, which registers itself, and write its registered name into the
+    recipe.
+
+    Args:
+        data: the recipe as plain data. It is changed in place.
+        where: the recipe's name in messages.
+        path: the file.
 
     Raises:
         UserError: the file fails, or has no such feature map.
@@ -181,11 +197,14 @@ def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
 
 
 def try_feature_map(cls: type[FeatureMap], feature_dim: int | None, where: str) -> None:
-    """Run a user's feature map once, on random queries and keys.
+    """Check a user's feature map on random queries and keys.
+
+    Args:
+        where: names the feature map in messages.
 
     Raises:
-        UserError: it fails, its features have another shape or are not finite, or they give negative weights although
-            the class declares them positive.
+        UserError: it fails, its features have another shape or are not finite, or they give negative weights
+            although the class declares them positive.
     """
     heads, tokens, size = 3, 33, 8
     x = torch.randn(2, heads, tokens, size, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from linearize_cli.runtime.dispatch import converted
 
-ABLATIONS = {"local_only": "far", "linear_only": "local"}  # name of a measurement -> the part it leaves out
+ABLATIONS = {"local_only": "far", "linear_only": "local"}  # name of a measurement -> the part that is dropped
 
 
 def has_both_parts(model: PreTrainedModel) -> bool:
@@ -18,10 +18,10 @@ def has_both_parts(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def without(model: PreTrainedModel, part: str) -> Iterator[None]:
-    """Leave one part out of every converted layer, and of its normaliser, while the context is open.
+    """Drop one part of every converted layer, from its output and its normaliser, while the context is open.
 
     Args:
-        part: "local", or "far" for the global part. The conv always stays.
+        part: the part to drop: "local", or "far" for the global part. The convolution always stays.
     """
     layers = [module.linear_attention for module in converted(model).values()]
     try:

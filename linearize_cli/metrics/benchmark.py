@@ -49,20 +49,21 @@ def bench(
 ) -> dict[str, Any]:
     """Time an artifact and its softmax teacher, and write `bench.json` and a figure (`linearize bench`).
 
-    Both models run in turn, in one process, on one CPU thread, over random tokens. `metrics.speed` describes the
-    phases.
+    Both models run in turn, in one process, on one CPU thread, over random tokens. The phases are prefill,
+    decode and train (see `metrics.speed`).
 
     Args:
         artifact: the artifact's folder.
-        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json names.
-        context: lengths of a row in tokens. If empty, 1, 2, 4 and 8 times the trained length are measured, as far as
-            both models have positions and the time allows.
+        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json
+            names.
+        context: lengths of a row in tokens. If empty, 1, 2, 4 and 8 times the trained length are measured, as
+            far as both models have positions and the time allows.
         batch: numbers of rows in a batch.
         plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
         trust_remote_code: allow both models to run their own code.
         device: the torch device to run on.
-        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of the random tokens.
         write: write the report and the figure into the artifact.
 
@@ -70,14 +71,15 @@ def bench(
         The contents of `bench.json`. Each row has a `model`, `phase`, `context` and `batch`, and:
             seconds: the median over `repeats` of one forward, one decoding step, or one forward and backward.
             tokens_per_s: the throughput of all rows of the batch together.
-            peak_bytes: the peak memory of the weights, the initial cache and all tensors allocated during the run.
-                None on devices other than CPU and CUDA.
+            peak_bytes: the peak memory of the weights, the initial cache and all tensors allocated during the
+                run. None on devices other than CPU and CUDA.
             state_bytes: the size of the cache of all rows after the context, or None without a cache.
-            reason: why the numbers are None (out of memory, positions or time), or None if they were measured.
+            reason: why the numbers are None (out of memory, positions or time), or None if they were
+                measured.
 
     Raises:
-        UserError: the artifact or the teacher cannot be loaded, an argument is out of range, or a file cannot be
-            written. No partly written file is left.
+        UserError: the artifact or the teacher cannot be loaded, an argument is out of range, or a file cannot
+            be written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
@@ -159,7 +161,7 @@ def check_sizes(context: Sequence[int], batch: Sequence[int]) -> None:
 def random_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int
 ) -> Tensor:
-    """Return random token ids `[B, context]` without special tokens."""
+    """Return random token ids of a shape `[B, context]`, without special tokens."""
     every = torch.arange(model.config.get_text_config().vocab_size)
     vocabulary = every[~torch.isin(every, torch.tensor(tokenizer.all_special_ids, dtype=every.dtype))]
     chosen = torch.randint(len(vocabulary), shape, generator=torch.Generator().manual_seed(seed))
@@ -167,7 +169,9 @@ def random_tokens(
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """Return a table of tokens/s, cache size and peak memory of both models, side by side."""
+    """Return a report of `bench` as a table: tokens/s, cache size and peak memory of both models, side by
+    side.
+    """
     names = ("teacher", "student")
     columns = [f">{what}\n{name}" for what in ("tokens/s", "cache", "peak") for name in names]
     rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher", *columns[2:])
@@ -199,5 +203,5 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 
 def ratio(teacher: float | None, student: float | None) -> float | None:
-    """Return the student's speed divided by the teacher's, or None if either was not measured."""
+    """Return the student's speed divided by the teacher's. Return None if either was not measured."""
     return None if teacher is None or student is None else student / teacher

@@ -13,7 +13,9 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tens
 
     Args:
         logits: `[M, vocab]`.
-        top_p: keep the most probable tokens up to this total probability. All others get 0.
+        temperature: the sampling temperature.
+        top_p: keep the most probable tokens up to this total probability. All others get 0. 1 keeps all
+            tokens.
     """
     p = (logits.double() / temperature).softmax(-1).cpu()
     if top_p < 1:
@@ -28,12 +30,13 @@ def integral_transform(
 ) -> Tensor:
     """Compute the randomised probability integral transform of each token.
 
-    Tokens are ordered by falling probability. The value is the probability of all tokens before this one, plus a
-    random share of its own. If the tokens follow the distribution, the values are uniform.
+    Tokens are ordered by falling probability. The value of a token is the total probability of all tokens
+    before it, plus a random share of its own. If the tokens follow the distribution, the values are uniform.
 
     Args:
-        logits: `[M, vocab]`, the distributions of the tokens at this temperature and `top_p`.
-        tokens: `[M]`.
+        logits: `[M, vocab]`. The distributions follow from them by `temperature` and `top_p`.
+        tokens: `[M]`, one token of each distribution.
+        generator: draws the random shares.
 
     Returns:
         `[M]` in [0, 1), in fp64.
@@ -50,9 +53,12 @@ def integral_transform(
 def uniformity(values: Tensor, bins: int = BINS) -> dict[str, Any]:
     """Test with a chi-square test that values `[M]` in [0, 1) are uniform.
 
+    Args:
+        bins: the number of equal bins.
+
     Returns:
-        `tokens`: M. `bins`. `chi_square`: the statistic. `p_value`: the probability of a statistic at least as large
-        if the values are uniform.
+        `tokens`: M. `bins`: the number of bins. `chi_square`: the statistic. `p_value`: the probability of a
+            statistic at least as large if the values are uniform.
     """
     counts = (values * bins).long().bincount(minlength=bins).double()
     expected = len(values) / bins

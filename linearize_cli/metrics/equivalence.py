@@ -1,4 +1,7 @@
-"""Comparisons of a model's logits between its modes: prefill, chunked prefill, decoding, padding and reloading."""
+"""Comparisons of a model's logits between the ways to compute them (forms).
+
+The forms are prefill, chunked prefill, decoding, padded batches, and the model after saving and loading.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +24,14 @@ CHUNKS = (7, 1, 13, 64, 2, 33)  # tokens of the chunks of a chunked prefill, rep
 class Comparison:
     """The worst difference of one check: the one with the largest ratio to its limit.
 
-    The limit is the tolerance times the largest magnitude of the model's logits or of the compared tensor, and at
-    least the tolerance itself. Integers (positions, counts) must be equal.
+    The limit is the tolerance times the largest magnitude of the model's logits or of the compared tensor,
+    and at least the tolerance itself. Integers (positions, counts) must be equal.
 
     Attributes:
         tolerance: the relative difference that is allowed.
         largest: the largest absolute logit of the model.
-        diff: the worst difference so far.
-        limit: the limit of that difference.
+        diff: the worst difference so far. 0 before the first one.
+        limit: the largest value allowed for that difference.
     """
 
     tolerance: float
@@ -48,13 +51,16 @@ class Comparison:
             self.diff, self.limit = diff, limit
 
     def include(self, other: "Comparison") -> None:
-        """Keep the difference of another comparison if it is the worst so far."""
+        """Keep the difference of another comparison if it is the worst so far, relative to its limit."""
         if other.diff / other.limit > self.diff / self.limit:
             self.diff, self.limit = other.diff, other.limit
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference. A NaN gives the largest number of the dtype, equal infinities 0."""
+    """Return the largest absolute difference of two tensors of the same shape.
+
+    A NaN gives the largest number of the dtype. Equal infinities give 0.
+    """
     wide = torch.promote_types(actual.dtype, torch.float32)
     gap = (actual.to(wide) - expected.to(wide)).abs().masked_fill(actual == expected, 0.0)
     return gap.nan_to_num(nan=torch.finfo(wide).max).max().item()
@@ -66,7 +72,7 @@ def finite_max(x: Tensor) -> float:
 
 
 def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, seed: int) -> Tensor:
-    """Return rows `[2, length]`: random tokens, and the texts' tokens joined and repeated."""
+    """Return two rows of token ids `[2, length]`: random ones, and the texts' tokens joined and repeated."""
     vocabulary = model.get_input_embeddings().num_embeddings
     random = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     joined = torch.tensor([token for ids in texts for token in ids])
@@ -75,7 +81,10 @@ def sample_rows(model: PreTrainedModel, texts: list[list[int]], length: int, see
 
 
 def run(decoder: Decoder, rows: Tensor, chunks: list[int]) -> tuple[Tensor, Cache]:
-    """Read rows `[B, T]` in chunks of these lengths.
+    """Read rows `[B, T]` in chunks with a new cache.
+
+    Args:
+        chunks: the lengths of the chunks. They add up to T.
 
     Returns:
         The logits `[B, T, vocab]`, and the cache after them.
@@ -89,13 +98,14 @@ def rounding_noise(
 ) -> tuple[float, float]:
     """Measure how much rounding alone changes a logit.
 
-    The noise is the largest difference between sequences in a batch and the same sequences alone, for whole rows and
-    for single tokens. Only the shapes of the matrix products differ. The forwards use neither a cache nor padding,
-    so faults of these cannot hide in the noise.
+    The noise is the largest difference between sequences in a batch and the same sequences alone, for whole
+    rows and for single tokens. Only the shapes of the matrix products differ. The forwards use neither a
+    cache nor padding, so faults of these cannot hide in the noise.
 
     Args:
-        logits_of: `[B, T]` ids -> logits.
-        rows: `[B, T]`.
+        logits_of: a function from ids `[B, T]` to logits.
+        rows: token ids `[B, T]`.
+        dtype: the dtype in which the model computes.
 
     Returns:
         The noise, at least one rounding of the largest logit, and the largest absolute logit.
@@ -120,13 +130,13 @@ def rounding_noise(
 def compare_forms(
     decoder: Decoder, rows: Tensor, size: int, prefill: Comparison, chunked: Comparison
 ) -> None:
-    """Compare the forms of a model with decoding one token at a time.
+    """Compare the ways to compute logits with decoding one token at a time.
 
-    The forms are one forward without a cache, prefills of many lengths, and a prefill in uneven chunks. Some prefills
-    are shorter than the conv, some end at a window or group boundary.
+    They are one forward without a cache, prefills of many lengths, and a prefill in uneven chunks. Some
+    prefills are shorter than the convolution, some end at a window or group boundary.
 
     Args:
-        rows: `[B, T]`.
+        rows: token ids `[B, T]`.
         size: tokens between two boundaries of a window or group.
         prefill: collects the differences of full forwards and prefills.
         chunked: collects the differences of the chunked prefill.
@@ -153,14 +163,23 @@ def uneven(length: int) -> Iterator[int]:
 
 
 def lengths_around(size: int, most: int) -> list[int]:
-    """Return lengths of rows, up to `most`, around the boundaries of windows and groups."""
+    """Return lengths of rows around the boundaries of windows and groups of `size` tokens, between 1 and
+    `most`.
+    """
     return [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= most]
 
 
 def compare_padding(
     task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison, steps: int = 8
 ) -> None:
-    """Compare a padded batch of texts of different lengths, and `steps` single tokens, with each text alone."""
+    """Compare a padded batch of texts of different lengths, and `steps` single tokens after it, with each
+    text alone.
+
+    Args:
+        rows: token ids `[2, T]` that the texts are taken from.
+        size: tokens between two boundaries of a window or group.
+        worst: collects the differences.
+    """
     lengths = lengths_around(size, rows.shape[1] - steps)
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths)]
     follow = torch.stack([rows[i % 2, n : n + steps] for i, n in enumerate(lengths)])
@@ -178,10 +197,10 @@ def compare_batch(
     """Compare a padded batch, decoded with a cache, with a forward of each text alone without a cache.
 
     Args:
-        texts: the rows' texts, `[T_i]` each.
-        turns: tokens that follow the texts, `[B, n]` each, one forward for each.
-        cache: an empty cache to use. None makes a new one.
+        texts: the rows' texts, token ids `[T_i]` each.
+        turns: tokens that follow the texts, `[B, n]` each. One forward reads each of them.
         worst: collects the differences.
+        cache: an empty cache to use. None makes a new one.
     """
     decoder, ids, mask = task.start(model, texts)
     cache = decoder.new_cache() if cache is None else cache
@@ -198,14 +217,22 @@ def compare_batch(
 
 
 def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int, worst: Comparison) -> None:
-    """Compare rows of different lengths in one padded batch with each row alone, without a cache."""
+    """Compare rows of different lengths in one padded batch with each row alone, without a cache.
+
+    Args:
+        rows: token ids `[2, T]` that the texts are taken from.
+        size: tokens between two boundaries of a window or group.
+        worst: collects the differences.
+    """
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths_around(size, rows.shape[1]))]
     for text, logits in zip(texts, task.read(model, texts), strict=True):
         worst.add(logits, task.read(model, [text])[0])
 
 
 def compare_reload(task: Task, model: PreTrainedModel, rows: Tensor, worst: Comparison) -> None:
-    """Compare the model with itself after it was saved and loaded."""
+    """Compare the model's logits on rows `[B, T]` with those of a copy that was saved and loaded. `worst`
+    collects the differences.
+    """
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()

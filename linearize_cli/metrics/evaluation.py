@@ -53,22 +53,25 @@ def evaluate(
     terminal: Terminal | None = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """Compare an artifact with its softmax teacher, and write `eval.json` and figures into it (`linearize eval`).
+    """Compare an artifact with its softmax teacher, and write `eval.json` and figures into it.
+
+    It is the function behind `linearize eval`.
 
     Args:
         artifact: the artifact's folder.
-        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json names.
-        data: the text to measure on, in the forms that `convert` accepts. None uses the demo's held-out text, for a
-            demo artifact only.
+        teacher: the softmax model that the artifact was made from. None uses the one that linearize.json
+            names.
+        data: the text to measure on: a file, a folder or a Hub dataset. None uses the demo's held-out text,
+            for a demo artifact only.
         skip_bad_rows: the number of unusable rows of the data that may be skipped.
-        context: block lengths in tokens. The first is used for the overall numbers, the longest for the numbers by
-            position. If empty, the trained length and up to 8 times that are used, as far as the model's positions
-            and the text allow.
+        context: block lengths in tokens. The first is used for the overall numbers, the longest for the
+            numbers by position. If empty, the trained length and up to 8 times that are used, as far as the
+            model's positions and the text allow.
         tasks: tasks of lm_eval, by name or as YAML files.
         tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
         trust_remote_code: allow both models to run their own code.
         device: the torch device to run on.
-        dtype: torch's name of the dtype to run in. None uses the artifact's.
+        dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of recall probes and of sampled text.
         write: write the report and the figures into the artifact.
 
@@ -76,8 +79,8 @@ def evaluate(
         The contents of `eval.json`. Parts that do not apply to the model, or were not asked for, are None.
 
     Raises:
-        UserError: the artifact, the teacher or the data cannot be loaded, an argument does not fit them, or a file
-            cannot be written. No partly written file is left.
+        UserError: the artifact, the teacher or the data cannot be loaded, an argument does not fit them, or a
+            file cannot be written. No partly written file is left.
     """
     terminal, folder = terminal or Terminal(quiet=True), user_path(artifact)
     check_artifact(folder)
@@ -137,6 +140,11 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
 
     A local source is named by its file name alone, because the report may be published.
 
+    Args:
+        data: the name of the text. None uses the demo's held-out text, for the demo's artifact only.
+        demo: True for the demo's artifact.
+        bad: counts the skipped rows.
+
     Raises:
         UserError: no text was given, or it is `self`, or it cannot be opened.
     """
@@ -158,7 +166,12 @@ def open_text(data: str | None, demo: bool, bad: text.BadRows) -> text.Source:
 
 
 def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> list[int]:
-    """Return the block lengths in tokens. The first is used for the overall numbers.
+    """Return the block lengths to measure, in tokens. The first is used for the overall numbers.
+
+    Args:
+        asked: the lengths of the command line. If empty, the trained length and up to 8 times that are used.
+        trained: the block length of the conversion.
+        name: the text's name in messages.
 
     Raises:
         UserError: a block is longer than the text, or than the teacher's learned positions.
@@ -182,7 +195,7 @@ def choose_contexts(pair: Pair, asked: list[int], trained: int, name: str) -> li
 
 
 def draw(folder: Path, report: dict[str, Any]) -> None:
-    """Write the figures of a report that have data into the artifact's folder."""
+    """Write the figures of a report into the artifact's folder. A figure without data is not written."""
     drawn = (plots.by_position(report), plots.by_distance(report), plots.transfer(folder / "log.jsonl"))
     for name, figure in zip(FIGURES, drawn, strict=True):
         if figure is not None:

@@ -31,10 +31,10 @@ def sampling(seed: int) -> Callable[[Tensor], Tensor]:
 def continued(
     task: Task, model: PreTrainedModel, rows: Tensor, new: int, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Continue rows `[R, T]` with `new` tokens each. No token ends a row early.
+    """Continue rows `[R, T]` with `new` tokens each. An end-of-text token does not end a row.
 
     Args:
-        choose: logits `[R, vocab]` -> tokens `[R]`.
+        choose: a function from logits `[R, vocab]` to the next tokens `[R]`.
 
     Returns:
         The new tokens `[R, new]`, on the CPU.
@@ -56,7 +56,7 @@ def repetition(rows: Tensor) -> float | None:
 
 
 def agreed(rows: Tensor, others: Tensor) -> float:
-    """Return the mean length of the prefix that two sets of rows `[R, T]` have in common."""
+    """Return the mean number of leading tokens on which two sets of rows `[R, T]` agree."""
     return (rows == others).cumprod(1).sum(1).double().mean().item()
 
 
@@ -72,14 +72,17 @@ def generation(
 
     Args:
         models: `teacher` and `student`.
-        text: `[R, T]`. Its first `prompt` tokens are the prompt, and T - prompt new tokens are generated.
+        text: token ids `[R, T]`. The first `prompt` tokens are the prompt, and T - prompt new tokens are
+            generated.
         seed: the seed of sampling, the same for both models.
         progress: called with the number of tokens just generated.
 
     Returns:
-        `repetition: {greedy: {teacher, student}, sampled: {teacher, student}, text}`, where `text` is the repetition
-        of the text's own continuation. `exact_match: {mean, of}`: the mean number of tokens at the start of the
-        greedy continuations that are the same, of T - prompt.
+        The number of `prompts`, their `prompt_tokens` and `new_tokens`, and:
+            repetition: the share of repeated 4-grams: under `greedy` and `sampled` for each model, and under
+                `text` for the text's own continuation.
+            exact_match: `mean` is the mean number of leading tokens on which the two greedy continuations
+                agree. `of` is the largest possible number, T - prompt.
     """
     new = text.shape[1] - prompt
     written: dict[str, dict[str, Tensor]] = {"greedy": {}, "sampled": {}}

@@ -1,4 +1,4 @@
-"""The memory of one sequence during decoding: the constant state, and keys and values per token."""
+"""The memory of one sequence during decoding: the constant state, and the keys and values of each token."""
 
 from collections.abc import Iterable
 
@@ -11,13 +11,17 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def state_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the states of all causal linear layers, for one sequence of any length."""
+    """Return the bytes of the states of all causal linear layers for one sequence. They do not depend on its
+    length.
+    """
     layers = (module.linear_attention for module in converted(model).values())
     return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
 
 
 def saved_bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the bytes of keys and values per token that softmax attention would keep in the linear layers."""
+    """Return the bytes of keys and values per token that the converted layers would keep if they were still
+    softmax.
+    """
     equations = [module.linear_attention.equation for module in converted(model).values()]
     numbers = sum(eq.kv_heads * (eq.key_dim + eq.value_dim) for eq in equations if eq.causal)
     return numbers * model.dtype.itemsize
@@ -31,14 +35,18 @@ def kv_bytes_per_token(layers: Iterable[Layer], dtype: torch.dtype) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of all tensors of a cache: states, keys and values, and those of other layers."""
+    """Return the bytes of all tensors of a cache: states, keys and values, and whatever other kinds of layers
+    keep.
+    """
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     return sum(held_bytes(x) for layer in cache.layers for x in vars(layer).values())
 
 
 def held_bytes(x: object) -> int:
-    """Return the bytes of a tensor, a `State` or a dict of them, and 0 for other objects."""
+    """Return the bytes of a tensor, of a linear attention's `State`, or of a dict of them. Other objects
+    count 0.
+    """
     if isinstance(x, State):
         return x.nbytes()
     if isinstance(x, dict):

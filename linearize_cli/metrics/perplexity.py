@@ -19,7 +19,13 @@ def perplexity(
 ) -> float:
     """Compute the perplexity of a model on blocks `[N, L]`: exp of the mean negative log-likelihood.
 
-    A causal language model makes L - 1 predictions in each block. The arguments are those of `predictions`.
+    A causal language model makes L - 1 predictions in each block.
+
+    Args:
+        blocks: token ids `[N, L]`.
+        batch_size: the most blocks in one forward.
+        progress: called with the number of tokens just read.
+        task: makes the inputs and answers of a block. None is the task of a causal language model.
 
     Raises:
         UserError: the logits are not numbers.
@@ -35,7 +41,14 @@ def log_probabilities(
     progress: Callable[[int], None],
     task: Task,
 ) -> Tensor:
-    """Return a classifier's log-probabilities `[N, classes]` of blocks `[N, L]`, in fp32 on the CPU."""
+    """Return a classifier's log-probabilities `[N, classes]` of blocks of token ids `[N, L]`, in fp32 on the
+    CPU.
+
+    Args:
+        batch_size: the most blocks in one forward.
+        progress: called with the number of tokens just read.
+        task: makes the inputs of a block.
+    """
     parts, device = [], next(model.parameters()).device
     with evaluating(model):
         for ids in blocks.split(batch_size):

@@ -18,7 +18,12 @@ SMOOTHED = 50  # the most points of a training curve, each the mean of several s
 
 
 def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """Return a figure with one set of axes, which needs no display."""
+    """Return a figure and its only set of axes. It needs no display.
+
+    Args:
+        title: the title.
+        x, y: the labels of the axes.
+    """
     drawing = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = drawing.subplots()
     name_axes(axes, title, x, y)
@@ -26,7 +31,7 @@ def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Set the title and labels of axes, and the style that all figures share."""
+    """Set the title and the labels `x` and `y` of axes, and the style that all figures share."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -46,7 +51,9 @@ def save(drawing: Figure, path: Path) -> None:
 
 
 def by_position(report: dict[str, Any]) -> Figure | None:
-    """Draw the perplexity of both models by position in the block, or return None without data."""
+    """Draw the perplexity of both models by position in the block, from a report of `eval`. Return None
+    without data.
+    """
     parts = [part for part in report["perplexity"]["by_position"] or () if part["teacher"] is not None]
     if not parts:
         return None
@@ -66,7 +73,7 @@ def by_position(report: dict[str, Any]) -> Figure | None:
 
 
 def by_distance(report: dict[str, Any]) -> Figure | None:
-    """Draw the recall of both models by distance, or return None without data."""
+    """Draw the recall of both models by distance, from a report of `eval`. Return None without data."""
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return None
@@ -172,7 +179,13 @@ def draw_panel(
 def series(
     rows: list[dict[str, Any]], phases: list[str], key: str
 ) -> dict[tuple[str, str, int], list[tuple[int, float]]]:
-    """Return the points `(context, value)` of each model, phase and batch size, sorted by context."""
+    """Return the points `(context, value)` of each model, phase and batch size, sorted by context.
+
+    Args:
+        rows: the rows of a report of `bench`. Rows without a value are skipped.
+        phases: the phases to include.
+        key: the measurement's key in a row.
+    """
     found = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["context"]):
         if row["phase"] in phases and row[key] is not None:

@@ -24,13 +24,15 @@ LOGITS = 1 << 26  # the most logits in one forward
 
 @dataclass
 class Predictions:
-    """Sums over blocks of the predictions at each position. A causal language model predicts the next token there.
+    """Sums over blocks of the predictions at each of T positions. A causal language model predicts the next
+    token there.
 
     Attributes:
-        count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all count.
+        count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all
+            count.
         loss: `[models, T]`, the negative log-likelihood of the right answers, in nats.
         kl: `[models - 1, T]`, KL(first model ‖ this model) in nats, for each model after the first.
-        same: `[models - 1, T]`, the number of positions where both have the same most probable token.
+        same: `[models - 1, T]`, the number of predictions where both have the same most probable token.
     """
 
     count: Tensor
@@ -48,7 +50,11 @@ class Predictions:
         return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
 
     def mean(self, sums: Tensor) -> float:
-        """Return the mean over all predictions of one of the sums, such as `kl`. With two models it is `[1, T]`."""
+        """Return the mean of `kl` or `same` over all predictions of two models.
+
+        Args:
+            sums: `kl` or `same`, `[1, T]`.
+        """
         return (sums.sum() / self.count.sum()).item()
 
 
@@ -60,10 +66,11 @@ def predictions(
     progress: Callable[[int], None] = lambda tokens: None,
     batch_size: int = 8,
 ) -> Predictions:
-    """Read blocks `[N, L]` with each model and compare their predictions.
+    """Compute the logits of blocks with each model, and compare their predictions.
 
     Args:
         models: the first one is the reference of `kl` and `same`.
+        blocks: token ids `[N, L]`.
         task: makes the inputs and answers of a block. None is the task of a causal language model.
         progress: called with the number of tokens just read.
         batch_size: the most blocks in one forward. Long blocks are read in smaller batches.
@@ -94,7 +101,7 @@ def predictions(
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
-    """Return the most tokens that a model may read in one forward, by the size of its logits."""
+    """Return the largest number of tokens for one forward of a model. A large vocabulary lowers it."""
     return max(1, min(AT_ONCE, LOGITS // model.config.get_text_config().vocab_size))
 
 
@@ -114,14 +121,15 @@ def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
 
 
 def score(answers: Tensor, *logits: Tensor) -> Tensor:
-    """Compute the stacked sums of `Predictions` over the rows of a batch.
+    """Compute the sums of `Predictions` over the rows of a batch, stacked.
 
     Args:
-        answers: `[B, T]`, `IGNORED` where there is no right answer.
+        answers: `[B, T]`, the right tokens, or `IGNORED` where there is none.
         logits: one tensor for each model, `[B, T, vocab]`, or `[B, vocab]` of a classifier.
 
     Returns:
-        `[3 * models - 1, T]`: count, loss, kl and same, in fp64 on the CPU.
+        `[3 * models - 1, T]`, in fp64 on the CPU: one row of count, `models` rows of loss, and `models - 1`
+            rows each of kl and same.
     """
     counted = answers != IGNORED
     first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)

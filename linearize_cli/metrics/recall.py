@@ -1,4 +1,6 @@
-"""Recall of facts in the demo's documents: words that only an earlier sentence of the same document determines."""
+"""Recall of facts in the demo's documents: words that only an earlier sentence of the same document
+determines.
+"""
 
 from collections.abc import Iterable
 
@@ -13,10 +15,11 @@ DISTANCES = ((0, 32), (32, 64), (64, 128), (128, 256))
 
 @torch.inference_mode()
 def recall(model, tokenizer, documents: Iterable[Document], batch_size: int = 16) -> dict:
-    """Measure the teacher-forced top-1 accuracy at the repeated words of documents.
+    """Measure the accuracy of a model's most probable token at the repeated words of documents
+    (teacher-forced).
 
-    A word of several tokens counts as recalled if each token is the argmax of the logits one position earlier. The
-    distance is the number of tokens from where the word was stated to where it is repeated.
+    A word of several tokens counts as recalled if each token is the argmax of the logits one position
+    earlier. The distance is the number of tokens from where the word was stated to where it is repeated.
 
     Args:
         model: a causal language model in evaluation mode, on any device.
@@ -67,10 +70,10 @@ def _batch_recall(model, tokenizer, documents: list[Document]) -> list[tuple[int
 
 
 def _in_bin(distance: int, lo: int, hi: int) -> bool:
-    """Return True if a distance belongs to a bin of `DISTANCES`. The last bin has no upper end."""
+    """Return True if a distance belongs to the bin from `lo` to `hi - 1`. The last bin has no upper end."""
     return lo <= distance and (distance < hi or hi == DISTANCES[-1][1])
 
 
 def _score(rights: list[bool]) -> dict:
-    """Return the accuracy (None for an empty list) and the count of some recalls."""
+    """Return the accuracy and the count of some recalls. The accuracy of an empty list is None."""
     return {"accuracy": sum(rights) / len(rights) if rights else None, "count": len(rights)}

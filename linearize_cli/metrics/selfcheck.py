@@ -1,4 +1,4 @@
-"""The self-check of every conversion before it is saved: all modes of the model must give the same logits."""
+"""The self-check of every conversion before it is saved: all ways to compute the logits must agree."""
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ PADS, LAST = 11, 8  # pads before a row, and single tokens at the end of a row
 def self_check(
     task: Task, model: PreTrainedModel, again: PreTrainedModel, ids: Tensor
 ) -> tuple[dict[str, float | None], float]:
-    """Compare the modes of a model.
+    """Compare the ways in which a model can compute logits.
 
     Args:
+        model: the converted model.
         again: the same model after it was saved and loaded.
-        ids: `[2, L]`.
+        ids: token ids `[2, L]`.
 
     Returns:
-        The largest logit differences, and the limit for all of them:
+        The largest logit differences, and the limit for all of them. The differences are:
             incremental: one forward against decoding with single tokens and chunks. None for an encoder.
             padded: a row alone against the same row with pads. Decoding with a cache is included.
             reload: the model against `again`.
@@ -51,16 +52,19 @@ def self_check(
 
 
 def first_edge(model: PreTrainedModel, length: int) -> int:
-    """Return the number of tokens that fill the sinks and 4/3 of the first window or group of every layer."""
+    """Return the number of tokens that fill the sinks and 4/3 of the first window or group of every layer, at
+    most `length`.
+    """
     equations = [module.linear_attention.equation for module in converted(model).values()]
     return min(length, max(eq.sinks + eq.recent + eq.recent // 3 for eq in equations) + 5)
 
 
 def require_same(differences: dict[str, float | None], limit: float) -> None:
-    """Check that all differences are within the limit.
+    """Check that all differences of the self-check are within the limit. A difference of None was not
+    measured.
 
     Raises:
-        CheckFailed: it names the modes that differ, and by how much.
+        CheckFailed: a difference exceeds the limit. The message names each, and by how much.
     """
     # `not x <= limit` is also true for NaN.
     failed = [form for form, x in differences.items() if x is not None and not x <= limit]
@@ -78,6 +82,9 @@ def incremental_difference(decoder: Decoder, ids: Tensor, edge: int) -> float:
     """Return the largest logit difference between one forward of ids `[B, L]` and decoding them with a cache.
 
     Decoding reads `edge` single tokens, then two uneven chunks, then single tokens again.
+
+    Args:
+        edge: the number of tokens that fill the first window or group.
     """
     cache, left = decoder.new_cache(), max(0, ids.shape[1] - edge - LAST)
     lengths = [1] * edge + [chunk for chunk in (left * 2 // 3, left - left * 2 // 3) if chunk]
@@ -89,13 +96,15 @@ def incremental_difference(decoder: Decoder, ids: Tensor, edge: int) -> float:
 def compare_padded_decoding(
     task: Task, model: PreTrainedModel, ids: Tensor, edge: int, worst: Comparison
 ) -> None:
-    """Compare a padded batch, followed by `edge` single tokens with a cache, with each row alone."""
+    """Compare a padded batch, followed by `edge` single tokens with a cache, with each row alone. `worst`
+    collects the differences.
+    """
     first, last = [ids[0, :PADS], ids[1, :2]], ids[:, PADS : PADS + edge]
     compare_batch(task, model, first, last.split(1, 1), worst)
 
 
 def largest(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference."""
+    """Return the largest absolute difference of two tensors."""
     return (actual - expected).abs().max().item()
 
 

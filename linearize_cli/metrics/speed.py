@@ -32,14 +32,15 @@ UNTIMED = 2  # runs before the timed ones: a warm-up, and one whose peak memory 
 
 
 class Phase:
-    """One phase of a model on ids `[B, context]`.
+    """One phase (prefill, decode or train) of a model on ids `[B, context]`.
 
     Attributes:
         tokens: the number of tokens that each run reads.
-        repeats: the most timed runs.
+        repeats: the largest number of timed runs.
         cache: the cache of the last run, or None if the phase has none.
         keeps_cache: True if each run continues with the cache of the run before.
-        initial_bytes: the size of that cache before the run whose peak memory is measured.
+        initial_bytes: the size of that cache before the run whose peak memory is measured. 0 if no cache is
+            kept.
     """
 
     repeats = REPEATS
@@ -56,7 +57,7 @@ class Phase:
         raise NotImplementedError
 
     def prefilled(self, ids: Tensor) -> tuple[Decoder, Cache]:
-        """Read ids `[B, T]` and return the decoder and its cache."""
+        """Read ids `[B, T]` and return the decoder with its filled cache."""
         decoder, first, _ = self.task.start(self.model, list(ids))
         cache = decoder.new_cache()
         decoder.begin(first, cache)
@@ -147,7 +148,11 @@ def measure(
 
 
 def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
-    """Return a phase of a model after one warm-up run."""
+    """Return a phase of a model after one warm-up run.
+
+    Args:
+        phase: `prefill`, `decode` or `train`.
+    """
     found = PHASES[phase](task, model, ids)
     found.once()
     found.initial_bytes = cache_bytes(found.cache) if found.keeps_cache else 0
@@ -156,7 +161,10 @@ def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
 
 @contextmanager
 def skip_if_out_of_memory(*models: PreTrainedModel) -> Iterator[None]:
-    """Leave the context without an error if memory runs out, and free the gradients and the GPU's cached memory."""
+    """Run the code inside the context. If memory runs out, end the context without an error and free memory.
+
+    The gradients and the GPU's cached memory are freed.
+    """
     failed = False
     try:
         yield
@@ -178,7 +186,14 @@ def row(model: str, phase: str, context: int, batch: int) -> dict[str, Any]:
 
 
 def measured(row: dict[str, Any], phase: Phase, seconds: list[float], peak: int | None) -> dict[str, Any]:
-    """Return a row of `bench.json` with its measurements, from the seconds of each repeat."""
+    """Return a row of `bench.json` with its measurements.
+
+    Args:
+        row: the keys that identify the row.
+        phase: the phase that ran.
+        seconds: the seconds of each repeat.
+        peak: the peak bytes, or None if they cannot be measured.
+    """
     return {
         **row,
         "seconds": median(seconds),
@@ -191,6 +206,6 @@ def measured(row: dict[str, Any], phase: Phase, seconds: list[float], peak: int 
 
 
 def unmeasured(model: str, phase: str, context: int, batch: int, reason: str) -> dict[str, Any]:
-    """Return a row of `bench.json` without measurements, with the reason."""
+    """Return a row of `bench.json` whose measurements are None, with the reason."""
     numbers = dict.fromkeys(("seconds", "tokens_per_s", "peak_bytes", "state_bytes"))
     return {**row(model, phase, context, batch), **numbers, "repeats": 0, "reason": reason}

@@ -16,7 +16,13 @@ CANDIDATES = 4 * ROWS  # random numbers, of which ROWS with the same number of t
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows `[R, T]` whose last `answers` tokens repeat tokens from `distance` positions earlier."""
+    """Rows of token ids for a recall test. The last `answers` tokens of a row repeat tokens from `distance`
+    positions earlier.
+
+    Attributes:
+        rows: `[R, T]`.
+        answers: the number of tokens to recall at the end of a row.
+    """
 
     distance: int
     rows: Tensor
@@ -24,7 +30,11 @@ class Probe:
 
 
 def distances(window: int, longest: int) -> list[int]:
-    """Return distances below `longest`: half the window (at least 8 tokens), doubled again and again."""
+    """Return the distances of recall tests, in tokens: half the window (at least 8), then always twice the
+    one before.
+
+    All are below `longest`.
+    """
     found, distance = [], max(window // 2, 8)
     while distance < longest:
         found.append(distance)
@@ -111,6 +121,7 @@ def by_distance(
     """Measure the recall of several models on probes of several distances.
 
     Args:
+        models: the models by name.
         progress: called with the number of tokens of each probe.
 
     Returns:

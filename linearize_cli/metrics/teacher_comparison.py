@@ -26,7 +26,14 @@ NO_WINDOW = 32  # replaces the window size in recall distances if a method has n
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and its student, with the text `[N]` (token ids) that both are measured on."""
+    """A teacher and its student, and what both are measured with.
+
+    Attributes:
+        tokenizer, task: those of both models.
+        text: the token ids `[N]` of the text that both are measured on.
+        terminal: shows the progress.
+        seed: the seed of recall probes and of sampled text.
+    """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -42,7 +49,9 @@ class Pair:
         return {"teacher": self.teacher, "student": self.student}
 
     def blocks(self, length: int) -> Tensor:
-        """Return the text as consecutive blocks `[N, length]`. The rest is dropped."""
+        """Return the text as consecutive blocks `[N, length]`. Tokens that do not fill the last block are
+        dropped.
+        """
         return self.text[: len(self.text) // length * length].view(-1, length)
 
 
@@ -53,7 +62,7 @@ def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
         contexts: block lengths in tokens. The first is used for the overall numbers.
 
     Returns:
-        These parts of `eval.json`. Perplexities are None for a task without answers in plain text.
+        These parts of `eval.json`. Perplexities are None if plain text gives no labels for the models' task.
     """
     models, answers, by_context, by_length = list(pair.models.values()), pair.task.answers, [], {}
     for length in contexts:
@@ -100,6 +109,9 @@ def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, f
     Args:
         length: the block length in tokens.
         full: the perplexity of the whole student. If it is None, nothing is measured.
+
+    Returns:
+        `full`, and the perplexities `local_only` and `linear_only`. They are None if they were not measured.
     """
     results: dict[str, float | None] = {"full": full, **dict.fromkeys(ABLATIONS)}
     if full is None or not has_both_parts(pair.student):
@@ -115,13 +127,16 @@ def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, f
 
 
 def measure_recall(pair: Pair, longest: int, demo: bool) -> dict[str, Any]:
-    """Measure `recall` and `passkey`, or None where they do not apply.
+    """Measure `recall` and `passkey` by distance.
 
     The demo's models are measured on the demo's documents, other causal language models on synthetic probes.
 
     Args:
         longest: the longest row in tokens.
         demo: True for the demo's models.
+
+    Returns:
+        These parts of `eval.json`. A part that does not apply to the models is None.
     """
     if not isinstance(pair.task, CausalLM):
         return {"recall": None, "passkey": None}
@@ -153,10 +168,11 @@ def window(model: PreTrainedModel) -> int:
 
 
 def demo_recall(pair: Pair) -> dict[str, Any]:
-    """Measure both models on the demo's documents.
+    """Measure the recall of both models on the demo's documents.
 
     Returns:
-        The result of `recall`, with a share for each model. A bin covers distances from `distance` to `until - 1`.
+        `teacher` and `student` (the share of repeated words that each recalls), and under `by_distance` the
+        same for each bin of distances, from `distance` to `until - 1` tokens.
     """
     documents = list(generate_documents(HELDOUT_SEED, DOCUMENTS))
     found = {name: recall(model, pair.tokenizer, documents) for name, model in pair.models.items()}
@@ -174,7 +190,11 @@ def demo_recall(pair: Pair) -> dict[str, Any]:
 
 
 def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
-    """Compare the continuations of a few prompts that are spread over the text."""
+    """Compare the continuations of a few prompts that are spread over the text.
+
+    Args:
+        length: the largest number of tokens of a prompt and its continuation.
+    """
     prompt = min(PROMPT, length // 2)
     rows = pair.blocks(prompt + min(NEW, length - prompt))
     rows = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]

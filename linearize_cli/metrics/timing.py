@@ -26,7 +26,7 @@ def interleaved(
     Args:
         ways: the functions by name.
         device: the device that they run on. It is synchronised before each reading of the clock.
-        repeats: the most repeats. Each runs every function once.
+        repeats: the largest number of repeats. Each runs every function once.
         budget: seconds after which no further repeat begins. The first repeat always runs.
 
     Returns:
@@ -82,7 +82,11 @@ def peak_bytes(
 def cpu_peak_bytes(
     prepare: Callable[[], Prepared], run: Callable[[Prepared], object]
 ) -> tuple[Prepared, int]:
-    """Measure the peak memory of a run on the CPU from the allocator's events (see `peak_bytes`)."""
+    """Measure the peak memory of a run on the CPU from the allocator's events.
+
+    Returns:
+        The result of `prepare`, and the peak bytes allocated during `run` beyond those allocated before it.
+    """
     # torch.profiler would print to the terminal, and this older profiler does not.
     torch.autograd._enable_profiler_legacy(profiler_legacy.profile(profile_memory=True).config())
     try:

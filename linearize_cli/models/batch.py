@@ -13,12 +13,12 @@ IGNORED = -100  # a label that torch's cross entropy ignores
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of tokens.
+    """Blocks of L tokens, cut from text.
 
     Attributes:
         ids: `[B, L]` int64.
-        starts: `[B, L]` bool, True at the first token of each document that attention must not cross into
-            (document masking). None means that each block is one document.
+        starts: `[B, L]` bool, True at the first token of each document. Attention then stays within a
+            document (document masking). None: attention may cross from one document of a block into the next.
         counted: `[B, L]` bool, True at the tokens to train on. None means all tokens.
     """
 
@@ -27,7 +27,7 @@ class Blocks:
     counted: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Blocks":
-        """Return the blocks with a function applied to each tensor."""
+        """Return the blocks with a function applied to each tensor that is not None."""
         return Blocks(*(None if x is None else function(x) for x in (self.ids, self.starts, self.counted)))
 
     def to(self, device: torch.device | str) -> "Blocks":
@@ -64,7 +64,7 @@ def causal_batch(blocks: Blocks | Tensor) -> Batch:
     """Return the batch of a causal language model. The label of each token is the next token of its document.
 
     Args:
-        blocks: blocks, or ids `[B, L]` without marks.
+        blocks: blocks, or ids `[B, L]` that are one document each and trained on as a whole.
     """
     if not isinstance(blocks, Blocks):
         blocks = Blocks(blocks)

@@ -1,4 +1,4 @@
-"""Decoding of rows of tokens with a cache, and batches of rows of different lengths."""
+"""Decoding of rows of tokens with a cache, and padding of rows of different lengths."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -23,9 +23,11 @@ def forward(
     Position ids are passed as `generate` passes them, because some models compute others by default.
 
     Args:
+        ids: the new tokens.
+        cache: the cache of the `past` tokens before, which is extended. None: a forward without a cache.
         mask: `[B, past + T]`, 0 at the pads on the left. None means no pads.
-        last: True if only the last token's logits are needed. A model with `logits_to_keep` then returns `[B,
-            1, vocab]`.
+        last: True if only the last token's logits are needed. A model with `logits_to_keep` then returns
+            `[B, 1, vocab]`, any other model all logits.
     """
     if mask is None:
         past = 0 if cache is None else cache.get_seq_length()
@@ -39,7 +41,7 @@ def forward(
 
 
 class Decoder:
-    """A decoder of rows of tokens, with or without a cache."""
+    """A model that decodes rows of tokens, with or without a cache."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -48,7 +50,7 @@ class Decoder:
         return forward(self.model, ids, cache, mask)
 
     def begin(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Return the logits of the prompt, `[B, T, vocab]`.
+        """Read the prompt into the cache and return its logits `[B, T, vocab]`.
 
         A model that can compute the last position alone returns `[B, 1, vocab]`.
         """
@@ -58,12 +60,17 @@ class Decoder:
         return DynamicCache(config=self.model.config)
 
     def own(self, cache: Cache) -> Cache:
-        """Return the part of the cache that holds the decoder's own tokens."""
+        """Return the cache of the decoder's own tokens, without that of an encoder's."""
         return cache
 
 
 class SourceDecoder(Decoder):
-    """The decoder of an encoder-decoder, with an encoded source. A source of one row serves all rows."""
+    """The decoder of an encoder-decoder for an encoded source text. A source of one row serves all rows of a
+    batch.
+
+    Args:
+        source, source_mask: token ids and mask `[B, T]` of the encoder's input.
+    """
 
     def __init__(self, model: PreTrainedModel, source: Tensor, source_mask: Tensor):
         super().__init__(model)
@@ -92,7 +99,7 @@ class SourceDecoder(Decoder):
 
 
 def counts_pads(model: PreTrainedModel) -> bool:
-    """Return True if pads shift the positions of the base model's tokens.
+    """Return True if pads on the left shift the positions of the base model's tokens.
 
     They do if the model takes no position ids and adds no bias by distance.
     """
@@ -101,28 +108,32 @@ def counts_pads(model: PreTrainedModel) -> bool:
 
 
 def alone(model: PreTrainedModel, row: Tensor, pads: int) -> tuple[Tensor, Tensor]:
-    """Return the ids and the mask, `[1, T]`, of a row that must give the same logits as the row behind pads.
+    """Return a row of tokens for which the model must give the same logits as for `row` behind pads.
 
     Args:
-        row: `[T]`.
-        pads: the number of pads. A model whose positions count pads gets as many pads with another token id.
+        row: token ids `[T]`.
+        pads: the number of pads. A model whose positions count pads gets as many pads, with another token id.
             Any other model gets the row without pads.
+
+    Returns:
+        ids and mask, `[1, T]` or `[1, pads + T]`.
     """
     other = (int(row[0]) + 1) % model.config.get_text_config().vocab_size
     return pad_left([row], other, pads if counts_pads(model) else 0)
 
 
 def unpadded(model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-    """Return the logits `[T, vocab]` that a row `[T]` behind pads must have."""
+    """Return the logits `[T, vocab]` that a row `[T]` behind `pads` pads must have in a batch."""
     ids, mask = alone(model, row, pads)
     return marked(forward(model, ids, None, mask), mask)[0]
 
 
 def pad_left(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad rows on the left.
+    """Pad rows of token ids on the left to the longest plus `extra`.
 
     Args:
         rows: token ids `[T_i]`.
+        pad_id: the token id of pads.
         extra: the number of pads beyond the longest row.
 
     Returns:
@@ -132,14 +143,26 @@ def pad_left(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[T
 
 
 def pad_right(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad rows on the right. The arguments and the result are those of `pad_left`."""
+    """Pad rows of token ids `[T_i]` on the right to the longest plus `extra`.
+
+    Returns:
+        ids `[B, T]` and a mask `[B, T]` that is 0 at the pads.
+    """
     return padded(rows, pad_id, extra, lambda missing: (0, missing))
 
 
 def padded(
     rows: Sequence[Tensor], pad_id: int, extra: int, sides: Callable[[int], tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Pad rows to one length. `sides` maps a number of pads to the pads on the left and on the right."""
+    """Pad rows to one length.
+
+    Args:
+        sides: a function that takes the number of pads of a row, and returns how many go to the left and to
+            the right.
+
+    Returns:
+        ids `[B, T]` and a mask `[B, T]` that is 0 at the pads.
+    """
     around = [sides(max(map(len, rows)) + extra - len(row)) for row in rows]
     ids = [pad(row, pads, value=pad_id) for row, pads in zip(rows, around, strict=True)]
     mask = [pad(torch.ones_like(row), pads) for row, pads in zip(rows, around, strict=True)]
@@ -147,5 +170,5 @@ def padded(
 
 
 def marked(logits: Tensor, mask: Tensor) -> list[Tensor]:
-    """Return the logits of each row at the positions where its mask is 1."""
+    """Return the logits `[T_i, vocab]` of each row at the positions where its mask is 1."""
     return [row[own.bool()] for row, own in zip(logits, mask, strict=True)]

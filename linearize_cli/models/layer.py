@@ -8,14 +8,15 @@ import torch
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention module: its geometry (see `runtime.layer.equation`) and why it must stay softmax.
+    """An attention module of a base model: its sizes, and the reason if it must stay softmax.
 
     Attributes:
         name: the module's name in the model.
-        geometry: the keyword arguments of `runtime.layer.equation`.
+        geometry: the keyword arguments of `runtime.layer.equation`, such as numbers of heads and head sizes.
         refusal: the reason why it cannot be converted. None if it can.
         bias: `[heads, distances]`, the bias that the base model adds to scores by token distance (ALiBi, T5),
-            in the layout of `LinearAttention.distance_bias`, 0 at distance 0. None if it adds none.
+            0 at distance 0. A causal layer has distances 0, 1, ...; a bidirectional one those ahead, 0, and
+            those back. None if the model adds none.
         caches: True if the softmax layer caches the keys and values of all decoded tokens.
     """
 

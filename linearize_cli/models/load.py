@@ -43,9 +43,10 @@ def load_teacher(
     """Load a base model in eval mode, and its tokenizer.
 
     Args:
-        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo`. See `resolve_model`.
-        dtype: the dtype of the weights by torch's name (`bfloat16`). None keeps the checkpoint's.
-        device: the device of the weights by torch's name (`cuda:0`).
+        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo` (the embedded
+            teacher).
+        dtype: the name of the weights' torch dtype (`bfloat16`). None keeps the checkpoint's.
+        device: the name of the weights' torch device (`cuda:0`).
         trust_remote_code: True if Python code in the checkpoint may run. Otherwise a model that needs it is
             refused, without a prompt. Pickled weights are always read as tensors only.
         own_code: True if an artifact runs the code that it carries instead of this package's code.
@@ -74,10 +75,17 @@ def load_teacher(
 
 
 def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the model on the meta device, from its config alone. See `load_teacher` for the arguments and
-    errors.
+    """Build a model on the meta device, without weights, from its config alone.
 
     A folder in Meta's format needs its weights too, because they determine the sizes.
+
+    Args:
+        model: a Hub id, a local folder or `demo`.
+        dtype: the name of the weights' torch dtype. None uses the config's.
+        trust_remote_code: True if Python code in the checkpoint may run.
+
+    Raises:
+        UserError: the checkpoint is missing, not accessible or of an unsupported kind.
     """
     from linearize_cli.models.meta_llama import is_meta_folder, meta_llama_config
 
@@ -93,7 +101,7 @@ def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = F
 def _shape(
     config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Return the model of a config on the meta device, in eval mode."""
+    """Return the model of a config on the meta device (shapes without values), in eval mode."""
     import torch
     import transformers
 
@@ -112,7 +120,7 @@ def check_device(device: str) -> None:
     """Check that torch can run on a device.
 
     Raises:
-        UserError: torch cannot.
+        UserError: the device does not exist or cannot be used.
     """
     import torch
 
@@ -125,10 +133,10 @@ def check_device(device: str) -> None:
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | None:
-    """Return the torch dtype with a name, or None for None.
+    """Return the torch dtype with this name, or None for None.
 
     Raises:
-        UserError: it is not a floating-point dtype.
+        UserError: the name is not that of a floating-point dtype.
     """
     import torch
 
@@ -145,7 +153,7 @@ def resolve_model(model: str, weights: bool = True) -> str:
 
     Args:
         model: a Hub id, a local folder or `demo`.
-        weights: False to download the small files only.
+        weights: False to download everything except the weights.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or the download fails.
@@ -199,7 +207,12 @@ def _require_checkpoint(model: str | Path, folder: Path) -> None:
 def _load_meta(
     model: str, source: str, dtype: torch.dtype | None, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in Meta's format."""
+    """Load a checkpoint in Meta's format, and its tokenizer.
+
+    Args:
+        model: the model's name in messages.
+        source: the checkpoint's folder.
+    """
     from linearize_cli.models.meta_llama import load_meta_llama, load_meta_tokenizer
 
     with explained(model, "the checkpoint", FORMATS):
@@ -218,7 +231,13 @@ def _load_hugging_face(
     trust_remote_code: bool,
     own_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer."""
+    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer.
+
+    Args:
+        model: the model's name in messages.
+        source: the checkpoint's folder.
+        own_code: True if an artifact runs the code that it carries instead of this package's code.
+    """
     import transformers
     from transformers import AutoTokenizer
 
@@ -248,7 +267,7 @@ def _load_hugging_face(
 
 
 def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
-    """Return the config, and the name of the Auto class that loads the model."""
+    """Return the config of a checkpoint, and the name of the Auto class that loads its model."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)
@@ -268,8 +287,8 @@ def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreT
 
 
 def _own_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
-    """Return the config as a class from the artifact's own code. It then loads the artifact's own model
-    class.
+    """Return the config as an object of the config class in the artifact's own code, which loads its own
+    model class.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -277,7 +296,7 @@ def _own_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
 
 
 def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
-    """Return the name of the Auto class that loads a model, or None.
+    """Return the name of the Auto class that loads a model, or None if the model is of no supported kind.
 
     It is the Auto class of the architecture in config.json, else the first one that supports the model type
     or the checkpoint's own code. A model with `is_decoder` false is an encoder.
@@ -300,7 +319,9 @@ def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
 
 
 def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with special tokens only. transformers makes one if there are no tokenizer files."""
+    """Check that a tokenizer has ordinary tokens. Without tokenizer files, transformers makes one of special
+    tokens only.
+    """
     special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     if len(tokenizer.get_vocab().keys() - special) < 2:
         raise UserError(f"{model} has no tokenizer files.", TOKENIZER_FILES)
@@ -308,7 +329,9 @@ def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights, which `check_loaded` turns into an error."""
+    """Hide transformers' table of missing weights while the context is open. `check_loaded` turns them into
+    an error.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()

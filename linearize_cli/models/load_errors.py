@@ -13,12 +13,13 @@ NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
 
 @contextmanager
 def explained(model: str, part: str, hint: str, source: str | None = None) -> Iterator[None]:
-    """Turn what other libraries raise while open into a UserError.
+    """Turn errors of other libraries into a UserError that says what to do, while the context is open.
 
     Args:
-        part: what is loaded, such as "its weights".
-        hint: what to do where the cause is not known.
-        source: the folder whose weight files may be the cause.
+        model: the model's name.
+        part: the part that is loaded, such as "its weights".
+        hint: what to do if the cause is not known.
+        source: the folder whose weight files may be the cause. None if they are not.
     """
     import torch
 
@@ -38,7 +39,10 @@ def explained(model: str, part: str, hint: str, source: str | None = None) -> It
 
 
 def _known_cause(error: Exception, model: str) -> UserError | None:
-    """Translate a refusal of the Hub, an invalid name, or code that was not run; None: another failure."""
+    """Translate a refusal of the Hub, an invalid name, or code that was not run into a UserError.
+
+    Return None for any other failure.
+    """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
 

@@ -55,7 +55,7 @@ def is_meta_folder(path: str | Path) -> bool:
 
 
 def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
-    """Load the model of a folder on the CPU, in eval mode.
+    """Load the model in a folder of Meta's format on the CPU, in eval mode.
 
     Args:
         path: a folder with `params.json` and `consolidated.NN.pth`.
@@ -74,10 +74,10 @@ def load_meta_llama(path: str | Path, dtype: torch.dtype | None = None) -> Llama
 
 
 def meta_llama_config(path: str | Path) -> LlamaConfig:
-    """Return the config of the model of a folder, with its dtype.
+    """Return the config of the model in a folder of Meta's format, with its dtype.
 
     Raises:
-        UserError: see `load_meta_llama`.
+        UserError: a file is missing, unreadable or does not match `params.json`.
     """
     folder = Path(path)
     shards = {file: _read_shard(file) for file in _shard_files(folder)}
@@ -87,7 +87,9 @@ def meta_llama_config(path: str | Path) -> LlamaConfig:
 
 
 def _read_params(file: Path) -> dict:
-    """Return `params.json` after a check of its keys."""
+    """Return the contents of `params.json`, after a check that all keys are known and the required ones are
+    there.
+    """
     params = read_object(file, DOWNLOAD_AGAIN)
     if missing := REQUIRED - params.keys():
         raise UserError(f"{file} lacks {first_five(missing)}.", DOWNLOAD_AGAIN)
@@ -104,7 +106,11 @@ def _read_params(file: Path) -> dict:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """Return the shard files in order. Raise a UserError if one is missing."""
+    """Return the paths of the shard files in order.
+
+    Raises:
+        UserError: a shard is missing.
+    """
     files = sorted(folder.glob("consolidated.*.pth"))
     for i in range(max(len(files), 1)):
         expected = folder / f"consolidated.{i:02d}.pth"
@@ -242,8 +248,9 @@ def _check_shards(config: LlamaConfig, shards: Shards, names: dict) -> None:
 
 
 def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head for RoPE. Meta rotates rows 2i and 2i+1 together, transformers i and i +
-    d/2.
+    """Reorder the rows of each head for RoPE.
+
+    Meta rotates rows 2i and 2i + 1 of a head together, transformers rows i and i + d/2.
 
     Args:
         weight: `[heads * d, dim]`.

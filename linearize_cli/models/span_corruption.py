@@ -1,4 +1,4 @@
-"""Span corruption: texts with gaps, on which masked models and encoder-decoders are trained."""
+"""Span corruption: texts in which spans are masked ("gaps"), to train masked models and encoder-decoders."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def row_generator(row: Tensor) -> torch.Generator:
 
 
 def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Draw the gaps (start, end) of a text. They hold NOISE of its tokens, in spans of SPAN tokens on
+    """Draw the gaps (start, end) of a text, in tokens. They cover 15% of its tokens, in spans of 3 tokens on
     average.
 
     Args:
@@ -39,7 +39,13 @@ def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int,
 
 
 def fill(tokens: list[int], gaps: list[tuple[int, int]], marks: Sequence[int]) -> list[int]:
-    """Return the text with each gap replaced by a mask token."""
+    """Return the text with each gap replaced by one mask token.
+
+    Args:
+        tokens: the token ids of the text.
+        gaps: the spans (start, end) to replace.
+        marks: the mask token of each gap.
+    """
     result, last = [], 0
     for mark, (start, end) in zip(marks, gaps, strict=False):
         result += [*tokens[last:start], mark]

@@ -1,7 +1,7 @@
 """The tasks of models: causal LM, masked LM, classification, encoder-decoder.
 
-A task turns blocks of tokens into inputs and labels, and reads and continues rows of tokens. It follows from
-the Auto class that loads the model's class.
+A task makes inputs and labels from blocks of tokens, computes the logits of rows of tokens, and continues
+them. The Auto class that loads a model determines its task.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ from linearize_cli.runtime.config import PREFIX, auto_class
 
 
 class MissingEmbedding(UserError):
-    """A token id of the tokenizer that has no embedding in the model."""
+    """The error of a token id that the tokenizer has, but the model has no embedding for."""
 
 
 def config_value(config: PreTrainedConfig, name: str) -> Any:
-    """Return a value of a config, or of its text model's part. Return None if neither has it."""
+    """Return a value of a config, or of its text model's part. Return None if neither sets it."""
     parts = (config, config.get_text_config(decoder=True))
     return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)
 
@@ -47,8 +47,9 @@ class Task:
         pipeline: the Hub's name of the task.
         encodes: True if its attention may be bidirectional.
         decodes: True if it can continue rows of tokens. Otherwise it has no `start`.
-        answers: True if text gives labels. Otherwise a model is measured by its distance to the teacher.
-        without_embedding: the token ids without an embedding, and their names.
+        answers: True if text gives labels. Otherwise a model is measured by its KL divergence from the
+            teacher.
+        without_embedding: the tokens that the model has no embedding for, as names by token id.
     """
 
     auto_class: str
@@ -72,23 +73,23 @@ class Task:
         }
 
     def batch(self, blocks: Blocks | Tensor) -> Batch:
-        """Return the inputs and labels of blocks. The same row always gives the same ones.
+        """Return the inputs and labels of blocks. The same row always gives the same inputs and labels.
 
         Args:
-            blocks: blocks, or ids `[B, L]` without marks.
+            blocks: blocks, or ids `[B, L]` that are one document each.
 
         Raises:
-            MissingEmbedding: see `check_tokens`.
+            MissingEmbedding: a token has no embedding in the model.
         """
         blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
         self.check_tokens(blocks.ids)
         return self.ask(blocks)
 
     def check_tokens(self, ids: Tensor) -> None:
-        """Check that the model has an embedding for each token.
+        """Check that the model has an embedding for each token of `ids`, of any shape.
 
         Raises:
-            MissingEmbedding: it lacks one.
+            MissingEmbedding: a token has none.
         """
         if self.without_embedding and ids.numel() and (token := int(ids.max())) >= self.embeddings:
             raise MissingEmbedding(
@@ -99,7 +100,9 @@ class Task:
             )
 
     def ask(self, blocks: Blocks) -> Batch:
-        """Return the inputs and labels of blocks. Only causal language models use the marks."""
+        """Return the inputs and labels of blocks. Only causal language models use `Blocks.starts` and
+        `Blocks.counted`.
+        """
         raise NotImplementedError
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
@@ -110,7 +113,7 @@ class Task:
             extra: the number of pads beyond the longest row.
 
         Returns:
-            the logits of each row, without those of pads.
+            the logits of each row, without those of pads: `[T_i, vocab]`, or `[labels]` of a classifier.
         """
         raise NotImplementedError
 
@@ -120,7 +123,7 @@ class Task:
         return logits if logits.dim() == 1 else logits[-1]
 
     def read_alone(self, model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-        """Return the logits that a row must have in a batch with `pads` pads."""
+        """Return the logits that a row must have in a batch with `pads` pads, computed without the batch."""
         return self.read(model, [row])[0]
 
     def start(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> tuple[Decoder, Tensor, Tensor]:
@@ -130,12 +133,17 @@ class Task:
             texts: token ids `[T_i]`.
 
         Returns:
-            a decoder, its first tokens `[B, T]` and their mask `[B, T]`.
+            a decoder, the first tokens `[B, T]` that it reads, and their mask `[B, T]`. These are the padded
+                texts, or the start token if an encoder has read the texts.
         """
         raise NotImplementedError
 
     def alone(self, model: PreTrainedModel, text: Tensor, pads: int) -> tuple[Decoder, Tensor, Tensor]:
-        """Prepare the continuation that a text must have in a batch with `pads` pads. See `start`."""
+        """Prepare the continuation of one text as it must be in a batch with `pads` pads.
+
+        Returns:
+            a decoder, the first tokens `[1, T]` that it reads, and their mask `[1, T]`.
+        """
         return self.start(model, [text])
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -143,8 +151,8 @@ class Task:
         return tokenizer(text)["input_ids"]
 
     def given(self, ids: Tensor) -> int:
-        """Return the number of leading tokens in the output of `generate` for ids `[1, T]` that were not
-        generated.
+        """Return the number of leading tokens in the output of `generate` that were given to it, for input
+        ids `[1, T]`.
         """
         raise NotImplementedError
 
@@ -183,7 +191,7 @@ class CausalLM(Task):
 
 
 class Encoder(Task):
-    """The base of encoder tasks. A row is read between [CLS] and [SEP], if the tokenizer has them."""
+    """The base of encoder tasks. A row begins with [CLS] and ends with [SEP], if the tokenizer has them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, tokenizer)
@@ -191,7 +199,9 @@ class Encoder(Task):
         self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
 
     def with_special_tokens(self, ids: Tensor) -> Tensor:
-        """Return the blocks with the special tokens in place of the first and the last token."""
+        """Return ids `[B, L]` with [CLS] and [SEP] in place of the first and the last token. A token that is
+        None is not set.
+        """
         ids = ids.clone()
         for place, mark in ((0, self.first), (-1, self.last)):
             if mark is not None:
@@ -199,7 +209,9 @@ class Encoder(Task):
         return ids
 
     def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
-        """Return the logits and the mask of rows, padded on the right."""
+        """Return the logits and the mask `[B, T]` of rows of token ids, padded on the right to the longest
+        plus `extra`.
+        """
         ids, mask = pad_right(rows, self.pad_id, extra)
         return model(input_ids=ids, attention_mask=mask).logits, mask
 
@@ -292,7 +304,9 @@ class Seq2SeqLM(Task):
         return Batch({"input_ids": source, "decoder_input_ids": given, "use_cache": False}, labels)
 
     def spans_behind_sentinels(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
-        """Return the text with a sentinel for each gap, and the gaps after their sentinels (T5)."""
+        """Return the source and the target of T5: the text with a sentinel in place of each gap, and each gap
+        after its sentinel.
+        """
         gaps = spans(len(tokens), len(self.sentinels) - 1, generator)
         target = []
         for mark, (start, end) in zip(self.sentinels, gaps, strict=False):
@@ -300,12 +314,14 @@ class Seq2SeqLM(Task):
         return fill(tokens, gaps, self.sentinels), [*target, self.sentinels[len(gaps)]]
 
     def infilling(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
-        """Return the text with a mask for each gap, and the whole text (BART)."""
+        """Return the source and the target of BART: the text with a mask token in place of each gap, and the
+        whole text.
+        """
         gaps = spans(len(tokens), len(tokens), generator)
         return fill(tokens, gaps, [self.mask_id] * len(gaps)), tokens
 
     def halves(self, tokens: list[int], generator: torch.Generator) -> tuple[list, list]:
-        """Return the two halves of the text."""
+        """Return the first half of the text as the source, and the second half as the target."""
         return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
@@ -326,7 +342,9 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task_class(model: PreTrainedModel) -> type[Task]:
-    """Return the task of a model, softmax or linearized, by its class. The default is CausalLM."""
+    """Return the task class of a model, softmax or linearized. An unknown class counts as a causal language
+    model.
+    """
     return TASKS.get(auto_class(type(model).__name__.removeprefix(PREFIX)), CausalLM)
 
 
@@ -334,7 +352,7 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Return the task of a model with its tokenizer.
 
     Raises:
-        UserError: one of them lacks something that the task needs.
+        UserError: the model or the tokenizer lacks something that the task needs.
     """
     return task_class(model)(model, tokenizer)
 
@@ -353,7 +371,7 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """Return the number of tokens beyond which the model has no positions.
+    """Return the number of positions that the model has. It cannot read longer rows.
 
     Return None if the positions are computed (RoPE, ALiBi) or if there are none. A limit exists if they are
     learned or held in a table.
@@ -372,17 +390,24 @@ def last_position(model: PreTrainedModel) -> int | None:
 
 
 def reach(model: PreTrainedModel) -> int | None:
-    """Return the largest number of tokens that a converted model can read.
+    """Return the largest number of tokens that a converted model can read, or None if it has no limit.
 
-    Return None if it has no limit. A layer that stays softmax may have its own table of positions, as long as
-    the context.
+    A model with layers that stay softmax is limited to its context, because such a layer may have its own
+    table of positions.
     """
     last = last_position(model)
     return context_length(model) if last is None and model.config.linearize["softmax"] else last
 
 
 def require(token: int | None, what: str, hint: str) -> int:
-    """Return a token id. Raise a UserError if it is None."""
+    """Return a token id.
+
+    Args:
+        what, hint: the text of the error.
+
+    Raises:
+        UserError: the token id is None.
+    """
     if token is None:
         raise UserError(what, hint)
     return token

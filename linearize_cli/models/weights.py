@@ -29,7 +29,11 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def check_sizes(model: str, config: dict[str, Any]) -> None:
-    """Refuse a config with more layers or experts than any model has. To build them would take hours.
+    """Refuse a config with more layers or experts than any known model has. Building such a model would take
+    hours.
+
+    Args:
+        config: the contents of config.json.
 
     Raises:
         UserError: a count is too large.
@@ -43,7 +47,7 @@ def check_sizes(model: str, config: dict[str, Any]) -> None:
 
 
 def check_files(model: str, folder: str | Path) -> None:
-    """Check that a folder has weight files, and every file that its index names.
+    """Check that a folder has weight files, and every file that its index lists.
 
     Raises:
         UserError: files are missing, or the index is invalid.
@@ -83,10 +87,12 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
     """Refuse a model that is far larger than its weight files, before memory is allocated for it.
 
     Args:
+        model: the model's name in messages.
         shape: the model on the meta device.
+        folder: the folder of the weight files.
 
     Raises:
-        UserError: config.json does not match the files.
+        UserError: config.json describes far more weights than the files hold.
     """
     held, wanted = sum(file.stat().st_size for file in weight_files(folder)), shape.num_parameters()
     if wanted > max(PER_BYTE * held, FEW):
@@ -97,10 +103,11 @@ def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
 
 
 def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Check that every stored weight was loaded and that every parameter was stored.
+    """Check that every parameter of a model was loaded from its files, and that no stored weight of it was
+    ignored.
 
-    transformers fills missing weights at random. A weight that the model does not use is reported as a
-    Notice, unless the result would be another model.
+    transformers would fill missing weights at random. A stored weight that the model does not use is only
+    reported as a Notice, unless the model would be another one with it.
 
     Args:
         info: the loading info of `from_pretrained`.
@@ -129,7 +136,9 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
 
 
 def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[str, str]:
-    """Return the text and the hint of the error about missing weights. A missing head has its own text."""
+    """Return the text and the hint of the error about missing weights. A missing LM or classification head
+    has its own text.
+    """
     named = next(iter(loaded.config.architectures or ()), None)
     body = f"{loaded.base_model_prefix}."
     if named and named != type(loaded).__name__ and not any(name.startswith(body) for name in missing):
@@ -141,8 +150,11 @@ def _missing(model: str, loaded: PreTrainedModel, missing: set[str]) -> tuple[st
 
 
 def _is_own(name: str, loaded: PreTrainedModel) -> bool:
-    """Return True if an unused weight is one more layer, or one more part of a layer, of a kind that the
-    model has.
+    """Return True if a stored weight that was not loaded belongs to a layer, or a part of a layer, that the
+    config omits.
+
+    Its kind (its name without numbers) must occur in the model. Layers for multi-token prediction are no such
+    weights.
     """
     text, index = loaded.config.get_text_config(decoder=True), re.search(r"\.layers\.(\d+)\.", name)
     drafting = getattr(text, "num_nextn_predict_layers", None) or 0

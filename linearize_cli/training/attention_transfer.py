@@ -1,6 +1,7 @@
-"""Attention transfer: every linear layer is trained to match the output of its softmax layer.
+"""Attention transfer: every linear attention layer is trained to match the output of the softmax attention
+that it replaces.
 
-The inputs are the teacher's own hidden states.
+Both get the same inputs, which come from the teacher's own hidden states.
 """
 
 import sys
@@ -24,21 +25,27 @@ TRANSFER = "linearize_transfer"
 
 
 def softmax_attention(module: nn.Module, native: str):
-    """Return the attention function that the base model runs in a module."""
+    """Return the attention function that the base model runs in a module.
+
+    Args:
+        native: the name of the base model's attention implementation (`sdpa`, `eager`).
+    """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(native, eager)
 
 
 @contextmanager
 def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tensor]]:
-    """Run the model as the softmax teacher while the context is open, and yield a dict that collects each
-    layer's loss.
+    """Run the model as its softmax teacher while the context is open. Collect the loss of each linear layer.
 
     The loss is the squared error of the linear output, relative to the mean square of the softmax output. No
     gradient flows between layers, so one forward trains all layers independently.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
+
+    Yields:
+        a dict that each forward fills: the loss (a scalar) under the name of the attention module.
     """
     names = {module: name for name, module in converted(model).items()}
     losses: dict[str, Tensor] = {}
@@ -67,7 +74,8 @@ class Transfer(Objective):
     """The objective of attention transfer: the sum of the layers' losses, with each layer's loss as a record.
 
     Args:
-        windows: selects the training steps with shorter windows. None means that no step has one.
+        native: the attention implementation of the base model (`sdpa`, `eager`).
+        windows: chooses the training steps with a shorter window. None: every step has the whole window.
     """
 
     def __init__(self, model: PreTrainedModel, native: str, windows: "WindowDropout | None" = None):
@@ -75,7 +83,7 @@ class Transfer(Objective):
         self.model, self.native, self.windows = model, native, windows
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each layer. Their gradients are clipped layer by layer."""
+        """Return the trained parameters of each layer. Their gradients are clipped layer by layer."""
         return [list(module.linear_attention.parameters()) for module in converted(self.model).values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -87,15 +95,16 @@ class Transfer(Objective):
 
 @dataclass(frozen=True)
 class WindowDropout:
-    """Random training steps with a shorter window.
+    """Random training steps in which the local part sees a shorter window.
 
-    The tokens that it hides belong to the global part in these steps, so the global part learns them too.
-    arXiv 2510.05901 has the idea and drops the whole window.
+    In these steps the linear (global) part takes over the tokens that the window loses, so it learns them
+    too. The idea is from arXiv 2510.05901, which drops the whole window.
 
     Attributes:
         probability: the probability of such a step at step 0. It falls linearly to 0 at the last step.
         steps: the number of steps of the stage.
-        seed: with the step number, it determines the draw. A resumed run and all processes draw the same.
+        seed: determines the random draw together with the step number. A resumed run and all processes
+            therefore draw the same.
     """
 
     probability: float
@@ -103,7 +112,9 @@ class WindowDropout:
     seed: int
 
     def at(self, step: int) -> float | None:
-        """Return the share of the window that is kept at a step, in [0, 1), or None for the whole window."""
+        """Return the share of the window that is kept at a training step, in [0, 1), or None for the whole
+        window.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chance, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         return share if chance < self.probability * (1 - step / self.steps) else None
@@ -111,10 +122,11 @@ class WindowDropout:
 
 @contextmanager
 def shorter_windows(model: PreTrainedModel, share: float | None) -> Iterator[None]:
-    """Shorten every layer's window while the context is open.
+    """Shorten the window of every linear layer while the context is open.
 
     Args:
-        share: the share of the window's tokens that is kept, rounded down. None keeps the whole window.
+        share: the share of the window's tokens that is kept, rounded down to whole tokens. None: the windows
+            stay as they are.
     """
     attentions = [module.linear_attention for module in converted(model).values()]
     before = [attention.equation for attention in attentions]

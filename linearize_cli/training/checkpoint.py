@@ -1,4 +1,4 @@
-"""The progress of a run: its checkpoint, its log, and the session that holds both."""
+"""The progress of a run: its checkpoint, its log, and the `Session` that holds both."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,15 +17,17 @@ FILE = "checkpoint.pt"
 
 @dataclass
 class Checkpoint:
-    """The progress of a run. The file is always replaced as a whole.
+    """The progress of a run. A save replaces the whole file at once, so a killed run leaves the old or the
+    new file.
 
     Attributes:
-        stage: the current stage.
+        stage: the name of the current stage. Empty before the first one.
         step: the number of finished steps of that stage.
-        parameters, optimizer: their values after the last finished step.
-        best: the best parameters of that stage (see `objective.Best`).
-        results: the measurements so far.
-        log_bytes: the length of the log at that step.
+        parameters: the trained parameters by name, after the last finished step.
+        optimizer: the optimizer's state dict after that step.
+        best: the best parameters of that stage and their loss (the `record` of `objective.Best`).
+        results: the measurements so far, by name.
+        log_bytes: the length of the log file at that step.
     """
 
     stage: str = ""
@@ -48,7 +50,9 @@ class Checkpoint:
 
 
 class Log:
-    """A JSONL file of records, which are also sent to the trackers. Only the main process writes.
+    """A file with one JSON record per line. The numbers of each record are also sent to the trackers.
+
+    Only the main process writes. In the others nothing happens.
 
     Args:
         path: the file.
@@ -64,7 +68,13 @@ class Log:
             self.steps = sum("step" in json.loads(line) for line in self.stream)
 
     def write(self, stage: str, name: str | None = None, **values: Any) -> None:
-        """Append a record: one step of a stage, or a named result."""
+        """Append a record to the file.
+
+        Args:
+            stage: the name of the stage.
+            name: the name of a result. None for a training step, whose values include `step`.
+            values: the values of the record, in JSON types.
+        """
         if not self.engine.main:
             return
         record = {"stage": stage, **({"name": name} if name else {}), **values}
@@ -75,7 +85,7 @@ class Log:
         self.engine.tell({stage: {name: numbers} if name else numbers}, self.steps)
 
     def size(self) -> int:
-        """Return the size of the file in bytes."""
+        """Return the size of the file in bytes, 0 in processes other than the main one."""
         return self.stream.seek(0, 2) if self.engine.main else 0
 
 
@@ -84,7 +94,11 @@ class Session:
     """A training run: its processes, its output to the user, its folder and its progress.
 
     Attributes:
+        engine: the processes.
+        terminal: the output to the user.
         folder: the folder of the checkpoint and the log.
+        checkpoint: the progress.
+        log: the log of steps and results.
     """
 
     engine: Engine
@@ -95,7 +109,7 @@ class Session:
 
     @classmethod
     def open(cls, engine: Engine, terminal: Terminal, folder: Path, log: str = "log.jsonl") -> "Session":
-        """Continue the run in a folder, or start one there.
+        """Continue the run whose checkpoint is in a folder, or start a new one if there is none.
 
         Args:
             log: the file name of the log.

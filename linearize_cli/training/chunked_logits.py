@@ -15,13 +15,15 @@ STATES = "last_hidden_state"
 
 @dataclass(frozen=True)
 class Decoded:
-    """The result of a model's forward, from which logits can be computed in chunks.
+    """The result of a model's forward, from which logits can be computed for a few tokens at a time.
 
     Attributes:
-        model, inputs: the model and its inputs.
-        output: the model's output. With `parts`, it has the logits of the first token only.
-        parts: the outputs of the models inside it, by name, in module order. The head reads the last hidden
-            states of the last one. If empty, `output` has all logits.
+        model, inputs: the model and its keyword inputs.
+        output: the model's output. If `parts` is empty, it has all logits, else those of the first token
+            only.
+        parts: the outputs of the models inside the model (such as encoder and decoder), by name, in module
+            order. The last one's last hidden states are the input of the LM head. Empty if the model cannot
+            be split before its head.
     """
 
     model: PreTrainedModel
@@ -30,24 +32,27 @@ class Decoded:
     parts: Mapping[str, ModelOutput]
 
     def rows(self, counted: Tensor | None = None) -> Tensor:
-        """Return the inputs of `logits`, one row per token: hidden states, or the logits themselves without
-        `parts`.
+        """Return one row per token, to be passed to `logits`: its last hidden state.
+
+        If the model cannot be split before its head (`parts` is empty), the rows are the logits, which
+        `logits` returns unchanged.
 
         Args:
             counted: `[B, T]` bool, the tokens to return. None means all.
 
         Returns:
-            `[N, X]`, X being the width or the vocabulary size.
+            `[N, X]` for N tokens. X is the width of the hidden states, or the vocabulary size if the rows are
+                logits.
         """
         *_, output = self.output, *self.parts.values()
         found = output[STATES if self.parts else "logits"]
         return found.flatten(0, -2) if counted is None else found[counted]
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Compute the logits `[n, vocab]` of rows `[n, X]` with the model's own forward, which may scale, cap
-        or shift them.
+        """Compute the logits `[n, vocab]` of n of the rows that `rows` returned, `[n, X]`.
 
-        The forward runs with the stored outputs in place of the models inside it.
+        The model's own forward does it, because it may scale, cap or shift logits. The stored outputs replace
+        the forwards of the models inside it. Rows that are logits already are returned unchanged.
         """
         if not self.parts:
             return rows
@@ -57,15 +62,17 @@ class Decoded:
 
 
 def decode_all(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model and keep all its logits."""
+    """Run a model with all its logits. The result has no `parts`."""
     return Decoded(model, inputs, model(**inputs), {})
 
 
 def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model, but compute the logits of one token only.
+    """Run a model, but compute the logits of one token only. The others can be computed from the result
+    later.
 
-    The children that are models themselves contain everything but the head, and the head reads the output of
-    the last one. If a model is built differently (OPT's head reads a grandchild), all logits are computed.
+    Some children of the model are models themselves (such as a decoder). They contain everything but the LM
+    head, and the head reads the output of the last one. If a model is built differently (OPT's head reads a
+    grandchild), all logits are computed, as by `decode_all`.
     """
     children = {name: child for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
     last, parts = next(reversed(children), None), {}
@@ -87,13 +94,17 @@ def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
 
 
 def cut(output: ModelOutput, states: Tensor) -> ModelOutput:
-    """Return an output with other last hidden states."""
+    """Return a copy of a model's output in which `states` replace the last hidden states."""
     return type(output)(**{**output, STATES: states})
 
 
 @contextmanager
 def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[None]:
-    """Make child modules return stored outputs, without running, while the context is open."""
+    """Make child modules return stored outputs, without running, while the context is open.
+
+    Args:
+        outputs: the output of each child, by the child's name.
+    """
     for name, output in outputs.items():
         model.get_submodule(name).forward = partial(return_stored, output)
     try:
@@ -104,5 +115,5 @@ def returning(model: nn.Module, outputs: Mapping[str, ModelOutput]) -> Iterator[
 
 
 def return_stored(output: ModelOutput, *args: Any, **kwargs: Any) -> ModelOutput:
-    """Return the stored output."""
+    """Return the stored output, whatever the arguments of the forward that it replaces."""
     return output

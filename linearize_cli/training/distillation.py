@@ -26,7 +26,7 @@ LOGITS = 1 << 26  # largest number of logits in memory, for teacher and student 
 
 
 def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student), the mean over all tokens.
+    """Return KL(teacher ‖ student), averaged over all tokens.
 
     Args:
         teacher: log-probabilities `[..., vocab]`.
@@ -36,7 +36,12 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
 
 
 def total_divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student), summed over all tokens. The arguments are those of `divergence`."""
+    """Return KL(teacher ‖ student), summed over all tokens.
+
+    Args:
+        teacher: log-probabilities `[..., vocab]`.
+        logits: the student's logits `[..., vocab]`.
+    """
     return kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
 
 
@@ -44,18 +49,18 @@ class Distillation(Objective):
     """The objective of distillation.
 
     The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
-    The KL is the mean over the counted tokens, and the cross entropy the mean over the tokens with a label.
-    The error is the squared error relative to the teacher's mean square.
+    The KL is the mean over the batch's counted tokens (`Batch.counted`), and the cross entropy the mean over
+    the tokens with a label. The error is the squared error relative to the teacher's mean square.
 
-    Without a separate teacher, the teacher is the same model with its softmax attention and without LoRA. Its
-    weights are then held once.
-
-    A batch with more than `limit` logits is processed a few tokens at a time, and again in the backward.
-    Memory for logits then does not grow with the batch.
+    A batch with more than `limit` logits is processed a few tokens at a time, and the backward computes their
+    logits again. Memory for logits then does not grow with the batch.
 
     Args:
+        student: the linearized model, with or without LoRA.
         native: the attention implementation of the base model (`sdpa`, `eager`).
-        weights: the weights of the terms, from the recipe.
+        weights: the weights `kl`, `ce` and `hidden` of the three terms, from the recipe.
+        teacher: the frozen softmax model. None: the student's own model is the teacher too, with its softmax
+            attention and without LoRA, so its weights are in memory once.
         limit: the largest number of logits in memory.
     """
 
@@ -73,12 +78,14 @@ class Distillation(Objective):
 
     @property
     def model(self) -> PreTrainedModel:
-        """Return the model inside the LoRA wrapper."""
+        """Return the student's model, without the LoRA wrapper."""
         return self.student.get_base_model() if isinstance(self.student, PeftModel) else self.student
 
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
-        """Yield the teacher. The shared model computes as the teacher while the context is open."""
+        """Yield the teacher. If student and teacher share one model, it computes as the teacher while the
+        context is open.
+        """
         model = self.teacher or self.model
         off = nullcontext() if self.teacher else self.student.disable_adapter()
         with torch.no_grad(), attention_implementation(model, self.native), off:
@@ -100,9 +107,12 @@ class Distillation(Objective):
         return loss, {}
 
     def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
-        """Return the terms that are means over tokens.
+        """Return the terms that are means over tokens: the KL and the cross entropy, weighted (a scalar).
 
-        If the logits are not stored, they are computed for `size` tokens at a time.
+        Args:
+            student, teacher: the results of both forwards. The teacher is not used, and may be None, without
+                KL.
+            size: the number of tokens per chunk, if the logits are not stored but computed chunk by chunk.
         """
         rows, targets, answers = student.rows(batch.counted), None, None
         if self.weights.kl:
@@ -130,13 +140,15 @@ class Distillation(Objective):
         targets: Tensor | None,
         answers: Tensor | None,
     ) -> Tensor:
-        """Return the contribution of some rows to the loss.
+        """Return the contribution of n tokens to the loss of the batch (a scalar).
 
         Args:
-            tokens: the number of tokens in the whole batch.
-            right: the number of labels in the whole batch. None without cross entropy.
-            rows, targets: rows of the student and of the teacher (see `Decoded.rows`).
-            answers: labels `[n]` int64.
+            student, teacher: the results of both forwards, which compute logits from rows.
+            tokens: the number of counted tokens in the whole batch, the divisor of the KL.
+            right: the number of labels in the whole batch, the divisor of the cross entropy. None without it.
+            rows: the student's rows `[n, X]`: last hidden states, or logits (see `Decoded.rows`).
+            targets: the teacher's rows `[n, X]`. None without KL.
+            answers: labels `[n]` int64. None without cross entropy.
         """
         logits = student.logits(rows)
         logits = logits.to(accumulator(logits.dtype))
@@ -152,15 +164,17 @@ class Distillation(Objective):
 
 
 def mean_count(mask: Tensor) -> Tensor:
-    """Return the mean over the processes of the number of True values. It is never 0."""
+    """Return the number of True values, averaged over the processes. It is at least 1e-12, so it can be a
+    divisor.
+    """
     return process_mean(mask.sum().float()).clamp_min(TINY)
 
 
 def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the mean squared error relative to the mean square of the expected vectors.
+    """Return the mean squared error divided by the mean square of the expected vectors (a scalar).
 
     Args:
-        actual, expected: `[..., X]`.
+        actual, expected: vectors `[..., X]`.
         counted: `[...]` bool, the vectors to include. None means all.
     """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
@@ -171,6 +185,8 @@ def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = No
 
 
 def last_hidden(output: ModelOutput) -> Tensor:
-    """Return the last hidden states `[B, T, width]`, those of the decoder in an encoder-decoder."""
+    """Return the last hidden states `[B, T, width]` from a model's output. An encoder-decoder gives its
+    decoder's.
+    """
     states = output.get("hidden_states") or output.decoder_hidden_states
     return states[-1]

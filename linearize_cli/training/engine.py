@@ -1,4 +1,4 @@
-"""The processes of one run, which `accelerate launch` or `torchrun` start and supervise."""
+"""The processes of one training run. `accelerate launch` or `torchrun` start and supervise them."""
 
 import signal
 import threading
@@ -42,17 +42,22 @@ _runs = count()
 
 
 class Engine:
-    """The processes of one run; a single process without a launcher.
+    """The processes of one training run. Without a launcher there is one.
+
+    Args:
+        device: the device to use if there is one process.
+        trackers: the experiment trackers to send numbers to, by accelerate's names or as objects.
+        logging_dir: the folder of trackers that write files.
 
     Attributes:
-        processes: number of processes.
+        processes: the number of processes.
         main: True in the process that prints, writes and saves.
-        device: device of this process. `accelerate` assigns it where there are several.
-        home: device of the whole model: the CPU with sharded parameters.
-        plugin: settings of FSDP2, if the parameters are sharded.
+        device: the device of this process. With several processes, `accelerate` assigns it.
+        home: the device of the whole model. It is the CPU if the parameters are sharded.
+        plugin: the settings of FSDP2 if the parameters are sharded, else None.
 
     Raises:
-        UserError: the kind of distribution is not supported, or a tracker is missing.
+        UserError: the kind of distribution is not supported, or a tracker is not available.
     """
 
     def __init__(
@@ -93,13 +98,17 @@ class Engine:
         return "cpu" if self.plugin is not None else self.device
 
     def share(self, rows: Any) -> Any:
-        """Return the rows of a batch that belong to this process, on its device."""
+        """Return the rows of a batch that belong to this process, on its device.
+
+        Args:
+            rows: the rows of the batch of all processes: a tensor or `Blocks`.
+        """
         size = len(rows) // self.processes
         first = self.accelerator.process_index * size
         return rows[first : first + size].to(self.device)
 
     def inference(self, model: nn.Module) -> nn.Module:
-        """Return the model to evaluate with: a sharded copy under FSDP, else the model."""
+        """Return the model to evaluate with: a sharded copy under FSDP, else the model itself."""
         if self.plugin is None:
             return model
         return self.sharded(model)
@@ -110,9 +119,10 @@ class Engine:
 
     @contextmanager
     def training(self, objective: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Yield the objective to call, whose gradients are averaged over the processes, and the one to optimize.
+        """Yield two objectives: the one to call, and the one whose parameters to optimize.
 
-        When the context ends, the parameters of `objective` are the trained ones.
+        The call averages the gradients over the processes. With one process both are `objective` itself. When
+        the context ends, `objective` has the trained parameters.
         """
         if self.plugin is not None:
             trained = self.sharded(objective)
@@ -136,14 +146,16 @@ class Engine:
         return result[0]
 
     def only_main(self, context: Callable[..., AbstractContextManager], *arguments: Any):
-        """Return a context that only the main process enters."""
+        """Return `context(*arguments)` in the main process, and a context that does nothing in the others."""
         return context(*arguments) if self.main else nullcontext()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let the process that fails first report its error, and the others end without a message.
+        """Let the process that fails first report its error, while the context is open. The others end
+        without a message.
 
-        The launcher ends the others by SIGTERM, or their collective operations fail.
+        The launcher ends the others by SIGTERM, or their collective operations fail. A single process is not
+        affected.
         """
         if self.processes == 1:
             yield
@@ -163,7 +175,7 @@ class Engine:
                 signal.signal(signal.SIGTERM, before)
 
     def failed_first(self) -> bool:
-        """Return whether this is the first process that fails."""
+        """Return True if this is the first process of the run that fails."""
         try:
             return self.store.add("failed", 1) == 1
         except RuntimeError:  # the store ended with the process that held it
@@ -171,7 +183,9 @@ class Engine:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn the failure of a collective operation into a UserError while open."""
+        """Turn the failure of a collective operation into a UserError that says that another process has
+        ended, while the context is open.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -180,7 +194,15 @@ class Engine:
             raise
 
     def track(self, name: str, settings: dict[str, Any]) -> None:
-        """Open the trackers. Raises UserError: a tracker cannot be opened."""
+        """Start a run in each tracker. Do nothing without trackers.
+
+        Args:
+            name: the name of the run.
+            settings: its settings. Nested dicts are flattened.
+
+        Raises:
+            UserError: a tracker cannot be started.
+        """
         if not self.accelerator.log_with:
             return
         try:
@@ -193,7 +215,7 @@ class Engine:
             ) from error
 
     def tell(self, values: dict[str, Any], step: int) -> None:
-        """Send numbers, in dicts of any depth, to the trackers."""
+        """Send the numbers of a step, in dicts of any depth, to the trackers."""
         if self.accelerator.log_with:
             self.accelerator.log(flat(values), step=step)
 
@@ -203,14 +225,16 @@ class Engine:
 
 
 def ended(*signal_and_frame: object) -> None:
-    """End this process because another one has ended; also the handler of the launcher's SIGTERM."""
+    """End this process with a UserError because another one has ended. It is also the handler of the
+    launcher's SIGTERM.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise UserError("another process of this run has ended", "See its error message above.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one: `{"a": {"b": 1}}` as `{"a/b": 1}`."""
+    """Return nested dicts as one dict: `{"a": {"b": 1}}` gives `{"a/b": 1}`. All keys begin with `prefix`."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -221,10 +245,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """Return the settings of FSDP2, if the launcher has any. On CPUs accelerate itself ignores them.
+    """Return the settings of FSDP2, or None if the launcher gives none. On CPUs accelerate itself would
+    ignore them.
 
     Raises:
-        UserError: they ask for FSDP 1 or for offloading, which are not supported.
+        UserError: the settings request FSDP 1 or offloading, which are not supported.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
@@ -242,7 +267,11 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
 
 
 def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
-    """Check that the trackers are available. Raises UserError: one is unknown, or its package is missing."""
+    """Check that the trackers are available.
+
+    Raises:
+        UserError: a tracker is unknown, or its package is not installed.
+    """
     known = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
     available = [kind.value for kind in get_available_trackers()]
     for name in trackers:
@@ -255,7 +284,16 @@ def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
 
 
 def mean_of(values: dict[str, Any], mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Apply `mean` once to the scalars in dicts of any depth, and return them as numbers."""
+    """Apply a function to all scalar tensors in dicts of any depth in one call, and return the dicts with its
+    results.
+
+    Args:
+        values: the dicts.
+        mean: maps the scalars `[n]` to their means `[n]`, over the processes for example.
+
+    Returns:
+        the same dicts with Python numbers.
+    """
     flattened = flat(values)
     if not flattened:
         return {}

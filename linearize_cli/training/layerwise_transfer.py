@@ -1,8 +1,8 @@
-"""Attention transfer one block of layers at a time, for models larger than the device's memory.
+"""Attention transfer one block of consecutive layers at a time, for models larger than the device's memory.
 
 A block is copied to the device, trained on all batches, and replaced by the next one. Its outputs are the
-teacher's hidden states, which are kept on disk for the next block. Every layer of the teacher therefore runs
-once per batch, as it does without blocks, and is read from disk once.
+teacher's hidden states, which are kept on disk as the inputs of the next block. Every layer of the teacher
+therefore runs once per batch, as in transfer without blocks, and is read from disk once.
 """
 
 import hashlib
@@ -42,7 +42,9 @@ def transfer_by_blocks(
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
-        batches: maps a number of batches to skip to the batches that follow.
+        windows: chooses the training steps with a shorter window.
+        blocks: the blocks of layers and their device.
+        batches: a function that takes a number of batches to skip, and returns the batches that follow.
         steps: the number of batches on which each block is trained.
 
     Raises:
@@ -79,33 +81,38 @@ def transfer_by_blocks(
 
 
 class HiddenStates:
-    """The teacher's hidden states `[T, width]` of every row of tokens at the entry of a block, one file per
-    row.
+    """Files with the teacher's hidden states `[T, width]` at the input of a block, one file per row of
+    tokens.
 
-    A file is named by a hash of the row's inputs, and is either complete or absent. A row that comes again
-    finds its file, whichever process, batch or run wrote it.
+    A file is named by a hash of the row's inputs, and is either complete or absent. A row that occurs again
+    finds its file, whichever process, batch or run wrote it. A block is named by the index of its first
+    layer.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def files(self, index: int, batch: Batch) -> list[Path]:
-        """Return the file of each row at the entry of block `index`."""
+        """Return the path of each row's file at the input of the block whose first layer is `index`."""
         rows = [x.cpu() for x in batch.inputs.values() if isinstance(x, Tensor)]
         names = (hashlib.sha1(b"".join(x[i].numpy().tobytes() for x in rows)) for i in range(len(rows[0])))
         return [self.folder / str(index) / f"{name.hexdigest()}.safetensors" for name in names]
 
     def read(self, index: int, batch: Batch, device: str) -> Tensor:
-        """Return the hidden states `[B, T, width]` of a batch on the device."""
+        """Read the hidden states `[B, T, width]` of a batch at the input of the block with first layer
+        `index`.
+        """
         return torch.stack([load_file(file)["hidden"] for file in self.files(index, batch)]).to(device)
 
     def write(self, index: int, batch: Batch, hidden: Tensor) -> None:
-        """Write the hidden states `[B, T, width]` of a batch."""
+        """Write the hidden states `[B, T, width]` of a batch at the input of the block with first layer
+        `index`.
+        """
         for file, row in zip(self.files(index, batch), hidden.cpu(), strict=True):
             save_whole({"hidden": row}, file)
 
     def drop(self, index: int) -> None:
-        """Delete the hidden states at the entry of block `index`."""
+        """Delete the hidden states at the input of the block with first layer `index`."""
         shutil.rmtree(self.folder / str(index), ignore_errors=True)
 
 
@@ -117,9 +124,19 @@ def save_whole(content: dict[str, Tensor], file: Path) -> None:
 
 
 class BlockTransfer(Objective):
-    """The objective of attention transfer for one block of layers. See `attention_transfer.Transfer`.
+    """The objective of attention transfer for one block of layers: the sum of its linear layers' losses.
 
-    Its submodules are only the trained ones, because most of the model is not on the device.
+    Each loss is the error against the output of the softmax attention, as in `attention_transfer.Transfer`.
+    The forward runs the block only, and writes its outputs as the inputs of the next block. The objective's
+    submodules are only the trained ones, because most of the model is not on the device.
+
+    Args:
+        native: the attention implementation of the base model (`sdpa`, `eager`).
+        windows: chooses the training steps with a shorter window.
+        blocks: all blocks of layers, and their device.
+        returns: the length of each layer's output tuple, 0 for a plain tensor.
+        block: the layer indices of this block.
+        hidden: the files of the hidden states between blocks.
     """
 
     def __init__(
@@ -151,7 +168,7 @@ class BlockTransfer(Objective):
         )
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each layer. Their gradients are clipped layer by layer."""
+        """Return the trained parameters of each layer. Their gradients are clipped layer by layer."""
         return [list(module.parameters()) for module in self.learning.values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

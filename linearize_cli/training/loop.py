@@ -23,7 +23,7 @@ SAVE_PAUSE = 20.0  # and in multiples of the last save's time, so that saving st
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of training.
+    """The plan of one stage of training.
 
     Attributes:
         name: the stage's name in the log and the checkpoint.
@@ -39,7 +39,13 @@ class StagePlan:
 
 
 def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
-    """Return the factor of the learning rate at a step: linear warmup, then a cosine to zero."""
+    """Return the factor of the learning rate at a step: linear warmup to 1, then a cosine to 0.
+
+    Args:
+        step: the number of finished steps.
+        steps: the number of steps of the stage.
+        warmup: the share of the steps that warm up.
+    """
     warmup = max(1, int(warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -52,7 +58,15 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def by_rate(model: nn.Module, lr: float, linear_lr: float | None) -> dict[float, dict[str, Tensor]]:
-    """Group the trainable parameters by learning rate. The linear layers may have their own rate."""
+    """Group the trainable parameters by learning rate.
+
+    Args:
+        lr: the rate of all parameters, except those with `linear_lr`.
+        linear_lr: the rate of the parameters that the conversion added. None: they have `lr` too.
+
+    Returns:
+        the parameters by name, under each rate.
+    """
     linear = set() if linear_lr is None else set(map(id, linear_parameters(model)))
     groups: dict[float, dict[str, Tensor]] = {}
     for name, parameter in trainable(model).items():
@@ -72,10 +86,13 @@ def train(
     The checkpoint holds unsharded tensors, so a run can be resumed with another number of processes.
 
     Args:
+        plan: the stage's name, steps and options.
         objective: maps a batch to the loss and to more scalars for the log, by name. The gradients of each
             group of `objective.independent()` are clipped separately.
-        batches: maps the number of finished steps to this process's share of the batches that follow.
-        held_out: yields the batches that select the best parameters, the same in all processes.
+        batches: a function that takes the number of finished steps, and returns this process's share of the
+            batches that follow.
+        held_out: returns the batches that select the best parameters, the same in all processes. None: the
+            last parameters are kept.
 
     Raises:
         UserError: the loss is not finite.
@@ -152,7 +169,7 @@ def train(
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Load parameters and the optimizer's state from the checkpoint."""
+    """Load the parameters and the optimizer's state from the checkpoint. If it is empty, change nothing."""
     with torch.no_grad():
         for name, value in checkpoint.parameters.items():
             parameters[name].copy_(placed_like(value, parameters[name]))

@@ -30,9 +30,14 @@ class HeadTraining(Objective):
     record.
 
     The target of a head is the model's own most probable token at that position of the text, because greedy
-    decoding verifies drafts against it.
+    decoding verifies drafts against it. A batch with more than `limit` logits is processed a few tokens at a
+    time, and the backward computes their logits again.
 
-    A batch with more than `limit` logits is processed a few tokens at a time, and again in the backward.
+    Args:
+        model: the model, which is frozen.
+        heads: the heads to train.
+        decay: the factor between the weights of a head and of the one before it.
+        limit: the largest number of logits in memory.
     """
 
     def __init__(self, model: PreTrainedModel, heads: MedusaHeads, decay: float, limit: int = LOGITS):
@@ -56,20 +61,25 @@ class HeadTraining(Objective):
         return (weights * losses).sum(), {"heads": {str(k): loss for k, loss in enumerate(losses, 1)}}
 
     def part(self, rows: Tensor, answers: Tensor) -> Tensor:
-        """Return each head's summed loss `[K]` for rows `[n, width]` with targets `[K, n]`."""
+        """Return each head's summed loss `[K]`.
+
+        Args:
+            rows: last hidden states `[n, width]`.
+            answers: targets `[K, n]` int64, IGNORED where a head has none.
+        """
         logits = self.heads(rows)
         terms = cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORED, reduction="none")
         return terms.view(answers.shape).sum(-1)
 
     @torch.no_grad()
     def answers(self, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
-        """Return the targets `[K, B, T]` of each head.
+        """Return the targets `[K, B, T]` of the K heads.
 
         They are IGNORED where the document ends before the target, and at tokens that are not trained on.
 
         Args:
-            hidden: `[B, T, width]`.
-            labels: `[B, T]`, the next token of the text or IGNORED.
+            hidden: last hidden states `[B, T, width]`.
+            labels: `[B, T]`, the next token of the text, or IGNORED at tokens that are not trained on.
             size: the number of tokens whose logits may be in memory at once.
         """
         head = self.model.get_output_embeddings()
@@ -89,6 +99,8 @@ def train_heads(
     """Train new heads for a frozen model, and measure their acceptance on the held-out blocks.
 
     Args:
+        job: the run configuration, with the number of heads and their learning rate.
+        blocks: the training text and the held-out text in blocks.
         session: its folder keeps the checkpoint and the log. An interrupted run is resumed from there.
         start: the number of batches of training text to skip.
 

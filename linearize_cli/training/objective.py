@@ -1,4 +1,4 @@
-"""The objective of a training stage, and the best parameters on held-out text."""
+"""The objective of a training stage, and the selection of the best parameters on held-out text."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -30,11 +30,11 @@ class Best:
     Args:
         objective: the objective that is evaluated.
         parameters: the trained parameters, by name.
-        held_out: yields the same batches at every evaluation. None means no evaluation.
+        held_out: returns the same batches at every evaluation. None means no evaluation.
         steps: the number of steps of the stage.
-        options: the stage's part of the recipe.
-        record: `{step, loss, misses, parameters}` of the best evaluation, kept in the checkpoint. Empty at
-            the start. `misses` counts the evaluations since then.
+        options: the stage's part of the recipe: how often to evaluate, and `early_stop`.
+        record: the best evaluation, kept in the checkpoint: its `step`, `loss` and `parameters`, and in
+            `misses` the number of evaluations since then. Empty before the first evaluation.
     """
 
     def __init__(
@@ -52,11 +52,18 @@ class Best:
 
     @property
     def stopped(self) -> bool:
-        """Return True if the loss has not improved for the last `early_stop` evaluations."""
+        """Return True if the loss has not improved in the last `early_stop` evaluations. Without
+        `early_stop`, return False.
+        """
         return self.patience is not None and self.record.get("misses", 0) >= self.patience
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return the loss on the held-out batches, for the log, if an evaluation is due at this step."""
+        """Evaluate the held-out batches if an evaluation is due at this step, and keep the parameters if they
+        are the best.
+
+        Returns:
+            the loss, as `{"held_out": loss}` for the log. An empty dict if no evaluation is due.
+        """
         if self.every is None or (step % self.every and step < self.steps):
             return {}
         self.objective.step = None
@@ -72,6 +79,6 @@ class Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the best parameters, if there was an evaluation."""
+        """Restore the best parameters. Without an evaluation, the parameters stay as they are."""
         for name, value in self.record.get("parameters", {}).items():
             self.parameters[name].copy_(placed_like(value, self.parameters[name]))

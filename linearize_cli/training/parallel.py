@@ -14,10 +14,11 @@ from linearize_cli.errors import UserError
 
 
 def process_mean(value: Tensor) -> Tensor:
-    """Return the mean of a value over all processes, without gradient.
+    """Return the mean of a tensor over all processes, without gradient. With one process, return it
+    unchanged.
 
-    Divisors of a loss are averaged with it, so that the mean of the processes' losses, and of their gradients, is that
-    of the whole batch.
+    The divisors of a loss are averaged with it. The mean of the processes' losses, and of their gradients, is
+    then that of the whole batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -27,7 +28,9 @@ def process_mean(value: Tensor) -> Tensor:
 
 
 def full(tree: Any) -> Any:
-    """Gather the sharded tensors in dicts and lists of any depth. All processes must call it."""
+    """Gather the sharded tensors in dicts and lists of any depth. Return other values unchanged. All
+    processes must call it.
+    """
     if isinstance(tree, dict):
         return {key: full(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -36,21 +39,27 @@ def full(tree: Any) -> Any:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Split a tensor into shards as a parameter of its shape is. All processes must call it with the same one."""
+    """Return a tensor sharded like a parameter of the same shape. All processes must call it with the same
+    tensor.
+
+    If the parameter is not sharded or has another shape, return the tensor unchanged.
+    """
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def sharded(module: nn.Module, device: torch.device, **policy: Any) -> nn.Module:
-    """Return a copy of a module whose parameters are sharded over all processes. The module itself is unchanged.
+    """Return a copy of a module whose parameters are sharded over all processes. The module itself is
+    unchanged.
 
-    The units are the layers of the model (the entries of the outermost module lists) and the root. A linear attention
-    is a unit of its own, because in transfer the gradient reaches nothing else. Configs are shared with the module, so
-    that a switch of attention reaches both.
+    FSDP gathers the parameters unit by unit. The units are the layers of the model (the entries of the
+    outermost module lists) and the root. A linear attention is a unit of its own, because in transfer the
+    gradient reaches nothing else. The copy shares its config objects with the module, so that a switch of the
+    attention implementation reaches both.
 
     Args:
-        device: device of the shards. At most one whole unit is there while it is copied.
+        device: the device of the shards. At most one whole unit is on it while the module is copied.
         policy: further arguments of `fully_shard`.
 
     Raises:
@@ -69,14 +78,25 @@ def sharded(module: nn.Module, device: torch.device, **policy: Any) -> nn.Module
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
-    """Return the entries of the outermost module lists."""
+    """Return the layers of a model: the entries of its outermost module lists."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in layers(child)]
 
 
 def own(unit: nn.Module, device: torch.device, seen: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Copy the parameters of a unit that are not sharded yet, tied ones once, and return the originals."""
+    """Replace the parameters of a unit that are not sharded yet by copies on the device. Tied parameters are
+    copied once.
+
+    Args:
+        seen: the parameters of the units before. A trained one cannot be shared with them.
+
+    Returns:
+        the original parameters.
+
+    Raises:
+        UserError: the unit shares a trained parameter with an earlier unit.
+    """
     copies: dict[nn.Parameter, nn.Parameter] = {}
     for part in unit.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):

@@ -23,7 +23,7 @@ KEY = "recover.transfer.block_layers"
 
 
 class Finished(Exception):
-    """The end of a forward after a block's last layer. `hidden` is the output of that layer."""
+    """The exception that ends a forward after a block's last layer. `hidden` is the output of that layer."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
@@ -31,13 +31,13 @@ class Finished(Exception):
 
 @dataclass(frozen=True)
 class LayerBlocks:
-    """The layers of a model in blocks of `size`, and the device that they are copied to.
+    """The layers of a model in blocks of `size` consecutive layers, and the device that they are copied to.
 
     Attributes:
-        name: the name of the `nn.ModuleList` of layers.
-        size: the number of layers in a block.
+        name: the name of the `nn.ModuleList` of layers in the model.
+        size: the number of layers in a block. The last block may have fewer.
         count: the number of layers up to the last converted one. Transfer does not run the layers after it.
-        device: the device by torch's name.
+        device: the name of the torch device.
     """
 
     name: str
@@ -65,7 +65,7 @@ class LayerBlocks:
         )
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
-        """Return the list of layers."""
+        """Return the model's list of layers."""
         return model.get_submodule(self.name)
 
     def ranges(self) -> list[range]:
@@ -76,7 +76,8 @@ class LayerBlocks:
     def streamed(self, model: PreTrainedModel) -> Iterator[None]:
         """Let the whole model run on the device while the context is open.
 
-        Each layer is there during its forward only, and the rest of the model all the time.
+        A layer is on the device during its forward only, and the rest of the model all the time. If the
+        device is the CPU, nothing is copied.
         """
         if torch.device(self.device).type == "cpu":  # the mapped weights can be used directly
             yield
@@ -98,7 +99,12 @@ class LayerBlocks:
 
     @contextmanager
     def resident(self, model: PreTrainedModel, block: range) -> Iterator[None]:
-        """Keep a block on the device while the context is open, with all that a forward up to it needs."""
+        """Keep a block on the device while the context is open, with everything that a forward up to its last
+        layer needs.
+
+        Args:
+            block: the layer indices of the block.
+        """
         head = model.get_output_embeddings()
         entry = {id(x) for x in tensors(model.get_input_embeddings())}
         unused = {id(x) for x in tensors(head)} - entry if head is not None else set()
@@ -119,7 +125,10 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def moved(some: Iterable[Tensor], device: str) -> Iterator[None]:
-    """Replace tensors by copies on the device while the context is open. Then copy trained values back."""
+    """Replace tensors by copies on the device while the context is open.
+
+    At the end the originals return, with the new values of those that require gradients.
+    """
     originals = [(x, x.data) for x in {id(x): x for x in some}.values()]
     try:
         for x, original in originals:
@@ -142,8 +151,11 @@ def only_block(
     The model's own code computes embeddings, positions and masks.
 
     Args:
-        entering: the hidden states that the block starts from. None means the embeddings.
-        returns: see `output_lengths`.
+        layers: the model's list of layers.
+        block: the layer indices of the block.
+        entering: the hidden states `[B, T, width]` at the input of the block. None for the first block, which
+            starts from the embeddings.
+        returns: the length of each layer's output tuple, 0 for a plain tensor.
     """
     skipped = [layers[i] for i in range(block.start)]
     try:
@@ -163,7 +175,9 @@ def only_block(
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states from a layer's output."""
+    """Return the hidden states `[B, T, width]` from a layer's output, which is a tensor or a tuple that
+    begins with it.
+    """
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -178,12 +192,15 @@ def hidden_after(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
-    """Return the length of each layer's output tuple, 0 for a plain tensor, measured on the batch's first
-    row.
+    """Return the length of each layer's output tuple, 0 for a plain tensor. It is measured on the batch's
+    first row.
+
+    Args:
+        native: the attention implementation of the base model (`sdpa`, `eager`).
 
     Raises:
-        UserError: a block alone gives another result than in the model, because its layers share more than
-            hidden states.
+        UserError: a block alone computes another result than in the whole model, because its layers share
+            more than hidden states with earlier layers.
     """
     layers, lengths, outputs = blocks.layers(model), {}, {}
     inputs = {

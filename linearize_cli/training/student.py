@@ -1,4 +1,8 @@
-"""The parameters that distillation trains: LoRA and the linear parameters, or all but the vocabulary's."""
+"""The parameters that distillation trains.
+
+With LoRA they are the LoRA weights and the parameters that the conversion added. Without it they are all
+parameters except the embeddings and the LM head.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -20,10 +24,11 @@ from linearize_cli.runtime.dispatch import converted
 
 
 def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
-    """Return the names of the Linear and Conv1D modules that get an update.
+    """Return the names of the Linear and Conv1D modules that LoRA adapts.
 
     Args:
-        reach: `attention`: those in the converted modules; `all`: those in the layers around these too.
+        reach: `attention` for the modules inside converted attention modules, or `all` for every module
+            inside the decoder layers that contain these.
     """
     roots = dict.fromkeys(converted(model))
     if reach == "all":
@@ -37,7 +42,10 @@ def lora_targets(model: PreTrainedModel, reach: str = "attention") -> list[str]:
 
 
 def layer_of(model: nn.Module, name: str) -> str:
-    """Return the name of the layer that a module is in: an element of the outermost ModuleList, else the module."""
+    """Return the name of the decoder layer that contains a module: an entry of the outermost ModuleList.
+
+    Return the module's own name if it is in no ModuleList.
+    """
     parts = name.split(".")
     for end in range(1, len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
@@ -46,7 +54,10 @@ def layer_of(model: nn.Module, name: str) -> str:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """Wrap a linearized model with LoRA. LoRA and the linear parameters become trainable, both in fp32."""
+    """Wrap a linearized model with LoRA.
+
+    Only the LoRA weights and the parameters that the conversion added are trainable, both in fp32.
+    """
     targets = lora_targets(model, lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
     student = get_peft_model(model, config)
@@ -59,14 +70,23 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 def student_and_teacher(
     model: PreTrainedModel, lora: Lora | None
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedModel | None]:
-    """Return the student of a linearized model and, where the weights of the model are trained, a frozen teacher."""
+    """Return the student to train, and its teacher.
+
+    Args:
+        model: the linearized model.
+        lora: the LoRA settings. None: all weights except embeddings and LM head are trained.
+
+    Returns:
+        with LoRA, the wrapped model and None, because the student without LoRA is the teacher. Without LoRA,
+            the model and a frozen copy of it.
+    """
     if lora is None:
         return model, unfreeze(model)
     return add_lora(model, lora), None
 
 
 class Cast(nn.Module):
-    """Cast a parameter to the dtype that the model computes in."""
+    """A parametrization that casts an fp32 parameter to the dtype that the model computes in."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -77,20 +97,21 @@ class Cast(nn.Module):
 
 
 def vocabulary_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the parameters of the embeddings and of the head."""
+    """Return the parameters of the embeddings and of the LM head."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     return [p for module in (*modules, head) if module is not None for p in module.parameters()]
 
 
 def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Make all parameters but the embeddings and the head trainable. Tied ones stay tied.
+    """Make all parameters trainable except the embeddings and the LM head. Tied parameters stay tied.
 
-    A parameter of fewer than 32 bits is kept in fp32, because small steps would be rounded away, and cast where it
-    is used. `merge` undoes this.
+    A parameter of fewer than 32 bits is kept in fp32, because small steps would be rounded away. It is cast
+    to its own dtype where it is used. `merge` undoes this.
 
     Returns:
-        The teacher: a frozen copy of the model that shares its embeddings and has no linear parameters.
+        the teacher: a frozen copy of the model that shares its embeddings and LM head, without the linear
+            attention.
     """
     shared = {id(p): p for p in vocabulary_parameters(model)}
     model.requires_grad_(False)
@@ -114,7 +135,10 @@ def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def merge(student: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """Merge LoRA into the weights, or cast trained parameters to their own dtype, and return the model."""
+    """Merge LoRA into the weights and return the model without its wrapper.
+
+    If the model was trained without LoRA, cast the fp32 parameters back to their own dtype.
+    """
     if isinstance(student, PeftModel):
         return student.merge_and_unload()
     for module in list(student.modules()):
@@ -132,9 +156,10 @@ def checkpointable(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Apply gradient checkpointing to the layers while the context is open (arXiv 1604.06174).
+    """Apply gradient checkpointing to the model's layers while the context is open (arXiv 1604.06174).
 
-    Transformers supports it in training mode only, where dropout is active. Here the model stays in evaluation mode.
+    Transformers supports it in training mode only, where dropout is active. Here the model stays in
+    evaluation mode.
     """
     layers = checkpointable(model)
     for layer in layers:

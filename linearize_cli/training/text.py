@@ -18,20 +18,29 @@ from linearize_cli.training.job import Job
 
 
 def open_sources(job: Job, bad: text.BadRows) -> list[text.Source | None]:
-    """Open the training data of a job. None stands for `self`, which is not sampled yet."""
+    """Open the training texts of a job. The list is empty if the job needs none.
+
+    Args:
+        bad: counts the skipped rows, which cannot be used.
+
+    Returns:
+        one source per text. None stands for `self`, the text that is sampled from the model later.
+    """
     names = job.data or ((DEMO,) if job.model == DEMO else (job.recipe.recover.data,))
     needed = job.train or job.data
     return [None if name == SELF else text.open_source(name, bad) for name in names] if needed else []
 
 
 class NamedText:
-    """The text sources of a job. They are opened before the model is loaded, so that a wrong name fails at
+    """The texts that a job names. They are opened before the model is loaded, so that a wrong name fails at
     once.
 
     Attributes:
-        bad: the rows that were skipped.
-        train: the training source, or None without training.
-        evaluation: the evaluation source, or None if there is no text.
+        bad: the rows that were skipped because they cannot be used.
+        sources: the training texts. None stands for `self`, which is not sampled yet.
+        train: the joined training text. None without training, or before `self` is sampled.
+        evaluation: the evaluation text: the named one, or a part that is held out of the training text. None
+            if there is no text, or before `self` is sampled.
     """
 
     def __init__(self, job: Job):
@@ -43,17 +52,20 @@ class NamedText:
             self.split()
 
     def split(self) -> None:
-        """Join the training sources, and hold out a part of them if no evaluation text is given."""
+        """Join the training sources into one, and hold out a part of it if no evaluation text is named."""
         train, self.evaluation = text.joined(self.sources) if self.sources else None, self.named_evaluation
         if train is not None and self.evaluation is None:
             train, self.evaluation = text.hold_out(train)
         self.train = train if self.job.train else None
 
     def read_through(self, tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal) -> None:
-        """Check local text once before the run starts.
+        """Read every local text once, so that an unusable row stops the run before training starts.
+
+        A row is unusable if the chat template refuses it, or if a token has no embedding in the model. Rows
+        that the job allows to be skipped are reported. Remote texts are not read.
 
         Raises:
-            BadRow: see `sources.read_through`.
+            BadRow: more rows are unusable than the job allows.
         """
         for source in filter(None, [*self.sources, self.named_evaluation]):
             text.read_through(source, tokenizer, task)
@@ -68,7 +80,13 @@ class NamedText:
         terminal: Terminal,
         engine: Engine,
     ) -> None:
-        """Replace a `self` source by text sampled from the model, up to its share of the token budget."""
+        """Replace a `self` source by text sampled from the model, up to its share of the token budget. Do
+        nothing if no source is `self`.
+
+        Args:
+            corpus: the JSONL file that the main process writes the text to.
+            length: the largest length of a sampled document, in tokens.
+        """
         if None not in self.sources:
             return
         share = -(-self.job.recipe.recover.tokens // len(self.sources))
@@ -77,10 +95,10 @@ class NamedText:
         self.split()
 
     def blocks(self, job: Job, tokenizer: PreTrainedTokenizerBase, task: Task, length: int) -> "TextBlocks":
-        """Cut the text into blocks of `length` tokens.
+        """Return the text cut into blocks of `length` tokens.
 
         Args:
-            job: the job, with its batch size resolved.
+            job: the run configuration, with its batch size resolved.
 
         Raises:
             UserError: the evaluation text does not fill one block.
@@ -97,9 +115,11 @@ class TextBlocks:
     """The text of a run in blocks of tokens.
 
     Attributes:
+        job: the run configuration, with its batch size resolved.
+        tokenizer, task: the model's tokenizer, and its task, which makes batches from blocks.
         length: the number of tokens in a block.
-        train: the training source, or None.
-        held_out: the evaluation blocks `[N, length]`, or None.
+        train: the training source. None without training.
+        held_out: the evaluation blocks `[N, length]`. None without evaluation text.
     """
 
     job: Job
@@ -120,7 +140,9 @@ class TextBlocks:
         return text.stream(self.train, self.tokenizer, self.length, size, recover, skip)
 
     def batches(self, engine: Engine, start: int = 0) -> Callable[[int], Iterator[Batch]]:
-        """Return a function that yields this process's training batches after the first `start + done`."""
+        """Return a function that takes a number of finished steps `done`, and yields this process's training
+        batches after the first `start + done`.
+        """
 
         def after(done: int) -> Iterator[Batch]:
             return (self.task.batch(engine.share(blocks)) for blocks in self.stream(start + done))
@@ -128,6 +150,6 @@ class TextBlocks:
         return after
 
     def held_out_batches(self, engine: Engine, most: int) -> Iterator[Batch]:
-        """Yield the first `most` held-out blocks in batches, the same in every process."""
+        """Yield the first `most` held-out blocks in batches. All processes get the same ones."""
         for ids in self.held_out[:most].split(self.job.batch_size):
             yield self.task.batch(ids.to(engine.device))

@@ -1,1 +1,3 @@
-"""The checks of `verify`: each takes a `Subject` and returns a `Finding`."""
+"""The checks of `verify`. Each takes a `Subject` (model and test inputs) and returns a `Finding` (the
+result).
+"""

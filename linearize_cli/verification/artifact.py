@@ -15,7 +15,7 @@ from linearize_cli.verification.check import FAIL, OK, Finding, Line, Subject, n
 
 
 def code(subject: Subject) -> Finding:
-    """Report which runtime code is verified: the artifact's own, or this package's.
+    """Report whether the artifact's own runtime code is verified, or this package's.
 
     The check fails if this package's code runs and differs from the artifact's.
     """
@@ -38,7 +38,9 @@ def content(path: Path) -> str | None:
 
 
 def files(subject: Subject) -> Finding:
-    """Compare the artifact's files with the checksums recorded in linearize.json."""
+    """Compare the artifact's files with the checksums recorded in linearize.json. The check is not run if it
+    has none.
+    """
     if not (subject.artifact / REPORT).exists():
         said = "linearize.json is missing: fetch the artifact again, or convert again"
         return Finding(lines=[Line("files", said, "", FAIL)])
@@ -51,7 +53,11 @@ def files(subject: Subject) -> Finding:
 
 
 def fingerprint(subject: Subject) -> Finding:
-    """Compare logits of fixed sequences, and the tokens of a fixed text, with the fingerprint in linearize.json."""
+    """Compare the model with the fingerprint in linearize.json: logits of fixed sequences, and the tokens of
+    a fixed text.
+
+    The check is not run if there is no fingerprint, or if the model cannot run precisely enough to compare.
+    """
     recorded = read_record(subject.artifact).get("fingerprint")
     if recorded is None:
         return not_checked("fingerprint", "linearize.json has no fingerprint; `linearize seal` adds one")
@@ -80,6 +86,8 @@ def fingerprint(subject: Subject) -> Finding:
 
 
 def saved_dtype(subject: Subject) -> torch.dtype:
-    """Return the dtype of the saved weights that config.json names."""
+    """Return the dtype of the saved weights that config.json names. If it names none, return the model's
+    dtype.
+    """
     config, _ = PreTrainedConfig.get_config_dict(subject.artifact)
     return getattr(torch, str(config.get("dtype")), subject.model.dtype)

@@ -27,18 +27,20 @@ class Subject:
     """The model under test, with its test inputs and the settings that all checks share.
 
     Attributes:
+        task, model: the model and its task.
         texts: the prompts as token ids.
         rows: test tokens `[2, L]`. They span more than three windows or groups if the context is long enough.
         size: tokens between two boundaries of a window or group.
         context: the model's context length in tokens.
         max_new: tokens to generate for each prompt.
+        seed: the seed of all random inputs.
         noise: the largest change of a logit through rounding alone (`rounding_noise`).
         largest: the largest absolute logit.
-        parents: the parent of each tree node, -1 for the root.
+        parents: the parent of each node of the token tree under test, -1 for the root.
         drafter: drafts the token trees that the model verifies.
         speculation: the speculative decoding that is compared with plain decoding, or None.
-        target_noise: the rounding noise of the speculation's target.
-        no_tree: why the model cannot verify a token tree, or None if it can.
+        target_noise: the rounding noise of the model whose tokens the speculation must give.
+        no_tree: the reason why the model cannot verify a token tree, or None if it can.
         quick: True to skip the slow checks.
         tokenizer: the model's tokenizer.
         artifact: the folder that the model was loaded from, or None.
@@ -69,9 +71,9 @@ class Subject:
         return TOLERANCE[self.model.dtype] > TOLERANCE[torch.float32]
 
     def comparison(self) -> Comparison:
-        """Return an empty comparison of logits.
+        """Return an empty comparison of logits, with the tolerance of the model's dtype.
 
-        Its tolerance is the dtype's. In half precision it is at most `NOISES` times the measured noise.
+        In half precision the tolerance is at most `NOISES` times the measured rounding noise.
         """
         tolerance = TOLERANCE[self.model.dtype]
         if self.half:
@@ -83,7 +85,9 @@ class Subject:
         return torch.Generator().manual_seed(self.seed)
 
     def random_tokens(self, *shape: int) -> Tensor:
-        """Return random token ids of a shape, on the model's device. The same shape gives the same ids."""
+        """Return random token ids of a shape, on the model's device. Each call with the same shape gives the
+        same ids.
+        """
         vocabulary = self.model.get_input_embeddings().num_embeddings
         return torch.randint(vocabulary, shape, generator=self.generator()).to(self.model.device)
 
@@ -94,7 +98,9 @@ class Line:
 
     Attributes:
         name: the check's name, the same as in `failed`.
-        verdict: OK, TIE or FAIL. It is empty for a measurement without a limit.
+        measured: what was measured, as text.
+        limit: the largest value allowed, as text. Empty without a limit.
+        verdict: OK, TIE or FAIL. Empty for a measurement without a limit.
     """
 
     name: str
@@ -105,7 +111,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: its parts of `verify.json`, its lines of the table, and its limits by name."""
+    """The result of one check.
+
+    Attributes:
+        data: the check's parts of `verify.json`.
+        lines: its lines of the table.
+        limits: its limits, by name.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -113,19 +125,27 @@ class Finding:
 
 
 def is_linear(layer: object) -> bool:
-    """Return True for the cache of a converted layer, whether from this package's code or the artifact's own."""
+    """Return True for the cache of a converted layer, whether its class is this package's or the artifact's
+    own.
+    """
     return hasattr(layer, "trail")
 
 
 def is_plain(layer: object) -> bool:
-    """Return True for the cache of a converted layer that holds no states of another kind (a base model's conv)."""
+    """Return True for the cache of a converted layer that holds only the linear attention's state.
+
+    A base model with convolutions keeps their inputs in the cache too. Then return False.
+    """
     return is_linear(layer) and all(x is None for x in getattr(layer, "conv_states", {}).values())
 
 
 def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: str = "") -> Finding:
-    """Return the finding of a check that measures one difference and allows one limit.
+    """Return the finding of a check that measures one difference and has one limit. It fails above the limit.
 
     Args:
+        name: the check's name.
+        diff: the difference.
+        limit: the largest difference allowed.
         data: the check's part of `verify.json`.
         more: text that follows the difference in the table.
     """
@@ -134,15 +154,15 @@ def compared(name: str, diff: float, limit: float, data: dict[str, Any], more: s
 
 
 def not_checked(name: str, why: str) -> Finding:
-    """Return the finding of a check that was not run, with the reason."""
+    """Return the finding of a check that was not run, with the reason `why`. It has no verdict."""
     return Finding(lines=[Line(name, f"not possible: {why}")])
 
 
 def refused(subject: Subject, name: str, why: str) -> Finding:
-    """Return the finding of a check that the model cannot run.
+    """Return the finding of a check that the model cannot run, for the reason `why`.
 
-    A causal model whose cache holds linear states alone, and whose forward takes positions, must support every
-    check. For such a model this is a failure, for any other the check counts as not run.
+    A causal model whose cache holds linear states alone, and whose forward takes positions, must support
+    every check. For such a model this is a failure, for any other the check counts as not run.
     """
     if not isinstance(subject.task, CausalLM):
         return not_checked(name, why)
@@ -154,7 +174,7 @@ def refused(subject: Subject, name: str, why: str) -> Finding:
 
 
 def no_tree_of(task: Task, model: PreTrainedModel) -> str | None:
-    """Return why a model cannot verify a token tree, or None if it can."""
+    """Return the reason why a model cannot verify a token tree, or None if it can."""
     if not isinstance(task, CausalLM):
         return f"{task.kind} is not a causal language model, so it has no next token to draft"
     return why_no_tree(model)

@@ -30,7 +30,7 @@ DECODING: dict[str, Check] = {
     "padding": padding,
     "drift": drift,
 }
-# Slow checks, which --quick leaves out.
+# Slow checks, which --quick skips.
 THOROUGH: dict[str, Check] = {
     "rows": rows,
     "drafts": drafts,

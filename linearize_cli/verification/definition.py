@@ -1,4 +1,5 @@
-"""The check `definition`: layer outputs against the reference `step`, one token at a time in fp64.
+"""The check `definition`: layer outputs against `step`, the reference that computes one token at a time in
+fp64.
 
 The reference uses the layer's own scores and feature maps.
 """
@@ -15,7 +16,9 @@ from linearize_cli.verification.check import Finding, Subject, compared, not_che
 
 
 def definition(subject: Subject) -> Finding:
-    """Compare one layer of each distinct equation with `step`, on the q, k and v that it receives for a row."""
+    """Compare one layer of each distinct equation with the reference `step`, on the q, k and v that it
+    receives for a row.
+    """
     layers = {x.equation: x for x in causal_layers(subject)}
     if not layers:
         return not_checked("definition", "no converted layer is causal self-attention")
@@ -28,7 +31,7 @@ def definition(subject: Subject) -> Finding:
 
 
 def causal_layers(subject: Subject) -> list[nn.Module]:
-    """Return the converted layers that are causal self-attention. Cross-attention to an encoder is left out."""
+    """Return the converted layers that are causal self-attention, without cross-attention to an encoder."""
     geometries = subject.model.config.linearize["layers"]
     layers = {name: module.linear_attention for name, module in converted(subject.model).items()}
     return [x for name, x in layers.items() if x.equation.causal and "cross" not in geometries[name]]
@@ -55,7 +58,9 @@ def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ..
 
 
 def layer_inputs(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the model on the rows and return one layer's q, k and v `[1, heads, T, D]`, all rows in one sequence."""
+    """Run the model on the test rows and return one layer's q, k and v `[1, heads, T, D]`. All rows are
+    joined into one.
+    """
     seen: list[tuple[Tensor, ...]] = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))
     try:
@@ -69,7 +74,14 @@ def layer_inputs(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor
 def reference_outputs(
     attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
 ) -> Tensor:
-    """Compute the outputs `[T, heads, Dv]` with `step`, one token at a time in fp64 on the CPU."""
+    """Compute a layer's outputs `[T, heads, Dv]` with the reference `step`, one token at a time in fp64 on
+    the CPU.
+
+    Args:
+        attention: the layer.
+        q, k, v: `[heads, T, D]`. Keys and values have as many heads as the layer has KV heads.
+        sink_logits: the model's learned sink logits, or None if it has none.
+    """
     exact = copy.deepcopy(attention).to("cpu", torch.float64)
     q, k, v = (x.detach().to("cpu", torch.float64) for x in (q, k, v))
     if sink_logits is not None:

@@ -1,6 +1,7 @@
-"""The check `drafts`: speculative decoding with drafts that have a known number of right tokens.
+"""The check `drafts`: speculative decoding with drafts in which the number of right tokens is known.
 
-The drafts have none, some or all tokens right. One ends in a stop token, one runs into the end of the context.
+The drafts have none, some or all tokens right. One ends in a stop token, one runs into the end of the
+context.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ DEPTH, ROWS, NEW = 4, 4, 32  # tokens of a drafted chain, number of prompts, new
 
 @dataclass
 class Oracle:
-    """A drafter of chains whose first tokens are the model's own, followed by a wrong one.
+    """A drafter of chains that begin with the model's own next tokens, followed by a wrong one.
 
     Attributes:
         texts: each row's prompt and greedy continuation.
-        right: numbers of right tokens. Each step takes the next one, in a cycle.
+        right: numbers of right tokens. Each step uses the next number, in a cycle.
         vocabulary: the size of the model's vocabulary.
         asked: the number of right tokens of each step so far.
     """
@@ -34,7 +35,12 @@ class Oracle:
     asked: list[int] = field(default_factory=list)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return a chain of `DEPTH` tokens for each row."""
+        """Return a chain of `DEPTH` tokens for each row.
+
+        Args:
+            rows: the token ids of each row so far.
+            hidden: last hidden states, of which only the device is used.
+        """
         right = self.right[len(self.asked) % len(self.right)]
         self.asked.append(right)
         ids = []
@@ -47,7 +53,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare speculative with plain greedy decoding, for drafts with 0 to `DEPTH` right tokens.
+    """Compare speculative with plain greedy decoding, for drafts with 0 to 4 right tokens.
 
     Two more runs end within a draft: one at a stop token, one at the end of the context.
     """
@@ -82,7 +88,8 @@ def drafts(subject: Subject) -> Finding:
 
 
 def differing(rows: list[list[int]], expected: list[list[int]], margins: Tensor) -> list[dict]:
-    """Return the first mismatch of each row that differs from the expected tokens, as `mismatch` records.
+    """Return the first difference of each row from the expected tokens, as `mismatch` records. Equal rows
+    give none.
 
     Args:
         rows: the tokens that were generated.
@@ -101,9 +108,14 @@ def differing(rows: list[list[int]], expected: list[list[int]], margins: Tensor)
 
 
 def count_wrong_depths(steps: Sequence, oracle: Oracle, new: int) -> int:
-    """Count the accepted depths that differ from the number of right tokens.
+    """Count the steps and rows in which another number of draft tokens was accepted than are right.
 
     Rows with too few tokens left for the whole draft are not counted.
+
+    Args:
+        steps: the steps of the speculation.
+        oracle: the drafter, which knows the numbers of right tokens.
+        new: the number of new tokens for each prompt.
     """
     wrong, tokens = 0, [1] * len(oracle.texts)
     for step, right in zip(steps, oracle.asked, strict=True):

@@ -1,4 +1,7 @@
-"""The check `drift`: the error of a layer's state S, z against sums in fp64, by sequence length."""
+"""The check `drift`: how far rounding moves a layer's state from sums in fp64, by sequence length.
+
+The state of the linear part is S, the sum of φ(k) vᵀ, and its normaliser z, the sum of φ(k).
+"""
 
 import copy
 from typing import Any
@@ -20,7 +23,7 @@ LIMITS = {torch.float64: 1e-10}
 
 
 def drift(subject: Subject) -> Finding:
-    """Compare the state of the first causal layer that has a global part with sums in fp64."""
+    """Compare the state of the first causal layer that has a global part with the same sums in fp64."""
     modules = (module.linear_attention for module in converted(subject.model).values())
     attention = next((x for x in modules if x.far is not None and x.equation.causal), None)
     if attention is None:
@@ -38,14 +41,24 @@ def drift(subject: Subject) -> Finding:
 
 
 def sampled_inputs(attention: nn.Module, subject: Subject, count: int) -> tuple[Tensor, Tensor]:
-    """Sample `count` keys and values `[1, kv, count, D]` from those that the layer receives."""
+    """Sample `count` keys and values, `[1, kv, count, D]` for kv KV heads, from those that the layer
+    receives.
+    """
     _, k, v = layer_inputs(subject, attention)
     sampled = torch.randint(k.shape[-2], (count,), generator=subject.generator()).to(k.device)
     return k[..., sampled, :], v[..., sampled, :]
 
 
 def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int]) -> list[dict[str, Any]]:
-    """Return `[{length, state_rel_error}]` of the layer's cache: the larger relative error of S and z."""
+    """Feed keys and values to a layer's cache, and return the error of its state at each length.
+
+    Args:
+        k, v: `[1, kv, T, D]`.
+        lengths: the numbers of tokens at which the state is compared, in increasing order.
+
+    Returns:
+        `[{length, state_rel_error}]`. The error is the larger of the relative errors of S and of z.
+    """
     eq, exact = attention.equation, copy.deepcopy(attention.far).double()
     layer = attention.place(DynamicCache(), 0)
     q = k.repeat_interleave(eq.heads // eq.kv_heads, 1)
@@ -69,7 +82,7 @@ def state_errors(attention: nn.Module, k: Tensor, v: Tensor, lengths: list[int])
 def relative(error: Tensor, expected: Tensor) -> Tensor:
     """Return the norm of an error divided by the norm of the expected tensor.
 
-    It is 0 if both are zero, as for a pruned layer.
+    It is 0 if the error is 0, also where the expected tensor is zero (a pruned layer).
     """
     size = error.norm()
     return torch.where(size == 0, size, size / expected.norm())

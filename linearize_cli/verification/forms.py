@@ -1,4 +1,6 @@
-"""The checks `forms`, `padding` and `reload`: prefill, chunked prefill and decoding, padding, and a saved copy."""
+"""The checks `forms` (prefill and chunked prefill against decoding), `padding`, and `reload` (saving,
+loading).
+"""
 
 from linearize_cli.metrics.equivalence import compare_forms, compare_padding, compare_reading, compare_reload
 from linearize_cli.verification.check import Finding, Subject, compared
@@ -19,7 +21,9 @@ def forms(subject: Subject) -> Finding:
 
 
 def padding(subject: Subject) -> Finding:
-    """Compare each row of a padded batch with the same row alone."""
+    """Compare each row of a padded batch with the same row alone. A model that decodes also decodes a few
+    tokens.
+    """
     worst = subject.comparison()
     compare = compare_padding if subject.task.decodes else compare_reading
     compare(subject.task, subject.model, subject.rows, subject.size, worst)
@@ -27,7 +31,7 @@ def padding(subject: Subject) -> Finding:
 
 
 def reload(subject: Subject) -> Finding:
-    """Compare the model with itself after it was saved and loaded."""
+    """Compare the model's logits with those of a copy that was saved and loaded."""
     worst = subject.comparison()
     compare_reload(subject.task, subject.model, subject.rows, worst)
     return compared("reload", worst.diff, worst.limit, {"reload": {"max_abs_diff": worst.diff}})

@@ -1,4 +1,6 @@
-"""The check `greedy`: cached greedy decoding against a forward without a cache, and against speculation."""
+"""The check `greedy`: greedy decoding with a cache against a forward without a cache, and against
+speculation.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +20,9 @@ TIES = 10  # the top two logits tie if they are closer than this many times the 
 
 
 def greedy(subject: Subject) -> Finding:
-    """Compare the greedy tokens of all prompts. The check passes as TIE if every mismatch is a tie of logits."""
+    """Compare the greedy tokens of all prompts. The check passes as TIE if every token that differs is at a
+    tie of logits.
+    """
     speculation, cached, drafted = subject.speculation, [], []
     for first in range(0, len(subject.texts), BATCH):
         part = subject.texts[first : first + BATCH]
@@ -45,7 +49,12 @@ def greedy(subject: Subject) -> Finding:
 
 
 def line(said: str, mismatches: list[dict[str, Any]], limit: float) -> Line:
-    """Return the table line: OK without mismatches, TIE if all margins are below the limit, else FAIL."""
+    """Return the table line: OK without mismatches, TIE if all margins are below the limit, else FAIL.
+
+    Args:
+        mismatches: the records of `mismatch`. The margin is the gap between two logits.
+        limit: the gap below which two logits count as tied.
+    """
     tied = all(mismatch["margin"] < limit for mismatch in mismatches)
     verdict = OK if not mismatches else TIE if tied else FAIL
     return Line("greedy", said, f"margin {limit:.1e}", verdict)
@@ -56,9 +65,13 @@ def decoded(
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     """Decode prompts greedily, without speculation.
 
+    Args:
+        texts: the prompts as token ids.
+        max_new: the number of new tokens for each prompt.
+
     Returns:
-        The ids `[B, L + max_new]`, their mask `[B, L + max_new - 1]` without the last token, the padded prompt length
-        L, and the gap between the top two logits at each new token `[B, max_new]`.
+        The ids `[B, L + max_new]`, their mask `[B, L + max_new - 1]` without the last token, the padded
+        prompt length L, and the gap between the top two logits at each new token `[B, max_new]`.
     """
     decoder, ids, mask = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
     length, cache, token, margins = ids.shape[1], decoder.new_cache(), ids, []
@@ -78,9 +91,13 @@ def uncached_mismatches(
 
     Both read the same padded batch, because faults of padding belong to the check `padding`.
 
+    Args:
+        texts: some of the prompts, as token ids.
+        first: the number of the first of them.
+
     Returns:
-        Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the best
-        logit of the forward without a cache minus the chosen token's logit.
+        Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the
+        best logit of the forward without a cache minus the chosen token's logit.
     """
     ids, mask, length, _ = decoded(task, model, texts, max_new)
     decoder, _, _ = task.start(model, [torch.tensor(text, device=model.device) for text in texts])
@@ -97,8 +114,13 @@ def speculative_mismatches(
 
     Later tokens follow a different text, so they are not compared.
 
+    Args:
+        texts: some of the prompts, as token ids.
+        first: the number of the first of them.
+
     Returns:
-        Records of `prompt`, `position` and `margin`: the gap between the top two logits of plain decoding.
+        Records of `prompt` (counted from `first`), `position` (tokens generated before it) and `margin`: the
+        gap between the top two logits of plain decoding.
     """
     plain, _, length, margins = decoded(task, speculation.target, texts, max_new)
     found = []
@@ -119,7 +141,14 @@ def speculated(speculation: Speculation, texts: list[list[int]], max_new: int) -
 
 
 def mismatch(prompt: int, position: int, margin: Tensor) -> dict[str, Any]:
-    """Return the record of a mismatch, with a finite margin so that it can be written as JSON."""
+    """Return the JSON record of a token that differs from the expected one.
+
+    Args:
+        prompt: the number of the prompt.
+        position: the number of tokens generated before it.
+        margin: the gap between two logits (each caller says which). NaN and infinity become 1e30, because
+            JSON has neither.
+    """
     return {
         "prompt": prompt,
         "position": position,

@@ -1,4 +1,7 @@
-"""The check `long`: a prefill of several segments against chunks of odd lengths that end in single tokens."""
+"""The check `long`: a prefill of several segments against chunks of odd lengths that end in single tokens.
+
+The kernels compute a long prefill in segments.
+"""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -21,7 +24,9 @@ TOKENS = 5_300  # tokens of the row for the whole model, well beyond position 2,
 
 
 def long(subject: Subject) -> Finding:
-    """Compare the whole model on a long row, and one layer of each kind on a row of 2.5 segments."""
+    """Compare the whole model on a long row, and one layer of each distinct equation on a row of 2.5
+    segments.
+    """
     if not isinstance(subject.task, CausalLM):
         return not_checked("long", f"{subject.task.kind} is not a causal language model")
     worst = subject.comparison()
@@ -35,7 +40,13 @@ def long(subject: Subject) -> Finding:
 
 
 def compare_model(subject: Subject, length: int, worst: Comparison) -> None:
-    """Compare one prefill of the whole model, with and without a cache, with chunks and single tokens."""
+    """Compare one prefill of the whole model, with and without a cache, with chunks followed by single
+    tokens.
+
+    Args:
+        length: the number of tokens.
+        worst: collects the differences.
+    """
     decoder, ids = Decoder(subject.model), subject.random_tokens(1, length)
     cache = decoder.new_cache()
     for chunk in ids.split(list(chunk_lengths(length)), 1):
@@ -45,7 +56,7 @@ def compare_model(subject: Subject, length: int, worst: Comparison) -> None:
 
 
 def chunk_lengths(length: int) -> Iterator[int]:
-    """Yield the lengths of chunks that add up to `length`. The last ones are single tokens."""
+    """Yield the lengths of chunks that add up to `length`. The last 16 chunks are single tokens."""
     left = length - SINGLE
     for chunk in cycle(CHUNKS):
         if left <= 0:
@@ -59,7 +70,7 @@ def chunk_lengths(length: int) -> Iterator[int]:
 def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> int:
     """Compare one layer over 2.5 segments with chunks and single tokens: its outputs and its final state.
 
-    The row is sampled from the q, k and v that the layer receives.
+    The row is sampled from the q, k and v that the layer receives. `worst` collects the differences.
 
     Returns:
         The length of the row in tokens.

@@ -28,7 +28,7 @@ def tokenize(
     """Return the token ids of each prompt, truncated so that `max_new` more tokens fit the context.
 
     Args:
-        prompts: the texts, or None for the built-in ones.
+        prompts: the texts, or None for the built-in ones. A text without tokens is dropped.
 
     Raises:
         UserError: no prompt has a token, or `max_new` does not fit the context.

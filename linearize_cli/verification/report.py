@@ -39,7 +39,12 @@ PARTS = {
 
 
 def report_of(found: list[Finding], model: PreTrainedModel, noise: float | None, seed: int) -> dict[str, Any]:
-    """Return the contents of `verify.json`."""
+    """Return the contents of `verify.json`. Parts of checks that did not run are None.
+
+    Args:
+        found: the results of all checks.
+        noise: the rounding noise of the logits, or None if it was not measured.
+    """
     lines, failed = [line for finding in found for line in finding.lines], failures(found)
     ties = any(line.verdict == TIE for line in lines)
     return {
@@ -73,7 +78,7 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """Return the sentence that explains the verdict."""
+    """Return the sentence that explains a report's verdict. If a check of the folder failed, add advice."""
     if report["verdict"] == FAIL:
         names = ", ".join(name.replace("_", " ") for name in report["failed"])
         advice = [text for name, text in ADVICE.items() if name in report["failed"]]

@@ -1,6 +1,7 @@
-"""The check `rollback`: cropped caches, and token trees that are accepted in part or not at all.
+"""The check `rollback`: tokens that are taken back from a cache must leave no trace.
 
-The full cache, and the logits of the tokens that follow, are compared with a fresh run over the accepted tokens.
+After a crop, or a token tree of which some or no nodes are accepted, the whole cache and the next logits must
+equal those of a fresh run over the tokens that were kept.
 """
 
 import torch
@@ -20,7 +21,9 @@ STEPS = 3  # single tokens that are decoded after an accepted path
 
 
 def rollback(subject: Subject) -> Finding:
-    """Compare crops and partly accepted token trees with fresh runs over the tokens that were kept."""
+    """Compare caches after crops and partly accepted token trees with fresh runs over the tokens that were
+    kept.
+    """
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     if not compare_crops(decoder, subject.rows, subject.size, worst):
@@ -41,18 +44,25 @@ def rollback(subject: Subject) -> Finding:
 
 
 def starts_around(size: int) -> list[int]:
-    """Return lengths of prefixes that end just before a window or group boundary."""
+    """Return lengths of prefixes that end just before a window or group boundary. `size` tokens are between
+    two boundaries.
+    """
     return sorted({max(1, start) for start in (1, size - 2, 2 * size - 3)})
 
 
 def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
     """Compare cropped caches with fresh ones, for drafts that cross window and group boundaries.
 
-    Each case drafts tokens, crops some, drafts again, crops one, and decodes one more token. The fresh cache reads
-    only the tokens that were kept.
+    Each case drafts tokens, crops some, drafts again, crops one, and decodes one more token. The fresh cache
+    reads only the tokens that were kept.
+
+    Args:
+        rows: token ids `[B, L]`.
+        size: tokens between two boundaries of a window or group.
+        worst: collects the differences.
 
     Returns:
-        False if the base model has layers that cannot be cropped.
+        False if the base model has layers that cannot be cropped, else True.
     """
     cases = [(start, 4, rejected) for start in starts_around(size) for rejected in range(5)]
     cases += [(size + 1, size + 5, rejected) for rejected in (1, min(size, ROLLBACK))]
@@ -83,9 +93,9 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
 
 
 def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -> None:
-    """Draft more tokens than a cache records, in several forwards, and crop some of the last ones.
+    """Draft more tokens than a cache can take back, in several forwards, and crop some of the last ones.
 
-    A crop of more tokens than are recorded must raise.
+    A crop of more tokens than the cache can take back must raise. `worst` collects the differences.
     """
     length = min(ROLLBACK + subject.size + 24, reach(subject.model) or 1 << 30)
     if length < ROLLBACK + 12:
@@ -112,7 +122,11 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
 
 
 def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
-    """Draft after a left-padded prompt, reorder the rows, and crop some tokens. A crop after a reset must raise."""
+    """Draft after a left-padded prompt, reorder the rows, and crop some tokens. A crop after a reset must
+    raise.
+
+    `worst` collects the differences.
+    """
     lengths, order, drafted, rejected = (subject.size + 2, 3, 9), [2, 0, 1, 0], 6, 2
     if max(lengths) + drafted > subject.context:
         return
@@ -138,7 +152,12 @@ def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
 
 
 def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
-    """Check that a crop of a cache raises. If it does not, record the largest possible difference."""
+    """Check that a crop of a cache raises a RuntimeError. If it does not, record the largest possible
+    difference.
+
+    Args:
+        tokens: the argument of `crop`: minus the number of tokens to take back.
+    """
     try:
         cache.crop(tokens)
     except RuntimeError:
@@ -147,9 +166,9 @@ def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
 
 
 def compare_single_trees(subject: Subject, worst: Comparison) -> None:
-    """Commit one path for two rows of the same length, then decode single tokens.
+    """Accept one path of a token tree for two rows of the same length, then decode single tokens.
 
-    The path is the first 0, 1, ... nodes of the tree's deepest path.
+    The path is the first 0, 1, ... nodes of the tree's deepest path. `worst` collects the differences.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
@@ -168,9 +187,10 @@ def compare_single_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def compare_trees(subject: Subject, worst: Comparison) -> None:
-    """Verify two trees in a row, with rows of different lengths, then decode single tokens.
+    """Verify two token trees one after the other, with rows of different lengths, then decode single tokens.
 
-    Row i accepts the first i nodes of the first tree's deepest path. The second tree reverses the numbers.
+    Row i accepts the first i nodes of the first tree's deepest path. In the second tree the numbers are
+    reversed. `worst` collects the differences.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
@@ -199,7 +219,14 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
-    """Read a text `[T]` alone, compare its cache with one row of a batch's cache, and return the fresh cache."""
+    """Read a text `[T]` alone with a new cache, compare that cache with one row of a batch's cache, and
+    return it.
+
+    Args:
+        cache: the batch's cache.
+        row: the text's row in the batch.
+        worst: collects the differences.
+    """
     fresh = DynamicCache(config=subject.model.config)
     forward(subject.model, text[None], fresh)
     compare_row(cache.layers, row, fresh.layers, 0, worst)
@@ -209,7 +236,10 @@ def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Com
 def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor], more: int) -> Tensor:
     """Return the logits of a token `[B, 1]` that follows the texts and `more` further tokens.
 
-    All other slots of the cache are pads on the left.
+    Args:
+        cache: the cache that holds the texts and the further tokens. All its other entries are pads on the
+            left.
+        texts: the token ids of each row, without pads.
     """
     slots = torch.arange(cache.get_seq_length() + 1, device=token.device)
     own = torch.tensor([len(text) + more + 1 for text in texts], device=token.device)
@@ -217,16 +247,24 @@ def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor]
 
 
 def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> None:
-    """Compare two caches of the same texts, without pads, row by row."""
+    """Compare two caches of the same `rows` texts, without pads, row by row. `worst` collects the
+    differences.
+    """
     for row in range(rows):
         compare_row(cache.layers, row, fresh.layers, row, worst)
 
 
 def compare_row(layers: list, row: int, fresh_layers: list, fresh_row: int, worst: Comparison) -> None:
-    """Compare the cache of one row, which may follow pads, with that of a row without pads."""
+    """Compare the cache of one row, which may follow pads, with the cache of the same row without pads.
+
+    Args:
+        layers, row: the layers of the first cache, and the row's index there.
+        fresh_layers, fresh_row: the layers of the cache without pads, and the row's index there.
+        worst: collects the differences.
+    """
     for layer, fresh in zip(layers, fresh_layers, strict=True):
         if is_linear(fresh):
-            filled = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # empty slots are undefined
+            filled = (fresh.state.recent_position[fresh_row] >= 0)[:, None]  # others are undefined
             for name, tensor in vars(fresh.state).items():
                 pair = getattr(layer.state, name)[row], tensor[fresh_row]
                 if name in ("recent_k", "recent_v"):

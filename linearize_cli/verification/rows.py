@@ -35,7 +35,15 @@ def rows(subject: Subject) -> Finding:
 
 
 def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list[Tensor], Tensor]:
-    """Return random texts `[T_i]` of these lengths, cut to the context, and tokens `[B, new]` that follow them."""
+    """Return random texts, and tokens that follow them.
+
+    Args:
+        lengths: the length of each text. Longer ones are cut to what fits the context.
+        new: the number of tokens that follow.
+
+    Returns:
+        the texts `[T_i]`, and the tokens `[B, new]`.
+    """
     longest = max(1, subject.context - new)
     source = subject.random_tokens(len(lengths), max(lengths) + new)
     texts = [row[: min(length, longest)] for row, length in zip(source, lengths, strict=True)]
@@ -55,7 +63,9 @@ def uneven_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def long_turns(subject: Subject, worst: Comparison) -> None:
-    """Compare a padded batch followed by a long turn, a single token and a short turn, as in a chat."""
+    """Compare a padded batch followed by a long turn, a single token and a short turn (several forwards, as
+    in a chat).
+    """
     turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
     texts, follow = texts_of(
         subject, (3, subject.size + 5, 9, 3), sum(turns)
@@ -73,7 +83,7 @@ def many_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
-    """Compare rows with pads on the right, and rows with pads between their tokens."""
+    """Compare rows with pads on the right, and rows with pads between their tokens, with the rows alone."""
     texts, _ = texts_of(subject, (subject.size + 9, SHORT, 3), 4)
     ids, mask = pad_right(texts, extra=2)
     masks = [mask]
@@ -86,7 +96,11 @@ def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
 
 
 def moved_rows(subject: Subject, worst: Comparison) -> None:
-    """Reorder, repeat and select the rows of a cache, as beam search does, and decode tokens after each change."""
+    """Reorder, repeat and select the rows of a cache, as beam search does, and decode tokens after each
+    change.
+
+    Changes that a layer of the base model does not support are skipped.
+    """
     texts, follow = texts_of(subject, (SHORT, subject.size + 3, 2), 6)
     model = subject.model
     ids, mask = pad_left(texts)
@@ -114,7 +128,10 @@ def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tens
     """Return the logits `[T, vocab]` of one text and the tokens after it, from a forward without a cache.
 
     Args:
-        width: the length of the padded text in the batch. A model that counts pads as positions reads them here too.
+        text: token ids of the text, without pads.
+        more: token ids after it.
+        width: the length of the padded text in the batch. A model that counts pads as positions reads them
+            here too.
     """
     first, mask = alone(subject.model, text, width - len(text))
     whole = torch.cat([first, more[None]], 1)
@@ -125,7 +142,7 @@ def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tens
 def reset_rows(subject: Subject, worst: Comparison) -> None:
     """Compare a cache that was used and then reset with a new one.
 
-    Models with softmax layers are left out, because their caches keep their length when reset.
+    Models with softmax layers are not compared, because their caches keep their length when reset.
     """
     texts, follow = texts_of(subject, (subject.size + 3, SHORT), 4)
     cache = subject.task.start(subject.model, texts)[0].new_cache()
@@ -138,9 +155,9 @@ def reset_rows(subject: Subject, worst: Comparison) -> None:
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the model's generation config while the context is open.
+    """Replace the model's generation config, while the context is open, by one that does not change scores.
 
-    The model's own may change scores: forced tokens, penalties, an end-of-text token.
+    The model's own may change them: forced tokens, penalties, an end-of-text token.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(

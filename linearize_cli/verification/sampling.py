@@ -1,4 +1,4 @@
-"""The check `sampling`: tokens sampled with speculation follow the target's own distribution.
+"""The check `sampling`: tokens sampled with speculation follow the model's own distribution.
 
 The test is the probability integral transform (PIT) of the tokens, and a chi-square test that it is uniform.
 """
@@ -25,12 +25,14 @@ SHORT = 16  # the longest prompt and the most new tokens for a drafter that read
 LOGITS = 1 << 26  # the most logits of the token trees of rows that are decoded together
 IMPROBABLE = 1e-4  # the p-value below which the check fails: once in 10,000 seeds for a sound model
 # For the acceptance rule alone: the number of known distributions, samples of each, and their vocabulary. The best
-# token has 2% to 98% of the mass. A rule that is off by 2% of mass fails for more than 99 of 100 seeds.
+# token has 2% to 98% of the probability. A rule that is off by 2% fails for more than 99 of 100 seeds.
 DISTRIBUTIONS, SAMPLES, VOCABULARY = 49, 1024, 24
 
 
 class Setting(NamedTuple):
-    """The settings of sampling."""
+    """The settings of sampling: the temperature, and the total probability of the tokens to sample from
+    (`top_p`).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -46,16 +48,21 @@ class BestToken:
     model: PreTrainedModel
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return a tree of the row's last token and one child."""
+        """Return a tree of the row's last token and one child.
+
+        Args:
+            rows: the token ids of each row so far.
+            hidden: last hidden states, of which only the device is used.
+        """
         ids, mask = pad_left([torch.tensor(row, device=hidden.device) for row in rows])
         best = forward(self.model, ids, None, mask, last=True)[:, -1].argmax(-1, keepdim=True)
         return Draft(torch.cat([ids[:, -1:], best], 1), [-1, 0])
 
 
 def sampling(subject: Subject) -> Finding:
-    """Test rejection sampling at several settings: the acceptance rule alone, and whole texts.
+    """Test rejection sampling of drafts at several settings: the acceptance rule alone, and whole texts.
 
-    Typical acceptance is not tested, because it is lossy by design.
+    Typical acceptance is not tested, because it changes the distribution by design.
     """
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)
@@ -78,13 +85,20 @@ def sampling(subject: Subject) -> Finding:
 
 
 def worst(values: list[Tensor]) -> dict[str, Any]:
-    """Return the test of uniformity with the smallest p-value, and the number of `settings` tested."""
+    """Return the test of uniformity with the smallest p-value, and under `settings` the number of tests.
+
+    Args:
+        values: the values in [0, 1) of each test.
+    """
     tests = [uniformity(x) for x in values]
     return {**min(tests, key=lambda test: test["p_value"]), "settings": len(tests)}
 
 
 def rule_pit(setting: Setting, generator: torch.Generator) -> Tensor:
     """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
+
+    Args:
+        setting: the temperature and `top_p`.
 
     Returns:
         The probability integral transform of each token, `[M]` in [0, 1) (`integral_transform`).
@@ -110,11 +124,13 @@ def text_pit(
     prefix: int,
     new: int,
 ) -> Tensor:
-    """Continue the prompts with speculation, at least `TOKENS` tokens in all.
+    """Continue the prompts with speculation, by at least `TOKENS` tokens in all.
 
     Args:
-        prefix: the longest prompt in tokens.
-        new: the most new tokens for each prompt.
+        drafter: drafts the tokens.
+        setting: the temperature and `top_p`.
+        prefix: the longest prompt in tokens. Longer ones are cut.
+        new: the largest number of new tokens for each prompt.
 
     Returns:
         The probability integral transform of each new token, `[M]` in [0, 1).
@@ -141,9 +157,13 @@ def sampled_pit(
 ) -> Tensor:
     """Sample `new` tokens after each row with speculation.
 
+    Args:
+        rows: the prompts as token ids.
+        rule: accepts or rejects drafted tokens.
+
     Returns:
-        The probability integral transform of each token, `[M]` in [0, 1), by the distributions of a forward without
-        a cache.
+        The probability integral transform of each new token, `[M]` in [0, 1). The distributions are those of
+        a forward without a cache.
     """
     sampled = written(speculate(model, rows, drafter, new, rule))
     whole = [

@@ -44,8 +44,9 @@ class Speculation:
 
     Attributes:
         name: the drafter's name in reports.
-        target: the model whose tokens must come out.
-        run: `(prompts, max_new) -> steps` decodes greedily, without a stop token.
+        target: the model whose own tokens the decoding must give.
+        run: decodes greedily, without a stop token. It takes prompts and the number of new tokens, and
+            returns the steps.
         clock: measures the time spent on drafting.
         batched: True if `run` accepts several prompts at once.
     """
@@ -59,13 +60,18 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Clocked:
-    """A drafter whose time is measured."""
+    """A drafter whose time is measured by a clock."""
 
     drafter: Drafter
     clock: Clock = field(default_factory=Clock)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return the drafter's token trees."""
+        """Return the drafter's token trees.
+
+        Args:
+            rows: the token ids of each row so far.
+            hidden: the last hidden states, from which the drafter may predict.
+        """
         self.clock.start()
         try:
             return self.drafter.draft(rows, hidden)
@@ -74,14 +80,16 @@ class Clocked:
 
 
 def by_trees(model: PreTrainedModel, drafter: Drafter) -> Speculation:
-    """Return the speculation of a linearized model that verifies a drafter's token trees."""
+    """Return the speculative decoding of a linearized model that verifies token trees of a drafter."""
     clocked = Clocked(drafter)
     name = type(drafter).__name__.lower()
     return Speculation(name, model, lambda texts, new: speculate(model, texts, clocked, new), clocked.clock)
 
 
 def by_pair(pair: Pair, name: str) -> Speculation:
-    """Return the speculation of a target with a model that drafts chains, by transformers' assisted generation."""
+    """Return the speculative decoding of a pair by transformers' assisted generation: one model drafts for
+    the other.
+    """
     clock = Clock()
     pair.drafter.register_forward_pre_hook(clock.start)
     pair.drafter.register_forward_hook(clock.stop)
@@ -96,16 +104,17 @@ def load_drafted(
     """Load an artifact and its drafter.
 
     Args:
+        folder: the artifact.
         draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
-        target: "self" if the artifact's own tokens are drafted. "teacher" if the artifact drafts for its softmax
-            teacher.
-        tree: the name of a tree, or a JSON file of choices. None chooses the heads' own tree for drafts, and a tree
-            of 64 nodes for the check `tree`.
-        options: the arguments `device`, `dtype` and `trust_remote_code` of `load`. With `trust_remote_code` the
-            artifact runs its own code.
+        target: "self" if the artifact's own tokens are drafted. "teacher" if the artifact drafts for its
+            softmax teacher.
+        tree: the name of a tree, or a JSON file of choices. None chooses the heads' own tree for drafts, and
+            a tree of 64 nodes for the check `tree`.
+        options: the arguments `device`, `dtype` and `trust_remote_code` of `load`. With `trust_remote_code`
+            the artifact runs its own code.
 
     Returns:
-        The model, its tokenizer, and the arguments of `verify_model` that say how to speculate.
+        The model, its tokenizer, and the arguments of `verify_model` that determine the speculation.
 
     Raises:
         UserError: the artifact, the drafter or the teacher cannot be loaded, or the tree does not exist.

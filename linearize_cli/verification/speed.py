@@ -23,7 +23,7 @@ Texts = Sequence[Sequence[int]]
 def speed(subject: Subject) -> Finding:
     """Time `generate`, a plain loop and speculation on one thread, for single prompts and for one batch.
 
-    Each prompt is decoded in all ways in turn. Times are medians over the prompts.
+    Each prompt is decoded in all three ways in turn. Times of single prompts are medians over the prompts.
     """
     speculation = subject.speculation
     if speculation is None:
@@ -72,7 +72,13 @@ def speed(subject: Subject) -> Finding:
 
 
 def rates(batch: int, new: int, plain: float, speculative: float) -> dict[str, Any]:
-    """Return tokens per second of plain and speculative decoding, and their ratio, from the seconds of each."""
+    """Return tokens per second of plain and speculative decoding, and their ratio.
+
+    Args:
+        batch: the number of prompts.
+        new: the number of new tokens for each prompt.
+        plain, speculative: the seconds of each kind.
+    """
     return {
         "batch": batch,
         "plain_tokens_per_s": batch * new / plain,
@@ -94,7 +100,9 @@ def lines(acceptance: dict[str, Any], data: dict[str, Any]) -> list[Line]:
 
 
 def sentence(report: dict[str, Any]) -> str | None:
-    """Return a sentence that says whether speculation is faster, or None if it was not measured."""
+    """Return a sentence that says whether speculation is faster, from a report of `verify`. Return None if it
+    was not timed.
+    """
     speed = report["speed"]
     if speed is None:
         return None
@@ -116,7 +124,7 @@ def generated(subject: Subject, texts: Texts) -> None:
 
 
 def looped(subject: Subject, texts: Texts) -> None:
-    """Decode `max_new` tokens in a plain loop with a cache."""
+    """Decode `max_new` tokens in a plain loop with a cache, without `generate`."""
     decoded(subject.task, subject.speculation.target, texts, subject.max_new)[0].tolist()
 
 
@@ -129,8 +137,9 @@ def accepted(steps: Sequence[Step]) -> dict[str, Any]:
     """Return the acceptance of some steps. The prompt's own forward is not counted.
 
     Returns:
-        `mean`: tokens emitted per forward of the target, including the token after the accepted path. `by_depth`:
-        the share of steps whose accepted path reaches each depth. `steps`: their number.
+        mean: tokens emitted per forward of the target, including the token after the accepted path.
+        by_depth: the share of steps whose accepted path reaches each depth.
+        steps: the number of steps, counted for each row.
     """
     depths = [depth for step in steps for depth in step.accepted if depth is not None]
     count = max(len(depths), 1)

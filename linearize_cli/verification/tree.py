@@ -1,4 +1,6 @@
-"""The check `tree`: the logits of every tree node against its path decoded one token at a time."""
+"""The check `tree`: the logits of every node of a token tree against those of its path decoded one token at a
+time.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -24,13 +26,15 @@ DEEPEST = 65  # the most nodes of the chain that is deeper than the window
 
 @dataclass
 class Gap:
-    """The differences between tree nodes and their decoded paths.
+    """The differences between the logits of tree nodes and of their paths decoded token by token.
 
     Attributes:
         nodes: the number of nodes compared.
-        inside: the largest difference of a node that crosses no boundary, or None.
-        crossing: the largest difference of a node that crosses a window or group boundary, or None.
-        floor: the rounding noise of the same paths, chunked against token by token.
+        inside: the largest difference of a node that crosses no window or group boundary. None without such
+            nodes.
+        crossing: the largest difference of a node that crosses one. None without such nodes.
+        floor: the largest difference through rounding alone: the same paths in one chunk against token by
+            token.
         kl: the sum of KL(decoded ‖ tree) over the nodes, in nats.
         flips: the number of nodes whose most probable token differs.
     """
@@ -43,9 +47,11 @@ class Gap:
     flips: int = 0
 
     def add(self, actual: Tensor, expected: Tensor, crossing: Tensor) -> None:
-        """Add a comparison of the logits `[M, vocab]` of some nodes.
+        """Add a comparison of the logits of M nodes.
 
         Args:
+            actual: the logits `[M, vocab]` of the tree nodes.
+            expected: the logits `[M, vocab]` of the decoded paths.
             crossing: `[M]` bool, the nodes that cross a window or group boundary.
         """
         self.nodes += len(actual)
@@ -59,11 +65,12 @@ class Gap:
 
 
 def tree(subject: Subject) -> Finding:
-    """Compare a tree's nodes with decoded paths, after prefixes of every offset to a window or group boundary.
+    """Compare a tree's nodes with decoded paths, after prefixes of every offset to a window or group
+    boundary.
 
-    A node crosses a boundary if a token in the window of the row's last token is outside its own window. In half
-    precision the limit is twice the rounding noise: the difference between single tokens and the same path as a
-    chunk.
+    A node crosses a boundary if its window no longer contains a token that the window of the row's last token
+    contains. In half precision the limit is twice the rounding noise: the difference between single tokens
+    and the same path as a chunk.
     """
     if subject.no_tree:
         return refused(subject, "tree", subject.no_tree)
@@ -99,20 +106,33 @@ def tree(subject: Subject) -> Finding:
 
 
 def swept(size: int, longest: int) -> list[int]:
-    """Return lengths of prefixes up to `longest`: a few within the first window, then one of every offset."""
+    """Return lengths of prefixes up to `longest`: a few within the first window of `size` tokens, then one of
+    every offset.
+    """
     lengths = {1, 3, size // 2, size - 1, *range(size, 2 * size)}
     return sorted(n for n in lengths if 1 <= n <= longest)
 
 
 def leaf_paths(visible: Tensor, depth: Tensor) -> Tensor:
-    """Return the nodes on the path to each leaf `[leaves, depth + 1]`, padded with -1."""
+    """Return the nodes on the path from the root to each leaf, `[leaves, depth + 1]`, padded with -1.
+
+    Args:
+        visible: `[N, N]` bool, the ancestors of each of N nodes, itself included.
+        depth: `[N]`, the depth of each node.
+    """
     leaves = (visible.sum(0) == 1).nonzero()[:, 0]
     nodes = [visible[leaf].nonzero()[:, 0] for leaf in leaves]
     return torch.stack([pad(path, (0, int(depth.max()) + 1 - len(path)), value=-1) for path in nodes])
 
 
 def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> None:
-    """Compare a tree with its decoded paths after prefixes of these lengths, in one left-padded batch."""
+    """Compare a tree with its decoded paths after prefixes of these lengths, in one left-padded batch.
+
+    Args:
+        lengths: the lengths of the prefixes.
+        paths: the nodes on the path to each leaf, `[leaves, depth + 1]`, padded with -1.
+        gap: collects the differences.
+    """
     model, rows, paths = subject.model, subject.rows, paths.to(subject.model.device)
     source = subject.random_tokens(len(lengths), max(lengths) + len(subject.parents))
     nodes = source[:, -len(subject.parents) :]
@@ -139,21 +159,25 @@ def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> No
 
 
 def branched(cache: Cache, row: Tensor) -> Cache:
-    """Return a copy of a cache with the rows `[M]`, which may repeat."""
+    """Return a copy of a cache with the rows of these indices `[M]`. An index may repeat."""
     copied = copy.deepcopy(cache)
     copied.batch_select_indices(row)
     return copied
 
 
 def singles(subject: Subject, cache: Cache, tokens: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """Decode the tokens `[M, D]` one at a time and yield the logits `[M, vocab]` after each."""
+    """Decode tokens `[M, D]` one at a time, and yield the logits `[M, vocab]` after each of the D tokens.
+
+    Args:
+        mask: the mask `[M, T]` of the tokens in the cache.
+    """
     for token in tokens.split(1, 1):
         mask = pad(mask, (0, 1), value=1)
         yield forward(subject.model, token, cache, mask)[:, -1]
 
 
 def crossing(subject: Subject, shape: Shape) -> Tensor:
-    """Return a mask `[B, N]` of the nodes that cross a window or group boundary in any layer."""
+    """Return a mask `[B, N]` of the tree nodes that cross a window or group boundary in any layer."""
     position, crosses = shape.position, torch.zeros_like(shape.position, dtype=torch.bool)
     last = position.amin(-1, keepdim=True) - 1  # the root's position is the number of tokens in the row
     before = torch.arange(int(last.max()) + 1, device=position.device).expand(len(position), -1)

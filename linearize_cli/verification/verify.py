@@ -62,22 +62,25 @@ def verify_model(
         prompts: texts to continue, or None for the built-in ones.
         max_new: tokens to generate for each prompt.
         drafter: drafts the token trees that the model verifies. None uses prompt lookup.
-        speculation: the speculative decoding that is compared with greedy decoding and timed. None verifies the
-            drafter's trees with the model itself.
-        parents: the parent of each node of the tree in the check `tree`, -1 for the root. None uses Medusa's tree of
-            64 nodes.
-        quick: skip the slow checks: long rows, batches of many kinds, layers against their definition, sampling at
-            several settings, and the repetition in float32 of a half-precision model.
-        artifact: the folder that the model was loaded from. Its code, files and fingerprint are checked as well.
+        speculation: the speculative decoding that is compared with greedy decoding and timed. None verifies
+            the drafter's trees with the model itself.
+        parents: the parent of each node of the token tree in the check `tree`, -1 for the root. None uses
+            Medusa's tree of 64 nodes.
+        seed: the seed of all random inputs.
+        quick: skip the slow checks: long rows, batches of many kinds, layers against their definition,
+            sampling at several settings, and the repetition in float32 of a half-precision model.
+        artifact: the folder that the model was loaded from. Its code, files and fingerprint are checked as
+            well. None: these are not checked.
         progress: called with the name of each check before it starts.
 
     Returns:
         The contents of `verify.json`:
             checks: the lines of the table.
             failed: the names of the checks that exceed their limits.
-            noise: the measured rounding noise of the logits (`rounding_noise`). A greedy token that differs is a tie
-                if its margin is less than 10 times the noise.
-        Parts that were not run are None. For an encoder, padding and `reload` are the only checks of the model.
+            noise: the measured rounding noise of the logits (`rounding_noise`). A greedy token that differs
+                counts as a tie if the two tokens' logits differ by less than 10 times the noise.
+        Parts that were not run are None. For an encoder, `padding` and `reload` are the only checks of the
+        model.
 
     Raises:
         UserError: the model is not linearized, no prompt has a token, or max_new does not fit its context.
@@ -133,16 +136,19 @@ def verify_model(
 
 
 def noise(subject: Subject) -> Finding:
-    """Check that the rounding noise is within the dtype's tolerance.
+    """Check that the rounding noise of the logits is within the dtype's tolerance.
 
-    The noise is the difference between rows in a batch and alone, without a cache.
+    The noise is the difference between the logits of rows in a batch and of the same rows alone, without a
+    cache.
     """
     limit = TOLERANCE[subject.model.dtype] * max(1.0, subject.largest)
     return compared("noise", subject.noise, limit, {})
 
 
 def run(name: str, check: Check, subject: Subject) -> Finding:
-    """Run a check. The check fails if the model's code raises an error."""
+    """Run a check. An error of the model's code fails the check. A UserError or a lack of GPU memory ends the
+    command.
+    """
     try:
         return check(subject)
     except (UserError, torch.OutOfMemoryError):
@@ -152,12 +158,16 @@ def run(name: str, check: Check, subject: Subject) -> Finding:
 
 
 def stopped(name: str, error: Exception) -> Finding:
-    """Return the finding of a check in which the model's code raised an error."""
+    """Return the finding of a check that failed because the model's code raised an error."""
     return Finding(lines=[Line(name, f"stopped by {type(error).__name__}: {brief(error)}", "", FAIL)])
 
 
 def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
-    """Repeat the checks of `STRICT` on a float32 copy of the model, with limits about a thousand times smaller."""
+    """Repeat the checks of `STRICT` on a float32 copy of the model, with limits about a thousand times
+    smaller.
+
+    If memory does not suffice for the copy, they count as not run.
+    """
     wide = in_float32(subject.model)
     if wide is None:
         return not_checked("float32", "not enough memory for a float32 copy of the model")
@@ -176,7 +186,8 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
 def subject_of(
     task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
 ) -> Subject:
-    """Return the subject of the checks, without speculation.
+    """Return the subject of the checks: the model with its test inputs and measured rounding noise, without
+    speculation.
 
     Raises:
         UserError: the model's logits are not numbers.
@@ -215,14 +226,17 @@ def verify(
         artifact: the artifact's folder.
         draft: "medusa", "lookup" or a model. None chooses medusa if the artifact has heads, else lookup.
         target: "self", or "teacher" if the artifact drafts for its softmax teacher.
-        tree: the name of a tree, or a JSON file of choices.
-        prompts: a file with one prompt on each line, or JSONL with a `text` field. None uses the built-in prompts.
+        tree: the name of a tree, or a JSON file of choices. None uses the heads' own tree for drafts, and
+            Medusa's tree of 64 nodes for the check `tree`.
+        prompts: a file with one prompt on each line, or JSONL with a `text` field. None uses the built-in
+            prompts.
         max_new: tokens to generate for each prompt.
         device: the torch device to run on.
-        dtype: torch's name of the dtype to run in. None uses the artifact's.
-        quick: skip the slow checks (see `verify_model`).
-        trust_remote_code: run and verify the artifact's own code. Otherwise this package's code is verified, and
-            compared with the artifact's.
+        dtype: the name of the torch dtype to run in. None uses the artifact's.
+        seed: the seed of all random inputs.
+        quick: skip the slow checks (long rows, batches of many kinds, and others).
+        trust_remote_code: run and verify the artifact's own code. Otherwise this package's code is verified,
+            and compared with the artifact's.
         progress: called with the name of each check before it starts.
         write: write ARTIFACT/verify.json.
 
@@ -230,8 +244,8 @@ def verify(
         The contents of `verify.json` (see `verify_model`). A verdict of FAIL does not raise.
 
     Raises:
-        UserError: the folder is not a complete linearized artifact, or the prompts, the tree or the drafter cannot
-            be used.
+        UserError: the folder is not a complete linearized artifact, or the prompts, the tree or the drafter
+            cannot be used.
     """
     folder = user_path(artifact)
     check_artifact(folder)
