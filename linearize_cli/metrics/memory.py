@@ -7,6 +7,7 @@ from linearize_kernels.state import State
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from linearize_cli.models.layer import Layer
+from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 
 
@@ -40,7 +41,13 @@ def cache_bytes(cache: Cache) -> int:
     """
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
-    return sum(held_bytes(x) for layer in cache.layers for x in vars(layer).values())
+    total = 0
+    for layer in cache.layers:
+        held = dict(vars(layer))
+        if isinstance(layer, LinearCacheLayer):
+            held["last_state"] = layer.state  # while tokens are decoded, it exists on request only
+        total += sum(map(held_bytes, held.values()))
+    return total
 
 
 def held_bytes(x: object) -> int:

@@ -164,7 +164,7 @@ def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
         (["generate", "tiny-augmented", "a", "--temperature", "-1"], ["temperature"]),
         (["generate", "tiny-augmented", "a", "--temperature", "nan"], ["temperature"]),
         (["generate", "tiny-augmented", "a", "--top-p", "0"], ["top-p"]),
-        (["generate", "tiny-augmented", "a", "--top-p", "0.9"], ["--top-p is for sampling"]),
+        (["generate", "tiny-augmented", "a", "--top-p", "0.9"], ["--top-p needs sampling"]),
         (["generate", "tiny-augmented", "a", "--seed", "99999999999999999999"], ["--seed"]),
         (["generate", "absent", "a"], ["absent"]),
         (["methods", "nothing"], ["nothing", "augmented"]),

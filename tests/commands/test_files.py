@@ -110,7 +110,7 @@ def test_a_plot_is_a_png_in_a_folder_before_the_work(tmp_path, monkeypatch):
     artifact = write_artifact(tmp_path / "artifact")
     monkeypatch.setattr(benchmark, "load", None)
     for name, words in (
-        ("p.pdf", "no PNG"),
+        ("p.pdf", "is not a PNG file"),
         ("none/p.png", "does not exist"),
         ("n" * 250 + ".png", "too long"),
     ):

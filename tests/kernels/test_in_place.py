@@ -19,7 +19,9 @@ def test_logits_are_those_of_states_made_anew():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep, reason", [(0, "do not run in every layer"), (1, "DynamicLayer")])
+@pytest.mark.parametrize(
+    "keep, reason", [(0, "not every layer runs on the Triton kernels"), (1, "DynamicLayer")]
+)
 def test_no_graph_of_what_moves(keep, reason, monkeypatch):
     monkeypatch.syspath_prepend(in_place_case.BENCHMARKS)
     from cuda_graph import Captured

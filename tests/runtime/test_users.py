@@ -72,7 +72,7 @@ def test_auto_classes_that_cannot_say_which_can(name, tmp_path):
         (
             "t5",
             "AutoModelForTokenClassification",
-            "does not fit this linearized model: it has no transformer.dec",
+            "does not match this linearized model: it has no transformer.dec",
         ),
     ],
 )

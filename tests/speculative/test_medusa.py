@@ -177,7 +177,7 @@ def test_heads_of_an_artifact(artifact, teacher, tmp_path, monkeypatch):
     assert not (folder / FILE).exists() and (tmp_path / "copy.heads.partial").is_dir()
     with pytest.raises(UserError, match="--resume"):
         train(folder, **text)
-    with pytest.raises(UserError, match="another medusa_heads"):
+    with pytest.raises(UserError, match="different values of medusa_heads"):
         train(folder, **(text | {"heads": 3}), resume=True)
     train(folder, **text, resume=True)
     again = load_file(folder / FILE)

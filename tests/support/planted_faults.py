@@ -470,7 +470,7 @@ FAULTS = [
         f"{CHUNKED}:append",
         "return after(state, S, z, count, k, v)",
         "return after(state, state.S, z, count, k, v)",
-        "forms",
+        "rollback",
         GROUPS,
     ),
     Fault(
@@ -492,7 +492,7 @@ FAULTS = [
         f"{PREFILL}:after",
         "kept = old[..., min(length, recent) :, :]",
         "kept = old[..., min(length, recent) :, :].roll(1, -2)",
-        "forms",
+        "rollback",
     ),
     # Half precision.
     Fault(
