@@ -81,7 +81,7 @@ def key_of(cls: type) -> str:
 
 
 def adapt(model: nn.Module) -> list[nn.Module]:
-    """Change the class of each module with an entry in ADAPTERS to its adapted class, in place.
+    """Replace the class of each module with an entry in ADAPTERS by its adapted class, in place.
 
     A module without a `config` gets that of its nearest parent.
 

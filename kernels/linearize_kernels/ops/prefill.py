@@ -178,7 +178,7 @@ def copy_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 
 def join_heads(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Flatten batch and heads of S, `[B, far, ...]` to `[N, ...]`, and convert to a dtype if one is given.
+    """Join batch and heads of S, `[B, far, ...]` to `[N, ...]`, and convert to a dtype if one is given.
     None stays None.
     """
     return None if x is None else x.flatten(0, 1).to(dtype or x.dtype)
