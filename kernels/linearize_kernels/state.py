@@ -36,8 +36,7 @@ class State:
     count: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        """Return a state with `function` applied to every tensor. The tensors' first dimension is the batch.
-        """
+        """Return a state with `function` applied to every tensor. The tensors' first dimension is the batch."""
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
     def fork(self) -> "State":
@@ -45,8 +44,7 @@ class State:
         return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def compact(self) -> "State":
-        """Return the state with its views of larger tensors copied, so that the larger tensors can be freed.
-        """
+        """Return the state with its views of larger tensors copied, so that the larger tensors can be freed."""
         if torch.compiler.is_compiling():  # it has no memory to look at
             return self.fork()
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)

@@ -26,8 +26,7 @@ ROLLBACK = 256
 
 
 class MappedRows:
-    """The operations of transformers on the rows of a cache layer (reorder, repeat, select), built on `map`.
-    """
+    """The operations of transformers on the rows of a cache layer (reorder, repeat, select), built on `map`."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the layer by the function's result for it. The tensors' first dimension is

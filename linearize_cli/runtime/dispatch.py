@@ -1,7 +1,7 @@
-"""How a converted layer hooks into transformers: the attention interface, masks and the cache.
+"""The connection of converted layers to transformers: the attention interface, masks and the cache.
 
-Registration is global to the process, and artifacts with different code may share one: the registered
-functions only call what the module itself carries.
+Functions are registered for the whole process, and artifacts with different versions of this code may run in
+one process. So the registered functions only call methods of the module that they get.
 """
 
 import copy

@@ -126,8 +126,7 @@ class SoftmaxBranch(DynamicLayer):
 
 
 class DummyBranch(DummyLayer):
-    """The branch of a layer that has no cache of its own, because it reads another layer's keys and values.
-    """
+    """The branch of a layer that has no cache of its own, because it reads another layer's keys and values."""
 
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()

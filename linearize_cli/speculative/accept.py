@@ -53,8 +53,16 @@ class Greedy:
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children whose token has the largest logit at their parent. Arguments and results are
-        those of `Rule`.
+        """Accept the children whose token has the largest logit at their parent.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
         """
         tokens = logits.argmax(-1)
         return follows(tokens, ids, parents), tokens
@@ -82,15 +90,22 @@ class Sampling:
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children whose token is the one sampled at their parent. Arguments and results are those
-        of `Rule`.
+        """Accept the children whose token is the one sampled at their parent.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
         """
         tokens = self.draw(logits)
         return follows(tokens, ids, parents), tokens
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Sample tokens `[B, N]` from logits `[B, N, vocab]`, on the CPU so that all devices sample the same.
-        """
+        """Sample tokens `[B, N]` from logits `[B, N, vocab]`, on the CPU so that all devices sample the same."""
         scores = (logits.double() / self.temperature).flatten(0, 1)
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores)
@@ -112,7 +127,17 @@ class Typical(Sampling):
     lossless = False
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children that are probable enough. Arguments and results are those of `Rule`."""
+        """Accept the children that are probable enough.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
+        """
         p = (logits.double() / self.temperature).softmax(-1)
         entropy = torch.special.entr(p).sum(-1)
         bound = (self.delta * (-entropy).exp()).clamp_max(self.epsilon)

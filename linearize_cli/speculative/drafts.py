@@ -1,5 +1,4 @@
-"""Drafts (proposed token trees), the interface of drafters, and prompt lookup, a drafter without parameters.
-"""
+"""Drafts (proposed token trees), the interface of drafters, and prompt lookup, a drafter without parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,8 +55,7 @@ class NoDraft:
     """The drafter of plain decoding. Its tree is the root alone."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return trees of one node, the last token of each row. `hidden` `[B, width]` gives the device only.
-        """
+        """Return trees of one node, the last token of each row. `hidden` `[B, width]` gives the device only."""
         return Draft(torch.tensor([row[-1:] for row in rows], device=hidden.device), [-1])
 
 

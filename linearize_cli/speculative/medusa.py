@@ -1,5 +1,4 @@
-"""Medusa heads (arXiv 2401.10774): predictions of the tokens after the next one, from the last hidden state.
-"""
+"""Medusa heads (arXiv 2401.10774): predictions of the tokens after the next one, from the last hidden state."""
 
 import json
 from collections.abc import Sequence
@@ -137,8 +136,7 @@ class Medusa:
         return Draft(torch.cat([root, nodes], 1), self.parents)
 
     def candidate_indices(self, device: torch.device) -> Tensor:
-        """Return the index `[N - 1]` of each node's token among a row's candidates, ordered by head and rank.
-        """
+        """Return the index `[N - 1]` of each node's token among a row's candidates, ordered by head and rank."""
         if device not in self.buffers:
             indices = [(len(path) - 1) * self.tree.width + path[-1] for path in self.tree.paths]
             self.buffers[device] = torch.tensor(indices, device=device)

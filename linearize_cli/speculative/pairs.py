@@ -52,7 +52,8 @@ def drafted_by(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
-    """Load an artifact, and a model that drafts for it. The drafter may be a softmax or a linearized model.
+    """Load an artifact as the target, and a model that drafts for it. The drafter may be a softmax or a
+    linearized model.
 
     Args:
         artifact: the artifact's folder or Hub id.
@@ -62,7 +63,8 @@ def drafted_by(
         trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
+        UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
+            their vocabularies differ.
     """
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     target, tokenizer = load(artifact, **options, own_code=trust_remote_code)
@@ -93,7 +95,8 @@ def drafting_for_teacher(
         trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
+        UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
+            their vocabularies differ.
     """
     enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     folder = Path(resolve_model(artifact_name(artifact)))

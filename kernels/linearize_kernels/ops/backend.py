@@ -131,8 +131,7 @@ def prefill(
 
 
 def wants_triton(attention: LinearAttention, q: Tensor) -> bool:
-    """Return True if Triton is to be tried for q: `attention.impl` is "triton", or "auto" and q is on a GPU.
-    """
+    """Return True if Triton is to be tried for q: `attention.impl` is "triton", or "auto" and q is on a GPU."""
     return attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
 
 

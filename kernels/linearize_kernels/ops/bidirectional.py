@@ -39,7 +39,7 @@ def bidirectional(
         `[B, heads, T, Dv]` in q's dtype. The outputs of pads are arbitrary.
 
     Raises:
-        ValueError: `attention.impl` asks for what cannot run.
+        ValueError: `attention.impl` is "triton" and no kernel can run, or is not a known name.
     """
     plan = prefill(attention, (q, k, v), rows_count(None, valid), sink_logits is not None, chunk)
     if plan is None:
@@ -61,7 +61,15 @@ def by_block(
     """Compute `bidirectional` by the reference `block`, for any equation. Every chunk becomes one row of a
     batch.
 
-    Arguments and result are those of `bidirectional`.
+    Args:
+        q: `[B, heads, T, D]`.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+        chunk: the least number of tokens in a chunk, or None for 32.
+
+    Returns:
+        `[B, heads, T, Dv]` in q's dtype. The outputs of pads are arbitrary.
     """
     eq, length, dtype = attention.equation, q.shape[-2], q.dtype
     chunk = max(chunk or 32, eq.recent, eq.sinks)

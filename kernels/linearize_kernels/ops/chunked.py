@@ -298,11 +298,19 @@ def chunked(
 def recompute(
     plan: Prefill, attention: LinearAttention, state: State, count: int, *heads: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a segment with gradient checkpointing. Arguments and results are those of `plan`, which
-    computes it.
+    """Compute a segment with gradient checkpointing: its activations are recomputed in the backward.
 
     The recomputation in the backward uses the equation of the forward, even if the layer's equation was
     changed in between. Training does so when it uses a shorter window for one step.
+
+    Args:
+        plan: the chosen implementation, which computes the segment.
+        state: the state before the segment.
+        count: the number of earlier tokens, the same in every row.
+        heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
+
+    Returns:
+        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
     """
     equation = attention.equation
 

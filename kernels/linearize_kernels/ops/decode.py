@@ -87,8 +87,9 @@ class Decoding:
     def step(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
     ) -> Tensor:
-        """Do what `decode_one_token` does, with its arguments. It runs in inference mode, which saves a fifth
-        of the time.
+        """Append one token of every row to the state, and return the outputs, as `decode_one_token` does.
+
+        It runs in inference mode, which saves a fifth of the time.
         """
         eq = attention.equation
         if q.dtype != self.S.dtype:
@@ -140,8 +141,7 @@ class Decoding:
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """Return a contiguous copy with the first two dimensions swapped: `[B, heads, ..]` to `[heads, B, ..]`.
-    """
+    """Return a contiguous copy with the first two dimensions swapped: `[B, heads, ..]` to `[heads, B, ..]`."""
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 

@@ -137,7 +137,7 @@ def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
 def sliding_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute packed sequences by Triton's sliding form. Arguments and result are those of `varlen`.
+    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's sliding form.
 
     Args:
         plan: the choice of the kernels.
@@ -164,7 +164,7 @@ def sliding_rows(
 def group_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute packed sequences by Triton's group form. Arguments and result are those of `varlen`.
+    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's group form.
 
     Args:
         plan: the choice of the kernels.

@@ -66,8 +66,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
-    """Pad the T dimension of `x [..., T, X]` with `before` zero rows in front and `after` zero rows behind.
-    """
+    """Pad the T dimension of `x [..., T, X]` with `before` zero rows in front and `after` zero rows behind."""
     return pad(x, (0, 0, before, after)) if before or after else x
 
 

@@ -249,7 +249,7 @@ def group_states(
     """Compute S before each group, `[N, n, F, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
 
     Without a far part the first result is None, and the second a copy of the given S. For packed sequences
-    the second is None, or z, which is not computed.
+    the second is None.
     """
     if tokens.phi_k is None:
         return None, None if tokens.S is None else tokens.S.clone()

@@ -92,8 +92,8 @@ def tree(
 def commit_(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> None:
-    """Append the T tokens of an accepted path to a state, in place. `ops.chunked.commit` is the same without
-    writing.
+    """Append the T tokens of an accepted path to a state, in place. `ops.chunked.commit` computes the
+    same, and returns a new state instead.
 
     Keys and values in empty slots are undefined afterwards.
 
