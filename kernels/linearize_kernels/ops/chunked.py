@@ -187,7 +187,8 @@ def commit(
 
 
 def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: Tensor) -> State:
-    """Return the state after T tokens without pads, if every row has had `count` tokens before them.
+    """Return the state after T more tokens. Every row has had `count` tokens before, and none of the T is a
+    pad.
 
     Tokens that are no longer among the last R are added to S and z.
 

@@ -347,8 +347,13 @@ def per_head(parameter: Tensor, q: Tensor) -> Tensor:
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
-    """Compute softmax over the local tokens alone. Rows without a local token are zero. Shapes are those of
-    `forward`.
+    """Compute the softmax output `[..., kv, group, T, Dv]` of the local tokens alone. Rows without one are
+    zero.
+
+    Args:
+        scores: `[..., kv, group, T, N]`.
+        local: bool, broadcasts to scores, True for local tokens.
+        values: `[..., kv, N, Dv]`.
     """
     scores = scores.masked_fill(~local, float("-inf"))
     weights = (scores - finite(scores.detach().amax(-1))[..., None]).exp()

@@ -282,8 +282,11 @@ FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Compute which tokens of a chain are before which, `[..., N] -> [..., N, N]` bool, only among those that
-    count.
+    """Return which of N tokens in a row are before which: `[..., N, N]` bool, `[i, j]` is True if j is before
+    i.
+
+    Args:
+        counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
     """
     length = counts.shape[-1]
     order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
@@ -291,8 +294,14 @@ def chain(counts: Tensor) -> Tensor:
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Compute which tokens are before which, of a chain and T new ones after it:
-    `seen [..., T, N] -> [..., N, N]`.
+    """Return which of N tokens are before which, `[..., N, N]` bool, if the last T of them are the nodes of a
+    tree.
+
+    `[i, j]` is True if token j is before token i in the text, or on the node's path.
+
+    Args:
+        seen: `[..., T, N]` bool, True for the ancestors of each node and itself.
+        counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
     """
     new, every = seen.shape[-2:]
     order = chain(counts)

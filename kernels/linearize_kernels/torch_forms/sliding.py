@@ -85,7 +85,8 @@ class Tokens(NamedTuple):
 
 
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the timeline.
+    """Compute the sliding form: the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the
+    timeline.
 
     If the inputs have no far part, S and z are returned as they are.
     """

@@ -332,7 +332,8 @@ def packed_sums(a: Tensor, b: Tensor, chunk: int, packed: Packed) -> Tensor:
 
 
 def carry_segments(sums: Tensor, totals: Tensor | None, packed: Packed, reverse: bool = False) -> None:
-    """Replace the sum of each segment by that of the segments before it in its packed sequence. It runs `carry`.
+    """Replace the sum of each segment by that of the segments before it in its packed sequence. It runs
+    `carry`.
 
     Args:
         sums: `[N, s, ...]`, replaced in place.

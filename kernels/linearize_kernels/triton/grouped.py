@@ -220,7 +220,11 @@ def group_slot_gradients(
 
 
 def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
-    """Return the compile-time arguments of a kernel of this file."""
+    """Return the compile-time arguments of a kernel of this file, by name.
+
+    Args:
+        kernel: the kernel's name, for its tile sizes.
+    """
     key_dim, value_dim = tokens.q.shape[-1], tokens.v.shape[-1]
     options = tiles(kernel, max(key_dim, value_dim), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]

@@ -120,7 +120,7 @@ def attend_nodes(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows of one state head, for a slice of the values' dimensions.
+    """Compute the outputs of BM rows (queries) of one state head, for a slice of the values' dimensions.
 
     For a tree, `k` and `v` are those of its nodes, with `position [B, T]` and `visible [T, T]`. Only `out` is
     written.

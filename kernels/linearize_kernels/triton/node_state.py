@@ -73,9 +73,15 @@ def fold_path(
     FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens that left after an accepted path to a slice of one state head's S.
+    """Add the tokens that left the recent ones, after an accepted path, to a slice of one state head's S.
 
-    One program of each batch row also writes its count.
+    One program of each row of the batch also writes the row's count.
+
+    Args:
+        phi_left, left_v: `[B, far, T, F]` and `[B, kv, T, Dv]`, the features and values of the T tokens that
+            were the oldest recent ones.
+        valid: `[B, T]` bool, False for pads among the T new tokens, or None.
+        recent_position: `[B, R]`, positions of the recent tokens after the path.
     """
     state_head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
     batch, f = state_head // FAR, tl.arange(0, BF)

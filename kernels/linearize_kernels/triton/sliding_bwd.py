@@ -168,7 +168,15 @@ def query_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
+    """Compute the gradients of φ(q) and mix for BM rows of one query head.
+
+    Args:
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the sums over all tokens that each chunk does not read one by
+            one.
+        mean, factor: `[N, g, n C]`, from `query_means`.
+        d_phi: `[N, g, n C, F]`, is written.
+        d_mix: `[N, g, n C]`, is written. It is `φ(q) · d_phi`.
+    """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
@@ -276,7 +284,14 @@ def slot_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_phi_k of BS slots of one chunk, for BF features."""
+    """Compute the gradient of φ(k) for BS slots of one chunk and BF features.
+
+    Args:
+        d_S, d_z: `[N, chunks, F, Dv]` and `[N, chunks, F]`, for each chunk of slots the gradients of S and z
+            that its tokens get.
+        mean, factor: `[N, g, n C]`, from `query_means`.
+        d_phi: the gradient of phi_k, is written.
+    """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, f, e = first + tl.arange(0, BS), tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BV)
     slots = rows + R + AHEAD

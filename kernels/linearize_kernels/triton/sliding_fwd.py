@@ -46,14 +46,18 @@ def scores(a, b, seen, scale):
 
 @triton.jit
 def is_local(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays are within the window."""
+    """Determine which delays (tokens that a slot is before a row) are within the window."""
     least = 0 if AHEAD == 0 else 1 - SIZE
     return (delay >= least) & (delay < SIZE)
 
 
 @triton.jit
 def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays are outside the window."""
+    """Determine which delays (tokens that a slot is before a row) are outside the window. Later tokens are
+    not far.
+
+    With AHEAD > 0, later tokens at a distance of SIZE or more are far too.
+    """
     far = delay >= SIZE
     if AHEAD > 0:
         far = far | (delay <= -SIZE)
@@ -64,7 +68,7 @@ def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
 def any_far(
     row, slot, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr
 ):
-    """Determine if any of BM rows is far from any of BS slots."""
+    """Determine if any of BM rows, from `row` on, is far from any of BS slots, from `slot` on."""
     has_far = R + row + BM - slot > SIZE
     if AHEAD > 0:
         has_far = has_far | (slot + BS - R - row > SIZE)
@@ -73,9 +77,12 @@ def any_far(
 
 @triton.jit
 def holds_key(slot, skip, end, AHEAD: tl.constexpr):
-    """Determine which slots hold a key that is no sink.
+    """Determine which slots hold a key that is not a sink.
 
-    Without slots ahead no row reads past the end.
+    Args:
+        skip: the first slot after empty ones and sinks.
+        end: the end of the slots with keys. It is checked only with AHEAD > 0, because otherwise no row reads
+            past it.
     """
     present = slot >= skip
     if AHEAD > 0:
@@ -177,10 +184,15 @@ def far_products(
 def first_column(
     row, begins, skip, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
-    """Return the first slot that the rows from `row` on read.
+    """Return the first slot that a tile of rows reads one by one. The first of the rows is `row`.
 
-    It is the first column of their chunk, or without a far part the slot REACH - 1 behind `row`. Rows of a
-    packed sequence read no slot before their sequence.
+    With a far part (F > 0) it is the first slot that their chunk reads. Without one it is the slot REACH - 1
+    tokens before `row`, where REACH is the size of the window or conv. Rows of a packed sequence read no slot
+    before their sequence.
+
+    Args:
+        begins: a table for packed sequences, or None.
+        skip: the first slot of the rows' sequence after its sinks.
     """
     first = row // C * C
     if F == 0:
@@ -194,10 +206,10 @@ def first_column(
 def last_column(
     row, BM: tl.constexpr, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """Return the end of the slots that BM rows from `row` on read.
+    """Return the end (exclusive) of the slots that BM rows read one by one. The first of the rows is `row`.
 
-    Without slots ahead it is the end of the rows' own slots. Otherwise it is the end of their chunk's
-    columns, or without a far part REACH - 1 slots after the last row.
+    If rows do not see later tokens (AHEAD is 0), it is the end of their own slots. Otherwise it is the end of
+    the slots that their chunk reads, or without a far part (F is 0) REACH - 1 slots after the last row's own.
     """
     last = row + BM + R
     if AHEAD > 0:
@@ -210,10 +222,12 @@ def last_column(
 def first_row(
     slot, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """Return the first row that reads one of the slots from `slot` on, all in one chunk.
+    """Return the first row that reads one of some slots one by one. The first of the slots is `slot`, all are
+    in one chunk.
 
-    Without slots ahead it is the row of that slot. Otherwise it is the first row whose chunk has the slot
-    among its columns, or without a far part the row REACH - 1 before it.
+    If rows do not see later tokens (AHEAD is 0), it is the row of that slot's token. Otherwise it is the
+    first row of the first chunk that reads the slot, or without a far part (F is 0) the row REACH - 1 before
+    the slot's token.
     """
     first = slot - R
     if AHEAD > 0:
