@@ -1,4 +1,6 @@
-"""The equation of linear attention in its forms: `step`, `block`, `chunked`, and the state between them."""
+"""Functions that compute the equation of linear attention, such as `step`, `block` and `chunked`, and their
+state.
+"""
 
 from linearize_kernels.equation import Equation, LinearAttention
 from linearize_kernels.ops.bidirectional import bidirectional

@@ -13,16 +13,39 @@ from linearize_kernels.state import State
 
 @dataclass(frozen=True)
 class Equation:
-    """Parts of one layer (with the names of recipes) and its geometry.
+    """The parts of one layer's equation, with the names that recipes use, and the layer's shapes.
 
-    For token i at position p_i, with visible tokens A(i) (itself and its ancestors; not causal: all tokens):
+    For token i at position p_i, with visible tokens A(i) (itself and its ancestors, or all tokens if not
+    causal):
 
         L(i) = { j in A(i): near(i, j) or p_j < sinks },   F(i) = A(i) minus L(i)
         near(i, j): |p_i - p_j| < size (sliding), or p_i div size == p_j div size (group)
         o_i = combine( Σ_{L(i)} κ_ij v_j, φ(q_i)ᵀ Σ_{F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ ) + Σ_τ c_τ v_{anc(i,τ)}
 
-    τ runs over the last W tokens, or over the W tokens around i if the equation is not causal. There is no local part
-    if size is 0, no far part if feature_map is None, and no conv if conv_width is 0. Without key_weight, ω is 1.
+    L(i) is the local part, with weights κ (the scores under the combine's normaliser). F(i) is the far part,
+    read through the features φ; D_ij is the decay between j and i, and ω a learned weight of key j. The last
+    sum is the conv over values: anc(i, τ) is the token τ positions before i. τ runs over the last W tokens,
+    or over the W tokens around i if the equation is not causal. There is no local part if size and sinks are
+    0, no far part if feature_map is None, and no conv if conv_width is 0. Without key_weight, ω is 1.
+
+    Attributes:
+        heads, kv_heads: the numbers of query heads and of key-value heads.
+        key_dim, value_dim: D and Dv, the sizes of a head's keys and values.
+        scale: the factor of q·k in the local scores.
+        softcap: the limit of a soft cap on the local scores, or None for no cap.
+        bias: True if the layer learns a bias for each distance (see `LinearAttention.distance_bias`).
+        causal: False for encoders, whose tokens see all others.
+        scope: "sliding" (a window) or "group" (fixed blocks of positions).
+        size: tokens in the window or group.
+        score: the local score, a key of `local_scores.SCORES`.
+        feature_map: the name of φ in `feature_maps.FEATURE_MAPS` or `far.FAR_PARTS`.
+        feature_dim: the width of the features, or None for the map's default.
+        per_query_head: True if keys have features, and so a state, per query head; False for one per KV head.
+        key_weight: True if ω is learned.
+        memory: how S forgets, a key of `decay.MEMORIES`.
+        combine: how the parts are joined, a key of `combine.COMBINES`.
+        conv_width: W.
+        sinks: the number of attention sinks, the first tokens of a row, which are always local.
     """
 
     heads: int
@@ -47,9 +70,10 @@ class Equation:
 
     @property
     def recent(self) -> int:
-        """Return the number of recent tokens that a state keeps: the window or group, or the conv's width if larger.
+        """Return R, the number of recent tokens that a state keeps: the window or group, or the conv's width
+        if larger.
 
-        If the layer is not causal, it is the number of such tokens on either side.
+        If the layer is not causal, R tokens are needed on either side of a chunk.
         """
         reach = self.conv_width if self.causal else max(self.size - 1, self.conv_width // 2)
         return max(self.size, reach, 0)
@@ -61,12 +85,17 @@ class Equation:
 
     @property
     def far_heads(self) -> int:
+        """Return the number of heads of S and z, called `far` in shapes: query heads or KV heads."""
         return self.heads if self.per_query_head else self.kv_heads
 
     def near(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Compute which keys are near which queries, `[..., T], [..., N] -> [..., T, N]` bool.
+        """Compute which keys are in the window or group of which queries: `[..., T, N]` bool.
 
-        Positions are not negative.
+        All are False if `size` is 0. A window reaches to both sides; the caller hides tokens that come later.
+
+        Args:
+            query_position: `[..., T]`, not negative.
+            key_position: `[..., N]`, not negative.
         """
         i, j = query_position[..., :, None], key_position[..., None, :]
         if self.size == 0:
@@ -76,34 +105,48 @@ class Equation:
         return i.div(self.size, rounding_mode="floor") == j.div(self.size, rounding_mode="floor")
 
     def to_far_heads(self, x: Tensor, dim: int = -3) -> Tensor:
-        """Repeat KV heads as S has them: `[..., kv, T, X] -> [..., far, T, X]`."""
+        """Repeat KV heads (dimension `dim`) to the number of heads of S:
+        `[..., kv, T, X] -> [..., far, T, X]`.
+        """
         repeats = self.far_heads // self.kv_heads
         return x if repeats == 1 else x.repeat_interleave(repeats, dim)
 
     def fold_queries(self, x: Tensor, heads: int) -> Tensor:
-        """Group query heads by the heads that they read: `[..., heads, T, X] -> [..., h, group * T, X]`."""
+        """Join the query heads that read the same head of S or of the keys:
+        `[.., heads, T, X] -> [.., h, group * T, X]`.
+
+        `heads` is h, the number of heads that are read; group is the number of query heads for each of them.
+        """
         return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
 
     def split_queries(self, x: Tensor, length: int) -> Tensor:
-        """Split the query heads of a group: `[..., h, group * T, X] -> [..., h, group, T, X]`."""
+        """Undo `fold_queries`, with T = `length`: `[..., h, group * T, X] -> [..., h, group, T, X]`."""
         return x.unflatten(-2, (-1, length))
 
 
 class LinearAttention(nn.Module):
-    """Parameters of one layer: far part, combine, conv and position bias.
+    """The parameters of one layer's equation: far part, combine, conv and position bias.
 
-    `block`, `chunked`, `varlen`, `bidirectional` and `step` compute its outputs.
+    Functions compute its outputs: `chunked` over a long sequence, `varlen` over packed sequences,
+    `bidirectional` in an encoder, `block` for any equation, and `step` (the definition) for one token.
 
     Attributes:
-        dropped: a part that is left out, of the normaliser too: "local", "far" or None (ablations).
-        impl: the implementation of chunks: "auto" (Triton on a GPU where its kernels can run, else torch), "torch" or
-            "triton", which raises where it cannot run.
-        ran: the implementation that computed last: "triton", "torch" (a chunked form), "block" (any equation) or None.
-        far: the far part, or None. It may also be one of `far.FAR_PARTS`, which have the same methods for blocks and
-            for one token.
-        conv: `[heads, W]`, or None.
-        distance_bias: `[heads, size]`, added to the local score at distance p_i - p_j, or None. If the equation is not
-            causal, `[heads, 2 size - 1]`, at p_i - p_j + size - 1. Longer distances (sinks) take the last one.
+        equation: the parts and shapes.
+        score: the function that computes the local scores.
+        dropped: for ablations, the part that is removed from both the numerator and the normaliser: "local",
+            "far", or None for neither.
+        impl: the requested implementation of the chunked forms: "auto" (Triton on a GPU where its kernels can
+            run, else torch), "torch" or "triton". "triton" raises ValueError where no kernel can run.
+        ran: the implementation that was used last: "triton", "torch", "block" (the slow reference, which
+            computes any equation), or None before the first call.
+        far: the far part, or None if the equation has none. It is a `FeatureMemory` or a class in
+            `far.FAR_PARTS`.
+        combine: the module that joins the local and the far part.
+        conv: the conv's weights `[heads, W]`, or None.
+        distance_bias: the bias that is added to the local score of tokens i and j, or None. It is
+            `[heads, size]`, read at p_i - p_j. If the equation is not causal, it is `[heads, 2 size - 1]`,
+            read at p_i - p_j + size - 1. Distances outside of the table, which only sinks have, take its
+            nearest entry.
     """
 
     dropped: str | None
@@ -141,7 +184,7 @@ class LinearAttention(nn.Module):
         self.combine.reset_parameters()
 
     def empty_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """Make the state before the first token; `dtype` is that of k and v."""
+        """Make the state before the first token of `batch` rows. `dtype` is the dtype of k and v."""
         eq = self.equation
         features, width = (0, eq.value_dim) if self.far is None else self.far.state_width
 
@@ -162,5 +205,5 @@ class LinearAttention(nn.Module):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums: fp64 for fp64 inputs, else fp32."""
+    """Return the dtype in which inputs of a dtype are summed: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,6 @@
-"""Tensors that are computed once and kept: those of plain values, and those of a module's parameter."""
+"""Caches of tensors: `remembered` for functions of plain values, `derived` for functions of a module's
+parameter.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -12,10 +14,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def remembered(size: int) -> Callable[[F], F]:
-    """Cache the tensors that a function returns for its arguments, like `lru_cache`. They are on the CPU by default.
+    """Return a decorator that caches the tensors of a function for its last `size` argument tuples, like
+    `lru_cache`.
 
-    Tensors are created outside inference mode, so that training can use them later. Tensors without values
-    (FakeTensorMode) are not cached.
+    The function's tensors are on the CPU by default. They are created outside inference mode, so that
+    training can use them later. Tensors without values (FakeTensorMode) are not cached.
     """
 
     def decorate(make: F) -> F:
@@ -39,11 +42,14 @@ def remembered(size: int) -> Callable[[F], F]:
 def derived(module: nn.Module, name: str, make: Callable[[Tensor], R], dtype: torch.dtype) -> R:
     """Return `make(parameter.to(dtype))`, cached until the parameter is replaced, moved or written to.
 
-    Nothing is cached while gradients are recorded, or for an inference tensor, whose changes torch does not count. A
-    change through `parameter.data` is not counted either: `forget_derived` covers it.
+    Nothing is cached while gradients are recorded, or for an inference tensor, whose changes torch does not
+    count. A change through `parameter.data` is not counted either: `forget_derived` covers it.
 
     Args:
-        name: the parameter's name in the module. A parameter has one `make`.
+        name: the parameter's name in the module. It is also the cache key, so `make` must always be the same
+            for it.
+        make: the function of the parameter.
+        dtype: the dtype in which `make` gets the parameter.
     """
     parameter: Any = module._parameters[name]  # not None: the caller has it
     if parameter.is_inference() or (parameter.requires_grad and torch.is_grad_enabled()):

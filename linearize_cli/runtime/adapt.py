@@ -1,4 +1,6 @@
-"""Adapter classes for the attention modules of a model. The original classes do not change."""
+"""The replacement of attention modules' classes by adapted ones (see `adapters`). The original classes do not
+change.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +33,13 @@ def eager_attention_forward(
     Args:
         query: `[B, heads, T, D]`.
         key, value: `[B, kv, N, D]`.
-        attention_mask: additive or boolean, broadcastable to `[B, heads, T, N]`.
-        position_bias: additive, broadcastable to `[B, heads, T, N]`.
+        attention_mask: additive or boolean (True for tokens that are seen), broadcastable to
+            `[B, heads, T, N]`, or None.
+        scaling: the factor of q·k in the scores.
+        position_bias: added to the scores, broadcastable to `[B, heads, T, N]`, or None.
 
     Returns:
-        the output `[B, T, heads, Dv]` and the weights `[B, heads, T, N]`.
+        The output `[B, T, heads, Dv]` and the weights `[B, heads, T, N]`.
     """
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling
@@ -50,7 +54,7 @@ def eager_attention_forward(
 
 
 def adapted_class(original: type) -> type:
-    """Return `Adapted<Original>`, a class of the adapter and the original class of transformers."""
+    """Return the class `Adapted<Original>`, which inherits from the adapter and from the original class."""
     if original not in _classes:
         adapter = ADAPTERS[key_of(original)]
         namespace = {"__module__": __name__, "original": original}
@@ -77,10 +81,12 @@ def key_of(cls: type) -> str:
 
 
 def adapt(model: nn.Module) -> list[nn.Module]:
-    """Give each module with an entry in ADAPTERS its adapted class, and its parent's `config` if it has none.
+    """Replace the class of each module with an entry in ADAPTERS by its adapted class, in place.
+
+    A module without a `config` gets that of its nearest parent.
 
     Returns:
-        the adapted modules.
+        The adapted modules.
     """
     found, configs = [], {"": model.config}
     for name, module in model.named_modules():
@@ -95,7 +101,9 @@ def adapt(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
-    """Adapt the model's modules while the context is open."""
+    """Adapt the model's attention modules while the context is open, and restore their classes and configs
+    afterwards.
+    """
     had = {module for module in model.modules() if "config" in vars(module)}
     modules: list[Any] = adapt(model)
     try:

@@ -24,9 +24,13 @@ class Adapter:
     """The base class of adapters.
 
     Attributes:
-        config, original: the module's config, and its class in transformers.
-        native_mask: True if the model's own code needs a mask of the base model's kind.
-        mask_is_all: True if the base model's attention gets hidden tokens and biases from its mask alone.
+        config: the module's config.
+        original: the module's class in transformers.
+        is_causal: True if a token does not see later tokens.
+        native_mask: True if the model's own code works on the attention mask, so that it must stay a mask of
+            the base model's kind. False if it may be replaced by the compact mask of pads.
+        mask_is_all: True if the mask alone hides and biases tokens. False if the attention module also does
+            so itself.
         mask_has_biases: True if the model adds its position bias to its mask.
     """
 
@@ -42,14 +46,17 @@ class Adapter:
         return self.config._attn_implementation.startswith("linearize")
 
     def attend(self, query, key, value, mask, scaling, **kwargs) -> Tensor:
-        """Call the selected attention implementation.
+        """Call the attention implementation that the config selects.
 
         Args:
-            query: `[B, heads, T, D]`.
-            key, value: `[B, kv, T, D]`.
+            query: `[B, heads, T, D]`. It is converted to the value's dtype.
+            key, value: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            mask: the base model's attention mask, or None.
+            scaling: the factor of q·k in the scores.
+            kwargs: more arguments of the implementation, such as `position_bias`.
 
         Returns:
-            `[B, T, heads, Dv]`.
+            The output `[B, T, heads, Dv]`.
         """
         function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return function(
@@ -81,16 +88,20 @@ class Method(Adapter):
         return out.transpose(1, 2), None
 
     def attention_scale(self) -> float:
-        """Return the scale of the scores."""
+        """Return the factor of q·k in the scores."""
         return 1.0 / float(self.scale_attn)
 
     def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
-        """Return more arguments of the attention interface."""
+        """Return more arguments for the attention implementation, for numbers of queries and keys. The
+        default is none.
+        """
         return {}
 
 
 class GPTNeo(Method):
-    """The adapter of GPT-Neo: unscaled scores, and local layers that mask tokens beyond their window."""
+    """The adapter of GPT-Neo, whose scores are not scaled. Its local layers hide tokens beyond their window
+    themselves.
+    """
 
     layer_id: int
     bias: Tensor
@@ -147,7 +158,9 @@ class Falcon(Adapter):
 
     @property
     def native_mask(self) -> bool:
-        """Return True with ALiBi, which the model adds to its mask."""
+        """Return True if the model uses ALiBi, because it adds ALiBi to its mask. Return False with rotary
+        positions.
+        """
         return self.config.alibi
 
     mask_has_biases = native_mask
@@ -265,16 +278,21 @@ class DiffLlama(Adapter):
 
 
 class Indexed(Adapter):
-    """The adapter of DeepSeek's sparse attention, which uses the interface itself. See `Indexer`."""
+    """The adapter of DeepSeek's sparse attention.
+
+    The module calls the attention interface itself, so only its mask has to be kept. `Indexer` adapts the
+    choice of keys.
+    """
 
     native_mask = True
 
 
 class Indexer(Adapter):
-    """The adapter of the module that selects the keys of sparse attention.
+    """The adapter of the module that selects the keys which sparse attention reads.
 
-    It selects all keys, because a linear layer sees all of them, and it stores no index keys. The softmax
-    teacher then sees all keys too. Up to `index_topk` tokens this is the original attention.
+    It selects all keys, because a linear layer sees all of them, and it stores no index keys in the cache.
+    The softmax teacher then sees all keys too. That equals the original attention up to `index_topk` tokens,
+    and differs beyond.
     """
 
     def forward(self, hidden_states, q_resid, position_embeddings, attention_mask, *args, **kwargs):
@@ -287,12 +305,20 @@ class Indexer(Adapter):
 
 
 def modeling(module: Adapter):
-    """Return the modeling file of an adapted class."""
+    """Return the module of transformers that defines an adapted module's original class."""
     return sys.modules[module.original.__module__]
 
 
 def appended(cache: Cache | None, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Append keys and values to the self-attention cache, and return all of its keys and values."""
+    """Append keys and values to a layer of the self-attention cache, and return all keys and values of that
+    layer.
+
+    Without a cache (None), they are returned unchanged.
+
+    Args:
+        key, value: the new ones, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        index: the layer's index in the cache.
+    """
     return (key, value) if cache is None else of_self_attention(cache).update(key, value, index)
 
 

@@ -1,4 +1,4 @@
-"""The code inside an artifact: a flat copy of this package and of `linearize_kernels`.
+"""The code inside an artifact: a copy of this package and of `linearize_kernels`, without subfolders.
 
 transformers loads a repository's code from one folder without subfolders. So each module becomes one file in
 the artifact, and imports between them become relative ones. When such a copy runs, it copies itself.
@@ -28,7 +28,12 @@ OWN = "linearize_own_"  # prefix of modules with a user's feature map
 
 
 def auto_map(*model_classes: type[Any]) -> dict[str, str]:
-    """Return the `auto_map` of config.json for classes of `model.AUTO_MODELS`."""
+    """Return `auto_map` of config.json, the names of the config class and of the model class for each Auto
+    class.
+
+    Args:
+        model_classes: entry points from `model.AUTO_MODELS`.
+    """
     models = {cls.auto_class: f"modeling_linearized.{cls.__name__}" for cls in model_classes}
     # The config class is loaded from the model's file. transformers caches a module by the hash of all files
     # that it imports, and a config class shared with another artifact would load the other one's model class.
@@ -63,21 +68,33 @@ def sources() -> dict[str, str]:
 
 
 def text_of(name: str, spec: ModuleSpec | None) -> str:
-    """Return the text of a module's file."""
+    """Return the source text of a module.
+
+    Args:
+        name: the module's name, for the error.
+        spec: its import spec.
+
+    Raises:
+        ImportError: the module has no file.
+    """
     if spec is None or spec.origin is None:
         raise ImportError(f"the module {name} has no file")
     return Path(spec.origin).read_text()
 
 
 def our_imports(source: str) -> list[tuple[int, str]]:
-    """Return the lines and modules of the `from linearize_... import` statements of a module."""
+    """Return the line number and the module name of each `from linearize_... import` statement in a source
+    text.
+    """
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
     imports = [(node.lineno, node.module or "") for node in nodes]
     return [(i, name) for i, name in imports if name.split(".")[0] in ("linearize_cli", "linearize_kernels")]
 
 
 def flatten(source: str) -> str:
-    """Rewrite `from linearize_kernels.state import State` to `from .linearize_kernels_state import State`."""
+    """Rewrite the imports of a source text for the flat copy: `linearize_kernels.state` to
+    `.linearize_kernels_state`.
+    """
     lines = source.splitlines(keepends=True)
     for number, module in our_imports(source):
         line = lines[number - 1]
@@ -86,10 +103,13 @@ def flatten(source: str) -> str:
 
 
 def load_own_code(path: Path) -> ModuleType:
-    """Run a user's Python file as the module `linearize_own_NAME`.
+    """Run a user's Python file, which defines a feature map, as the module `linearize_own_NAME`.
 
     Args:
-        path: the original file, or its copy in an artifact.
+        path: the original file, or its copy in an artifact, whose imports were rewritten.
+
+    Raises:
+        ImportError: the path is not a Python file.
     """
     name = OWN + path.stem.removeprefix(OWN)
     modules = walk_packages(import_module("linearize_kernels").__path__, "linearize_kernels.")
@@ -106,7 +126,13 @@ def load_own_code(path: Path) -> ModuleType:
 
 
 def copy_code(folder: Path, feature_map: str | None) -> None:
-    """Write the flat modules into a folder, and the user's module that defines the feature map."""
+    """Write the code that loads an artifact into its folder.
+
+    Args:
+        folder: the artifact's folder.
+        feature_map: the recipe's feature map, or None. If a user's module defines it, that module is written
+            too.
+    """
     files = sources()
     cls = None if feature_map is None else FEATURE_MAPS.get(feature_map)
     if cls is not None and cls.__module__.startswith(OWN):

@@ -1,4 +1,6 @@
-"""The cache layer of a converted layer: one state of constant size, with rollback."""
+"""The cache layer of a converted layer: one state of constant size, from which the last tokens can be
+removed.
+"""
 
 from collections.abc import Callable
 
@@ -24,10 +26,12 @@ ROLLBACK = 256
 
 
 class MappedRows:
-    """Operations on the rows of a cache layer."""
+    """The operations of transformers on the rows of a cache layer (reorder, repeat, select), built on `map`."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every tensor of the layer, batch dimension first."""
+        """Replace every tensor of the layer by the function's result for it. The tensors' first dimension is
+        the batch.
+        """
         raise NotImplementedError
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -43,14 +47,21 @@ class MappedRows:
 class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """A cache layer that holds a `State` instead of keys and values.
 
-    `update` returns the new keys and values unchanged. The attention module passes them to `attend`. While the past is
-    recorded, the layer keeps the state of the last crop and the tokens since then. A crop replays the tokens that
-    remain.
+    `update`, which transformers calls, returns the new keys and values unchanged. The attention module then
+    passes them to `attend`, which appends them to the state.
+
+    With `record_past`, the layer also keeps an older state (the snapshot) and the keys and values of the
+    tokens since then (the trail, at most ROLLBACK tokens). A crop computes the state again from the snapshot
+    and the tokens that remain.
 
     Attributes:
-        decoding: the state as it is laid out while tokens are decoded one by one, or None.
-        last_state: the state, or None if there is none yet or only `decoding` is up to date.
-        seen: tokens appended to each row, pads included, as transformers counts cache positions.
+        record_past: True if the layer keeps what a crop needs.
+        decoding: the state in the layout for decoding token by token, or None.
+        last_state: the state. None before the first token, and while only `decoding` is up to date.
+        seen: the number of tokens appended to each row, with pads, as transformers counts cache positions.
+        owned: True if nothing else holds the state's tensors, so that kernels may write into them.
+        snapshot: the recorded older state, or None.
+        trail: keys, values and the mask of tokens that are not pads, since the snapshot, or None.
     """
 
     decoding: Decoding | None
@@ -77,7 +88,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.forget()
 
     def forget(self) -> None:
-        """Delete the record of the past: no crop goes back beyond this point."""
+        """Delete the recorded tokens. A later crop cannot remove tokens from before this call."""
         self.snapshot: State | None = None
         self.trail: tuple[Tensor, ...] | None = None  # k, v and which tokens are no pads
 
@@ -90,7 +101,15 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         valid: Tensor | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Append new tokens to the state, and return their outputs `[B, heads, T, Dv]`; arguments as of `chunked`."""
+        """Append new tokens to the state, and return their outputs `[B, heads, T, Dv]`.
+
+        Args:
+            attention: the layer's parameters.
+            q: `[B, heads, T, D]`.
+            k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            valid: `[B, T]` bool, False for pads, or None if there are none.
+            sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+        """
         if q.shape[-2] == 1 and valid is None:
             written = self.state_to_write(attention, q, sink_logits)
             if written is not None:
@@ -104,7 +123,10 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         return out
 
     def decodes(self, attention: LinearAttention, q: Tensor) -> bool:
-        """Return whether `Decoding` computes the next token: on a CPU, without gradients, and not in compiled code."""
+        """Return True if the torch decoding step (`Decoding`) computes the next token.
+
+        That is the case on a CPU, without gradients, outside compiled code, and after at least one token.
+        """
         if self.decoding is None and self.last_state is None:
             return False
         return decoding_backend(attention, q) == "torch"
@@ -112,7 +134,14 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def decode(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
     ) -> Tensor:
-        """Append one token of every row to the state, and return the outputs `[B, heads, 1, Dv]`."""
+        """Append one token of every row to the state by the torch decoding step, and return the outputs
+        `[B, heads, 1, Dv]`.
+
+        Args:
+            q: `[B, heads, 1, D]`.
+            k, v: `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
+            sink_logits: `[heads]`, learned logits without a value, or None.
+        """
         if self.record_past:
             self.record(attention, k, v, None)
         decoding = self.decoding
@@ -124,7 +153,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         return decoding.decode_one_token(attention, q, k, v, sink_logits).to(q.dtype)
 
     def begin_decoding(self, attention: LinearAttention) -> Decoding:
-        """Lay out the state to decode tokens one by one."""
+        """Copy the state into the layout for decoding token by token, set it as `decoding`, and return it."""
         assert self.last_state is not None  # `decodes` has seen it
         forget_derived(attention)
         self.decoding = Decoding(attention.equation, self.last_state)
@@ -132,7 +161,10 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
     @property
     def state(self) -> State | None:
-        """Return the state after all tokens, or None before the first. Later tokens do not write into it on a CPU."""
+        """Return the state after all tokens, or None before the first.
+
+        On a CPU, later tokens do not change it. On a GPU, a decoding step may write into it.
+        """
         if self.last_state is None and self.decoding is not None:
             self.last_state = self.decoding.state()
         return self.last_state
@@ -144,9 +176,15 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def state_to_write(
         self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None
     ) -> State | None:
-        """Return the state if Triton's kernels compute the tokens of q and write into it, or else None.
+        """Return the state to write into if Triton's kernels can compute the new tokens, or None if they
+        cannot.
 
-        A state that something else may hold is copied first, once.
+        It is None, too, before the first token, while the past is recorded, and with sink logits. A state
+        whose tensors something else may hold is replaced by a copy first.
+
+        Args:
+            q: `[B, heads, T, D]`, the queries (or keys) of the new tokens.
+            sink_logits: `[heads]`, learned logits without a value, or None.
         """
         wanted = decoding_backend(attention, q) == "triton"
         if not wanted or self.record_past or sink_logits is not None:
@@ -165,7 +203,13 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
     ) -> None:
-        """Replace the state by the one after the tokens k, v `[B, kv, T, D]`; valid `[B, T]` or None."""
+        """Store the state after new tokens, and record the tokens if the past is recorded.
+
+        Args:
+            state: the state after them.
+            k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            valid: `[B, T]` bool, False for pads, or None if there are none.
+        """
         if self.record_past:
             self.record(attention, k, v, valid)
         self.state, self.owned = state.compact(), False
@@ -173,10 +217,17 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.begin()
 
     def begin(self) -> None:
-        """Mark the layer as not empty."""
+        """Mark the layer as holding tokens, for transformers."""
         self.has_previous_state[0] = self.is_initialized = True
 
     def record(self, attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Append new tokens to the trail. Tokens beyond the last ROLLBACK are moved from the trail into the
+        snapshot.
+
+        Args:
+            k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            valid: `[B, T]` bool, False for pads, or None if there are none.
+        """
         valid = (
             torch.ones(k.shape[0], k.shape[-2], dtype=torch.bool, device=k.device) if valid is None else valid
         )
@@ -198,7 +249,11 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             self.trail = k[..., excess:, :], v[..., excess:, :], valid[:, excess:]
 
     def replay(self, attention: LinearAttention | None, length: int) -> State:
-        """Return the snapshot after the first `length` tokens of the trail."""
+        """Compute the state after the snapshot and the first `length` tokens of the trail.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
         if attention is None or self.snapshot is None or self.trail is None:
             raise RuntimeError("the cache has recorded no tokens")
         if length == 0:
@@ -215,10 +270,13 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             ).fork()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens.
+        """Remove the last tokens from the state, and delete the record of the past.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove. With 0 only the record is deleted.
 
         Raises:
-            RuntimeError: the layer was not recording, or fewer tokens were recorded.
+            RuntimeError: the past was not recorded, or fewer tokens were recorded.
             ValueError: the number is positive.
         """
         if tokens_to_remove > 0:
@@ -250,7 +308,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         return -1
 
     def nbytes(self) -> int:
-        """Return the bytes of the state; 0 before the first token."""
+        """Return the bytes of the state, or 0 before the first token."""
         return 0 if self.state is None else self.state.nbytes()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -273,9 +331,10 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
 
 
 class HybridCacheLayer(LinearCacheLayer):
-    """A cache layer with a `State` and the native conv and recurrent states of a layer that attends and recurs in
-    parallel (Falcon-H1, Zamba2). The native states are moved here from the cache's own layer. A recurrent state cannot
-    take tokens back.
+    """The cache layer of a layer that has both attention and a Mamba mixer (Falcon-H1, Zamba2).
+
+    It holds a `State`, and the mixer's own conv and recurrent states, which are moved here from the cache's
+    own layer. A recurrent state cannot be cropped.
     """
 
     is_compileable = False

@@ -35,8 +35,9 @@ class LinearizedConfig(PreTrainedConfig):
     """The config class of artifacts. Loading returns an instance of a subclass of the base model's config
     class.
 
-    `config.linearize` holds `base_class`, `base_model_type`, `attention` (from the recipe), `layers` (module
-    name -> geometry), `softmax` (names of the softmax layers) and `method`.
+    `config.linearize` holds `base_class` (the base model's class), `base_model_type`, `attention` (that
+    section of the recipe), `layers` (for each converted module's name, the sizes of its heads), `softmax`
+    (the names of attention modules that were kept softmax) and `method` (the conversion method).
     """
 
     model_type = MODEL_TYPE
@@ -69,10 +70,10 @@ def __getattr__(name: str) -> type[PreTrainedConfig]:
 
 
 def base_of(name: str) -> type[Any]:
-    """Return the class of transformers with the name `<Base>` in `Linearized<Base>`.
+    """Return the class `<Base>` of transformers for the name `Linearized<Base>`.
 
     Raises:
-        AttributeError: it does not exist.
+        AttributeError: transformers has no such class, or the name does not begin with `Linearized`.
     """
     base = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
     if base is None:
@@ -88,10 +89,17 @@ def auto_class(base_class: str) -> str | None:
 
 
 def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """Return the config of a linearized model with the head that an Auto class loads.
+    """Return the config for loading a linearized model through an Auto class, which may give it another head.
+
+    If the Auto class loads the model's own class, the config is returned unchanged. Otherwise it is a copy
+    with another base class and adapted module names.
+
+    Args:
+        name: the name of the Auto class, such as "AutoModelForTokenClassification".
 
     Raises:
-        ValueError: transformers has no such model, or could not load the weights of its body.
+        ValueError: transformers has no class with that head for this model type, or could not load the body's
+            weights into it.
     """
     record = config.linearize
     base, own = record["base_class"], auto_class(record["base_class"])
@@ -114,6 +122,11 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def register(*model_classes: type[Any]) -> None:
-    """Register config and model classes, so that Auto classes load artifacts without `trust_remote_code`."""
+    """Register the config class and model classes of artifacts, so that Auto classes load them without remote
+    code.
+
+    Args:
+        model_classes: subclasses of `model.AutoLinearized`.
+    """
     AutoConfig.register(MODEL_TYPE, LinearizedConfig, exist_ok=True)
     _registered.extend(model_classes)

@@ -18,9 +18,14 @@ from linearize_cli.runtime.places import check_empty, grown
 
 
 class CrossCacheLayer(MappedRows, DynamicLayer):
-    """The cache of a linear cross-attention: S `[B, far, F, Dv]` and z `[B, far, F]` of the source.
+    """The cache of a linear cross-attention: the state of the source (the encoder's tokens).
 
-    Models read the length of the cache's keys and values. These are expanded zeros without memory.
+    Models also read the length of the cache's keys and values. These are zeros expanded to the right shape,
+    which use no memory.
+
+    Attributes:
+        state: S `[B, far, F, Dv]` and z `[B, far, F]` of the source, or None before the first forward. `far`
+            is the number of heads of S.
     """
 
     def __init__(self) -> None:
@@ -28,7 +33,9 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
         self.state: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store the length of the source and return its keys and values."""
+        """Store the length of the source, and return its keys and values unchanged. The state is set by the
+        attention.
+        """
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = (x.new_zeros(()).expand_as(x) for x in (key_states, value_states))
         return key_states, value_states
@@ -39,11 +46,11 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
         self.state = None
 
     def nbytes(self) -> int:
-        """Return the bytes of the state, 0 before the first token."""
+        """Return the bytes of the state, or 0 before the source was read."""
         return 0 if self.state is None else sum(x.nbytes for x in self.state)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function that selects or reorders rows to the state."""
+        """Apply a function that selects or reorders the rows (first dimension) to the state."""
         if self.state is not None:
             S, z = map(function, self.state)
             self.state = S, z
@@ -56,7 +63,8 @@ class CrossCacheLayer(MappedRows, DynamicLayer):
 class LinearizedCrossAttention(LinearAttention):
     """Linear cross-attention to the tokens j of a source.
 
-    `o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)`. Its equation has a feature map and no other part.
+    The output is `o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)`. Its equation has a feature map and no
+    local part, decay or conv.
     """
 
     def forward(
@@ -72,15 +80,17 @@ class LinearizedCrossAttention(LinearAttention):
 
         Args:
             query: `[B, heads, T, D]`.
-            key, value: `[B, kv, N, D]`. They are not read if the cache holds a source.
-            attention_mask: `[B, 1, T, N]`, boolean or additive, that hides the source's pads. None means no pads.
-            linearize_state: the layer's cache.
+            key, value: the source, `[B, kv, N, D]` and `[B, kv, N, Dv]`. They are not used if the cache holds
+                the state of a source already.
+            attention_mask: `[B, 1, T, N]`, boolean or additive, which hides the source's pads. None means no
+                pads.
+            linearize_state: the layer's cache, or None without a cache.
 
         Returns:
             `[B, T, heads, Dv]` in query's dtype.
 
         Raises:
-            ValueError: see `read`.
+            ValueError: the mask hides tokens of the source from some queries only.
         """
         state = None if linearize_state is None else linearize_state.state
         with loaded(self):
@@ -91,7 +101,11 @@ class LinearizedCrossAttention(LinearAttention):
             return cross(self, query, *state).transpose(1, 2).contiguous()
 
     def read(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return S and z of the source.
+        """Compute the state of the source: S `[B, far, F, Dv]` and z `[B, far, F]`.
+
+        Args:
+            key, value: the source, `[B, kv, N, D]` and `[B, kv, N, Dv]`.
+            mask: `[B, 1, T, N]`, boolean or additive, which hides pads, or None.
 
         Raises:
             ValueError: the mask hides tokens of the source from some queries only.
@@ -107,10 +121,11 @@ class LinearizedCrossAttention(LinearAttention):
         return encode(self, key, value, seen[:, 0, 0].expand(key.shape[0], -1))
 
     def place(self, cache: EncoderDecoderCache, index: int) -> CrossCacheLayer:
-        """Return the cache's layer for the source. An empty layer is replaced by a `CrossCacheLayer`.
+        """Return the cross-attention layer `index` of a cache. An empty one is replaced by a
+        `CrossCacheLayer`.
 
         Raises:
-            RuntimeError: the layer holds keys and values of another kind.
+            RuntimeError: the layer holds keys and values, or the state of another copy of this code.
         """
         sources = cache.cross_attention_cache
         layer = grown(sources, index)
@@ -121,7 +136,12 @@ class LinearizedCrossAttention(LinearAttention):
 
 
 def cross_equation(attention: dict, geometry: dict) -> Equation:
-    """Return the equation of a cross-attention, which has the recipe's feature map only."""
+    """Return the equation of a cross-attention, which uses only the feature map of the recipe.
+
+    Args:
+        attention: the `attention` section of a recipe.
+        geometry: the sizes of the base model's layer.
+    """
     far = attention["far"]
     names = ("heads", "kv_heads", "key_dim", "value_dim", "scale")
     return Equation(

@@ -1,7 +1,7 @@
-"""How a converted layer hooks into transformers: the attention interface, masks and the cache.
+"""The connection of converted layers to transformers: the attention interface, masks and the cache.
 
-Registration is global to the process, and artifacts with different code may share one: the registered
-functions only call what the module itself carries.
+Functions are registered for the whole process, and artifacts with different versions of this code may run in
+one process. So the registered functions only call methods of the module that they get.
 """
 
 import copy
@@ -33,14 +33,21 @@ def attention_forward(
 def compact_mask(
     q_length: int, q_offset: int | Tensor = 0, attention_mask: Tensor | None = None, **kwargs
 ) -> Tensor | None:
-    """Return a mask of pads, `[B, 1, T, 1]` int8 and 0 for pads, or None without pads.
+    """Return the compact mask that linear layers get from transformers: `[B, 1, T, 1]` int8, 0 for pads, else
+    1.
+
+    It is None if no new token is a pad. Compiled code cannot find that out, and always gets a mask if the
+    user gave one.
 
     Args:
-        q_offset: tokens in the cache; a tensor if the cache is one of static buffers, still empty.
-        attention_mask: `[B, N]`, of the tokens in the cache, the new ones and any number behind them.
+        q_length: T, the number of new tokens.
+        q_offset: the number of tokens in the cache. It is a tensor for a static cache, which is still empty
+            then.
+        attention_mask: `[B, N]`, 0 for pads, for the tokens in the cache, the new ones, and possibly more
+            after them. Or None.
 
     Raises:
-        ValueError: the mask is none of pads, or too short.
+        ValueError: the mask has not 2 dimensions, or fewer columns than there are new tokens.
     """
     if attention_mask is None:
         return None
@@ -62,7 +69,11 @@ AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
 
 
 def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pass the module's cache layer as `linearize_state`, as a forward pre-hook of a converted module."""
+    """Add the module's cache layer to its arguments, as `linearize_state`. A forward pre-hook of converted
+    modules.
+
+    Nothing is added without a cache, or while another attention implementation is selected.
+    """
     if module.config._attn_implementation != IMPLEMENTATION:
         return None
     cache = find_cache(args, kwargs)
@@ -72,11 +83,13 @@ def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
 
 
 def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pass documents, which begin where positions start again, as a mask. A forward pre-hook of the model.
+    """Pass packed documents, which begin where `position_ids` start again, to the layers. A forward pre-hook
+    of the model.
 
-    Not all models pass positions on to their layers; those with softmax layers make a mask of positions themselves.
-    Compiled code cannot read masks, and takes a row as one document: where there may be several, the layers are told to
-    run outside of it.
+    Not all models pass positions on to their layers, so the documents are passed as an attention mask. Models
+    with kept softmax layers make such a mask themselves. Compiled code cannot read masks and would treat a
+    row as one document. If a row may hold several, `linearize_eagerly` makes the layers run outside compiled
+    code.
     """
     mask, positions, cache = (
         kwargs.get("attention_mask"),
@@ -98,12 +111,19 @@ def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
 
 
 def is_custom(mask: Tensor | None) -> bool:
-    """Return whether the model was given a 4-D mask of several new tokens."""
+    """Return True if the user passed a 4-D mask for several new tokens."""
     return isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1
 
 
 def check_export(mask: Tensor | None, positions: Tensor | None) -> None:
-    """Refuse to export a model for rows of several documents. The exported model checks its positions too."""
+    """Refuse to export a model with inputs that may hold several documents in a row.
+
+    Without a mask, a check is added to the exported model: its `position_ids` must not start again within a
+    row.
+
+    Raises:
+        ValueError: the mask has 4 dimensions.
+    """
     if is_custom(mask):
         raise ValueError("export a linearized model with an attention mask of 2 dimensions, or none")
     if mask is None and positions is not None and positions.dim() == 2:
@@ -115,10 +135,16 @@ starts_in = torch.compiler.disable(document_starts)
 
 
 def attach(model: Module, layers: dict[str, Module]) -> None:
-    """Attach its linear attention to each named module. Softmax layers that are kept stay native.
+    """Attach linear attention to modules, and select it as their attention implementation. Other layers do
+    not change.
 
-    A config object all of whose attention modules are converted is switched as a whole, so that the model
-    makes no O(T²) mask; not where the model's own code works on that mask (`adapters.Adapter.native_mask`).
+    If all attention modules that share a config object are converted, the implementation is also selected in
+    that config. The model then makes no O(T²) mask. This is not done if the model's own code works on that
+    mask (`adapters.Adapter.native_mask`).
+
+    Args:
+        model: a model whose config has the `linearize` record.
+        layers: the linear attention of each module, by the module's name.
     """
     record = model.config.linearize
     modules = [model.get_submodule(name) for name in layers]
@@ -148,10 +174,15 @@ def attach(model: Module, layers: dict[str, Module]) -> None:
 
 
 def mask_limit(model: Module, module: Module, beside_softmax: bool) -> float:
-    """Return the number of columns up to which the base model's own masks for a module are causal, or a window.
+    """Return up to how many columns the base model's 4-D masks for a module hide only pads, documents and
+    later tokens.
+
+    Larger masks hide or bias tokens in ways that only the base model uses. Masks with biases, and those of
+    models with images, always do (0). Masks of chunked attention do beyond one chunk. For all others the
+    result is infinite.
 
     Args:
-        beside_softmax: the module gets the masks of softmax layers.
+        beside_softmax: True if the module shares its config, and so its masks, with kept softmax layers.
     """
     if getattr(module, "mask_has_biases", False) or (
         beside_softmax and hasattr(model.config, "vision_config")
@@ -172,15 +203,19 @@ def set_config(module: Module, config: PreTrainedConfig) -> None:
 
 
 def converted(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention modules that carry a linear attention, by name."""
+    """Return the converted attention modules of a model, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "linear_attention")}
 
 
 @contextmanager
 def attention_implementation(model: Module, name: str) -> Iterator[None]:
-    """Run the converted layers with another attention, as the softmax teacher ("sdpa") or a recorder.
+    """Run the converted layers with another attention implementation while the context is open.
 
-    Beside kept softmax layers it must take masks of their implementation, for one mask serves both.
+    Examples are "sdpa", which gives the softmax teacher, and an implementation that records its inputs.
+
+    Args:
+        name: the implementation's name in transformers. If the model has kept softmax layers, it must take
+            masks of the kind that they use, because one mask serves all layers.
     """
     configs = {
         id(m.config): m.config for m in model.modules() if is_linearized_config(getattr(m, "config", None))
@@ -195,4 +230,5 @@ def attention_implementation(model: Module, name: str) -> Iterator[None]:
 
 
 def is_linearized_config(config: object) -> bool:
+    """Return True if a config selects our attention implementation."""
     return getattr(config, "_attn_implementation_internal", None) == IMPLEMENTATION

@@ -1,4 +1,6 @@
-"""A converted layer's attention: masks, pads and state around the equation."""
+"""The attention of a converted layer: it handles masks, pads, packed documents and the cache around the
+equation.
+"""
 
 from math import inf
 
@@ -34,8 +36,8 @@ def equation(attention: dict, geometry: dict) -> Equation:
     """Return the equation of one layer.
 
     Args:
-        attention: the `attention` part of a recipe.
-        geometry: the first fields of `Equation`, those of the base model's layer.
+        attention: the `attention` section of a recipe.
+        geometry: the sizes of the base model's layer (`heads` to `causal` of `Equation`).
     """
     local, far = attention.get("local") or {}, attention.get("far") or {}
     return Equation(
@@ -55,11 +57,11 @@ def equation(attention: dict, geometry: dict) -> Equation:
 
 
 class LinearizedAttention(LinearAttention):
-    """A converted layer's attention, as the attention interface of transformers calls it.
+    """A converted layer's attention, with the signature of transformers' attention interface.
 
     Attributes:
-        mask_limit: 4-D masks with more columns hold what only the base model's own masks do (biases, image blocks,
-            chunks), and only pads are read from them.
+        mask_limit: the most columns of a 4-D mask from which documents are read. Larger masks have biases,
+            image blocks or chunks of the base model, and only pads are read from them.
     """
 
     mask_limit: float = inf
@@ -78,19 +80,30 @@ class LinearizedAttention(LinearAttention):
         linearize_eagerly: bool = False,
         **unused: object,
     ) -> Tensor:
-        """Map query `[B, heads, T, D]`, key and value `[B, kv, T, D]` to `[B, T, heads, Dv]` in query's dtype.
+        """Compute the attention of T new tokens.
 
         Args:
-            attention_mask: any mask that transformers makes: None, 2-D, 4-D boolean or additive, or the compact one of
-                `dispatch.compact_mask`. Pads and documents are read from it; causality and the window are the
-                equation's.
-            linearize_state: the layer's place in the cache, or None without a cache.
-            s_aux: `[heads]` learned sink logits (gpt-oss).
-            cache: the paged cache of continuous batching, which holds no state.
-            position_ids: `[B or 1, T]`. Documents begin where positions start again, as in transformers: only without
-                pads and without a cache.
-            sliding_window: the window of the base model's own mask.
-            linearize_eagerly: the mask or the positions may hold documents; torch.compile then leaves this call out.
+            query: `[B, heads, T, D]`.
+            key, value: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            attention_mask: any mask that transformers makes: None, 2-D, 4-D boolean or additive, or the
+                compact mask of `dispatch.compact_mask`. Only pads and documents are read from it. Causality
+                and the window are those of the equation.
+            linearize_state: the layer's cache, or None without a cache.
+            s_aux: `[heads]`, learned sink logits (gpt-oss), or None. They are used with softmax scores only.
+            cache: the paged cache of continuous batching, which is refused.
+            position_ids: `[B or 1, T]`, or None. Documents begin where positions start again, as in
+                transformers. They are read only if there are no pads and no cache.
+            sliding_window: the window of the base model's mask, or None.
+            linearize_eagerly: True if the mask or the positions may hold documents. The call then runs
+                outside code compiled by torch.compile.
+
+        Returns:
+            `[B, T, heads, Dv]` in query's dtype.
+
+        Raises:
+            NotImplementedError: there is a paged cache.
+            ValueError: the model is exported with a variable number of tokens, or the mask cannot be
+                followed.
         """
         if cache is not None:
             raise NotImplementedError(NO_PAGES)
@@ -114,7 +127,16 @@ class LinearizedAttention(LinearAttention):
         position_ids: Tensor | None,
         window: int | None,
     ) -> Tensor:
-        """Compute the outputs `[B, heads, T, Dv]`. Arguments are those of `forward`."""
+        """Compute the outputs `[B, heads, T, Dv]`, and append the tokens to the cache.
+
+        Args:
+            heads: query, key and value, `[B, heads or kv, T, D]`.
+            mask: the attention mask in any form, or None.
+            state: the layer's cache, or None.
+            sink_logits: `[heads]`, learned logits without a value, or None.
+            position_ids: `[B or 1, T]`, or None.
+            window: the window of the base model's mask, or None.
+        """
         query, past = heads[0], 0 if state is None else state.seen
         valid = valid_tokens(mask, query.shape[0], query.shape[-2], past)
         starts = None
@@ -140,7 +162,14 @@ class LinearizedAttention(LinearAttention):
     def attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, sink_logits: Tensor | None
     ) -> Tensor:
-        """Compute the outputs of rows that begin with an empty state."""
+        """Compute the outputs `[B, heads, T, Dv]` of rows without a cache, each one document.
+
+        Args:
+            q: `[B, heads, T, D]`.
+            k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            valid: `[B, T]` bool, False for pads, or None if there are none.
+            sink_logits: `[heads]`, learned logits without a value, or None.
+        """
         if self.equation.causal:
             return chunked(self, None, q, k, v, valid, sink_logits)[0]
         return bidirectional(self, q, k, v, valid, sink_logits)
@@ -152,7 +181,15 @@ class LinearizedAttention(LinearAttention):
         valid: Tensor | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Compute the outputs of documents that begin at `starts [B, T]`, each with an empty state."""
+        """Compute the outputs `[B, heads, T, Dv]` of rows that pack several documents, which do not see each
+        other.
+
+        Args:
+            starts: `[B or 1, T]` bool, True where a document begins.
+            heads: query, key and value, `[B, heads or kv, T, D]`.
+            valid: `[B, T]` bool, False for pads, or None if there are none.
+            sink_logits: `[heads]`, learned logits without a value, or None.
+        """
         starts = starts.expand(heads[0].shape[0], -1)
         packed = self.equation.causal and valid is None
         if packed and packed_plan(self, *heads, sink_logits is not None) is not None:
@@ -166,12 +203,19 @@ class LinearizedAttention(LinearAttention):
         return attend_apart(attend, starts, valid, *heads)
 
     def place(self, cache: Cache, index: int) -> LinearCacheLayer:
-        """Return the layer of a cache that holds this layer's state."""
+        """Return the layer `index` of a cache, which holds this layer's state. An empty layer is replaced if
+        needed.
+        """
         return cache_layer(cache, index)
 
 
 def linearized(attention: dict, geometry: dict) -> LinearAttention:
-    """Build the linear attention of one layer: a cross-attention if the geometry has `cross`."""
+    """Build the linear attention of one layer: a cross-attention if the geometry has the key `cross`.
+
+    Args:
+        attention: the `attention` section of a recipe.
+        geometry: the sizes of the base model's layer.
+    """
     if "cross" in geometry:
         return LinearizedCrossAttention(cross_equation(attention, geometry))
     return LinearizedAttention(equation(attention, geometry))

@@ -1,7 +1,8 @@
 """Attention masks of transformers: which tokens are pads, and where documents begin.
 
-A linear-attention layer keeps causality itself and sees all tokens of its document. So of a mask it takes pads and
-documents that follow one another in a row; any other mask is refused.
+A linear-attention layer is causal by itself, and its tokens see all earlier tokens of their document. So it
+reads only two things from a mask: pads, and documents that follow one another in a row. Any other mask is
+refused.
 """
 
 import torch
@@ -13,21 +14,31 @@ exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 
 
 
 def is_compact(mask: Tensor) -> bool:
-    """Return whether a mask tells only pads or documents: `[B, T]`, `dispatch.compact_mask` or `document_mask`."""
+    """Return True if a mask is not a T x N matrix: `[B, T]`, or `[B, 1, T, 1]` int8 (pads) or int32
+    (documents).
+    """
     return mask.dim() == 2 or (mask.dtype in (torch.int8, torch.int32) and mask.shape[-1] == 1)
 
 
 def document_mask(starts: Tensor) -> Tensor:
-    """Return a mask of documents by positions, `[B, 1, T, 1]` int32: each token's document, counted from 1."""
+    """Return a mask of packed documents, `[B, 1, T, 1]` int32: the number of each token's document, counted
+    from 1.
+
+    Args:
+        starts: `[B, T]` bool, True where a document begins.
+    """
     return starts.cumsum(-1, dtype=torch.int32)[:, None, :, None]
 
 
 def is_document_mask(mask: Tensor | None) -> bool:
+    """Return True if a mask was made by `document_mask`."""
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == 1
 
 
 def starts_of(mask: Tensor | None) -> Tensor | None:
-    """Return where documents begin in a `document_mask`, `[B, T]` bool, or None for another mask."""
+    """Return where documents begin, `[B, T]` bool, if the mask was made by `document_mask`. Return None for
+    other masks.
+    """
     if mask is None or not is_document_mask(mask):
         return None
     return pad(mask[:, 0, :, 0].diff(dim=-1) != 0, (1, 0), value=True)
@@ -36,7 +47,12 @@ def starts_of(mask: Tensor | None) -> Tensor | None:
 def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """Return which of the T new tokens are not pads, `[B, T]` bool, or None if there are no pads.
 
-    In a 4-D mask a token is a pad if it may not see itself.
+    Args:
+        mask: the attention mask in any form, or None. In a 4-D mask a token that does not see itself is a
+            pad.
+        batch: B.
+        length: T.
+        past: the number of tokens in the cache, with pads.
     """
     if mask is None:
         return None
@@ -54,7 +70,9 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
 
 
 def unless_all(valid: Tensor) -> Tensor | None:
-    """Return None instead of a mask that is True everywhere. Compiled code cannot read values, and keeps the mask."""
+    """Return the mask, or None if it is True everywhere. Compiled code cannot read values, and always gets
+    the mask.
+    """
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
@@ -64,7 +82,13 @@ def shown(mask: Tensor) -> Tensor:
 
 
 def first_column(mask: Tensor, length: int, past: int) -> int:
-    """Return the column of the first new token."""
+    """Return the column of a mask that belongs to the first new token.
+
+    Args:
+        mask: `[..., N]`. N is the number of tokens in the cache and new ones, or only that of new ones.
+        length: the number of new tokens.
+        past: the number of tokens in the cache.
+    """
     return past if mask.shape[-1] >= past + length else mask.shape[-1] - length
 
 
@@ -80,12 +104,15 @@ def masked_documents(
 
     Args:
         mask: `[B, heads or 1, T, N]`, boolean or additive.
-        past: tokens in the cache, pads counted.
-        count: `[B]`, tokens in the cache that are no pads; None without a cache.
-        window: size of the base model's sliding window, or None.
+        length: T, the number of new tokens.
+        past: the number of tokens in the cache, with pads.
+        count: `[B]`, the number of tokens in the cache without pads. None without a cache.
+        causal: True if tokens do not see later ones.
+        window: the size of the base model's sliding window, or None.
 
     Raises:
-        ValueError: the mask is of another kind.
+        ValueError: the mask hides more than pads, other documents and later tokens, or has biases, or differs
+            by head.
     """
     if mask.shape[1] > 1 and not torch.equal(mask[:, :1].expand_as(mask), mask):
         raise ValueError("a linear-attention layer takes one attention mask for all heads")
@@ -125,11 +152,16 @@ def masked_documents(
 
 
 def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
-    """Return the tokens that begin a document, `[B, T]`: those that do not see the valid token before them.
+    """Return the tokens that begin a document, `[B, T]` bool: those that do not see the last token before
+    them.
+
+    Pads are skipped and begin no document.
 
     Args:
-        own: `[B, T, T]` bool, what the tokens see of each other; there: `[B, T]` bool, false for pads.
-        window: size of the sliding window, or None. Tokens at this distance or more are ignored.
+        own: `[B, T, T]` bool, True where the mask lets token i see token j.
+        there: `[B, T]` bool, False for pads.
+        window: the size of the sliding window, or None. A token before which there are only pads within the
+            window is taken to continue its document.
     """
     slot = torch.arange(own.shape[-1], device=own.device)
     latest = torch.where(there, slot, -1).cummax(-1).values
@@ -140,5 +172,7 @@ def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
 
 
 def same(actual: Tensor, expected: Tensor, there: Tensor) -> bool:
-    """Return whether two masks agree for all tokens that are not pads."""
+    """Return True if two masks `[B, T, T]` agree in the rows of all tokens that are not pads (`there`,
+    `[B, T]`).
+    """
     return not bool(((actual != expected).any(-1) & there).any())

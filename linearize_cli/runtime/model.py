@@ -32,7 +32,10 @@ else:
 
 
 class LinearizeMixin(Base):
-    """A base class placed before the base model's class. It attaches the layers in `config.linearize`."""
+    """The mixin of linearized model classes, placed before the base model's class.
+
+    It attaches linear attention to the modules that `config.linearize` lists.
+    """
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -40,10 +43,10 @@ class LinearizeMixin(Base):
         self.post_init()
 
     def attach_linear_attention(self) -> None:
-        """Attach linear attention to the modules in `config.linearize`.
+        """Attach linear attention to the modules that `config.linearize` lists.
 
         Raises:
-            ValueError: the model lacks one of them.
+            ValueError: the model has no module of a listed name.
         """
         record = self.config.linearize
         adapt(self)
@@ -78,7 +81,9 @@ class LinearizeMixin(Base):
         super().initialize_weights()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model, and the code that loads it where `linearize` is not installed."""
+        """Save the model, together with the code that loads it on machines where `linearize` is not
+        installed.
+        """
         self.config.auto_map = auto_map(*auto_models(self.config))
         result = super().save_pretrained(save_directory, *args, **kwargs)
         far = self.config.linearize["attention"].get("far") or {}
@@ -86,7 +91,18 @@ class LinearizeMixin(Base):
         return result
 
     def read_tree(self, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
-        """Read a token tree. See `tree.read_tree`."""
+        """Compute the logits of the nodes of a token tree that continues every row of a cache. The cache is
+        not changed.
+
+        Args:
+            cache: the cache after the rows' prefixes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: the index of each node's parent, -1 for a root. Parents come before their children.
+
+        Raises:
+            ValueError: the parents are not a tree of N nodes, or the cache holds no prefix.
+            NotImplementedError: the model cannot verify trees (see `tree.read_tree`).
+        """
         return read_tree(self, cache, ids, parents)
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -138,12 +154,19 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
 
 
 def concrete_model(config) -> type[PreTrainedModel]:
-    """Return the model class of a linearized config."""
+    """Return the model class `Linearized<Base>` of a linearized config."""
     return linearized_class(getattr(transformers, config.linearize["base_class"]))
 
 
 class AutoLinearized:
-    """The class that `auto_map` names for an Auto class. Loading returns a model of `Linearized<Base>`."""
+    """The base class of the entry points through which transformers' Auto classes load an artifact.
+
+    config.json names one subclass for each Auto class (`auto_map`). Its `from_pretrained` returns a model of
+    the class `Linearized<Base>`, not an instance of the subclass.
+
+    Attributes:
+        auto_class: the name of the Auto class, such as "AutoModelForCausalLM".
+    """
 
     auto_class: str
     _auto_class = None
@@ -215,7 +238,9 @@ AUTO_MODELS: dict[str, type[AutoLinearized]] = {
 
 
 def auto_models(config) -> list[type[AutoLinearized]]:
-    """Return the classes that load a linearized model, with its own head or with another."""
+    """Return the entry points in AUTO_MODELS that can load a linearized model: with its own head first, then
+    others.
+    """
     record = config.linearize
     own = auto_class(record["base_class"])
     others = [name for name, classes in HEADS.items() if record["base_model_type"] in classes]
@@ -223,10 +248,15 @@ def auto_models(config) -> list[type[AutoLinearized]]:
 
 
 def linearize(model: PreTrainedModel, record: dict) -> PreTrainedModel:
-    """Swap the attention of a model in place, and give it the class and config of a linearized model.
+    """Attach linear attention to a model in place, and give it the class and config of a linearized model.
 
     Args:
-        record: the `config.linearize` record (see `LinearizedConfig`).
+        model: a model of transformers.
+        record: the content of `config.linearize`: the base class, the recipe's attention, the layers to
+            convert and those that stay softmax (see `LinearizedConfig`).
+
+    Returns:
+        The same model.
     """
     base, config = type(model), model.config
     config.__class__ = LinearizedConfig.concrete(record["base_model_type"])

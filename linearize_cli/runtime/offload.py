@@ -8,7 +8,9 @@ from torch import nn
 
 
 def offloaded(layer: nn.Module) -> list[nn.Module]:
-    """Return the submodules of a layer whose own tensors are offloaded."""
+    """Return the layer and those of its submodules that have offloaded tensors of their own. Empty if none
+    has.
+    """
     parts = [layer]
     for part in parts:  # this runs for every token, and `modules()` takes ten times as long
         parts += filter(None, part._modules.values())
@@ -22,7 +24,7 @@ def own_tensors(module: nn.Module) -> list:
 
 
 def loaded(layer: nn.Module) -> AbstractContextManager[None]:
-    """Keep all tensors of a layer on its device while the context is open.
+    """Load all offloaded tensors of a layer, and keep them on its device while the context is open.
 
     accelerate loads a module's own tensors when that module is called, and unloads them after the call. The
     equation reads parameters of submodules without calling them. So all submodules are loaded together, and

@@ -1,4 +1,4 @@
-"""Attention to rows that pack several documents, each a sequence of its own."""
+"""Attention in rows that pack several documents, which do not see each other."""
 
 from collections.abc import Callable
 
@@ -14,12 +14,13 @@ SHORT = 64  # documents shorter than this go together
 def document_starts(position_ids: Tensor | None) -> Tensor | None:
     """Return where documents begin, `[B or 1, T]` bool, or None if every row is one document.
 
-    A position that does not follow the one before it begins a document, as in transformers
-    (`masking_utils.find_packed_sequence_indices`). Compiled code takes every row as one document: `dispatch.examine`
-    keeps rows with more of them out of it.
+    A document begins at a token whose position is not that of the token before it plus one, as in
+    transformers (`masking_utils.find_packed_sequence_indices`). In compiled code the result is always None.
+    `dispatch.examine` makes rows with several documents run outside of it.
 
     Args:
-        position_ids: `[B or 1, T]`; positions of another form (of images, say) pack nothing.
+        position_ids: `[B or 1, T]`. With None, or positions of another shape (such as those of images), every
+            row is one document.
     """
     if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
         return None
@@ -28,9 +29,12 @@ def document_starts(position_ids: Tensor | None) -> Tensor | None:
 
 
 def attend_packed(attention: LinearAttention, starts: Tensor, *heads: Tensor) -> Tensor:
-    """Compute the outputs of documents without pads by `varlen` over all rows in sequence.
+    """Compute the outputs `[B, heads, T, Dv]` of documents without pads, by one call of `varlen` for all
+    rows.
 
-    Args and result are those of `attend_apart`.
+    Args:
+        starts: `[B, T]` bool, True where a document begins.
+        heads: q, k, v `[B, heads or kv, T, D]`.
     """
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in heads)  # [heads, B T, D]
     first = starts.flatten().cpu().nonzero().squeeze(-1)
@@ -43,15 +47,16 @@ def attend_apart(
 ) -> Tensor:
     """Compute the outputs of documents that do not see each other.
 
-    Documents become rows with pads on their right. Those of about the same length make one batch, so that at most half
-    of a batch is pads (short documents aside).
+    Documents become rows with pads on their right. Those of about the same length make one batch, so that at
+    most half of a batch is pads (short documents aside).
 
     Args:
-        attend: maps q, k, v `[N, heads, T, D]` and what is no pad, `[N, T]` bool or None, to `[N, heads, T, Dv]`.
-        starts: `[B, T]` bool, true where a document begins.
-        there: `[B, T]` bool, false for pads among the tokens; or None if there are none and the attention is causal,
-            which needs no mask for pads on the right.
-        heads: q, k, v `[B, heads, T, D]`.
+        attend: the attention. It maps q, k, v `[N, heads or kv, T, D]` and a mask `[N, T]` (bool, False for
+            pads) or None to `[N, heads, T, Dv]`.
+        starts: `[B, T]` bool, True where a document begins.
+        there: `[B, T]` bool, False for pads among the tokens. None if there are none and the attention is
+            causal, which needs no mask for the pads added on the right.
+        heads: q, k, v `[B, heads or kv, T, D]`.
 
     Returns:
         `[B, heads, T, Dv]`.

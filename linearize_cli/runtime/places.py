@@ -9,10 +9,10 @@ from linearize_cli.runtime.cache import HybridCacheLayer, LinearCacheLayer
 
 
 def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
-    """Return the cache's layer `index`, turned into a `LinearCacheLayer` while it is still empty.
+    """Return the cache's layer `index` as a `LinearCacheLayer`. An empty layer of another class is replaced.
 
     Raises:
-        RuntimeError: the layer holds something else already.
+        RuntimeError: the layer holds keys and values, or the state of another copy of this code.
     """
     cache = of_self_attention(cache)
     layer = grown(cache, index)
@@ -27,7 +27,9 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
 
 
 def grown(cache: Cache, index: int) -> Any:
-    """Return the cache's layer `index`. A cache that grows on demand makes all layers up to it."""
+    """Return the cache's layer `index`. If the cache creates layers on demand, missing ones are created
+    first.
+    """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -35,17 +37,28 @@ def grown(cache: Cache, index: int) -> Any:
 
 
 def has_layer(cache: Cache, index: int) -> bool:
-    """Return whether the cache has a layer `index`, or will have. An early-exit draft caches only the first layers."""
+    """Return True if the cache has a layer `index`, or creates layers on demand.
+
+    It can lack one, because an early-exit drafter caches only the first layers.
+    """
     cache = of_self_attention(cache)
     return cache.layer_class_to_replicate is not None or index < len(cache.layers)
 
 
 def of_self_attention(cache: Cache) -> Cache:
+    """Return the self-attention part of an encoder-decoder's cache. Other caches are returned as they are."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def check_empty(layer: Any, index: int) -> None:
-    """Raise RuntimeError if a cache layer that cannot hold a state holds tokens."""
+    """Check that a cache layer which is to be replaced holds no tokens.
+
+    Args:
+        index: the layer's index, for the error.
+
+    Raises:
+        RuntimeError: it holds tokens.
+    """
     if not (layer.is_initialized and int(layer.get_seq_length()) > 0):
         return
     if holds_state(layer):
@@ -60,10 +73,10 @@ def check_empty(layer: Any, index: int) -> None:
 
 
 def check_softmax(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse a cache that holds a state where a softmax layer keeps keys and values. A forward pre-hook.
+    """Check that the cache of a kept softmax layer does not hold a state. This is a forward pre-hook.
 
     Raises:
-        RuntimeError: the cache belongs to a model that was converted differently.
+        RuntimeError: it does, because the cache belongs to a model that was converted differently.
     """
     cache, index = find_cache(args, kwargs), getattr(module, "layer_idx", None)
     if cache is None or isinstance(cache, EncoderDecoderCache) or index is None or index >= len(cache.layers):
@@ -77,11 +90,13 @@ def check_softmax(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
-    """Return the cache among a module's arguments, whatever its name."""
+    """Return the cache among a module's arguments, whatever its name, or None if there is no cache."""
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
 def holds_state(layer: object) -> bool:
-    """Return whether a cache layer is one of ours, of this copy of the code or another."""
+    """Return True if a cache layer is a class of ours, from this copy of the code or from that in another
+    artifact.
+    """
     names = {cls.__name__ for cls in type(layer).__mro__}
     return not names.isdisjoint(("LinearCacheLayer", "CrossCacheLayer"))

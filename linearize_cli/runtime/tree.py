@@ -1,6 +1,8 @@
-"""Token trees behind a cached prefix: the logits of all nodes in one forward, and the commit of an accepted path.
+"""Token trees after a cached prefix: the logits of all nodes in one forward, and the commit of an accepted
+path.
 
-Reading a tree writes nothing. Branches take the place of the cache's layers while it is read.
+Reading a tree does not change the cache. While a tree is read, the model gets a copy of the cache in which
+each layer is replaced by a branch: a layer that reads the prefix and keeps the nodes apart from it.
 """
 
 import copy
@@ -31,9 +33,9 @@ class Shape:
     """The shape of a tree of N nodes.
 
     Attributes:
-        parents: each node's parent, -1 for a root.
+        parents: the index of each node's parent, -1 for a root.
         depth: `[N]` int64, 0 for a root.
-        visible: `[N, N]` bool, `visible[i, j]`: j is i or an ancestor of i.
+        visible: `[N, N]` bool, `visible[i, j]` is True if j is i or an ancestor of i.
         position: `[B, N]` int64, every node's position in its row.
     """
 
@@ -44,7 +46,7 @@ class Shape:
 
 
 class LinearBranch(LinearCacheLayer):
-    """The tree in a converted layer: its prefix is a state."""
+    """The branch of a converted layer. Its prefix is a cache layer that holds a state."""
 
     def __init__(self, prefix: LinearCacheLayer, shape: Shape):
         super().__init__()
@@ -76,7 +78,12 @@ class LinearBranch(LinearCacheLayer):
             self.append_path(k, v, valid)
 
     def append_path(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        """Append an accepted path's keys and values to the prefix."""
+        """Append an accepted path's tokens to the state of the prefix.
+
+        Args:
+            k, v: the path's keys and values, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+            valid: `[B, T]` bool, False for the pads of shorter paths, or None if all paths are equally long.
+        """
         assert self.attention is not None  # the tree was read
         written, before = self.prefix.state_to_write(self.attention, k, None), self.prefix.state
         if written is not None:
@@ -89,7 +96,7 @@ class LinearBranch(LinearCacheLayer):
 
 
 class SoftmaxBranch(DynamicLayer):
-    """The tree in a layer that stayed softmax: its prefix is keys and values."""
+    """The branch of a layer that was kept softmax. Its prefix is a cache layer that holds keys and values."""
 
     def __init__(self, prefix: DynamicLayer, shape: Shape):
         super().__init__()
@@ -119,7 +126,7 @@ class SoftmaxBranch(DynamicLayer):
 
 
 class DummyBranch(DummyLayer):
-    """The tree in a layer without a cache of its own, which reads the keys and values of another."""
+    """The branch of a layer that has no cache of its own, because it reads another layer's keys and values."""
 
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()
@@ -140,8 +147,12 @@ class Tree:
     """The logits of a tree, and what is needed to commit a path.
 
     Attributes:
-        logits: `[B, N, vocab]`, each node's as if its path had been decoded token by token.
-        hidden: `[B, N, width]`, the LM head's input.
+        logits: `[B, N, vocab]`. A node's logits are those after its path from the root, decoded token by
+            token.
+        hidden: `[B, N, width]`, the last hidden states, which the LM head reads.
+        shape: the tree's parents, depths, ancestors and positions.
+        parents: the index of each node's parent, -1 for a root.
+        branches: the branch of each cache layer, which holds the nodes' keys and values.
     """
 
     logits: Tensor
@@ -151,7 +162,7 @@ class Tree:
     branches: list[LinearBranch | SoftmaxBranch | DummyBranch]
 
     def path(self, node: int) -> list[int]:
-        """Return the nodes from a root to the node."""
+        """Return the nodes from a root to the given node, both included."""
         path: list[int] = []
         while node >= 0:
             path, node = [node, *path], self.parents[node]
@@ -159,13 +170,16 @@ class Tree:
 
     @torch.no_grad()
     def commit(self, *paths: Sequence[int]) -> None:
-        """Append the nodes of accepted paths, each from a root on, to the cache: one path for all rows, or one each.
+        """Append the nodes of accepted paths to the cache.
 
-        A row with a shorter path gets pads on its left.
+        Args:
+            paths: one path for all rows, or one for each row. A path is a list of nodes from a root on, from
+                parent to child. An empty path appends nothing. Rows with shorter paths get pads on the left.
 
         Raises:
-            ValueError: the nodes are no such path, or there are not as many paths as rows.
-            RuntimeError: the cache has moved on since the tree was read.
+            ValueError: a list of nodes is not such a path, or the number of paths is neither 1 nor that of
+                the rows.
+            RuntimeError: the cache was changed since the tree was read.
         """
         rows, count = self.logits.shape[:2]
         chosen = [list(path) for path in (paths * rows if len(paths) == 1 else paths)]
@@ -192,17 +206,20 @@ class Tree:
 
 @torch.no_grad()
 def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequence[int]) -> Tree:
-    """Compute the logits of the nodes of a token tree that continues every row of a cache. The cache is not changed.
+    """Compute the logits of the nodes of a token tree that continues every row of a cache. The cache is not
+    changed.
 
     Args:
-        cache: after the rows' prefixes, which may lie behind pads on their left.
+        model: a linearized model.
+        cache: the cache after the rows' prefixes, which may have pads on the left.
         ids: `[B, N]`, the nodes' tokens.
-        parents: each node's parent, -1 for none; a parent comes before its children.
+        parents: the index of each node's parent, -1 for a root. Parents come before their children.
 
     Raises:
-        ValueError: the parents are no tree of N nodes, or the cache holds no prefix.
-        NotImplementedError: a layer keeps what cannot branch (a recurrent state, a static buffer), the model
-            counts positions itself, or a kept softmax layer attends by more or less than a 4-D mask.
+        ValueError: the parents are not a tree of N nodes, or the cache holds no prefix.
+        NotImplementedError: the model cannot verify trees. A cache layer holds something that cannot branch
+            (a recurrent state, a static buffer), the model takes no `position_ids`, or a kept softmax layer
+            gets no 4-D mask or hides tokens by itself.
     """
     if len(parents) != ids.shape[1] or not all(-1 <= parent < i for i, parent in enumerate(parents)):
         raise ValueError(
@@ -248,7 +265,11 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
 
 @contextmanager
 def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the inputs `[B, T, width]` of the LM head, one for each forward, while the context is open."""
+    """Collect the last hidden states while the context is open.
+
+    The context's value is a list. Each forward of the model appends the LM head's input, `[B, T, width]`, to
+    it.
+    """
     seen: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
@@ -258,10 +279,14 @@ def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def pass_tree_mask(module: nn.Module, args: tuple, kwargs: dict, shape: Shape) -> tuple[tuple, dict] | None:
-    """Replace the mask of a softmax layer by the tree's, as a forward pre-hook.
+    """Replace the attention mask of a kept softmax layer by one for a tree. This is a forward pre-hook.
 
-    The model made its mask for a chain, with pads and a window or chunks. A node sees of the prefix what the chain's
-    token of its depth sees, and of the tree its ancestors.
+    The model makes its mask for N tokens that follow one another, with pads and a window or chunks. In the
+    new mask, a node sees the same tokens of the prefix as the token at its depth does in the model's mask. Of
+    the tree, it sees its ancestors and itself. With a single node the mask is not changed.
+
+    Raises:
+        NotImplementedError: the layer has no 4-D mask, or hides or biases tokens by itself.
     """
     mask, nodes = kwargs.get("attention_mask"), len(shape.depth)
     if nodes == 1:

@@ -1,7 +1,8 @@
 """Acceptance rules of speculative decoding.
 
-A rule decides for every node of a token tree whether it may follow its parent. It also chooses the token that follows
-each node if no child is accepted. The longest accepted path is kept.
+A drafter proposes a token tree, and the target (the model whose text is generated) computes the logits of its
+nodes. A rule decides for every node whether its token may follow its parent. It also chooses the token that
+follows each node if none of its children is accepted. The longest accepted path is kept.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ class Rule(Protocol):
     """An acceptance rule.
 
     Attributes:
-        lossless: True if the tokens follow the target's own distribution.
+        lossless: True if the generated tokens follow the target's own distribution, as without a drafter.
     """
 
     lossless: bool
@@ -30,8 +31,8 @@ class Rule(Protocol):
             parents: `[N]`, -1 for the root.
 
         Returns:
-            `[B, N]` bool, True where a node may follow its parent (always for the root), and `[B, N]`, the token that
-            follows each node.
+            `[B, N]` bool, True where a node may follow its parent (always for the root), and `[B, N]`, the
+            token that follows each node if no child is accepted.
         """
 
 
@@ -47,28 +48,40 @@ def follows(tokens: Tensor, ids: Tensor, parents: Tensor) -> Tensor:
 
 
 class Greedy:
-    """The rule of greedy decoding: a child is accepted if it is the argmax."""
+    """The rule of greedy decoding: a child is accepted if its token has the largest logit at its parent."""
 
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children that are the argmax of their parent's logits (see `Rule`)."""
+        """Accept the children whose token has the largest logit at their parent.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
+        """
         tokens = logits.argmax(-1)
         return follows(tokens, ids, parents), tokens
 
 
 @dataclass
 class Sampling:
-    """The rule of sampling: a token is sampled from the target at every node, and a child is accepted if it is it.
+    """The rule of sampling: at every node a token is sampled from the target. A child with this token is
+    accepted.
 
-    This is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft distribution that puts all its mass on the
-    drafted token. A child x is accepted with probability p(x). If no child is accepted, the token follows p without
-    the children.
+    This is rejection sampling (arXiv 2211.17192, algorithm 1) with a draft distribution that gives the
+    drafted token probability 1. With the target's distribution p, a child with token x is accepted with
+    probability p(x). If no child is accepted, the next token follows p without the children's tokens.
 
     Attributes:
-        temperature: divides the logits.
-        generator: a CPU generator, or None for torch's global one.
-        top_p: sample from the fewest most probable tokens that hold this probability.
+        temperature: the logits are divided by it.
+        generator: a random generator on the CPU, or None for torch's global one.
+        top_p: sample from the smallest set of most probable tokens whose probabilities sum to this. 1 keeps
+            all tokens.
     """
 
     temperature: float = 1.0
@@ -77,7 +90,17 @@ class Sampling:
     lossless = True
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children that are the token sampled at their parent (see `Rule`)."""
+        """Accept the children whose token is the one sampled at their parent.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
+        """
         tokens = self.draw(logits)
         return follows(tokens, ids, parents), tokens
 
@@ -92,10 +115,11 @@ class Sampling:
 
 @dataclass
 class Typical(Sampling):
-    """Typical acceptance (Medusa, arXiv 2401.10774, sec. 2.3.1). It is lossy.
+    """The rule of typical acceptance (Medusa, arXiv 2401.10774, sec. 2.3.1).
 
-    A child is accepted if its probability under the target is above `min(epsilon, delta * exp(-entropy))`. The tokens
-    do NOT follow the target's distribution.
+    A child is accepted if its probability under the target is above `min(epsilon, delta * exp(-entropy))`,
+    with the entropy of the target's distribution at its parent. So the generated tokens do NOT follow the
+    target's distribution. If no child is accepted, the next token is sampled.
     """
 
     epsilon: float = 0.09
@@ -103,7 +127,17 @@ class Typical(Sampling):
     lossless = False
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children that are probable enough, and sample the following tokens (see `Rule`)."""
+        """Accept the children that are probable enough.
+
+        Args:
+            logits: `[B, N, vocab]`, the target's logits of the nodes.
+            ids: `[B, N]`, the nodes' tokens.
+            parents: `[N]`, the index of each node's parent, -1 for the root.
+
+        Returns:
+            `[B, N]` bool, True for accepted nodes and the root, and `[B, N]`, the token that follows each
+            node if no child is accepted.
+        """
         p = (logits.double() / self.temperature).softmax(-1)
         entropy = torch.special.entr(p).sum(-1)
         bound = (self.delta * (-entropy).exp()).clamp_max(self.epsilon)
@@ -113,11 +147,12 @@ class Typical(Sampling):
 
 
 def longest(accepted: Tensor, visible: Tensor) -> Tensor:
-    """Return the deepest node `[B]` of each row that is accepted with all its ancestors. Ties go to the first node.
+    """Return the deepest node `[B]` of each row that is accepted with all its ancestors. Ties go to the first
+    node.
 
     Args:
         accepted: `[B, N]` bool.
-        visible: `[N, N]` bool, True where node j is node i or an ancestor of it.
+        visible: `[N, N]` bool, `visible[i, j]` is True if node j is node i or an ancestor of it.
     """
     reached = (accepted[:, None, :] | ~visible).all(-1)
     return (reached * visible.sum(-1)).argmax(-1)

@@ -1,6 +1,6 @@
-"""Speculative decoding with a second model, by transformers' assisted generation, and its expected speedup.
+"""Speculative decoding with two models, by transformers' assisted generation, and its expected speedup.
 
-One model drafts a chain of tokens, the other verifies it.
+One model, the drafter, proposes a few tokens in a row. The other, the target, verifies them in one forward.
 """
 
 import time
@@ -23,7 +23,14 @@ DRAFTED = 5  # tokens that the drafter proposes for each forward of the target
 
 
 class Steps(BaseStreamer):
-    """A streamer that turns transformers' output into steps: first the prompt, then the tokens of each forward."""
+    """A streamer that turns the output of transformers' `generate` into a `Step` for each forward of the
+    target.
+
+    Attributes:
+        report: called with each step.
+        drafted: the number of drafted tokens that the current forward reads.
+        known: the number of other tokens that the next forward reads. None before the prompt was seen.
+    """
 
     def __init__(self, report: Callable[[Step], None]):
         self.report, self.drafted = report, 0
@@ -34,7 +41,9 @@ class Steps(BaseStreamer):
         self.drafted = kwargs["input_ids"].shape[1] - self.known
 
     def put(self, value: Tensor) -> None:
-        """Report the tokens of a forward as a step. The first call has the prompt and reports nothing."""
+        """Report the new tokens of one forward as a step. The first call gets the prompt, and reports
+        nothing.
+        """
         if self.known is None:
             self.known = value.shape[-1]
             return
@@ -55,10 +64,10 @@ def assisted(
     stop: Sequence[int] = (),
     report: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
-    """Continue a prompt with the target of a pair.
+    """Continue a prompt with the target of a pair. Its drafter proposes tokens.
 
-    Greedy tokens are those of the target alone. Sampled tokens follow the target's distribution and use torch's
-    global generator.
+    Greedy tokens are those of the target alone. Sampled tokens follow the target's distribution and use
+    torch's global generator.
 
     Args:
         prompt: at least one token.
@@ -69,7 +78,7 @@ def assisted(
         report: called with each step as it is made.
 
     Returns:
-        A step for each forward of the target. `nodes` counts the last token and the drafted ones.
+        A step for each forward of the target. Its `nodes` is the number of drafted tokens plus 1.
 
     Raises:
         UserError: the prompt and the new tokens exceed the positions of one of the models.
@@ -127,11 +136,14 @@ def with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """Count the drafted tokens of chains by depth.
+    """Count the drafted tokens by depth. The first drafted token of a step has depth 1.
+
+    Args:
+        steps: steps whose drafts are chains.
 
     Returns:
-        For depth 1, 2, ...: the number of tokens whose predecessors were all accepted, and how many of these were
-        accepted themselves.
+        Two lists with an entry for each depth: the number of drafted tokens whose predecessors were all
+        accepted, and how many of these were accepted themselves.
     """
     chains = [(step.nodes - 1, n) for step in steps for n in step.accepted if n is not None]
     depths = range(1, max((length for length, _ in chains), default=0) + 1)
@@ -140,7 +152,10 @@ def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
 
 
 def acceptance(steps: Sequence[Step]) -> float:
-    """Return α, the share of accepted tokens among those whose predecessors were all accepted. It is 0 without any."""
+    """Return α, the share of accepted tokens among drafted tokens whose predecessors were all accepted.
+
+    It is 0 if nothing was drafted.
+    """
     reached, accepted = by_depth(steps)
     return sum(accepted) / max(sum(reached), 1)
 
@@ -154,15 +169,20 @@ def speedup(alpha: float, drafted: int, cost: float, verification: float = 1.0) 
         alpha: α.
         drafted: γ, the number of drafted tokens.
         cost: c, the drafter's time for one token, divided by the target's time for one token.
-        verification: v, the target's time for γ + 1 tokens at once, divided by its time for one. The theorem has 1.
+        verification: v, the target's time for γ + 1 tokens at once, divided by its time for one. The theorem
+            has 1.
     """
     return sum(alpha**depth for depth in range(drafted + 1)) / (drafted * cost + verification)
 
 
 def break_even(drafted: int, cost: float, verification: float = 1.0) -> float | None:
-    """Return the smallest α at which the pair is as fast as its target alone, or None if no α is enough.
+    """Return the smallest acceptance α at which the pair is as fast as its target alone, or None if no α is
+    enough.
 
-    The arguments are those of `speedup`.
+    Args:
+        drafted: γ, the number of drafted tokens for each forward of the target.
+        cost: c, the drafter's time for one token, divided by the target's time for one token.
+        verification: v, the target's time for γ + 1 tokens at once, divided by its time for one.
     """
     if speedup(1.0, drafted, cost, verification) < 1:
         return None
@@ -177,7 +197,19 @@ def break_even(drafted: int, cost: float, verification: float = 1.0) -> float | 
 def measured_costs(
     pair: Pair, prompt: Sequence[int], drafted: int = DRAFTED, repeats: int = 15
 ) -> tuple[float, float]:
-    """Measure c and v of `speedup` on this machine, after a prompt. The forwards take turns, and medians are used."""
+    """Measure the relative times c and v of `speedup` on this machine, after a prompt.
+
+    The timed forwards of both models take turns, and their medians are used.
+
+    Args:
+        prompt: the tokens before the timed ones.
+        drafted: γ, the number of drafted tokens.
+        repeats: how often each forward is timed.
+
+    Returns:
+        c, the drafter's time for one token, and v, the target's time for γ + 1 tokens, both divided by the
+        target's time for one token.
+    """
     ids = torch.tensor([list(prompt)], device=pair.target.device)
     runs = [(pair.target, 1), (pair.drafter, 1), (pair.target, drafted + 1)]
     caches = [DynamicCache(config=model.config) for model, _ in runs]

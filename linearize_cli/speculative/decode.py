@@ -16,13 +16,13 @@ from linearize_cli.speculative.drafts import Drafter
 
 @dataclass(frozen=True)
 class Step:
-    """The result of one forward of the target.
+    """The result of one forward of the target, the model whose text is generated.
 
     Attributes:
         tokens: the new tokens of each row. The list is empty for a row that has ended.
-        accepted: the depth of the accepted path in each row's tree. None for the prompt's forward, and for a row that
-            has ended.
-        nodes: the number of nodes of the tree.
+        accepted: for each row, the number of drafted tokens that were accepted. None for the prompt's
+            forward, and for a row that has ended.
+        nodes: the number of nodes of each row's token tree, including the root.
     """
 
     tokens: list[list[int]]
@@ -40,9 +40,13 @@ def speculate(
     stop: Sequence[int] = (),
     context: int | None = None,
 ) -> Iterator[Step]:
-    """Continue prompts with a linearized model, and yield a step for each forward of the model.
+    """Continue prompts with a linearized model by speculative decoding.
+
+    It yields a step for each forward of the model. The first is the prompts' own forward, which gives one
+    token.
 
     Args:
+        model: the model whose text is generated.
         prompts: token ids, at least one for each prompt.
         drafter: proposes the token trees.
         max_new: the most new tokens for each prompt.
@@ -103,14 +107,16 @@ def speculate(
 
 
 def written(steps: Iterable[Step]) -> list[list[int]]:
-    """Return the new tokens of each row, joined over the steps."""
+    """Return the new tokens of each row, joined over all steps."""
     rows = zip(*(step.tokens for step in steps), strict=True)
     return [[token for tokens in row for token in tokens] for row in rows]
 
 
 @torch.inference_mode()
 def why_no_tree(model: PreTrainedModel) -> str | None:
-    """Return why the model cannot verify a token tree, or None if it can. It verifies a small tree to find out."""
+    """Return why the model cannot verify a token tree, or None if it can. To find out, a small tree is
+    verified.
+    """
     cache, _, _ = prefill(model, [[0]])
     try:
         model.read_tree(cache, torch.zeros(1, 3, dtype=torch.long, device=model.device), [-1, 0, 0])
@@ -120,13 +126,21 @@ def why_no_tree(model: PreTrainedModel) -> str | None:
 
 
 def cannot_branch(why: object) -> UserError:
-    """Return the error for a model that cannot verify a token tree."""
+    """Return the error for a model that cannot verify a token tree. `why` is the reason, for its message."""
     hint = "Decode without speculation: linearize generate ARTIFACT PROMPT."
     return UserError(f"the model cannot verify a token tree: {why}", hint)
 
 
 def prefill(model: PreTrainedModel, rows: list[list[int]]) -> tuple[Cache, Tensor, Tensor]:
-    """Read the rows and return the cache, and the hidden states `[B, width]` and logits `[B, vocab]` after them."""
+    """Run the model on the prompts.
+
+    Args:
+        rows: the token ids of each prompt.
+
+    Returns:
+        The cache, and the last hidden states `[B, width]` and logits `[B, vocab]` at each prompt's last
+        token.
+    """
     ids, mask = pad_left([torch.tensor(row, device=model.device) for row in rows])
     cache = DynamicCache(config=model.config)
     with read_by_head(model) as hidden:

@@ -1,4 +1,4 @@
-"""Drafts, the interface of drafters, and prompt lookup, a drafter without parameters."""
+"""Drafts (proposed token trees), the interface of drafters, and prompt lookup, a drafter without parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ CHAIN = 8  # the most tokens that lookup drafts
 
 @dataclass(frozen=True)
 class Draft:
-    """Token trees for all rows of a batch, with the same topology.
+    """Proposed token trees, one for each row of a batch, all of the same shape.
 
     Attributes:
-        ids: `[B, N]`. Node 0, the root, is the last token of the row so far.
-        parents: the parent of each node, -1 for the root. Parents come before their children.
+        ids: `[B, N]`, the tokens of the N nodes. Node 0, the root, is the row's last token, which is not
+            proposed.
+        parents: the index of each node's parent, -1 for the root. Parents come before their children.
     """
 
     ids: Tensor
     parents: Sequence[int]
 
     def at_most(self, depth: int) -> "Draft":
-        """Return the draft without the nodes that are more than `depth` below the root. The root always stays."""
+        """Return the draft without the nodes that are more than `depth` below the root. The root always
+        stays.
+        """
         nodes, depths = [], []
         for node, parent in enumerate(self.parents):
             depths.append(0 if parent < 0 else depths[parent] + 1)
@@ -43,7 +46,8 @@ class Drafter(Protocol):
 
         Args:
             rows: all tokens of each row so far. The last one becomes the root of the row's tree.
-            hidden: `[B, width]`, the last hidden states, from which the LM head predicted the last tokens.
+            hidden: `[B, width]`, the last hidden states from which the LM head predicted each row's last
+                token.
         """
 
 
@@ -51,7 +55,7 @@ class NoDraft:
     """The drafter of plain decoding. Its tree is the root alone."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return the root of each row."""
+        """Return trees of one node, the last token of each row. `hidden` `[B, width]` gives the device only."""
         return Draft(torch.tensor([row[-1:] for row in rows], device=hidden.device), [-1])
 
 
@@ -70,7 +74,12 @@ class Lookup:
     least: int = 1
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return a chain for each row, as long as the longest continuation found."""
+        """Return a chain of tokens for each row, as long as the longest continuation found in any row.
+
+        Args:
+            rows: all tokens of each row so far.
+            hidden: `[B, width]`, from which only the device is read.
+        """
         found = [self.continuation(row) for row in rows]
         length = max(map(len, found))
         # Shorter continuations are filled with the row's last token. Any guess will do, because all are verified.
@@ -80,7 +89,10 @@ class Lookup:
         return Draft(torch.tensor(ids, device=hidden.device), range(-1, length))
 
     def continuation(self, row: Sequence[int]) -> Sequence[int]:
-        """Return up to `length` tokens after the latest earlier occurrence of the row's end, or none."""
+        """Return up to `length` tokens after the latest earlier occurrence of the row's last tokens.
+
+        The result is empty if the last `least` tokens do not occur earlier.
+        """
         for size in range(min(self.ngram, len(row) - 1), self.least - 1, -1):
             ngram = row[-size:]
             for start in range(len(row) - size - 1, -1, -1):

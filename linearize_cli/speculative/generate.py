@@ -35,30 +35,36 @@ def generate(
     dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Continue a prompt with an artifact and stream the text to standard output. An encoder-decoder answers it.
+    """Continue a prompt with an artifact and stream the text to standard output. An encoder-decoder answers
+    it.
 
     Args:
         artifact: the artifact's folder or Hub id.
         prompt: the text to continue.
         max_new: the most tokens to generate.
-        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" drafts from the text so far. None
-            decodes without drafts.
-        tree: the tree for "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of choices.
+        speculative: "medusa" drafts token trees with the artifact's heads, "lookup" drafts from the text so
+            far. None decodes without drafts.
+        tree: the tree for "medusa": `auto` (the heads' own), `chain`, `mc_sim_7b_63`, or a JSON file of
+            choices.
         temperature: 0 is greedy.
-        top_p: sample from the fewest most probable tokens that hold this probability.
-        typical: use typical acceptance. It accepts more drafts, but the text no longer follows the model's
-            distribution.
-        trust_remote_code: allow the artifact to run its own code.
+        top_p: sample from the smallest set of most probable tokens whose probabilities sum to this. 1 keeps
+            all tokens.
+        typical: with `speculative`, use typical acceptance. It accepts more drafts, but the text no longer
+            follows the model's distribution.
+        trust_remote_code: allow the artifact to run its own code. If False, an artifact that needs it is
+            refused.
         device: the torch device to run on.
         dtype: torch's name of the dtype to run in. None uses the artifact's.
         seed: the seed of sampling.
 
     Returns:
-        The text, its new tokens, their rate, and with `speculative` the acceptance and the number of forwards.
+        A dict for JSON: `artifact`, `prompt`, `text` (prompt and continuation), `tokens` (the new token ids),
+        `tokens_per_s` and `seed`. With `speculative` also `acceptance`, `forwards` and `lossless` (see
+        `speculative_text`).
 
     Raises:
-        UserError: the artifact cannot be loaded or is an encoder, the prompt is empty, options are out of range or
-            do not go together, the heads or the tree are missing, or the model cannot verify drafts.
+        UserError: the artifact cannot be loaded or is an encoder, the prompt is empty, options are out of
+            range or do not go together, the heads or the tree are missing, or the model cannot verify drafts.
     """
     check_options(speculative, tree, temperature, top_p, typical)
     model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -102,10 +108,10 @@ def generate(
 def check_options(
     speculative: str | None, tree: str | None, temperature: float, top_p: float, typical: bool
 ) -> None:
-    """Check that options are in range and go together.
+    """Check that the options of `generate` are in range and can be combined.
 
     Raises:
-        UserError: they are not, or do not.
+        UserError: an option is out of range, or needs another option that is missing.
     """
     if not 0 <= temperature <= 100:
         raise UserError(
@@ -136,7 +142,18 @@ def plain_text(
     top_p: float,
     pad: int | None,
 ) -> tuple[list[int], dict[str, Any]]:
-    """Continue ids `[1, T]` with transformers' `generate`, and return all tokens and no further facts."""
+    """Continue a prompt with transformers' `generate`.
+
+    Args:
+        ids: `[1, T]`, the prompt's tokens.
+        max_new: the most tokens to generate.
+        streamer: prints the text while it is generated.
+        temperature, top_p: as in `generate`. A temperature of 0 is greedy.
+        pad: the pad token's id, or None.
+
+    Returns:
+        All tokens, and an empty dict, in the form of `speculative_text`.
+    """
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
         if temperature
@@ -161,11 +178,19 @@ def speculative_text(
     drafter: Drafter,
     rule: Rule,
 ) -> tuple[list[int], dict[str, Any]]:
-    """Continue ids `[1, T]` with speculative decoding.
+    """Continue a prompt with speculative decoding.
+
+    Args:
+        ids: `[1, T]`, the prompt's tokens.
+        max_new: the most tokens to generate.
+        streamer: prints the text while it is generated.
+        drafter: proposes the token trees.
+        rule: decides which proposed tokens are accepted.
 
     Returns:
-        All tokens, and `forwards`, `lossless` and `acceptance`: the mean number of tokens per forward. The prompt's
-        own forward, which gives the first token, is not counted.
+        All tokens, and a dict. `forwards` is the number of the model's forwards, without the prompt's own,
+        which gives the first token. `acceptance` is the mean number of new tokens per forward, or None
+        without forwards. `lossless` is True if the text follows the model's own distribution.
     """
     row, counts = ids[0].tolist(), []
     streamer.put(ids.cpu())
@@ -186,7 +211,11 @@ def speculative_text(
 
 
 def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedModel) -> Drafter:
-    """Return the drafter "lookup" or "medusa".
+    """Return the drafter with the name "lookup" or "medusa".
+
+    Args:
+        tree: the tree for "medusa", as in `generate`. None uses the heads' own.
+        artifact: the artifact's folder or Hub id, which has the heads.
 
     Raises:
         UserError: the artifact has no heads, or the tree does not fit them.
@@ -198,7 +227,9 @@ def drafter_of(name: str, tree: str | None, artifact: str, model: PreTrainedMode
 
 
 def rule_of(temperature: float, top_p: float, typical: bool, seed: int) -> Rule:
-    """Return the acceptance rule: greedy at temperature 0, else typical acceptance or sampling."""
+    """Return the acceptance rule: greedy at temperature 0, else typical acceptance if `typical`, else
+    sampling.
+    """
     if not temperature:
         return Greedy()
     return (Typical if typical else Sampling)(temperature, torch.Generator().manual_seed(seed), top_p)

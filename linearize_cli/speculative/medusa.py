@@ -27,16 +27,16 @@ FILE = "medusa.safetensors"
 class MedusaHeads(nn.Module):
     """K Medusa heads, computed in one batched product.
 
-    From the hidden state h that the LM head reads, head k = 1, ..., K predicts the token k positions after the LM
-    head's. Its logits are `U_k (h + SiLU(W_k h + b_k))`.
+    The LM head predicts the next token from the last hidden state h. From the same h, head k = 1, ..., K
+    predicts the token k positions after that one. Its logits are `U_k (h + SiLU(W_k h + b_k))`.
 
     Attributes:
         weight: W, `[K, width, width]`.
         bias: b, `[K, width]`.
         output: U, `[K, vocab, width]`.
         output_bias: `[K, vocab]`, or None if the LM head has no bias.
-        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right. Empty if it was not
-            measured.
+        acceptance: `acceptance[k - 1][r]`, the share of cases in which the candidate of rank r (0 is the most
+            probable) of head k is the right token. Empty if it was not measured.
         tree: the tree with the most expected tokens per second on the machine where the heads were tuned.
     """
 
@@ -51,7 +51,10 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel, heads: int) -> "MedusaHeads":
-        """Return heads that start from the model's LM head, in fp32, on the model's device.
+        """Return new heads that all predict what the model's LM head does, in fp32, on the model's device.
+
+        Args:
+            heads: the number of heads K.
 
         Raises:
             UserError: the LM head has no weight matrix.
@@ -76,11 +79,20 @@ class MedusaHeads(nn.Module):
         return logits if self.output_bias is None else logits + self.output_bias[:, None]
 
     def drafter(self, tree: Choices | None = None) -> "Medusa":
-        """Return a drafter of a tree of the heads' candidates. None uses the heads' own tree."""
+        """Return a drafter that proposes the heads' candidates as a token tree. With None it is the heads'
+        own tree.
+        """
         return Medusa(self, tree or self.tree)
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write `medusa.safetensors`. An existing file is replaced only when the new one is complete."""
+        """Write `medusa.safetensors` with the weights, the acceptance and the tree.
+
+        An existing file is replaced only when the new one is complete.
+
+        Args:
+            folder: the artifact's folder.
+            dtype: the dtype of the weights in the file.
+        """
         tensors = {name: x.detach().to(dtype).contiguous().cpu() for name, x in self.named_parameters()}
         tree = [list(path) for path in self.tree.paths]
         facts = {"heads": len(self), "acceptance": self.acceptance, "tree": tree}
@@ -91,12 +103,13 @@ class MedusaHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Medusa:
-    """A drafter of token trees from Medusa heads. A node of depth k and rank r is candidate r of head k.
+    """A drafter that proposes token trees from Medusa heads. A node at depth k with rank r is candidate r of
+    head k.
 
     Attributes:
         heads: the Medusa heads.
         tree: the tree of candidates.
-        buffers: the nodes' candidate indices, by device.
+        buffers: a cache of `candidate_indices`, by device.
     """
 
     heads: MedusaHeads
@@ -109,7 +122,12 @@ class Medusa:
         return self.tree.parents
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Fill the tree with each row's best candidates. `hidden` is `[B, width]`."""
+        """Fill the tree with each row's best candidates.
+
+        Args:
+            rows: all tokens of each row so far. The last one becomes the root.
+            hidden: `[B, width]`, the last hidden states of the last position of each row.
+        """
         root = torch.tensor([row[-1:] for row in rows], device=hidden.device)
         if not self.tree.paths:
             return Draft(root, self.parents)
@@ -126,7 +144,7 @@ class Medusa:
 
 
 def sizes(model: PreTrainedModel) -> tuple[int, int, bool]:
-    """Return the width, the vocabulary size, and True for a bias, of the model's LM head.
+    """Return the width and the vocabulary size of the model's LM head, and True if it has a bias.
 
     Raises:
         UserError: the LM head has no weight matrix.
@@ -145,7 +163,10 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, bool]:
 def last_hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Return the last hidden states `[B, T, width]`, which the LM head reads.
 
-    The logits are not needed, so the LM head computes those of one token only.
+    To save time, the LM head computes the logits of one token only, which are not used.
+
+    Args:
+        inputs: the arguments of the model's forward.
     """
     seen: list[Tensor] = []
 
@@ -162,7 +183,8 @@ def last_hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
-    """Load the Medusa heads of an artifact's folder, in the model's dtype and on its device.
+    """Load the Medusa heads of an artifact's folder, in the model's dtype and on its device, without
+    gradients.
 
     Raises:
         UserError: the folder has no heads, or they are damaged or belong to another model.
@@ -206,7 +228,10 @@ def load_heads(folder: str | Path, model: PreTrainedModel) -> MedusaHeads:
 
 
 def check_heads(model: PreTrainedModel, task: type[Task]) -> None:
-    """Check that a model can verify drafts.
+    """Check that a model can verify the token trees of speculative decoding.
+
+    Args:
+        task: the model's task, as a class.
 
     Raises:
         UserError: the model is not a causal language model, or cannot verify a token tree.

@@ -1,7 +1,9 @@
-"""Pairs of a target and a drafter with the same tokenizer.
+"""Pairs of models with the same tokenizer for speculative decoding: a target, and a drafter that proposes
+tokens for it.
 
-A model drafts for an artifact, or an artifact drafts for its softmax teacher. In the second case both share the base
-weights if the artifact has its adapter.
+The target is an artifact and the drafter any model, or the target is a softmax teacher and the drafter an
+artifact made from it. In the second case both share the base weights if the artifact keeps its LoRA adapter
+separately.
 """
 
 import copy
@@ -27,13 +29,13 @@ LINEAR = ".linear_attention."
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and a drafter with the same tokens.
+    """A target and a drafter with the same vocabulary.
 
     Attributes:
         target: the model whose text is generated.
         drafter: the model that proposes tokens.
         tokenizer: the tokenizer of both.
-        shared: True if both use the same tensors for the base weights.
+        shared: True if both use the same tensors in memory for the base weights.
     """
 
     target: PreTrainedModel
@@ -50,7 +52,8 @@ def drafted_by(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
-    """Load an artifact, and a model that drafts for it. The drafter may be a softmax or a linearized model.
+    """Load an artifact as the target, and a model that drafts for it. The drafter may be a softmax or a
+    linearized model.
 
     Args:
         artifact: the artifact's folder or Hub id.
@@ -60,7 +63,8 @@ def drafted_by(
         trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
+        UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
+            their vocabularies differ.
     """
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     target, tokenizer = load(artifact, **options, own_code=trust_remote_code)
@@ -80,7 +84,8 @@ def drafting_for_teacher(
 ) -> Pair:
     """Load the softmax model that an artifact was made from, and the artifact as its drafter.
 
-    If the artifact has its adapter, both share all weights except LoRA and the linear attention parts.
+    If the artifact has a folder `adapter` with its LoRA weights, both models share all other weights except
+    those that the conversion added. If not, each has its own.
 
     Args:
         artifact: the artifact's folder or Hub id.
@@ -90,7 +95,8 @@ def drafting_for_teacher(
         trust_remote_code: allow both models to run their own code.
 
     Raises:
-        UserError: one of them cannot be loaded, or they cannot work together (see `check_pair`).
+        UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
+            their vocabularies differ.
     """
     enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     folder = Path(resolve_model(artifact_name(artifact)))
@@ -123,11 +129,13 @@ def drafting_for_teacher(
 
 
 def sharing_weights(teacher: PreTrainedModel, folder: Path, record: dict) -> PreTrainedModel:
-    """Load the linearized model of an artifact with an adapter, on the teacher's own parameters and buffers.
+    """Load the linearized model of an artifact that has a LoRA adapter, with the teacher's tensors as base
+    weights.
 
     Args:
+        teacher: the softmax model. It does not change.
         folder: the artifact's folder.
-        record: `linearize` of its config.json.
+        record: the entry `linearize` of its config.json.
 
     Raises:
         UserError: the artifact's weights are incomplete, or belong to another teacher.
@@ -167,11 +175,13 @@ def check_pair(
 
     Args:
         target_name: the target's name in errors.
+        tokenizer: the target's tokenizer.
         drafter_name: the drafter's name in errors.
         other: the drafter's tokenizer.
 
     Raises:
-        UserError: a model is not a causal language model or cannot be rolled back, or the vocabularies differ.
+        UserError: a model is not a causal language model or cannot be rolled back, or the vocabularies
+            differ.
     """
     for name, model, own in ((target_name, target, tokenizer), (drafter_name, drafter, other)):
         if not isinstance(task_of(model, own), CausalLM):

@@ -23,9 +23,11 @@ MC_SIM_7B_63 = (
 
 @dataclass(frozen=True)
 class Choices:
-    """A token tree in Medusa's form. A node is the tuple of candidate ranks on the path from the root.
+    """The shape of a token tree in Medusa's form. A node is the tuple of candidate ranks on the path from the
+    root.
 
-    For example, `(0, 2)` is the third best candidate of the second head, after the best one of the first head.
+    Rank 0 is a head's most probable candidate. For example, `(0, 2)` is the third best candidate of the
+    second head, after the best one of the first head.
 
     Attributes:
         paths: the nodes without the root, shorter ones first.
@@ -35,7 +37,7 @@ class Choices:
 
     @classmethod
     def of(cls, paths: Iterable[Sequence[int]]) -> "Choices":
-        """Return the tree with these nodes.
+        """Return the tree with these nodes, in any order. The root, which is the empty tuple, is not listed.
 
         Raises:
             ValueError: a node is listed twice, is the root, or has no parent.
@@ -51,7 +53,9 @@ class Choices:
 
     @property
     def parents(self) -> list[int]:
-        """Return the parent of each node, with the root first as node 0. The root's parent is -1."""
+        """Return the index of each node's parent. The root is node 0, with parent -1, then come the nodes of
+        `paths`.
+        """
         place = {path: i for i, path in enumerate(self.paths, 1)} | {(): 0}
         return [-1, *(place[path[:-1]] for path in self.paths)]
 
@@ -62,19 +66,29 @@ class Choices:
 
     @property
     def width(self) -> int:
-        """Return the number of candidates that each head must give."""
+        """Return the number of candidates that each head must give: the highest rank plus 1, or 0 for the
+        root alone.
+        """
         return max((path[-1] for path in self.paths), default=-1) + 1
 
     def expected(self, acceptance: Rates) -> float:
-        """Return the expected tokens per step, including the token after the accepted path.
+        """Return the expected number of new tokens per step: the accepted nodes, and the token after them.
 
         The heads are assumed to be right independently of one another.
+
+        Args:
+            acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right.
         """
         return 1 + sum(probability(path, acceptance) for path in self.paths)
 
 
 def probability(path: Sequence[int], acceptance: Rates) -> float:
-    """Return the probability that a node and all its ancestors are accepted."""
+    """Return the probability that a node and all its ancestors are accepted.
+
+    Args:
+        path: the node, as the ranks on the path from the root.
+        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right.
+    """
     return prod(rates[rank] for rates, rank in zip(acceptance, path, strict=False))
 
 
@@ -87,9 +101,11 @@ NAMED = {"mc_sim_7b_63": Choices.of([tuple(map(int, ranks)) for ranks in MC_SIM_
 
 
 def named_tree(name: str, depth: int, vocabulary: int, best: Choices) -> Choices:
-    """Return the tree that a user names: `auto`, `chain`, `mc_sim_7b_63`, or a JSON file of choices.
+    """Return the tree for the option `--tree`.
 
     Args:
+        name: `auto`, `chain` (the best candidate of each head), `mc_sim_7b_63` (a tree of the Medusa paper),
+            or the path of a JSON file with a list of nodes.
         depth: the number of heads.
         vocabulary: the number of candidates of each head.
         best: the tree for `auto`.
@@ -168,8 +184,10 @@ def optimised(acceptance: Rates, seconds: Mapping[int, float]) -> Choices:
     """Return the tree with the most expected tokens per second.
 
     Args:
-        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right. It falls with r.
-        seconds: the duration of a step by the number of nodes, including the root. Other numbers are interpolated.
+        acceptance: `acceptance[k - 1][r]`, how often the candidate of rank r of head k is right. It falls
+            with r.
+        seconds: the duration of a step by the number of nodes, including the root. Other numbers are
+            interpolated.
     """
     nodes = likeliest(acceptance, max(seconds))
     expected, best = 1.0, (0.0, 0)
@@ -180,7 +198,9 @@ def optimised(acceptance: Rates, seconds: Mapping[int, float]) -> Choices:
 
 
 def interpolated(points: Mapping[int, float], x: int) -> float:
-    """Return the linear interpolation between points at `x`. Outside of them it is the nearest point's value."""
+    """Return the value at `x` by linear interpolation between points. Outside of them it is the nearest
+    point's value.
+    """
     known = sorted(points)
     after = bisect_left(known, x)
     if after in (0, len(known)):

@@ -1,4 +1,6 @@
-"""Tuning of Medusa heads: their acceptance on held-out text, the cost of a step on this machine, and the best tree."""
+"""Tuning of Medusa heads: their acceptance on held-out text, the cost of a step on this machine, and the best
+tree.
+"""
 
 import time
 
@@ -20,7 +22,12 @@ WARM_UP = 3  # untimed steps, including the prompt's forward
 
 
 def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int, float]:
-    """Measure the heads' `acceptance` on held-out blocks `[N, L]`, choose their `tree`, and set both on the heads.
+    """Measure how often each candidate of the heads is right, choose the fastest tree, and store both in the
+    heads.
+
+    Args:
+        heads: the Medusa heads, whose `acceptance` and `tree` are set.
+        blocks: `[N, L]`, held-out text as token ids.
 
     Returns:
         The seconds of a step on this machine, by the number of nodes of its tree.
@@ -36,7 +43,7 @@ def tune(model: PreTrainedModel, heads: MedusaHeads, blocks: Tensor) -> dict[int
 
 @torch.inference_mode()
 def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
-    """Return prompts `[B, T]` with their greedy continuations, `[B, T + new]`.
+    """Return prompts `[B, T]` with greedy continuations of `new` tokens, `[B, T + new]`.
 
     The model's own text is used because the heads will draft such text.
     """
@@ -66,10 +73,17 @@ def acceptance(model: PreTrainedModel, heads: MedusaHeads, rows: Tensor, given: 
 
 
 def step_seconds(model: PreTrainedModel, heads: MedusaHeads, prompt: list[int]) -> dict[int, float]:
-    """Measure the seconds of a speculative step by the number of nodes of its tree.
+    """Measure the seconds of a speculative step for trees of several sizes.
 
-    The fastest of several steps counts, because other work on the machine can only slow a step down. No tree counts
-    as slower than a larger one.
+    The fastest of several steps is used, because other work on the machine can only slow a step down. A tree
+    that was slower than a larger one gets the larger one's time.
+
+    Args:
+        heads: the Medusa heads, with their acceptance.
+        prompt: the token ids of a prompt.
+
+    Returns:
+        The seconds, by the number of nodes of the tree.
     """
     nodes, length = likeliest(heads.acceptance), (len(heads) + 1) * (REPEATS + WARM_UP) + 1
     running = {}

@@ -1,7 +1,8 @@
-"""The one place that chooses what computes an operation: torch, Triton, or `block` for any equation.
+"""The choice of what computes an operation: torch, Triton, or the reference `block`, which computes any
+equation.
 
-`attention.impl` asks for "auto" (Triton where its kernels can run, else torch), "torch" or "triton", which raises where
-no kernel can run. Nothing here imports Triton before a kernel is to run.
+`attention.impl` asks for "auto" (Triton on a GPU where its kernels can run, else torch), "torch" or "triton".
+"triton" raises ValueError where no kernel can run. Nothing here imports Triton before a kernel is to run.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,12 @@ SEGMENT = 4096  # tokens times heads that a CPU works on together
 
 
 class Form(NamedTuple):
-    """A chunked form: what makes its tokens, and its two implementations, which take and return the same."""
+    """A fast way to compute one kind of equation in chunks.
+
+    Attributes:
+        segment: the function that prepares a segment's inputs and calls an implementation.
+        torch, triton: the two implementations, with the same arguments and results.
+    """
 
     segment: Callable
     torch: Callable
@@ -39,12 +45,14 @@ FORMS = {  # by scope, score and combine
 
 
 class Prefill(NamedTuple):
-    """The choice for segments of a long sequence.
+    """A chosen chunked form and implementation. Calling it computes a segment of a long sequence.
 
     Attributes:
-        name: "torch" or "triton".
+        name: the implementation, "torch" or "triton".
+        form: the chunked form.
         chunk: tokens in a chunk.
-        dtype: of what the form reads by token. Triton sums products of narrow numbers in fp32, torch does not.
+        dtype: the dtype of q, k, v and features in the form. It is the inputs' dtype for Triton, which sums
+            products in fp32. For torch it is fp32 (or fp64 for fp64 inputs).
     """
 
     name: str
@@ -55,7 +63,16 @@ class Prefill(NamedTuple):
     def __call__(
         self, attention: LinearAttention, state: State, count: int, *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute q, k, v `[B, heads, T, D]`: the outputs, and S and z after them."""
+        """Compute a segment.
+
+        Args:
+            state: the state before the segment.
+            count: the number of earlier tokens, the same in every row.
+            heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
+
+        Returns:
+            The outputs `[B, heads, T, Dv]`, and S and z after the segment.
+        """
         attention.ran = self.name
         run = self.form.triton if self.name == "triton" else self.form.torch
         with torch.autocast(
@@ -72,15 +89,22 @@ def prefill(
     chunk: int | None = None,
     packed: bool = False,
 ) -> Prefill | None:
-    """Choose what computes a chain, an encoder's rows or packed sequences; None: only `block` can.
+    """Choose the chunked form and the implementation for T tokens: a text's, an encoder's, or packed
+    sequences.
 
     Args:
         heads: q, k, v `[..., T, D]`.
-        count: tokens in every row so far. None if the rows differ, or if the device would have to be waited for.
-        chunk: tokens in a chunk, or None to choose.
+        count: tokens in every row so far, or None if the rows differ or the number is not known without a
+            wait for the device. With None there is no chunked form.
+        has_sink_logits: True if the softmax has learned sink logits, which no chunked form computes.
+        chunk: tokens in a chunk. With None a good number is chosen. Groups have their own size.
+        packed: True for sequences that are packed into one row.
+
+    Returns:
+        The choice, or None if only the reference `block` can compute the tokens.
 
     Raises:
-        ValueError: `attention.impl` asks for what cannot run.
+        ValueError: `attention.impl` is "triton" and no kernel can run, or is not a known name.
     """
     if attention.impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is one of {', '.join(IMPLEMENTATIONS)}, not {attention.impl!r}")
@@ -107,7 +131,7 @@ def prefill(
 
 
 def wants_triton(attention: LinearAttention, q: Tensor) -> bool:
-    """Return whether Triton is to be tried for q."""
+    """Return True if Triton is to be tried for q: `attention.impl` is "triton", or "auto" and q is on a GPU."""
     return attention.impl == "triton" or (attention.impl == "auto" and q.is_cuda)
 
 
@@ -115,8 +139,9 @@ def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
     """Choose what computes a decoding step or a token tree for q `[B, heads, T, D]`.
 
     Returns:
-        "triton" for the kernels of `triton.nodes`, whose `why_not` may still refuse, "torch" for the step of
-        `ops.decode`, or None for `chunked` and `block`, which alone have gradients and can be compiled.
+        "triton" for the kernels of `triton.nodes` (the caller must also ask `nodes.why_not`), or "torch" for
+        the decoding step of `ops.decode`. None for `chunked` and `block`, which alone have gradients and work
+        in compiled code.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -126,7 +151,13 @@ def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
 
 
 def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:
-    """Return the chunked form of an equation for `length` tokens, or None if only `block` computes it."""
+    """Return the chunked form of an equation for `length` tokens, or None if only the reference `block`
+    computes it.
+
+    Args:
+        count: tokens in every row so far, or None if the rows differ.
+        has_sink_logits: True if the softmax has learned sink logits.
+    """
     eq = attention.equation
     own = eq.softcap is None and attention.distance_bias is None and eq.memory == "none"
     if count is None or has_sink_logits or not own or attention.dropped == "local":
@@ -142,7 +173,12 @@ def form_of(attention: LinearAttention, count: int | None, length: int, has_sink
 def why_not_prefill(
     attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, chunk: int, packed: bool = False
 ) -> str | None:
-    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`, or None if it can."""
+    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`, or None if it can.
+
+    Args:
+        chunk: tokens in a chunk.
+        packed: True for sequences that are packed into one row.
+    """
     eq = attention.equation
     features = 0 if attention.far is None else attention.far.state_width[0]
     reason = limit(q, k, v, features, chunk, "groups" if eq.scope == "group" else "chunks")
@@ -155,7 +191,10 @@ def why_not_prefill(
 def segment_tokens(form: Form | Prefill | None, q: Tensor) -> int:
     """Return the number of tokens in a segment of q `[B, heads, T, D]`.
 
-    On a CPU a segment fits its caches; on a GPU it is large enough to be worth the launches.
+    On a CPU a segment fits the processor's caches. On a GPU it is large enough to keep the kernels busy.
+
+    Args:
+        form: the chunked form, or None if the reference `block` computes the segment.
     """
     rows = max(q.shape[0] * q.shape[1], 1)
     if form is None:

@@ -21,22 +21,25 @@ def bidirectional(
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute the equation with `causal` false: near and far on both sides, the conv centred.
+    """Compute an equation that is not causal: local and far tokens on both sides of a query, and a centred
+    conv.
 
-    Every chunk reads R tokens on either side of it one by one. All that is further away is read through S, the sum of
-    what comes before and what comes after. Nothing is subtracted, so nothing cancels.
+    A chunk of queries reads its own tokens and R tokens on either side one by one. All other tokens are read
+    through S, the sum over those before plus the sum over those after. No sum is made by subtraction, which
+    would lose precision.
 
     Args:
-        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
+        q: `[B, heads, T, D]`.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
-        sink_logits: as of `block`.
-        chunk: tokens in a chunk, or None to choose.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+        chunk: tokens in a chunk. With None a good number is chosen.
 
     Returns:
-        `[B, heads, T, Dv]` in q's dtype. The outputs of pads mean nothing.
+        `[B, heads, T, Dv]` in q's dtype. The outputs of pads are arbitrary.
 
     Raises:
-        ValueError: `attention.impl` asks for what cannot run.
+        ValueError: `attention.impl` is "triton" and no kernel can run, or is not a known name.
     """
     plan = prefill(attention, (q, k, v), rows_count(None, valid), sink_logits is not None, chunk)
     if plan is None:
@@ -55,7 +58,19 @@ def by_block(
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute `bidirectional` by `block`, for any equation: every chunk is one row of a batch."""
+    """Compute `bidirectional` by the reference `block`, for any equation. Every chunk becomes one row of a
+    batch.
+
+    Args:
+        q: `[B, heads, T, D]`.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+        chunk: the least number of tokens in a chunk, or None for 32.
+
+    Returns:
+        `[B, heads, T, Dv]` in q's dtype. The outputs of pads are arbitrary.
+    """
     eq, length, dtype = attention.equation, q.shape[-2], q.dtype
     chunk = max(chunk or 32, eq.recent, eq.sinks)
     chunks, side = -(-length // chunk), eq.recent
@@ -116,7 +131,17 @@ def by_block(
 def outside(
     attention: LinearAttention, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Add up S and z of all that is further than R slots from each chunk, `[n, B, far, F, Dv]` and `[n, B, far, F]`."""
+    """Compute, for each chunk, S and z of the tokens that are more than R slots away from it on either side.
+
+    Args:
+        k, v: `[B, kv, R + n C + R, D]` and `[B, kv, R + n C + R, Dv]`, with R empty slots at both ends.
+        position: `[B or 1, R + n C + R]`, -1 in empty slots.
+        chunks: n.
+        chunk: C.
+
+    Returns:
+        S `[n, B, far, F, Dv]` and z `[n, B, far, F]`. Both are zero without a far part.
+    """
     side, wide = attention.equation.recent, accumulator(k.dtype)
     empty = attention.empty_state(k.shape[0], k.device, k.dtype)
     if attention.far is None:

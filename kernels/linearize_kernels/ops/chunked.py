@@ -1,4 +1,4 @@
-"""`advance` and `chunked`: the state after many tokens, and the equation over long sequences."""
+"""The equation over long sequences (`chunked`), and the state after many tokens (`advance`, `commit`)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,13 @@ STORED = 1 << 15  # tokens times heads whose activations are stored for the back
 
 @dataclass(frozen=True)
 class Advance:
-    """New tokens laid out in chunks.
+    """New tokens laid out in chunks of C tokens, with the states between the chunks.
 
     Attributes:
-        starts: the state before each chunk, stacked: leading dimensions `[chunks, batch or 1]`.
-        k, v: the new tokens, `[chunks, batch, kv, C, D]`.
-        position: `[chunks, batch or 1, C]`; -1 for pads.
+        starts: the states before the chunks as one `State` with leading dimensions `[chunks, batch]`. `count`
+            and `recent_position` have a batch of 1 if all rows are at the same position.
+        k, v: the new tokens, `[chunks, batch, kv, C, D]` and `[chunks, batch, kv, C, Dv]`.
+        position: `[chunks, batch or 1, C]`, each token's position in its row, or -1 for pads.
         final: the state after the last token.
     """
 
@@ -45,16 +46,18 @@ def advance(
     chunk: int,
     in_step: bool,
 ) -> Advance:
-    """Append a chain of tokens to a state.
+    """Append T tokens to a state, and compute the state before each chunk of them.
 
-    The recent tokens and the new ones form one timeline, oldest first, pads before all others. Pads at its head fill it
-    up to whole chunks. A chunk finds its recent tokens in the R slots before it, and all that is older in S.
+    The state's recent tokens and the new ones are put in one sequence of slots, called the timeline: oldest
+    first, pads before all others. More empty slots at its head fill it up to whole chunks. A chunk's recent
+    tokens are the R slots before it, and all older tokens are in S.
 
     Args:
-        k, v: `[B, kv, T, D]`; valid: `[B, T]` bool, False for pads, or None: no pads.
-        chunk: tokens per chunk.
-        in_step: all rows are at the same position and none has pads; positions, masks and counts then stay
-            one row wide.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads, or None if there are no pads.
+        chunk: tokens in a chunk.
+        in_step: True if all rows are at the same position and none has pads. Positions, masks and counts then
+            have one row for the whole batch.
     """
     eq = attention.equation
     k, v, position = timeline(state, k, v, valid, -k.shape[-2] % chunk, in_step)
@@ -103,7 +106,19 @@ def advance(
 def timeline(
     state: State, k: Tensor, v: Tensor, valid: Tensor | None, fill: int, in_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the recent tokens and the new ones, `[B, kv, fill + R + T, D]`, and their positions, -1 for empty slots."""
+    """Put empty slots, the state's R recent tokens and T new tokens in one sequence of slots, the timeline.
+
+    Args:
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads, or None. With pads, each row is sorted so that empty slots come
+            first.
+        fill: the number of empty slots at the head.
+        in_step: True if one row of positions serves the whole batch.
+
+    Returns:
+        Keys `[B, kv, fill + R + T, D]`, values, and positions `[B or 1, fill + R + T]`, which are -1 in empty
+        slots.
+    """
     rows = slice(0, 1 if in_step else None)
     position = torch.cat(
         [state.recent_position[rows], next_positions(state.count[rows], k.shape[-2], valid)], -1
@@ -118,7 +133,13 @@ def timeline(
 
 
 def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
-    """Return the positions `[B, T]` of T tokens that follow `count` others in their rows; -1 for pads."""
+    """Return the positions `[B, T]` of T new tokens, -1 for pads.
+
+    Args:
+        count: `[B]`, the number of earlier tokens of each row.
+        length: T.
+        valid: `[B, T]` bool, False for pads, or None if there are none.
+    """
     if valid is None:
         return count[:, None] + torch.arange(length, device=count.device)
     return torch.where(valid, count[:, None] + valid.cumsum(-1) - 1, -1)
@@ -127,10 +148,19 @@ def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
 def prefix_sums(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute S and z before each chunk of a timeline and after the last. Sinks are never folded.
+    """Compute S and z before each chunk of a timeline (see `advance`), and after the last chunk.
+
+    S before a chunk holds all tokens older than the R slots before the chunk, except the attention sinks.
+
+    Args:
+        k, v: the slots, `[B, kv, R + chunks * chunk, D]`.
+        position: the slots' positions, -1 in empty ones.
+        chunks: the number of chunks.
+        chunk: slots in a chunk.
 
     Returns:
-        `[chunks + 1, B, far, F, Dv]` and `[chunks + 1, B, far, F]`.
+        S `[chunks + 1, B, far, F, Dv]` and z `[chunks + 1, B, far, F]`. Without a far part they are the given
+        ones.
     """
     if attention.far is None:
         S, z = (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
@@ -143,7 +173,13 @@ def prefix_sums(
 def commit(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> State:
-    """Return the state after the tokens of an accepted path: k, v `[B, kv, T, D]`, valid `[B, T]` or None."""
+    """Return the state after T tokens, such as the accepted path of a token tree. The given state does not
+    change.
+
+    Args:
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        valid: `[B, T]` bool, False for pads, or None if there are none.
+    """
     count = rows_count(state, valid)
     if count is None:
         return advance(attention, state, k, v, valid, k.shape[-2], in_step=False).final
@@ -151,9 +187,13 @@ def commit(
 
 
 def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: Tensor) -> State:
-    """Return the state after the tokens k, v, which follow `count` others in every row.
+    """Return the state after T more tokens. Every row has had `count` tokens before, and none of the T is a
+    pad.
 
-    Only the tokens that drop out of the recent ones are folded.
+    Tokens that are no longer among the last R are added to S and z.
+
+    Args:
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
     """
     eq, length = attention.equation, k.shape[-2]
     S, z = state.S, state.z
@@ -178,10 +218,16 @@ def nodes(
     parents: tuple[int, ...],
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Compute the outputs of a token tree after a state by `block`, `[B, heads, T, Dv]`.
+    """Compute the outputs `[B, heads, T, Dv]` of the T nodes of a token tree that follows a state. The state
+    is only read.
+
+    This is the reference: any equation, in plain torch.
 
     Args:
-        parents: each node's parent, -1 for none; a parent comes before its children.
+        q: `[B, heads, T, D]`.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        parents: the index of each node's parent, -1 for a root. Parents come before their children.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
     """
     count = rows_count(state, None)
     if count is None:
@@ -203,19 +249,22 @@ def chunked(
     chunk: int | None = None,
     segment: int | None = None,
 ) -> tuple[Tensor, State]:
-    """Compute the equation over a chain of T tokens: training, prefill and decoding.
+    """Compute the equation over T tokens that follow one another: for training, prefill and decoding.
 
-    Segments follow one another with a carried state. A segment is computed by the chunked form that `ops.backend`
-    chooses, or else by `block`. The time is linear in T. Without gradients, the memory beyond q, k, v and the output is
-    that of one segment. With gradients on a CPU, the activations of long sequences are computed again in the backward.
+    The tokens are cut into segments, which are computed one after the other with a carried state. A segment
+    is computed by a fast form in chunks (torch or Triton, chosen by `ops.backend`) if the equation has one,
+    or else by the slow reference `block`. The time is linear in T. Without gradients, the memory beyond q, k,
+    v and the output is that of one segment. With gradients on a CPU, the activations of long sequences are
+    recomputed in the backward.
 
     Args:
         state: the state before the tokens, or None at the start of a sequence.
-        q: `[B, heads, T, D]`; k, v: `[B, kv, T, D]`.
+        q: `[B, heads, T, D]`.
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads (anywhere), or None if there are none.
-        sink_logits: as of `block`.
-        chunk: tokens in a chunk, or None to choose.
-        segment: tokens in a segment, or None to choose.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+        chunk: tokens in a chunk. With None a good number is chosen.
+        segment: tokens in a segment. With None a good number is chosen.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
@@ -250,10 +299,19 @@ def chunked(
 def recompute(
     plan: Prefill, attention: LinearAttention, state: State, count: int, *heads: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a segment with gradient checkpointing.
+    """Compute a segment with gradient checkpointing: its activations are recomputed in the backward.
 
-    The backward computes it with the equation of the forward, even if the layer's equation was changed in between, as
-    by a shorter window during one step of training.
+    The recomputation in the backward uses the equation of the forward, even if the layer's equation was
+    changed in between. Training does so when it uses a shorter window for one step.
+
+    Args:
+        plan: the chosen implementation, which computes the segment.
+        state: the state before the segment.
+        count: the number of earlier tokens, the same in every row.
+        heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
+
+    Returns:
+        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
     """
     equation = attention.equation
 
@@ -268,9 +326,11 @@ def recompute(
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
-    """Return how many tokens every row has had.
+    """Return how many tokens every row has had: 0 without a state.
 
-    None if the rows differ or have pads now, or if a device would have to be waited for.
+    The result is None if the rows have different counts, if there are pads among the new tokens (`valid` is
+    not None), in compiled code, or if the count is on another device than the CPU, which would have to be
+    waited for.
     """
     if valid is not None or torch.compiler.is_compiling():
         return None
@@ -294,7 +354,19 @@ def run_segment(
     chunk: int,
     in_step: bool,
 ) -> tuple[Tensor, State]:
-    """Compute a segment of `chunked` by `block`. count is that of `rows_count`, in_step that of `advance`."""
+    """Compute one segment of `chunked` by the reference `block`.
+
+    Args:
+        count: tokens that every row has had, or None if the rows differ (see `rows_count`).
+        q, k, v: the segment's tokens, `[B, heads or kv, T, D]`.
+        valid: `[B, T]` bool, False for pads, or None if there are none.
+        sink_logits: `[heads]`, learned logits without a value, or None.
+        chunk: tokens in a chunk.
+        in_step: True if all rows are at the same position and none has pads.
+
+    Returns:
+        The outputs `[B, heads, T, Dv]`, and the state after the segment.
+    """
     length = q.shape[-2]
     if count is not None and length <= chunk:
         after = append(attention, state, count, k, v)
@@ -312,5 +384,7 @@ def run_segment(
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """Put the tokens of every row, `[B, heads, T, D]`, in another order, `[B, T]`."""
+    """Select tokens of every row: x `[B, heads, N, D]` at the indices `order [B, T]` gives
+    `[B, heads, T, D]`.
+    """
     return x.gather(-2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))

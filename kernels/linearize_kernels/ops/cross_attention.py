@@ -1,4 +1,6 @@
-"""`cross`: attention from a decoder to an encoder's tokens through a state of fixed size."""
+"""Attention from a decoder to an encoder's tokens: `encode` sums the tokens into S and z, and `cross` reads
+them.
+"""
 
 from typing import Any
 
@@ -15,10 +17,11 @@ def encode(
     """Compute the state of an encoder's tokens, `S = Σ φ(k) vᵀ` and `z = Σ φ(k)`.
 
     Args:
-        k, v: `[B, kv, N, D]`; valid: `[B, N]` bool, False for pads, or None.
+        k, v: `[B, kv, N, D]` and `[B, kv, N, Dv]`.
+        valid: `[B, N]` bool, False for pads, or None if there are none.
 
     Returns:
-        `[B, far, F, Dv]` and `[B, far, F]`, in the accumulator's dtype.
+        S `[B, far, F, Dv]` and z `[B, far, F]`, in fp32, or in fp64 for fp64 inputs.
     """
     empty = attention.empty_state(k.shape[0], k.device, k.dtype)
     if valid is None:
@@ -32,10 +35,13 @@ def encode(
 
 
 def cross(attention: LinearAttention, q: Tensor, S: Tensor, z: Tensor) -> Tensor:
-    """Compute `φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over an encoder's tokens (arXiv 2406.07368, for T5).
+    """Compute `φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)` over an encoder's tokens (arXiv 2406.07368, for
+    T5).
 
     Args:
-        q: `[B, heads, T, D]`; S, z: the results of `encode`.
+        q: `[B, heads, T, D]`.
+        S: Σ φ(k) vᵀ from `encode`, `[B, far, F, Dv]`.
+        z: Σ φ(k) from `encode`, `[B, far, F]`.
 
     Returns:
         `[B, heads, T, Dv]` in q's dtype.

@@ -1,4 +1,4 @@
-"""Decoding one token of every row at a time."""
+"""Decoding of one token of every row at a time, in torch on a CPU."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,23 @@ from linearize_kernels.state import State
 
 
 class Decoding:
-    """A layer's state, laid out for one token after the other on a CPU.
+    """A layer's state, laid out to decode one token after the other on a CPU.
 
-    The recent tokens are a ring buffer: a new token takes the slot of the oldest one, which is folded into S and z
-    first. A step writes into all tensors, whose memory nothing else holds. They begin with heads and then rows,
-    because feature maps take the rows as tokens of a head.
+    The recent tokens are in a ring buffer: a new token takes the slot of the oldest one, which is folded into
+    S and z first. A step writes into all tensors in place, and shares their memory with nothing else. The
+    first dimension is heads and the second rows, because feature maps then treat the rows as tokens of a
+    head.
 
     Attributes:
-        S: `[far, B, F, Dv]`; z: `[far, B, F]`.
-        keys: `[kv, B, N, D]`; values: `[kv, B, N, Dv]`: sinks, then the ring's slots, in the accumulator's dtype.
-        counts: tokens in each row.
-        start: the slot of the oldest token.
+        equation: the layer's equation.
+        dtype: the model's dtype, which `state` returns keys and values in.
+        S: `[far, B, F, Dv]`.
+        z: `[far, B, F]`.
+        keys, values: `[kv, B, N, D]` and `[kv, B, N, Dv]`, in the dtype of S. Of the N columns, the sinks
+            come first, then the slots of the ring. There is one unused column if the equation keeps no recent
+            tokens.
+        counts: the number of tokens in each row.
+        start: the slot of the oldest token in the ring.
     """
 
     @torch.inference_mode()
@@ -47,7 +53,7 @@ class Decoding:
         return Decoding(self.equation, self.state())
 
     def state(self) -> State:
-        """Return the state; it shares no memory."""
+        """Return a `State` of the same tokens, which shares no memory with this object."""
         eq = self.equation
         columns, _ = ring(eq, self.start)
         kept = [x.transpose(0, 1).index_select(2, columns).to(self.dtype) for x in (self.keys, self.values)]
@@ -60,16 +66,19 @@ class Decoding:
     def decode_one_token(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None
     ) -> Tensor:
-        """Compute the output of one token of every row, and take the token in.
+        """Append one token of every row to the state, in place, and compute the token's output.
 
-        The query reads the state after its own token: sinks and recent tokens by their keys, all older ones through S.
+        The query reads the state after its own token: sinks and recent tokens by their keys, all older ones
+        through S.
 
         Args:
-            q: `[B, heads, 1, D]`; k: `[B, kv, 1, D]`; v: `[B, kv, 1, Dv]`.
-            sink_logits: `[heads]`, as of `block`, or None.
+            attention: the layer's parameters.
+            q: `[B, heads, 1, D]`.
+            k, v: `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
+            sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
 
         Returns:
-            `[B, heads, 1, Dv]` in the accumulator's dtype.
+            `[B, heads, 1, Dv]` in the dtype of S (fp32, or fp64 for fp64 inputs).
         """
         with torch.inference_mode():
             out = self.step(attention, q, k, v, sink_logits)
@@ -78,7 +87,10 @@ class Decoding:
     def step(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
     ) -> Tensor:
-        """Compute `decode_one_token` in inference mode, where every operation takes a fifth less time."""
+        """Append one token of every row to the state, and return the outputs, as `decode_one_token` does.
+
+        It runs in inference mode, which saves a fifth of the time.
+        """
         eq = attention.equation
         if q.dtype != self.S.dtype:
             q, k, v = q.to(self.S.dtype), k.to(self.S.dtype), v.to(self.S.dtype)
@@ -90,7 +102,14 @@ class Decoding:
         return attend(attention, self, q, view, sink_logits)
 
     def fold_oldest(self, attention: LinearAttention, k: Tensor, v: Tensor) -> None:
-        """Fold the tokens that new ones, k `[kv, B, D]` and v `[kv, B, Dv]`, push out. Sinks are never folded."""
+        """Fold into S and z the oldest token of each row, which a new one pushes out of the ring.
+
+        Rows that are too short to lose a token, and sinks, are not folded. If the equation keeps no recent
+        tokens, the new token itself is folded.
+
+        Args:
+            k, v: the new tokens, `[kv, B, D]` and `[kv, B, Dv]`.
+        """
         eq = attention.equation
         begins = eq.recent + eq.sinks  # tokens of a row before which nothing is folded
         if attention.far is None or max(self.counts) < begins:
@@ -105,7 +124,12 @@ class Decoding:
             self.S[:, stay], self.z[:, stay] = kept
 
     def write(self, eq: Equation, k: Tensor, v: Tensor) -> None:
-        """Write new tokens over the oldest ones, and among the sinks if they are a row's first."""
+        """Write new tokens over the oldest ones in the ring. A row's first tokens are also written to the
+        sink columns.
+
+        Args:
+            k, v: the new tokens, `[kv, B, D]` and `[kv, B, Dv]`.
+        """
         for stored, new in ((self.keys, k), (self.values, v)):
             if eq.recent:
                 stored[:, :, eq.sinks + self.start] = new
@@ -117,22 +141,25 @@ class Decoding:
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """Copy `[B, heads, ..]` to `[heads, B, ..]`."""
+    """Return a contiguous copy with the first two dimensions swapped: `[B, heads, ..]` to `[heads, B, ..]`."""
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
 class View:
-    """What the last token of every row attends to among the N sinks and slots of the ring.
+    """Masks of what the last token i of every row attends to among N columns: the sinks, then the slots of
+    the ring.
 
-    Masks begin with `M = kv * B`, or 1 if all rows see the same.
+    The first dimension M of a mask is kv * B, or 1 if all rows see the same.
 
     Attributes:
-        local: `[M, 1, N]` bool, the tokens in L(i), or None for all of them.
-        delay: `[rows, N]`, the distance to each token.
-        any_far: `[M, 1, 1]` bool, whether F(i) holds a token. A plain bool if it is the same in all rows.
-        outside: the layout, where F(i) holds tokens that are not in S yet, and their columns, oldest first; or None.
-        in_conv: `[M, 1, R]` bool, which slots of the ring hold a token, or None for all of them.
+        local: `[M, 1, N]` bool, True for the local tokens L(i). None if all N are local.
+        delay: `[rows, N]`, the distance p_i - p_j to each token j.
+        any_far: `[M, 1, 1]` bool, True if there are far tokens F(i). A plain bool if it is the same in all
+            rows.
+        outside: if some far tokens are not in S yet: the layout, and these tokens' columns, oldest first.
+            Otherwise None.
+        in_conv: `[M, 1, R]` bool, True for slots of the ring that hold a token. None if all do.
     """
 
     local: Tensor | None
@@ -144,7 +171,15 @@ class View:
 
 @remembered(512)
 def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
-    """Return the columns of the sinks and recent tokens, oldest first, and the place of each column among these."""
+    """Return the order of the columns (sinks, then the ring's slots) in time, and its inverse.
+
+    Args:
+        start: the slot of the oldest token in the ring.
+
+    Returns:
+        The columns of the sinks and of the recent tokens, oldest first, and the place of each column in this
+        order.
+    """
     slots = (start + torch.arange(eq.recent)) % max(eq.recent, 1)
     columns = torch.cat([torch.arange(eq.sinks), eq.sinks + slots])
     places = columns if eq.recent else torch.arange(eq.sinks + 1)
@@ -153,7 +188,13 @@ def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
 
 @remembered(512)
 def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
-    """Compute the view of the last token of rows that have `settled` counts, that token counted."""
+    """Compute the masks of the last token of every row.
+
+    Args:
+        counts: the number of tokens in each row including the last, shortened by `visibility.settled` so that
+            equal masks are computed once. One count if all rows have the same.
+        start: the slot of the oldest token in the ring.
+    """
     layout = laid_out(eq, counts, ())
     columns, order = ring(eq, start)
     local, delay = layout.local[:, 0], layout.delay[:, 0]
@@ -178,7 +219,13 @@ def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
 def attend(
     attention: LinearAttention, state: Decoding, q: Tensor, view: View, sink_logits: Tensor | None
 ) -> Tensor:
-    """Compute the outputs `[B, heads, 1, Dv]` of the last token of every row; q `[heads, B, D]`."""
+    """Compute the outputs `[B, heads, 1, Dv]` of the last token of every row, which the state holds already.
+
+    Args:
+        q: `[heads, B, D]`, the queries of these tokens.
+        view: the masks of what they attend to.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax, or None.
+    """
     eq, batch = attention.equation, q.shape[1]
     kv, groups = eq.kv_heads, eq.heads // eq.kv_heads
     keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
@@ -216,16 +263,28 @@ def attend(
 
 
 def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
-    """Return the conv's weights of the recent tokens, oldest first, twice over: `[kv, group, 2 R]`.
+    """Return the conv's weights of the R recent tokens, oldest first, followed by a copy of them:
+    `[kv, group, 2 R]`.
 
-    R of them from one place on are those of the ring's slots.
+    A slice of R entries then gives the weights of the ring's slots, wherever the oldest token is.
+
+    Args:
+        conv: `[heads, W]`.
     """
     taps = pad(conv.flip(-1), (eq.recent - eq.conv_width, 0)).unflatten(0, (eq.kv_heads, -1))
     return torch.cat([taps, taps], -1)
 
 
 def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Read S: numerator `[kv * B, group, Dv]` and mass `[kv * B, group, 1]`."""
+    """Compute the numerator φ(q) S, `[kv * B, group, Dv]`, and its normaliser φ(q) z, `[kv * B, group, 1]`.
+
+    group is the number of query heads of a KV head.
+
+    Args:
+        far: the layer's far part.
+        state: the state, which holds S and z.
+        q: `[heads, B, D]`, one query of each row.
+    """
     eq, read = far.equation, far.read_one(q, state.S, state.z)
     if eq.far_heads == eq.kv_heads:
         return read
@@ -236,7 +295,18 @@ def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, 
 def read_outside(
     far: FeatureMemory, state: Decoding, q: Tensor, outside: tuple[Layout, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Read S and the recent tokens that are far but not in S yet: in groups, or under a long conv."""
+    """Read S and z, and the recent tokens that are far but not folded yet.
+
+    There are such tokens with scope "group", or with a conv longer than the window.
+
+    Args:
+        far: the layer's far part.
+        q: `[heads, B, D]`, one query of each row.
+        outside: the layout, and the columns of the tokens that may be far but are not in S.
+
+    Returns:
+        The numerator `[kv * B, group, Dv]`, and its normaliser `[kv * B, group, 1]`.
+    """
     layout, columns = outside
     tokens = (x.transpose(0, 1)[:, :, columns] for x in (state.keys, state.values))
     places = layout.old_position, layout.seen, layout.far, layout.new

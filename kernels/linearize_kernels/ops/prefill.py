@@ -1,7 +1,8 @@
-"""The chunked forms of a layer: the tokens that they read, made from q, k, v and a state, and the state after them.
+"""The inputs of the two chunked forms, made from q, k, v and a state, and the state after a segment.
 
-A form is computed by torch or by Triton. Both take the same `Tokens` or `Groups`, so all that depends on the layer
-(features, weights of keys, far factor, conv) is computed here, once for both.
+The sliding form computes a softmax window with far features, and the group form squared ReLU in groups. Each
+is computed by torch or by Triton, from the same inputs (`Tokens` or `Groups`). All that depends on the
+layer's parameters (features, key weights, far factor, conv) is computed here, once for both implementations.
 """
 
 from collections.abc import Callable
@@ -28,15 +29,19 @@ def sliding_segment(
     dtype: torch.dtype,
     run: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute T tokens of the sliding form that follow `count` others in every row; not causal: whole rows.
+    """Compute a segment of T tokens by the sliding form. If the equation is not causal, the segment is a
+    whole row.
 
     Args:
+        state: the state before the segment.
+        count: the number of earlier tokens, the same in every row.
         heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
-        dtype: of all that the form reads by token.
-        run: `torch_forms.sliding.sliding`, or Triton's.
+        chunk: tokens in a chunk.
+        dtype: the dtype of the form's inputs for each token (q, k, v and features).
+        run: the implementation, `torch_forms.sliding.sliding` or `triton.forms.sliding`.
 
     Returns:
-        the outputs `[B, heads, T, Dv]`, and S and z after the tokens.
+        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
     """
     q, k, v = heads
     eq, length = attention.equation, k.shape[-2]
@@ -78,9 +83,18 @@ def grouped_segment(
     dtype: torch.dtype,
     run: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute T tokens of the group form that follow `count` others in every row. A chunk is a group.
+    """Compute a segment of T tokens by the group form.
 
-    Arguments and results are those of `sliding_segment`; run: `torch_forms.grouped.grouped`, or Triton's.
+    Args:
+        state: the state before the segment.
+        count: the number of earlier tokens, the same in every row.
+        heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
+        chunk: tokens in a group.
+        dtype: the dtype of the form's inputs for each token.
+        run: the implementation, `torch_forms.grouped.grouped` or `triton.forms.grouped`.
+
+    Returns:
+        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
     """
     eq, length, wide = attention.equation, heads[0].shape[-2], accumulator(heads[0].dtype)
     q, k, v = (x.to(wide) for x in heads)
@@ -125,18 +139,25 @@ def grouped_segment(
 
 
 def far_read(attention: LinearAttention) -> FeatureMemory | None:
-    """Return the far part, or None if there is none or it is dropped."""
+    """Return the far part, or None if the layer has none or an ablation drops it (`attention.dropped`)."""
     return None if attention.dropped == "far" else attention.far
 
 
 def timeline(
     old: Tensor, new: Tensor, count: int, fill: int = 0, ahead: int = 0, pad: Callable = zero_pad
 ) -> Tensor:
-    """Put recent tokens `old [B, kv, R, X]` before new ones: `fill + R` slots, the new tokens and `ahead` slots.
+    """Put tokens in a sequence of slots, the timeline: `fill` empty slots, R recent tokens, T new ones,
+    `ahead` empty slots.
 
     Args:
-        count: tokens before the new ones, of which the last R are in `old`.
-        pad: makes empty slots.
+        old: `[B, kv, R, X]`, the keys or values of the recent tokens.
+        new: `[B, kv, T, X]`, those of the new tokens.
+        count: the number of earlier tokens. If there are fewer than R, the slots of the missing ones are
+            empty too.
+        pad: the function that adds empty slots before and after a tensor, `zero_pad` or `copy_pad`.
+
+    Returns:
+        `[B, kv, fill + R + T + ahead, X]`.
     """
     recent = old.shape[-2]
     there = min(count, recent)
@@ -144,7 +165,11 @@ def timeline(
 
 
 def copy_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
-    """Fill empty slots of `x [..., T, X]` with copies of its first token: some feature maps have no value at zero."""
+    """Pad the T dimension of `x [..., T, X]` with copies of its first token: `before` in front and `after`
+    behind.
+
+    It replaces `zero_pad` for vectors that feature maps read, because some maps have no value at zero.
+    """
     if not before and not after:
         return x
     first = x[..., :1, :]
@@ -153,32 +178,41 @@ def copy_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 
 def join_heads(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Join batch and heads of S, `[B, far, ...] -> [N, ...]`, in a dtype if one is given."""
+    """Join batch and heads of S, `[B, far, ...]` to `[N, ...]`, and convert to a dtype if one is given.
+    None stays None.
+    """
     return None if x is None else x.flatten(0, 1).to(dtype or x.dtype)
 
 
 def repeat_heads(attention: LinearAttention, parameter: Tensor, batch: int) -> Tensor:
-    """Repeat a parameter `[heads, ...]` for all rows, by the heads of S: `[N, g, ...]`."""
+    """Repeat a parameter `[heads, ...]` for all rows of a batch, grouped by the heads of S: `[N, g, ...]`.
+
+    N is batch x heads of S, and g the number of query heads of each.
+    """
     own = parameter.unflatten(0, (attention.equation.far_heads, -1))
     return own.repeat(batch, *[1] * (own.dim() - 1))
 
 
 def taps(attention: LinearAttention, batch: int) -> Tensor | None:
-    """Return the conv of every head, `[N, g, W]`, or None if there is none."""
+    """Return the conv's weights, repeated for all rows, `[N, g, W]`, or None without a conv.
+
+    N is batch x heads of S, and g the number of query heads of each.
+    """
     if attention.conv is None:
         return None
     return repeat_heads(attention, attention.conv, batch).to(accumulator(attention.conv.dtype))
 
 
 def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: int) -> Tensor:
-    """Compute the logarithm of the far part's factor, -inf for rows that have nothing far.
+    """Compute the logit of the far part for each query, `[..., far, g, T]`. It is -inf for a query without
+    far tokens.
+
+    This is `mix(q)` of `combine.Shared`, or 0 without that parameter.
 
     Args:
-        q: `[..., far, g, T, D]`; position: `[T]`, or `[..., T]`.
-        length: tokens in all of a row, which an encoder's rows see.
-
-    Returns:
-        `[..., far, g, T]`.
+        q: `[..., far, g, T, D]`.
+        position: `[T]` or `[..., T]`, the queries' positions.
+        length: the number of tokens in a row. It is read only if the equation is not causal.
     """
     eq, mix = attention.equation, attention.combine.mix
     factor = q.new_zeros(q.shape[:-1]) if mix is None else per_head(mix, q)
@@ -189,7 +223,14 @@ def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: 
 
 
 def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Return keys and values of the sinks after the tokens k, v, which follow `count` others in every row."""
+    """Return the sinks' keys `[B, kv, sinks, D]` and values `[B, kv, sinks, Dv]` after new tokens.
+
+    Args:
+        state: the state before them.
+        count: the number of earlier tokens, the same in every row.
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`. They are sinks if they are among a row's
+            first.
+    """
     sinks = state.sink_k.shape[-2]
     first, second = (min(tokens, sinks) for tokens in (count, count + k.shape[-2]))
     if first == sinks:
@@ -201,7 +242,15 @@ def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:
-    """Return the state after the tokens k, v, which follow `count` others in every row; S and z are given."""
+    """Return the state after new tokens, with given S and z. Sinks, recent tokens and counts are updated
+    here.
+
+    Args:
+        state: the state before the tokens.
+        S, z: those after the tokens, `[B, far, F, Dv]` and `[B, far, F]`.
+        count: the number of earlier tokens, the same in every row.
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+    """
     recent, length = state.recent_k.shape[-2], k.shape[-2]
 
     def last(old: Tensor, new: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """`varlen`: sequences of any lengths packed into one row without pads, each computed as if it were alone.
 
-Triton's kernels read one timeline. Every sequence begins with a chunk and is filled up to whole chunks. The kernels
-know where the sequence of each chunk begins, and S is zero there.
+For Triton's kernels, all sequences are copied into one sequence of slots, the timeline. Each begins at a
+chunk and is filled up to whole chunks with empty slots. Tables tell the kernels where the sequence of each
+chunk begins. S is zero at that place.
 """
 
 from typing import NamedTuple
@@ -25,22 +26,24 @@ from linearize_kernels.triton.tuning import SEGMENT, Packed
 def varlen(
     attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """Compute n sequences that follow one another, each from an empty state.
+    """Compute n sequences that are packed into one row, each from an empty state.
 
-    Triton's kernels compute them where `packed_plan` chooses them, else `chunked` computes one after the other.
+    Triton's kernels compute them together if they can run. Otherwise `chunked` computes one after the other.
 
     Args:
-        q: `[heads, total, D]`; k, v: `[kv, total, D]`.
+        q: `[heads, total, D]`, the tokens of all sequences.
+        k, v: `[kv, total, D]` and `[kv, total, Dv]`.
         cu_seqlens: `[n + 1]` integers from 0 to `total`. Sequence i has tokens `cu_seqlens[i]` to
-            `cu_seqlens[i + 1] - 1`. It is read once: keep it on the CPU, so that no device has to be waited for.
-        chunk: tokens in a chunk, or None to choose. Groups have their own size.
+            `cu_seqlens[i + 1] - 1`. It is read once: keep it on the CPU, so that no device has to be waited
+            for.
+        chunk: tokens in a chunk. With None a good number is chosen. Groups have their own size.
 
     Returns:
         `[heads, total, Dv]` in q's dtype.
 
     Raises:
-        ValueError: the equation is not causal, `cu_seqlens` is not as described, or `attention.impl` asks for what
-            cannot run.
+        ValueError: the equation is not causal, `cu_seqlens` is not as described, or `attention.impl` asks for
+            what cannot run.
     """
     if not attention.equation.causal:
         raise ValueError("varlen takes no equation that sees ahead: use bidirectional on every sequence")
@@ -69,18 +72,23 @@ def packed_plan(
     has_sink_logits: bool = False,
     chunk: int | None = None,
 ) -> Prefill | None:
-    """Return the choice of Triton's kernels for packed q, k, v `[..., T, D]`, or None if they cannot run."""
+    """Return the choice of Triton's kernels for packed q, k, v `[..., T, D]`, or None if they cannot run.
+
+    Args:
+        has_sink_logits: True if the softmax has learned sink logits, which the kernels do not compute.
+        chunk: tokens in a chunk. With None a good number is chosen.
+    """
     plan = prefill(attention, (q, k, v), 0, has_sink_logits, chunk, packed=True)
     return plan if plan is not None and plan.name == "triton" else None
 
 
 class Layout(NamedTuple):
-    """Places of packed sequences on their timeline.
+    """The places of packed sequences on their timeline of n chunks with C query rows each.
 
     Attributes:
-        rows: `[total]`, the row of each token.
+        rows: `[total]`, the query row (0 to n C - 1) of each token.
         position: `[n C]`, the position of each row in its own sequence.
-        packed: the tables that the kernels read.
+        packed: the tables of where sequences begin, which the kernels read.
     """
 
     rows: Tensor
@@ -90,7 +98,15 @@ class Layout(NamedTuple):
 
 @remembered(8)
 def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, device: torch.device) -> Layout:
-    """Place the sequences between `bounds`, none of them empty, after `recent` empty slots."""
+    """Compute the places of sequences on a timeline that begins with `recent` empty slots.
+
+    Args:
+        bounds: the first token of each sequence, and the number of all tokens. No sequence is empty.
+        chunk: tokens in a chunk.
+        recent: R, the slots that a chunk reads before its own.
+        sinks: the number of attention sinks of each sequence.
+        device: the device of the results.
+    """
     begin = torch.tensor(bounds)
     length = begin.diff()
     chunks = length.add(chunk - 1).div(chunk, rounding_mode="floor")
@@ -109,14 +125,24 @@ def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, devic
 
 
 def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
-    """Copy tokens `x [heads, total, X]` to their places among `length` slots; the other slots are zero."""
+    """Copy tokens to slots: `x [heads, total, X]` to `[heads, length, X]`. The other slots are zero.
+
+    Args:
+        places: `[total]`, the slot of each token.
+        length: the number of slots.
+    """
     return x.new_zeros(len(x), length, x.shape[-1]).index_copy(1, places, x)
 
 
 def sliding_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute packed sequences of the sliding form."""
+    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's sliding form.
+
+    Args:
+        plan: the choice of the kernels.
+        bounds: the first token of each sequence, and the number of all tokens.
+    """
     eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
     shape = Shape(plan.chunk, eq.recent, eq.size, eq.scale, 0, 0)
     rows, position, packed = laid_out(bounds, shape.chunk, eq.recent, eq.sinks, q.device)
@@ -138,7 +164,12 @@ def sliding_rows(
 def group_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute packed sequences of the group form."""
+    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's group form.
+
+    Args:
+        plan: the choice of the kernels.
+        bounds: the first token of each sequence, and the number of all tokens.
+    """
     eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
     rows, position, packed = laid_out(bounds, plan.chunk, 0, 0, q.device)
     q, k, v = (laid(x, rows, len(position)).to(wide) for x in (q, k, v))

@@ -1,12 +1,15 @@
-"""How the local and the far part become one output.
+"""Combines: modules that join the local and the far part of the equation into one output.
 
-A combine is a module. `define` says it for one token and head: scores and values are lists over L(i), `far` is what
-was read of F(i), None without a far part. `forward` says the same for whole blocks, under masks:
+A combine has two implementations of the same formula. `define` is the definition, for one token and one head:
+`scores` and `values` are lists over the local tokens L(i), and `far` holds what was read of the far tokens
+F(i), or is None without a far part. `forward` computes whole blocks of T queries and N tokens; the bool mask
+`local` selects L(i):
 
     q [..., kv, group, T, D], scores and local [..., kv, group, T, N], values [..., kv, N, Dv],
-    far of [..., kv, group, T, Dv] and [..., kv, group, T] -> [..., kv, group, T, Dv]
+    far.out [..., kv, group, T, Dv], far.mass [..., kv, group, T] -> output [..., kv, group, T, Dv]
 
-A new one is entered in `COMBINES`.
+`group` is the number of query heads of a KV head. A new combine is entered in `COMBINES`, by its name in
+recipes.
 """
 
 import math
@@ -21,7 +24,13 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """The numerator and the mass of a query's far tokens, and whether there are any."""
+    """What a query reads of its far tokens.
+
+    Attributes:
+        out: the numerator, Σ of weight times value. The last dimension is Dv.
+        mass: the normaliser, Σ of the weights.
+        any: True where the query has a far token.
+    """
 
     out: Tensor
     mass: Tensor
@@ -32,8 +41,9 @@ class Combine(nn.Module):
     """The base class of combines.
 
     Attributes:
-        mix: `[heads, D + 1]`, the far part's logit in `Shared`, or None without one of the parts.
-        factor: `[heads]`, the far part's factor in `Unnormalised`, or None without a far part.
+        mix: only in `Shared`: `[heads, D + 1]`, weights and bias of a linear function of q, which gives the
+            logit of the far part. It is None if the equation has only one of the two parts.
+        factor: only in `Unnormalised`: `[heads]`, the far part's factor, or None without a far part.
     """
 
     mix: nn.Parameter | None
@@ -46,7 +56,18 @@ class Combine(nn.Module):
         """Set all parameters to their values at the start of a conversion."""
 
     def define(self, head: int, q: Tensor, scores: list, values: list, far: Far | None) -> Tensor:
-        """Combine the parts of one token and head."""
+        """Combine the parts of one token i and one head.
+
+        Args:
+            head: the index of the query head.
+            q: `[D]`.
+            scores: the local scores, a scalar tensor for each token in L(i).
+            values: the values `[Dv]` of these tokens. It holds one zero vector if L(i) is empty.
+            far: what was read of F(i), or None without a far part.
+
+        Returns:
+            `[Dv]`.
+        """
         raise NotImplementedError
 
     def one_token(
@@ -61,11 +82,13 @@ class Combine(nn.Module):
         """Combine the parts of one query of each of B rows, and add the conv.
 
         Args:
-            q: `[heads, B, D]`; scores: `[kv * B, group, N]`; values: `[kv * B, N, Dv]`.
-            local: bool, broadcasts to scores: the tokens in L(i). None: all of them.
-            far: numerator `[kv * B, group, Dv]`, mass `[kv * B, group, 1]`, and whether there is any: a bool tensor
-                that broadcasts to the mass, or True.
-            taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None.
+            q: `[heads, B, D]`.
+            scores: `[kv * B, group, N]`, the local scores of N tokens.
+            local: bool, broadcasts to scores, True for tokens in L(i). None means all N tokens.
+            values: `[kv * B, N, Dv]`.
+            far: the numerator `out` `[kv * B, group, Dv]` and its normaliser `mass` `[kv * B, group, 1]`.
+                `any` is a bool tensor that broadcasts to the mass, or True. None without a far part.
+            taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None without a conv.
 
         Returns:
             `[kv * B, group, Dv]`.
@@ -86,10 +109,11 @@ class Combine(nn.Module):
 
 
 class Shared(Combine):
-    """One normaliser under one maximum: local weights `exp(s - m)`, far weights `exp(mix(q) - m) φφ`.
+    """One normaliser for both parts: local weights `exp(s - m)` of scores s, far weights
+    `exp(mix(q) - m) φ(q)·φ(k)`.
 
-    `mix` is a learned linear function of q per head. m runs over the local scores, and over mix(q) only
-    if something is far.
+    `mix` is a learned linear function of q per head. m is the maximum of the local scores, and of mix(q) too
+    if the query has a far token.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -151,8 +175,11 @@ class Shared(Combine):
 
 
 class Lolcats(Combine):
-    """LoLCATs' combine (arXiv 2410.10254): local weights `γ exp(s - max s)`, far weights `φφ`, one
-    normaliser. The maximum runs over the local part alone, so it is part of the meaning. γ starts at 0.1.
+    """LoLCATs' combine (arXiv 2410.10254): one normaliser, local weights `γ exp(s - max s)`, far weights
+    `φ(q)·φ(k)`.
+
+    γ is learned per head and starts at 0.1. The maximum is that of the local scores alone. It changes the
+    result, because the far weights are not divided by its exponential.
     """
 
     start = 0.1
@@ -181,8 +208,9 @@ class Lolcats(Combine):
 
 
 class Unnormalised(Combine):
-    """No normaliser: the scores are the weights, and the far part counts with a learned factor per head,
-    0 at the start (arXiv 2406.07368).
+    """A sum without a normaliser (arXiv 2406.07368): the scores are the weights of the local values.
+
+    The far numerator is multiplied by a learned factor per head, which is 0 at the start, and added.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -206,9 +234,10 @@ class Unnormalised(Combine):
 
 
 class RootMeanSquare(Combine):
-    """The sum of both parts, divided by its root mean square, times a learned gain per head and channel
-    (RetNet's and TransNormer's normalisation of the output, arXiv 2307.08621 eq. 8 and 2210.10340 eq. 9). The gain
-    starts small: an output that knows nothing yet does less harm the shorter it is.
+    """The sum of both numerators, divided by its root mean square, times a learned gain per head and channel.
+
+    This is the normalisation of RetNet (arXiv 2307.08621 eq. 8) and TransNormer (arXiv 2210.10340 eq. 9). The
+    gain starts at 0.1, because a small output disturbs the model less while it is untrained.
     """
 
     epsilon, start = 1e-6, 0.1
@@ -230,14 +259,19 @@ class RootMeanSquare(Combine):
         return self.normalise(q, out if far is None else out + far.out)
 
     def normalise(self, q: Tensor, out: Tensor) -> Tensor:
+        """Divide `out [..., kv, group, T, Dv]` by its root mean square, times the gain. q gives dtype and
+        shape.
+        """
         gain = self.gain.to(q.dtype).view(*q.shape[-4:-2], 1, -1)
         return gain * out * (out.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
 
 
 class Gate(RootMeanSquare):
-    """Two outputs under a gate g per head and query: `(1 - g) softmax over L(i) + g · RMS-normalised far part`,
-    `g = sigmoid(w·q + b)`, near 0 at the start and 0 where nothing is far. For far parts that are no positive
-    weights, or have a normaliser of their own.
+    """A gated sum of two normalised outputs:
+    `(1 - g) softmax over L(i) + g · far numerator over its RMS, times the gain`.
+
+    The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if the query has no
+    far token. This combine suits far parts whose weights may be negative, or which are normalised already.
     """
 
     start, closed = 1.0, -3.0  # the gain, and the gate's b
@@ -275,20 +309,26 @@ COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": R
 
 
 def weighted(weights: list, values: list) -> Tensor:
-    """Compute Σ weight · value of one token. There is at least one value, which is zero if there is no local part."""
+    """Compute Σ weight · value of one token, `[Dv]`. `values` has at least one entry: a zero vector if L(i)
+    is empty.
+    """
     return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
 
 
 def attend(weights: Tensor, values: Tensor) -> Tensor:
-    """Multiply weights and values without a copy of the values.
+    """Multiply weights `[..., kv, group, T, N]` and values `[..., kv, N, Dv]`: `[..., kv, group, T, Dv]`.
 
-    `[..., kv, group, T, N], [..., kv, N, Dv] -> [..., kv, group, T, Dv]`
+    The values are not copied for each query head.
     """
     return (weights.flatten(-3, -2) @ values).unflatten(-2, weights.shape[-3:-1])
 
 
 def by_read_head(x: Tensor, kv: int) -> Tensor:
-    """Group query heads by the heads they read: `[heads, B, X] -> [kv * B, heads / kv, X]`."""
+    """Group query heads by the KV head (or head of S) that they read:
+    `[heads, B, X] -> [kv * B, heads / kv, X]`.
+
+    `kv` is the number of heads that are read.
+    """
     heads, batch, width = x.shape
     if batch == 1:
         return x.view(kv, -1, width)
@@ -307,16 +347,24 @@ def per_head(parameter: Tensor, q: Tensor) -> Tensor:
 
 
 def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
-    """Compute softmax over the local part alone."""
+    """Compute the softmax output `[..., kv, group, T, Dv]` of the local tokens alone. Rows without one are
+    zero.
+
+    Args:
+        scores: `[..., kv, group, T, N]`.
+        local: bool, broadcasts to scores, True for local tokens.
+        values: `[..., kv, N, Dv]`.
+    """
     scores = scores.masked_fill(~local, float("-inf"))
     weights = (scores - finite(scores.detach().amax(-1))[..., None]).exp()
     return attend(weights, values) / positive(weights.sum(-1))
 
 
 def finite(ceiling: Tensor) -> Tensor:
-    """Return the row maximum, or 0 for a row that sees nothing (a pad)."""
+    """Replace a row maximum of -inf, which a row that sees nothing (a pad) has, by 0."""
     return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
 
 
 def positive(normaliser: Tensor) -> Tensor:
+    """Return the normaliser `[..., T]` as `[..., T, 1]`, at least TINY, so that it can be divided by."""
     return normaliser.clamp_min(TINY)[..., None]

@@ -1,15 +1,16 @@
-"""How the state forgets: what folding a token does to S and z.
+"""Memories: modules that define how a token is folded into S and z, and how S and z forget.
 
-Tokens are folded when they leave the near part, in the order of their positions:
+A token is folded when it leaves the window or group, in the order of positions:
 
     none     S ← S + φ(k) vᵀ
     decay    S ← a S + φ(k) vᵀ                                   a: one per head
     gated    S ← a S + φ(k) vᵀ                                   a: from the token's own v
     delta    S ← a (S - β φ̂(k) (φ̂(k)ᵀ S)) + β φ̂(k) vᵀ            a, β: from the token's own v
 
-and z ← a z + φ(k). `fold_one` says it for one token; `kept` and `written` give the same for many at once: all that
-a set of tokens does to S is `Σ_j kept_ij φ_j written_jᵀ`, with written = v except under the delta rule, where it is
-v less what S already answers for k (the WY form, arXiv 2412.06464, sec. 3.3).
+and z ← a z + φ(k). φ̂ is φ at unit norm. `fold_one` is the definition, for one token. `far.FeatureMemory`
+folds many tokens at once: they change S by `Σ_j kept_ij φ_j written_jᵀ`. kept_ij is the decay after token j
+up to token i, and written_j is v_j. Under the delta rule, written_j is v_j minus the value that S holds for
+k_j already (the WY form, arXiv 2412.06464, sec. 3.3).
 """
 
 import math
@@ -20,11 +21,12 @@ from torch.nn.functional import softplus
 
 
 class Sum(nn.Module):
-    """Nothing is forgotten.
+    """The memory that forgets nothing. It is also the base class of the other memories.
 
     Attributes:
-        forward_in_time: whether tokens are written one after the other, from S on: a sum would not do.
-        unit_keys: whether keys' features are written at unit norm.
+        forward_in_time: True if the state depends on the order of the tokens, so that they must be folded in
+            order. False if their sum is enough.
+        unit_keys: True if the keys' features are scaled to unit norm before they are written.
     """
 
     forward_in_time = False
@@ -37,25 +39,36 @@ class Sum(nn.Module):
         """Do nothing: there are no parameters."""
 
     def log_decay(self, v: Tensor) -> Tensor | None:
-        """Return the logarithm of the decay, `[..., heads, N, Dv] -> [..., heads, N]`, or None if nothing decays."""
+        """Return log a of N tokens, `[..., heads, N]`, from their values `[..., heads, N, Dv]`, or None
+        without decay.
+
+        `heads` are the heads of S.
+        """
         return None
 
     def strength(self, v: Tensor) -> Tensor | None:
-        """Return β of the delta rule, `[..., heads, N]`, or None for other memories."""
+        """Return β of the delta rule for N tokens, `[..., heads, N]`, from their values. Other memories
+        return None.
+        """
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
-        """Write one token of each of B rows into S and z.
+        """Fold one token of each of B rows into S and z, in place.
 
         Args:
-            S: `[heads, B, F, Dv]`; z, phi: `[heads, B, F]`; v: `[heads, B, Dv]`.
+            S: `[heads, B, F, Dv]`, where `heads` are the heads of S.
+            z: `[heads, B, F]`.
+            phi: `[heads, B, F]`, the features of the token's key.
+            v: `[heads, B, Dv]`.
         """
         S.addcmul_(phi[..., None], v[..., None, :])
         z.add_(phi)
 
 
 class Decay(Sum):
-    """A learned decay per head, which starts as in RetNet: 1 - 1/32 to 1 - 1/512 (arXiv 2307.08621)."""
+    """A learned decay a per head. Over the heads it starts at 1 - 1/32 to 1 - 1/512, as in RetNet (arXiv
+    2307.08621).
+    """
 
     forward_in_time = True
 
@@ -79,9 +92,11 @@ class Decay(Sum):
 
 
 class Gated(Decay):
-    """A decay from the token: `log a = -softplus(w·v + b)` per head (the scalar gate of Mamba-2, arXiv 2405.21060,
-    with the value in the place of the hidden state). It starts near 1, with memories of 64 to 4096 tokens: the
-    softmax that is replaced does not decay.
+    """A decay computed from the token's value, per head: `log a = -softplus(w·v + b)`.
+
+    This is the scalar gate of Mamba-2 (arXiv 2405.21060), with the value instead of the hidden state. Over
+    the heads it starts with memories of 1 / -log a = 64 to 4096 tokens: a is near 1, because the softmax that
+    is replaced does not decay.
     """
 
     def __init__(self, heads: int, value_dim: int):
@@ -100,8 +115,10 @@ class Gated(Decay):
 
 
 class Delta(Gated):
-    """The gated delta rule (arXiv 2412.06464, eq. 10): a token first takes away what S answers for its key. Its
-    strength is β = sigmoid(w·v + b), 1/2 at the start.
+    """The gated delta rule (arXiv 2412.06464, eq. 10): a token replaces a share β of the value that S holds
+    for its key.
+
+    β = sigmoid(w·v + b) is computed from the token's value, per head. It is 1/2 at the start.
     """
 
     unit_keys = True
@@ -133,18 +150,27 @@ MEMORIES = {"none": Sum, "decay": Decay, "gated": Gated, "delta": Delta}
 
 
 def elapsed(log_decay: Tensor, earlier: Tensor) -> Tensor:
-    """Sum `log_decay [..., heads, N]` over each token and the tokens before it on its path, `earlier [..., N, N]`."""
+    """Sum the logarithms of decays over each token and the tokens before it: `[..., heads, N]`.
+
+    Args:
+        log_decay: `[..., heads, N]`.
+        earlier: `[..., N, N]` bool, `earlier[i, j]` is True if token j is before token i (in a tree, on its
+            path).
+    """
     before = earlier.to(log_decay.dtype)[..., None, :, :] @ log_decay[..., None]
     return log_decay + before.squeeze(-1)
 
 
 def delta_solve(phi: Tensor, strength: Tensor, elapsed: Tensor, earlier: Tensor, right: Tensor) -> Tensor:
-    """Solve `u_j = β_j (right_j - Σ_{m before j} e^{c_j - c_m} (φ_j·φ_m) u_m)`.
+    """Compute what the delta rule writes for N tokens, `[..., heads, N, X]`.
+
+    It is the solution u of `u_j = β_j (right_j - Σ_{m before j} e^{c_j - c_m} (φ_j·φ_m) u_m)`.
 
     Args:
-        phi: `[..., heads, N, F]`, tokens after those before them.
-        strength, elapsed: β and c, `[..., heads, N]`.
-        earlier: `[..., N, N]` bool, `earlier[i, j]`: token j is before token i.
+        phi: `[..., heads, N, F]`, the features φ at unit norm. Earlier tokens come first.
+        strength: β, `[..., heads, N]`.
+        elapsed: c, `[..., heads, N]`, the logarithm of all decays up to and with each token.
+        earlier: `[..., N, N]` bool, `earlier[i, j]` is True if token j is before token i.
         right: `[..., heads, N, X]`.
     """
     earlier = earlier[..., None, :, :]

@@ -1,11 +1,12 @@
-"""The far part: what reads and writes the state S, z.
+"""The far part: modules that write tokens into the state S, z and read it.
 
-Two equations of one form. `FeatureMemory` is φ(q)ᵀS with a feature map and a memory; `projection.Projection` is
-Linformer's softmax over k slots. Both write tokens into a state and read it, and both say so twice: `fold_one` and
-`read_one` for one token (the definition), `forward` and `fold` for many at once.
+There are two. `FeatureMemory` reads φ(q)ᵀS, with a feature map φ and a memory (see `decay`).
+`linformer.Projection` computes a softmax over k slots. Each has two implementations: `fold_one` and
+`read_one` for one token (the definition), and `fold`, `append` and `forward` for many tokens.
 
-Shapes: `heads` are query heads, `far` the heads of S and z (`far_heads`); a token that is not there has position -1
-and never counts, and sinks are never folded.
+In shapes, `heads` is the number of query heads and `far` the number of heads of S and z
+(`Equation.far_heads`). A token with position -1 is a pad or an empty slot, which is ignored. Attention sinks
+are never folded.
 """
 
 import math
@@ -25,11 +26,21 @@ CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up
 
 
 class FeatureMemory(nn.Module):
-    """`φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`, and its mass `φ(q_i)ᵀ Σ D_ij ω(k_j) φ(k_j)`.
+    """Linear attention to the far tokens F(i), with a feature map φ.
 
-    ω(k) = exp(w·k + b), softly capped, is learned per head of S: features of fixed size (Hedgehog's add up to 2)
-    cannot say by themselves that a key matters to every query, as its exp(q·k) does in softmax. With it, far tokens
-    start with about the weight that they have in softmax.
+    The numerator is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`. Its normaliser, which the code calls mass,
+    is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j)`. D_ij is the memory's decay.
+
+    ω(k) = exp(w·k + b), softly capped, is an optional weight of a key, learned per head of S. In softmax, a
+    long key has a large exp(q·k) for many queries. Features of fixed size (Hedgehog's add up to 2) cannot
+    express that without ω. With ω, far tokens start with about the weight that they have in softmax.
+
+    Attributes:
+        q_map: the feature map of queries.
+        k_map: the feature map of keys, or None if the keys use `q_map`.
+        key_weight: w and b of ω, `[far, D + 1]`, or None if ω is 1.
+        memory: how S forgets.
+        state_width: F and Dv, the last two dimensions of S.
     """
 
     def __init__(self, equation):
@@ -62,21 +73,23 @@ class FeatureMemory(nn.Module):
             self.key_weight[:, -1] = CEILING * math.atanh(min(-math.log(factor) / CEILING, 0.9))
 
     def queries(self, q: Tensor) -> Tensor:
-        """Compute features of queries, which are grouped by the heads of S that they read.
+        """Compute the features `[..., far, g, T, F]` of queries `[..., far, g, T, D]`.
 
-        `[..., far, g, T, D] -> [..., far, g, T, F]`
+        g is the number of query heads that read one head of S.
         """
         return self.q_map(q.flatten(-4, -3)).unflatten(-3, q.shape[-4:-2])
 
     def keys(self, k: Tensor) -> Tensor:
-        """Compute what is written to S for keys, `[..., kv, T, D] -> [..., far, T, F]`."""
+        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z, from keys `[..., kv, T, D]`."""
         return self.written(self.equation.to_far_heads(k))
 
     def written(self, k: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute what is written to S for keys repeated as S has them, `[..., far, T, D] -> [..., far, T, F]`.
+        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z. φ has unit norm under the delta
+        rule.
 
         Args:
-            counts: `[T]`, 0 for a key that is not written, else 1; or None if all are.
+            k: `[..., far, T, D]`, keys that are repeated to the heads of S already.
+            counts: `[T]`, 0 for a key whose result is to be zero, else 1. None if no key is.
         """
         phi = self.writing_map(k)
         phi = unit_norm(phi) if self.memory.unit_keys else phi
@@ -87,20 +100,23 @@ class FeatureMemory(nn.Module):
 
     @property
     def writing_map(self) -> FeatureMap:
+        """Return the feature map of keys."""
         return self.q_map if self.k_map is None else self.k_map
 
     def weights(self, k: Tensor) -> Tensor:
-        """Compute ω, `[..., far, T, D] -> [..., far, T, 1]`."""
+        """Compute the key weights ω(k) `[..., far, T, 1]` from keys `[..., far, T, D]`."""
         weight = self.key_weight.to(k.dtype)[:, None] / CEILING
         logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
         return logarithm.exp().mT
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Write one token of each of B rows into S and z.
+        """Fold one token of each of B rows into S and z, in place.
 
         Args:
-            S: `[far, B, F, Dv]`; z: `[far, B, F]`; k: `[kv, B, D]`; v: `[kv, B, Dv]`.
-            position: the token's position in each row.
+            S: `[far, B, F, Dv]`.
+            z: `[far, B, F]`.
+            k, v: `[kv, B, D]` and `[kv, B, Dv]`.
+            position: the token's position in each of the B rows. Only Linformer's projection reads it.
         """
         k, v = self.equation.to_far_heads(k), self.equation.to_far_heads(v)
         memory, phi = self.memory, self.writing_map.one_token(k)
@@ -112,10 +128,18 @@ class FeatureMemory(nn.Module):
         memory.fold_one(S, z, phi, v)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Read S and z with one query of each of B rows: q `[heads, B, D]`.
+        """Compute φ(q) S and φ(q) z for one query of each of B rows.
+
+        In the shapes, `far` is the number of heads of S (`far_heads`).
+
+        Args:
+            q: `[heads, B, D]`.
+            S: `[far, B, F, Dv]`.
+            z: `[far, B, F]`.
 
         Returns:
-            numerator `[far * B, heads / far, Dv]` and mass `[far * B, heads / far, 1]`.
+            The numerator φ(q) S, `[far * B, heads / far, Dv]`, and its normaliser φ(q) z,
+            `[far * B, heads / far, 1]`.
         """
         phi, S = by_read_head(self.q_map.one_token(q), self.equation.far_heads), S.flatten(0, 1)
         return torch.bmm(phi, S), torch.bmm(phi, z.view(*S.shape[:2], 1))
@@ -132,20 +156,21 @@ class FeatureMemory(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Read S, and the tokens k, v that are not folded into it yet.
+        """Read the far tokens of T queries: those folded into S and z, and those among N given tokens.
 
         Args:
             q: `[..., heads, T, D]`.
-            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, a chain of N - new tokens and then the new ones, each after
-                its ancestors.
-            position: `[..., N]`; -1 or the position of a sink marks a token that does not count.
-            seen: `[..., T, N]` bool, the ancestors of each query, itself among them.
-            far: `[..., T, N]` bool, the tokens in F(i).
-            new: T, or 0 if the queries' own tokens are left out because none of them is far.
-            S: `[..., far, F, Dv]`; z: `[..., far, F]`.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not folded yet. The first N - new
+                of them follow one another; then come the queries' own tokens, each after its ancestors.
+            position: `[..., N]`. A token whose position is -1 or that of a sink is ignored.
+            seen: `[..., T, N]` bool, True for the ancestors of each query and its own token.
+            far: `[..., T, N]` bool, True for the tokens in F(i).
+            new: the number of the queries' own tokens in k, v: T, or 0 if none of them can be far.
+            S: `[..., far, F, Dv]`.
+            z: `[..., far, F]`.
 
         Returns:
-            numerator `[..., far, heads / far, T, Dv]` and mass `[..., far, heads / far, T]`.
+            The numerator `[..., far, heads / far, T, Dv]` and its normaliser `[..., far, heads / far, T]`.
         """
         eq, memory, length = self.equation, self.memory, q.shape[-2]
         phi_q = eq.fold_queries(self.q_map(q), eq.far_heads)
@@ -177,7 +202,14 @@ class FeatureMemory(nn.Module):
         return own + read, products.sum(-1) + mass
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold a chain of tokens k, v `[B, kv, N, D]`, none of them a sink, into S and z; position `[B or 1, N]`."""
+        """Fold N tokens that follow one another into S and z, and return the new S and z.
+
+        Args:
+            S: `[B, far, F, Dv]`.
+            z: `[B, far, F]`.
+            k, v: `[B, kv, N, D]` and `[B, kv, N, Dv]`. None of the tokens is a sink.
+            position: `[B or 1, N]`.
+        """
         if self.memory.forward_in_time:
             chunk = k[..., None, :, :], v[..., None, :, :], position[..., None, :]
             states, sums = self.fold(S, z, *chunk)
@@ -186,10 +218,16 @@ class FeatureMemory(nn.Module):
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute S and z before each of n chunks of a chain and after the last, `[n + 1, B, far, F, Dv]`.
+        """Compute S and z before each of n chunks of tokens, and after the last chunk.
 
         Args:
-            k, v: `[B, kv, n, C, D]`; position: `[B or 1, n, C]`.
+            S: `[B, far, F, Dv]`, before the first chunk.
+            z: `[B, far, F]`.
+            k, v: `[B, kv, n, C, D]` and `[B, kv, n, C, Dv]`.
+            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not folded.
+
+        Returns:
+            S `[n + 1, B, far, F, Dv]` and z `[n + 1, B, far, F]`.
         """
         memory, counts = self.memory, position >= self.equation.sinks
         chunks, length = k.shape[-3:-1]
@@ -228,12 +266,14 @@ class FeatureMemory(nn.Module):
 
 
 def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w and b of the logarithm of a key's weight, before the soft cap."""
+    """Return w and b of `log ω / CEILING` before its tanh (the soft cap): `[far, D, 1]` and `[far, 1, 1]`."""
     return as_affine(key_weight / CEILING)
 
 
 def far_part(equation) -> FeatureMemory:
-    """Build the far part of an equation."""
+    """Build the far part of an equation: a class in FAR_PARTS if its `feature_map` is listed there, or
+    FeatureMemory.
+    """
     return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
 
 
@@ -242,14 +282,27 @@ FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Compute which tokens of a chain are before which, `[..., N] -> [..., N, N]` bool, only among those that count."""
+    """Return which of N tokens in a row are before which: `[..., N, N]` bool, `[i, j]` is True if j is before
+    i.
+
+    Args:
+        counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
+    """
     length = counts.shape[-1]
     order = torch.ones(length, length, dtype=torch.bool, device=counts.device).tril(-1)
     return order & counts[..., None, :] & counts[..., :, None]
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Compute which tokens are before which, of a chain and T new ones after it: `seen [..., T, N] -> [..., N, N]`."""
+    """Return which of N tokens are before which, `[..., N, N]` bool, if the last T of them are the nodes of a
+    tree.
+
+    `[i, j]` is True if token j is before token i in the text, or on the node's path.
+
+    Args:
+        seen: `[..., T, N]` bool, True for the ancestors of each node and itself.
+        counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
+    """
     new, every = seen.shape[-2:]
     order = chain(counts)
     own = seen & counts[..., None, :] & counts[..., every - new :, None]

@@ -1,7 +1,8 @@
-"""Feature maps φ of the far part: `φ(q)ᵀ φ(k)` stands in for the softmax kernel.
+"""Feature maps φ of the far part: `φ(q)ᵀ φ(k)` replaces softmax's `exp(scale q·k)`.
 
-Each is a module over `[..., heads, T, D] -> [..., heads, T, feature_dim]`. A new one is a subclass of `FeatureMap`
-under `@feature_map(name)`; those that draw their directions are in `random_features`.
+A feature map is a module that maps `[..., heads, T, D]` to `[..., heads, T, feature_dim]`. A new one is a
+subclass of `FeatureMap` with the decorator `@feature_map(name)`. Maps with random directions are in
+`random_features`.
 """
 
 import math
@@ -14,7 +15,7 @@ FEATURE_MAPS: dict[str, type["FeatureMap"]] = {}
 
 
 def feature_map(name: str) -> Callable[[type["FeatureMap"]], type["FeatureMap"]]:
-    """Register a class in `FEATURE_MAPS` under the name that recipes use."""
+    """Return a decorator that registers a class in `FEATURE_MAPS` under the name that recipes use."""
 
     def enter(cls: type["FeatureMap"]) -> type["FeatureMap"]:
         cls.name, FEATURE_MAPS[name] = name, cls
@@ -29,7 +30,8 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """Base class. A map must be deterministic, because the backward may compute the features again.
+    """The base class of feature maps. A map must be deterministic, because the backward may recompute the
+    features.
 
     Args:
         heads: number of heads of the queries or keys.
@@ -40,8 +42,9 @@ class FeatureMap(nn.Module):
     Attributes:
         feature_dim: width of the output.
         name: its name in recipes.
-        positive: whether `φ(q)ᵀ φ(k)` is never negative. A shared normaliser needs that.
-        shared: whether queries and keys must use one map with the same parameters.
+        positive: True if `φ(q)ᵀ φ(k)` is never negative. A normaliser shared by the local and far part needs
+            that.
+        shared: True if queries and keys must use one map with the same parameters.
     """
 
     name: str
@@ -61,13 +64,16 @@ class FeatureMap(nn.Module):
         """Set all parameters to their values at the start of a conversion."""
 
     def estimate_softmax(self) -> float:
-        """Start so that `φ(q)ᵀ φ(k)` estimates `exp(scale q·k)` up to the returned factor; 1 where there is no way."""
+        """Initialize the map so that `φ(q)ᵀ φ(k)` estimates `factor · exp(scale q·k)`, and return the factor.
+
+        A map that cannot estimate it stays as it is and returns 1.
+        """
         return 1.0
 
 
 @feature_map("identity")
 class Identity(FeatureMap):
-    """The vector itself at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
+    """φ(x) = x / |x|, the vector at unit norm (FLASH, arXiv 2202.10447, as arXiv 2406.07368 uses it)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return unit_norm(x)
@@ -75,7 +81,9 @@ class Identity(FeatureMap):
 
 @feature_map("linear")
 class Linear(FeatureMap):
-    """The vector times √scale, so that φφ is the softmax's own score (retention, arXiv 2307.08621, eq. 5)."""
+    """φ(x) = √scale x, so that φ(q)·φ(k) is the logit `scale q·k` of softmax (retention, arXiv 2307.08621,
+    eq. 5).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale**0.5
@@ -83,7 +91,7 @@ class Linear(FeatureMap):
 
 @feature_map("relu")
 class Relu(FeatureMap):
-    """`max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
+    """φ(x) = `max(x, 0)` (EfficientViT, arXiv 2205.14756)."""
 
     positive = True
 
@@ -93,7 +101,7 @@ class Relu(FeatureMap):
 
 @feature_map("elu")
 class Elu(FeatureMap):
-    """`1 + elu(x)`, as TransNormer takes it (arXiv 2210.10340, from arXiv 2006.16236, eq. 7)."""
+    """φ(x) = `1 + elu(x)` (arXiv 2006.16236, eq. 7), which TransNormer uses too (arXiv 2210.10340)."""
 
     positive = True
 
@@ -102,7 +110,9 @@ class Elu(FeatureMap):
 
 
 class Projected(FeatureMap):
-    """A map that starts with a learned matrix per head."""
+    """The base class of maps that first multiply x by a learned matrix W per head,
+    `[heads, D, feature_dim or D]`.
+    """
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int | None = None, scale: float = 1.0):
         super().__init__(heads, head_dim, feature_dim, scale)
@@ -110,7 +120,9 @@ class Projected(FeatureMap):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as the identity. Columns beyond the head size are random directions, the same for all heads."""
+        """Set W to the identity. Columns beyond the head size D become random unit vectors, the same for all
+        heads.
+        """
         heads, head_dim, width = self.weight.shape
         directions = torch.randn(head_dim, width)
         self.weight.copy_(directions / directions.norm(dim=0))
@@ -120,8 +132,10 @@ class Projected(FeatureMap):
 
 @feature_map("hedgehog")
 class Hedgehog(Projected):
-    """`[softmax(xW), softmax(-xW)]`, one learned W per head (arXiv 2402.04347, in the softmax form of
-    arXiv 2410.10254). `feature_dim` is W's width; the features are twice as many.
+    """φ(x) = `[softmax(xW), softmax(-xW)]` with a learned W per head (arXiv 2402.04347, softmax as in arXiv
+    2410.10254).
+
+    The recipe's `feature_dim` is the number of columns of W. There are twice as many features.
     """
 
     positive = True
@@ -132,7 +146,7 @@ class Hedgehog(Projected):
 
     @torch.no_grad()
     def estimate_softmax(self) -> float:
-        """Scale W so that the features estimate `exp(scale q·k)`, as Performer's do. Return the factor that is left."""
+        """Scale W so that `φ(q)ᵀ φ(k)` estimates `factor · exp(scale q·k)`, and return the factor."""
         self.weight.mul_(math.sqrt(self.scale * self.head_dim))
         return 4 / self.feature_dim
 
@@ -150,8 +164,10 @@ class Hedgehog(Projected):
 
 @feature_map("taylor")
 class Taylor(Projected):
-    """`[1, x, x⊗x/√2]` of `x = √scale Wᵀx`: φφ is exp's Taylor series to second order (Based, arXiv 2402.18668,
-    sec. 4). `feature_dim` is the width d' that W projects to; the features are 1 + d' + d'².
+    """φ(x) = `[1, y, y⊗y/√2]` with `y = √scale Wᵀx` (Based, arXiv 2402.18668, sec. 4).
+
+    φ(q)·φ(k) is the second-order Taylor series of the exponential. The recipe's `feature_dim` is d', the
+    number of columns of W. There are 1 + d' + d'² features.
     """
 
     positive = True

@@ -1,4 +1,4 @@
-"""Linformer's far part: softmax over k slots, which tokens are projected on."""
+"""Linformer's far part: softmax over k slots, onto which the tokens' keys and values are projected."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,19 @@ LOW = -1e30  # a score that no other is below, and whose softmax is finite in a 
 
 
 class Projection(nn.Module):
-    """Linformer (arXiv 2006.04768, eq. 7): keys and values are projected on k slots, and softmax runs over these.
+    """Linformer (arXiv 2006.04768, eq. 7): keys and values are projected onto k slots, and softmax runs over
+    the slots.
 
-    Made causal and of any length, the projection is a running mean: a token at position p counts in slot s with
-    weight `E[s, p mod period]`, a softmax over the slots of a learned table: `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ E_sj`.
-    At the start, token p goes mostly to slot p mod k. S holds `[Σ E k, Σ E v]` and z `Σ E`.
+    Here the projection is causal and works for any length: a slot holds a weighted mean of the far tokens so
+    far. The token at position p has weight `E[s, p mod period]` in slot s, so the slot's key for query i is
+    `K_s(i) = Σ_{j∈F(i)} E_sj k_j / Σ_{j∈F(i)} E_sj`, and its value the same mean of v. E is the softmax over
+    the slots of a learned table. At the start, token p goes mostly to slot p mod k. S holds `[Σ E k, Σ E v]`,
+    and z holds `Σ E`.
+
+    Attributes:
+        slots: k.
+        table: `[far, slots, period]`, the logits of E, with a period of 4 k.
+        state_width: slots and D + Dv, the last two dimensions of S.
     """
 
     own_slot = 4.0  # logit of a token's own slot at the start
@@ -33,12 +41,19 @@ class Projection(nn.Module):
         self.table.copy_((self.own_slot * own).expand_as(self.table))
 
     def weights(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        """Look up E for tokens at `position [..., N]`: `[..., far, N, slots]`."""
+        """Look up the weights E `[..., far, N, slots]` of tokens at `position [..., N]`, in a dtype."""
         table = self.table.to(dtype).softmax(1)
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Write one token of each of B rows into S and z; shapes as of `FeatureMemory.fold_one`."""
+        """Fold one token of each of B rows into S and z, in place.
+
+        Args:
+            S: `[far, B, slots, D + Dv]`.
+            z: `[far, B, slots]`.
+            k, v: `[kv, B, D]` and `[kv, B, Dv]`.
+            position: the token's position in each of the B rows.
+        """
         columns = [place % self.table.shape[-1] for place in position]
         share = self.table[:, :, columns].to(k.dtype).softmax(1).mT
         token = self.equation.to_far_heads(torch.cat([k, v], -1))
@@ -46,9 +61,16 @@ class Projection(nn.Module):
         z.add_(share)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the slots with one query of each of B rows; shapes as of `FeatureMemory.read_one`.
+        """Attend to the slots with one query of each of B rows.
 
-        The numerator is normalised already. The mass is 1, or 0 for a row in which nothing is far.
+        Args:
+            q: `[heads, B, D]`.
+            S: `[far, B, slots, D + Dv]`.
+            z: `[far, B, slots]`.
+
+        Returns:
+            The softmax output `[far * B, heads / far, Dv]`, which is 0 without far tokens, and the normaliser
+            that the combine divides it by, `[far * B, heads / far, 1]`: 1, or 0 for a row without far tokens.
         """
         eq, total = self.equation, z.flatten(0, 1)[:, None]  # [far * B, 1, slots]
         q, S = by_read_head(q, eq.far_heads), S.flatten(0, 1)
@@ -69,9 +91,22 @@ class Projection(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Attend to the slots; arguments and results are those of `far.FeatureMemory.forward`.
+        """Attend to the slots with T queries. The slots hold the folded tokens and the far ones among N given
+        tokens.
 
-        The numerator is normalised already. The mass is 1, or 0 if nothing is far.
+        Args:
+            q: `[..., heads, T, D]`.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not folded yet.
+            position: `[..., N]`.
+            seen, new: not used (see `far.FeatureMemory.forward`).
+            far: `[..., T, N]` bool, True for the tokens in F(i).
+            S: `[..., far, slots, D + Dv]`.
+            z: `[..., far, slots]`.
+
+        Returns:
+            The softmax output `[..., far, heads / far, T, Dv]`, which is 0 without far tokens, and the
+            normaliser that the combine divides it by, `[..., far, heads / far, T]`: 1, or 0 for a query
+            without far tokens.
         """
         eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
         share = self.weights(position, q.dtype)
@@ -88,10 +123,20 @@ class Projection(nn.Module):
         return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Fold N tokens that follow one another into S and z, and return the new S and z.
+
+        Shapes are those of `far.FeatureMemory.append`: k `[B, kv, N, D]`, position `[B or 1, N]`.
+        """
         share = self.weights(position, k.dtype)
         return S + share.mT @ self.equation.to_far_heads(torch.cat([k, v], -1)), z + share.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute S and z before each of n chunks of tokens and after the last:
+        `[n + 1, B, far, slots, ...]`.
+
+        Shapes are those of `far.FeatureMemory.fold`: k `[B, kv, n, C, D]`, position `[B or 1, n, C]`. Tokens
+        whose position is -1 or that of a sink are not folded.
+        """
         counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
         share = self.weights(position.movedim(-2, 0), k.dtype).masked_fill(~counts, 0.0)
         tokens = self.equation.to_far_heads(torch.cat([k, v], -1), dim=-4).movedim(-3, 0)

@@ -1,4 +1,4 @@
-"""Feature maps whose directions are drawn, not learned."""
+"""Feature maps with random directions, which are not trained."""
 
 import math
 
@@ -10,10 +10,13 @@ from linearize_kernels.parts.feature_maps import FeatureMap, feature_map, unit_n
 
 @feature_map("performer")
 class Performer(FeatureMap):
-    """FAVOR+: `exp(ωᵀx - |x|²/2) / √m` of `x = √scale x` with m orthogonal random directions ω of Gaussian length
-    (arXiv 2009.14794, eqs. 5 to 7 and sec. 2.4); φφ is an unbiased estimate of `exp(scale q·k)`. ω is drawn from
-    torch's generator, saved with the weights and not trained; `redraw` draws it anew. In fp32 the features vanish
-    where `scale |x|²` is beyond about 100: there is no stabiliser, which would have to know later keys.
+    """FAVOR+ (arXiv 2009.14794, eqs. 5 to 7 and sec. 2.4): φ(x) = `exp(ωᵀy - |y|²/2) / √m` with
+    `y = √scale x`.
+
+    There are m random directions ω, orthogonal and with the lengths of Gaussian vectors. φ(q)·φ(k) is an
+    unbiased estimate of `exp(scale q·k)`. ω is sampled from torch's generator and saved with the weights, and
+    not trained. `redraw` samples it again. In fp32 the features underflow to zero if `scale |x|²` is above
+    about 100. The paper's stabiliser is not used, because it depends on later keys.
     """
 
     directions: Tensor
@@ -27,7 +30,11 @@ class Performer(FeatureMap):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Draw the directions: blocks of D orthogonal ones, each with the length of a Gaussian vector."""
+        """Sample the directions in blocks of D orthogonal ones, each with the length of a Gaussian vector.
+
+        Args:
+            generator: the random generator, or None for torch's global one.
+        """
         count, dim = self.feature_dim, self.head_dim
         blocks = -(-count // dim)
         orthogonal, triangle = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator))
@@ -45,13 +52,16 @@ class Performer(FeatureMap):
 
 @feature_map("yoso")
 class Yoso(FeatureMap):
-    """YOSO's locality-sensitive hashing (arXiv 2111.09714, sec. 3): the signs of BITS random hyperplanes put a
-    vector in one of 2^BITS buckets, and φ is 1/√m in its bucket of each of m hashes. φφ is the share of hashes
-    that collide, of expectation `collision_probability`.
+    """YOSO's locality-sensitive hashing (arXiv 2111.09714, sec. 3).
 
-    The gradient is that of the expectation in the paper's bounded form (eq. 12), `BITS/2 · φφ · k` towards q, with
-    the direction of k's bucket in the place of k, as long as gives k·k = 1 in the mean: so it, too, needs no more
-    than the state.
+    One hash puts a vector in one of 2^BITS buckets, by the signs of its products with BITS random vectors.
+    For each of m hashes, φ is 1/√m at the vector's bucket and 0 at the others. φ(q)·φ(k) is the share of
+    hashes that put q and k in the same bucket. Its expectation is `collision_probability`.
+
+    The backward uses the paper's bounded gradient of that expectation (eq. 12): for q it is
+    `BITS/2 · φ(q)·φ(k) · k`. Here k is replaced by the mean direction of its bucket, scaled so that its
+    expected product with k is 1. That depends on k only through φ(k), so the backward needs no stored keys
+    either.
     """
 
     planes: Tensor
@@ -66,6 +76,7 @@ class Yoso(FeatureMap):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Sample the hyperplanes from a generator, or from torch's global one if it is None."""
         self.planes.copy_(torch.randn(self.planes.shape, generator=generator))
 
     reset_parameters = redraw
@@ -88,9 +99,14 @@ BITS = 4
 
 
 def collision_probability(cosine: Tensor) -> Tensor:
-    """Compute `(1 - arccos(q̂·k̂)/π)^BITS` (YOSO, arXiv 2111.09714, eq. 6).
+    """Compute `(1 - arccos(cosine)/π)^BITS`, the probability that BITS random hyperplanes do not separate two
+    vectors.
 
-    Its gradient is the paper's bounded one, `BITS/2` times the value: the exact gradient diverges at cosine 1.
+    This is eq. 6 of YOSO (arXiv 2111.09714). The gradient is the paper's bounded one, `BITS/2` times the
+    value, because the exact gradient diverges at cosine 1.
+
+    Args:
+        cosine: the cosine of the two vectors, of any shape.
     """
     value = (1 - torch.arccos(cosine.detach().clamp(-1, 1)) / math.pi) ** BITS
     return value * (1 + BITS / 2 * (cosine - cosine.detach()))

@@ -1,4 +1,4 @@
-"""`block`: the equation for new tokens and a state, the one implementation to trust."""
+"""`block`: the reference implementation, which computes any equation for new tokens and a state."""
 
 import torch
 from torch import Tensor
@@ -20,21 +20,24 @@ def block(
     visible: Tensor,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Compute the outputs of T new tokens: a chain, a tree or a single token. The state is only read.
+    """Compute the outputs of T new tokens: a text, a token tree or a single token. The state is only read.
 
-    Recent and new tokens that are too far behind a query to be near are read by a masked φφ product, older ones through
-    S.
+    Local tokens are read by their scores. Far tokens that are in the state are read through S and z. Far
+    tokens that are not, because they are recent or new, are read one by one, with weights φ(q)·φ(k) under a
+    mask.
 
     Args:
-        q: `[..., heads, T, D]`; k: `[..., kv, T, D]`; v: `[..., kv, T, Dv]`; keys and queries as the base
-            model gives them to its attention (after its positional rotation). Ancestors come before descendants.
-        position: `[..., T]` int64, the token's place in its row: the row's count + its depth; -1 for pads,
-            whose outputs mean nothing. Leading dimensions broadcast.
-        visible: `[T, T]` or `[..., T, T]` bool, `visible[i, j]`: j is i or an ancestor of i.
-        sink_logits: `[heads]`, a learned logit without a value in the softmax (gpt-oss), or None.
+        state: the state before the new tokens.
+        q: `[..., heads, T, D]`, queries as the base model's attention gets them (after its positional
+            rotation).
+        k, v: `[..., kv, T, D]` and `[..., kv, T, Dv]`, in the same way. Ancestors come before descendants.
+        position: `[..., T]` int64, each token's position in its row: the row's count plus its depth in the
+            tree. It is -1 for pads, whose outputs are arbitrary. Leading dimensions broadcast.
+        visible: `[T, T]` or `[..., T, T]` bool, `visible[i, j]` is True if j is i or an ancestor of i.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
 
     Returns:
-        `[..., heads, T, Dv]` in the accumulator's dtype.
+        `[..., heads, T, Dv]` in fp32, or in fp64 for fp64 inputs.
     """
     layout = behind(attention.equation, state, position, visible)
     return evaluate(attention, state, q, k, v, layout, sink_logits)
@@ -49,7 +52,13 @@ def evaluate(
     layout: Layout,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Compute the outputs of tokens with a given layout; arguments and result are those of `block`."""
+    """Compute the outputs `[..., heads, T, Dv]` of T new tokens with a given layout. The state is only read.
+
+    Args:
+        q, k, v: `[..., heads or kv, T, D]`, as in `block`.
+        layout: the masks of which tokens each query sees, and which of them are local or far.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
+    """
     eq = attention.equation
     length, wide = q.shape[-2], accumulator(q.dtype)
     q = q.to(wide)
@@ -88,19 +97,28 @@ def evaluate(
 
 
 def by_head(eq, x: Tensor) -> Tensor:
-    """Group query heads by KV heads: `[..., heads, T, N] -> [..., kv, group, T, N]`."""
+    """Split the heads dimension by KV heads: `[..., heads, T, N] -> [..., kv, group, T, N]`."""
     return x.unflatten(-3, (eq.kv_heads, -1))
 
 
 def distance_bias(table: Tensor, causal: bool, delay: Tensor) -> Tensor:
-    """Look up the bias `[..., heads, T, N]` of distances `p_i - p_j [..., T, N]` in a layer's `distance_bias`."""
+    """Look up the learned bias of each pair of tokens, `[..., heads, T, N]`.
+
+    Args:
+        table: a layer's `distance_bias`, `[heads, distances]`.
+        causal: True if the table begins at distance 0; False if distance 0 is in its middle.
+        delay: `[..., T, N]`, the distances p_i - p_j. Those outside of the table take its nearest entry.
+    """
     zero = 0 if causal else table.shape[-1] // 2
     return table[:, (delay + zero).clamp(0, table.shape[-1] - 1)].movedim(0, -3)
 
 
 def band(conv: Tensor, tap: Tensor) -> Tensor:
-    """Write the conv `[heads, W]` as weights `conv[h, tap]`, 0 for taps beyond it: `[..., heads, T, N]`.
+    """Return the conv's weight of each pair of tokens, `[..., heads, T, N]`.
 
-    On any path the τ-th ancestor is the visible token τ positions before.
+    Args:
+        conv: `[heads, W]`.
+        tap: `[..., T, N]`, the index of the weight: how many positions token j is before token i (shifted by
+            W // 2 if not causal). It is W for a token that the conv does not read, whose weight is 0.
     """
     return pad(conv, (0, 1)).index_select(1, tap.flatten()).unflatten(1, tap.shape).movedim(0, -3)

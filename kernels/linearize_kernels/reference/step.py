@@ -1,7 +1,7 @@
 """`step`: the definition of the equation, for one token of one sequence.
 
-It is slow, plain and independent of `block`. It keeps the token sets of the definition as lists, and folds a token when
-it leaves the near part.
+It is slow, simple and independent of `block`. It keeps the token sets of the definition as lists, and folds a
+token into S and z when it leaves the window or group.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,8 +15,16 @@ from linearize_kernels.parts.combine import Far
 
 @dataclass(frozen=True)
 class StepState:
-    """What one token needs of its past. `sinks` and `near` hold
-    `(position, k [kv, D], v [kv, Dv])`, oldest first; `past_v` holds the conv's values, newest first.
+    """The state between two calls of `step`, for one sequence.
+
+    Attributes:
+        S: `[far, F, Dv]`, Σ φ(k) vᵀ of the folded tokens.
+        z: `[far, F]`, Σ φ(k) of the folded tokens.
+        count: the number of tokens so far.
+        folded: the number of tokens that were folded.
+        sinks, near: the attention sinks and the tokens in the window or group, as
+            `(position, k [kv, D], v [kv, Dv])`, oldest first.
+        past_v: the values `[kv, Dv]` of the tokens that the conv reads, newest first.
     """
 
     S: Tensor
@@ -29,7 +37,7 @@ class StepState:
 
 
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
-    """Make the state before the first token."""
+    """Make the state of `step` before the first token, in a dtype."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
     S = torch.zeros(eq.far_heads, features, width, dtype=dtype)
@@ -44,14 +52,16 @@ def step(
     v: Tensor,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, StepState]:
-    """Compute one token as the equation defines it.
+    """Compute one token as the equation defines it. The given state does not change.
 
     Args:
-        q: `[heads, D]`; k: `[kv, D]`; v: `[kv, Dv]`.
-        sink_logits: `[heads]`, or None.
+        state: the state before the token.
+        q: `[heads, D]`.
+        k, v: `[kv, D]` and `[kv, Dv]`.
+        sink_logits: `[heads]`, learned logits without a value in the local softmax (gpt-oss), or None.
 
     Returns:
-        The output `[heads, Dv]` and the next state.
+        The output `[heads, Dv]`, and the state after the token.
     """
     eq, now = attention.equation, state.count
     token = (now, k, v)

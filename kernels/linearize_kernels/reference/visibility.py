@@ -1,4 +1,4 @@
-"""Layouts: which tokens a query sees, and whether they are near, far or read by the conv.
+"""Layouts: masks of which tokens a query sees, and which of them are local, far or read by the conv.
 
 A layout depends on positions alone, so all layers of one geometry share it.
 """
@@ -22,19 +22,22 @@ LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
 
 @dataclass(frozen=True)
 class Layout:
-    """T queries and N tokens: the state's sinks, its recent tokens, and T new ones, which are the queries' own. There
-    are no new ones if the queries' tokens are in the state already.
+    """The masks of T queries over N tokens.
+
+    The N tokens (columns) are the state's sinks, then its recent tokens, then the queries' own T tokens. The
+    last are missing if the queries' tokens are in the state already.
 
     Attributes:
-        local: `[..., T, N]` bool, the tokens in L(i).
-        old: the columns of `local` that may hold far tokens, M of them. The next four attributes are about these.
-        new: how many of the M tokens are new: T, or 0 if no new token is far.
-        old_position: `[..., M]`; -1 or the position of a sink marks a token that does not count.
-        seen: `[..., T, M]` bool, the ancestors of each query.
-        far: `[..., T, M]` bool, the tokens in F(i).
-        any_far: `[..., T]` bool, whether anything is far, in S or outside it.
-        delay: `[..., T, N]`, `p_i - p_j`.
-        tap: `[..., T, N]`, the conv's tap for each token, or W if it has none.
+        local: `[..., T, N]` bool, True for the tokens in L(i).
+        old: the slice of the M columns that may hold far tokens. The next four attributes are about these M
+            tokens.
+        new: the number of the queries' own tokens among the M: T, or 0 if none of them can be far.
+        old_position: `[..., M]`. A token whose position is -1 or that of a sink is ignored.
+        seen: `[..., T, M]` bool, True for the ancestors of each query and its own token.
+        far: `[..., T, M]` bool, True for the tokens in F(i).
+        any_far: `[..., T]` bool, True if the query has a far token, folded into S or not.
+        delay: `[..., T, N]`, the distance `p_i - p_j`.
+        tap: `[..., T, N]`, the index of the conv's weight for each token, or W if the conv does not read it.
     """
 
     local: Tensor
@@ -58,16 +61,19 @@ def lay_out(
     old: int | None = None,
     far_apart: bool = True,
 ) -> Layout:
-    """Compute the layout of any positions.
+    """Compute the layout of T queries from positions.
 
     Args:
-        recent_position: `[..., R]`; -1 marks a token that does not count.
-        position: `[..., T]`, as of `block`.
-        visible: `[..., T, T]` bool, as of `block`, or `[T, 0]` if no token is new.
-        sink_position: `[..., sinks]`; -1 marks a sink that does not exist or is among the new tokens.
-        folded: `[...]` bool, whether S holds a token.
-        old: how many of the recent tokens, the oldest first, may be far. None means all.
-        far_apart: whether a new token may be far from another one. Then all recent tokens may be far.
+        recent_position: `[..., R]`, positions of the recent tokens. -1 marks one to ignore.
+        position: `[..., T]`, positions of the queries' tokens, -1 for pads.
+        visible: `[..., T, T]` bool, True where token j is token i or its ancestor. `[T, 0]` if the queries'
+            tokens are in the state already.
+        sink_position: `[..., sinks]`. -1 marks a sink that does not exist yet or is among the queries'
+            tokens.
+        folded: `[...]` bool, True if S holds a token.
+        old: how many of the recent tokens, counted from the oldest, may be far. None means all.
+        far_apart: True if one of the queries' tokens may be far from another one. Then `old` is not used: all
+            recent tokens may be far.
     """
     recent, length = recent_position.shape[-1], visible.shape[-1]
     key_position = torch.cat([sink_position, recent_position, position[..., :length]], -1)
@@ -87,7 +93,14 @@ def lay_out(
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
-    """Compute the layout of new tokens after a state with any rows. A sink that is still recent counts as a sink."""
+    """Compute the layout of T new tokens after a state. Its rows may have different lengths.
+
+    A recent token that is also a sink is treated as a sink only.
+
+    Args:
+        position: `[..., T]`, positions of the new tokens, -1 for pads.
+        visible: `[..., T, T]` bool, True where token j is token i or its ancestor.
+    """
     sinks = torch.arange(eq.sinks, device=state.count.device)
     recent = state.recent_position.masked_fill(state.recent_position < eq.sinks, -1)
     folded = state.count - eq.sinks > (recent >= 0).sum(-1)
@@ -97,20 +110,29 @@ def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Lay
 
 
 def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...]) -> Layout:
-    """Return the layout of a tree behind rows of known lengths, on a CPU.
+    """Return the layout of a token tree after rows of known lengths, on a CPU.
 
-    All layers of one geometry share it. Its leading dimension is 1 where all rows see the same.
+    The layout is cached, and shared by all layers with the same equation. Its leading dimension is 1 if all
+    rows see the same.
 
     Args:
-        counts: tokens in each row so far.
-        parents: each node's parent; -1 for none. A chain is `(-1, 0, 1, ..)`. An empty tuple lays out one query: that
-            of the last token, which the state holds already.
+        counts: the number of tokens in each row so far.
+        parents: the index of each node's parent, -1 for a root. A text is the tree `(-1, 0, 1, ..)`. With an
+            empty tuple there is one query, that of the last token, which the state holds already.
     """
     return laid_out(eq, settled(eq, counts), parents)
 
 
 def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
-    """Replace counts of tokens by the smallest that have the same layout; one count if all rows share it."""
+    """Replace the rows' lengths by the smallest ones that have the same layout, so that the layout is
+    computed once.
+
+    Args:
+        counts: the number of tokens in each row.
+
+    Returns:
+        One count for each row, or a single one if all rows have the same.
+    """
     if eq.feature_map not in FAR_PARTS:  # beyond this length only those still depend on positions
         begun, cycle = eq.recent + eq.sinks + 1, eq.size if eq.scope == "group" else 1
         counts = [n if n <= begun else begun + (n - begun) % cycle for n in counts]
@@ -119,7 +141,12 @@ def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
 
 @remembered(512)
 def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) -> Layout:
-    """Compute the layout of `shared_layout` for `settled` counts."""
+    """Compute the layout of `shared_layout`, and cache it.
+
+    Args:
+        counts: the result of `settled` for the rows' lengths.
+        parents: the index of each node's parent, or an empty tuple for the query of the last token.
+    """
     visible, depth = ancestors(parents) if parents else LAST
     count = torch.tensor(counts)[:, None]
     place = count + depth  # of the queries
@@ -150,11 +177,14 @@ def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) ->
 
 @remembered(512)
 def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the ancestor matrix and the depths of tree nodes.
+    """Return the ancestor matrix and the depths of the N nodes of a tree.
+
+    Args:
+        parents: the index of each node's parent, -1 for a root.
 
     Returns:
-        `visible [N, N]` bool, where `visible[i, j]` says that j is i or an ancestor of i.
-        depths `[N]`, 0 for roots.
+        `visible` `[N, N]` bool, where `visible[i, j]` is True if j is i or an ancestor of i, and the depths
+        `[N]`, 0 for roots.
     """
     visible = torch.eye(len(parents), dtype=torch.bool)
     for i, parent in enumerate(parents):
@@ -165,5 +195,5 @@ def ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 @lru_cache(512)
 def chain(length: int) -> tuple[int, ...]:
-    """Return the parents of the nodes of a chain."""
+    """Return the parents of the nodes of a chain, `(-1, 0, 1, ..)`, which has `length` nodes."""
     return tuple(range(-1, length - 1))

@@ -1,8 +1,12 @@
-"""What the chunked forms share: a sequence cut into chunks of rows, and the columns of slots that each chunk reads.
+"""Functions that the chunked forms share: they cut a sequence into chunks of query rows and the keys that
+each reads.
 
-A timeline has R slots, then n chunks of C slots, and A more slots where rows see ahead. Chunk c reads the `R + C + A`
-columns that begin at slot c C; the slots of its own rows follow the first R of them. `N` is batch x heads of S, and
-each of these has g query heads.
+A slot is the place of one token's key and value. The timeline is the sequence of all slots: R recent tokens,
+then n chunks of C new tokens, and A slots at the end if rows see tokens after them. The chunk c of query rows
+reads `R + C + A` slots one by one, which are called its columns. They begin at slot c C. Its own C tokens
+come after the first R of them. Tokens outside the columns are read through the state S, z.
+
+In shapes, N is batch x heads of S, and g is the number of query heads that read one head of S.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +20,13 @@ NARROW = 48  # columns of a product
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a timeline is cut.
+    """The sizes by which a timeline is cut into chunks.
 
     Attributes:
-        chunk: C.
-        recent: R.
-        ahead: A. Zero if no row sees what comes after it, else at least R and such that `R + A` is whole chunks.
+        chunk: C, tokens in a chunk.
+        recent: R, slots before a chunk that it reads.
+        ahead: A, slots after a chunk that it reads. It is 0 if rows do not see later tokens. Otherwise it is
+            at least R, and R + A is a multiple of C.
     """
 
     chunk: int
@@ -30,38 +35,49 @@ class Tiling:
 
     @property
     def columns(self) -> int:
+        """Return R + C + A, the number of slots that a chunk reads one by one."""
         return self.recent + self.chunk + self.ahead
 
     @property
     def around(self) -> int:
-        """Return how many chunks of slots a chunk's columns hold besides its own, if rows see ahead."""
+        """Return (R + A) / C, the number of chunks of slots in a chunk's columns besides its own. 0 if A is
+        0.
+        """
         return (self.recent + self.ahead) // self.chunk if self.ahead else 0
 
 
 def by_chunk(x: Tensor, chunk: int) -> Tensor:
-    """Put query rows in chunks: `[N, g, n C, X] -> [N, n, g C, X]`."""
+    """Group query rows by chunk: `[N, g, n C, X] -> [N, n, g C, X]`. The g query heads of a chunk become its
+    rows.
+    """
     return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(2, 3)
 
 
 def by_head(x: Tensor, chunk: int) -> Tensor:
-    """Undo `by_chunk`: `[N, n, g C, X] -> [N, g, n C, X]`."""
+    """Undo `by_chunk`, with C = `chunk`: `[N, n, g C, X] -> [N, g, n C, X]`."""
     return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(2, 3)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute `a @ b`, as the transpose of `bᵀ aᵀ` if it has few columns: CPU libraries are slow at narrow results."""
+    """Compute `a @ b`. If b has few columns, it is computed as `(bᵀ aᵀ)ᵀ`: CPU libraries are slow at narrow
+    results.
+    """
     return (b.mT @ a.mT).mT if b.shape[-1] < NARROW else a @ b
 
 
 def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
-    """Add empty slots to `x [..., T, X]`."""
+    """Pad the T dimension of `x [..., T, X]` with `before` zero rows in front and `after` zero rows behind."""
     return pad(x, (0, 0, before, after)) if before or after else x
 
 
 def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
-    """Copy the slots of every chunk's columns, or of the first `stop` of them: `[N, slots, X] -> [N, n, columns, X]`.
+    """Copy, for each of n chunks, the slots that it reads: `[N, slots, X] -> [N, n, R + C + A, X]`.
 
-    The slices of whole chunks have a faster gradient than `unfold`.
+    The gradient of this is faster than that of `unfold`, because only slices of whole chunks are used.
+
+    Args:
+        x: the keys, values or features of all slots of the timeline.
+        stop: the number of columns to copy, from the first on. None means all R + C + A.
     """
     C, chunks = tiling.chunk, (x.shape[1] - tiling.recent - tiling.ahead) // tiling.chunk
     before = -tiling.recent % C
@@ -73,14 +89,24 @@ def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
 
 
 def delays(tiling: Tiling, device: torch.device) -> Tensor:
-    """Compute how far each column is behind each row of its chunk, `[C, R + C + A]`; negative if it is ahead."""
+    """Compute the distance p_i - p_j from each row i of a chunk to each of its columns j, `[C, R + C + A]`.
+
+    It is negative for a column after the row.
+    """
     row = torch.arange(tiling.chunk, device=device)[:, None]
     return tiling.recent + row - torch.arange(tiling.columns, device=device)
 
 
 def outside(tiling: Tiling, chunks: int, like: Tensor) -> Tensor:
-    """Compute which chunks of slots are outside each chunk's columns, `[n, n + around]` of 0 and 1: the ones before
-    them, and where rows see ahead also the ones after them.
+    """Compute which chunks of slots each chunk of rows reads through the state: 1 if so, 0 if not,
+    `[n, n + around]`.
+
+    These are the chunks of slots before the row chunk's columns. If rows see ahead, also those after the
+    columns.
+
+    Args:
+        chunks: n, the number of chunks of rows. There are `tiling.around` more chunks of slots.
+        like: a tensor with the dtype and device of the result.
     """
     row = torch.arange(chunks, device=like.device)[:, None]
     slots = torch.arange(chunks + tiling.around, device=like.device)
@@ -89,21 +115,31 @@ def outside(tiling: Tiling, chunks: int, like: Tensor) -> Tensor:
 
 
 def sums_outside(first: Tensor, sums: Tensor, tiling: Tiling, chunks: int) -> tuple[Tensor, Tensor]:
-    """Add up what every chunk reads through the state, and the state after the first n chunks of slots.
+    """Compute S (or z) as each of n chunks reads it, and S (or z) after the segment.
+
+    A chunk reads the sum of `first` and of all chunks of slots outside its columns, the slots that it reads
+    one by one.
 
     Args:
-        first: `[N, X]`, the sum before the timeline.
-        sums: `[N, n + around, X]`, the sum of each chunk of slots.
+        first: `[N, X]`, S or z before the segment, with the last dimensions flattened.
+        sums: `[N, n + around, X]`, the sum of φ(k) vᵀ (or φ(k)) over each chunk of slots. `around` is
+            `tiling.around`.
+        tiling: the sizes of the chunks.
+        chunks: n.
 
     Returns:
-        `[N, n, X]` and `[N, X]`.
+        `[N, n, X]`, which each chunk reads, and `[N, X]`, the sum of `first` and the first n chunks of slots.
     """
     weights = outside(tiling, chunks, sums).expand(len(sums), -1, -1)
     return torch.baddbmm(first[:, None], weights, sums), first + sums[:, :chunks].sum(1)
 
 
 def band(conv: Tensor, tiling: Tiling) -> Tensor:
-    """Write the conv `[N, g, W]` as weights of the columns, `[N, 1, g C, R + C + A]`."""
+    """Return the conv's weight of each column for each row of a chunk, `[N, 1, g C, R + C + A]`.
+
+    Args:
+        conv: `[N, g, W]`, the weight of each distance.
+    """
     width, shift = conv.shape[-1], conv.shape[-1] // 2 if tiling.ahead else 0
     before = tiling.recent + tiling.chunk - width + shift
     after = tiling.chunk + tiling.columns - 1 - before - width

@@ -1,7 +1,8 @@
-"""The group form in chunks (the seed's, arXiv 2406.07368): squared ReLU within a group, a sum over all groups before.
+"""The group form in torch (arXiv 2406.07368): squared ReLU within a group, linear attention to all groups
+before.
 
-The chunks are the groups. Every group reads its own keys, S of all groups before it, and through the conv the last
-values of the group before.
+The chunks are the groups. Every group reads its own keys and values, and S of all groups before it. The conv
+also reads the last values of the group before.
 """
 
 from typing import NamedTuple
@@ -13,15 +14,20 @@ from linearize_kernels.torch_forms.chunks import Tiling, band, by_chunk, by_head
 
 
 class Groups(NamedTuple):
-    """n whole groups of C tokens, for N heads of keys with g query heads each.
+    """The inputs of the group form: n whole groups of C tokens.
+
+    N is batch x heads of S, and g is the number of query heads that read one head of S. Slots without a token
+    are zero.
 
     Attributes:
-        q, k: `[N, g, n C, D]` and `[N, n C, D]`, of unit norm, zero in empty slots.
-        v: `[N, R + n C, Dv]`; the first R slots hold older values, which only the conv reads.
-        phi_q, phi_k: `[N, g, n C, F]` and `[N, n C, F]`, features, zero in empty slots.
-        factor: `[N, g]`, by which the far part counts. It, phi_q and phi_k are None if there is no far part.
-        conv: `[N, g, W]` or None.
-        S: `[N, F, Dv]`, the state before the first group.
+        q, k: `[N, g, n C, D]` and `[N, n C, D]`, at unit norm.
+        v: `[N, R + n C, Dv]`. The first R slots hold older values, which only the conv reads.
+        phi_q, phi_k: `[N, g, n C, F]` and `[N, n C, F]`, the features of queries and keys, or None without a
+            far part.
+        factor: `[N, g]`, the factor of the far part, or None without a far part.
+        conv: the conv's weights `[N, g, W]`, or None.
+        S: `[N, F, Dv]`, the state before the first group. Triton takes None for packed sequences, where it is
+            zero.
     """
 
     q: Tensor
@@ -35,7 +41,13 @@ class Groups(NamedTuple):
 
 
 def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
-    """Compute the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups."""
+    """Compute the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
+
+    Args:
+        shape: the sizes C and R.
+        folds: the number of groups to add to S.
+        tokens: the inputs. If they have no far part, S is returned as it is.
+    """
     C, R = shape.chunk, shape.recent
     q, k = by_chunk(tokens.q, C), tokens.k.unflatten(1, (-1, C))
     scores = (q @ k.mT).unflatten(2, (-1, C)).tril().flatten(2, 3)

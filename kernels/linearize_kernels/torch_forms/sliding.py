@@ -1,8 +1,10 @@
-"""The sliding form in chunks: softmax in a window, positive far features, one normaliser, and the conv.
+"""The sliding form in torch: softmax in a window, positive far features, one normaliser for both, and the
+conv.
 
-For every chunk of C queries, the R slots before it and its own lie side by side as columns. Each column is local or far
-for each row. What is older than the columns is in S and z. All the far weight of a row enters the softmax as one more
-score, `mix + log(mass)`, so a single softmax normalises the local scores, the sinks and the far part.
+A chunk of C query rows reads R + C slots one by one (its columns): its own tokens and the R slots before
+them. Each column is local or far for each row. Older tokens are read through S and z. The whole far part of a
+row enters the softmax as one more score, `mix + log(φ(q) z)`. So a single softmax normalises the local
+scores, the sinks and the far part.
 """
 
 from dataclasses import dataclass
@@ -24,21 +26,24 @@ from linearize_kernels.torch_forms.chunks import (
     sums_outside,
 )
 
-LOW = -1e30  # the score of what is not seen
-# Before the sinks and the columns are two more: one takes all the weight of a row that sees nothing (it is in no
-# sequence), the other stands for the whole far part.
+LOW = -1e30  # the score of a column that a row does not see
+# The indices of two extra columns, in front of the sinks and the chunk's columns. NOTHING takes all the weight of a row
+# that sees no token (it is in no sequence). FAR stands for the whole far part.
 NOTHING, FAR = 0, 1
 
 
 @dataclass(frozen=True)
 class Shape(Tiling):
-    """The plain numbers of a timeline. R is at least the window's size and the conv's reach.
+    """The numbers that describe a timeline (see `chunks`) of the sliding form.
+
+    R (`recent`) is at least the window's size and the conv's reach.
 
     Attributes:
         size: tokens in the window.
-        scale: of the local scores.
-        start: the position of the first query row. A row sees no sink that comes after it.
-        skip: slots at the head of the timeline that are empty or hold sinks. The A slots at its end are empty too.
+        scale: the factor of q·k in the local scores.
+        start: the position of the first query row. A row does not see sinks at later positions.
+        skip: the number of slots at the head of the timeline that are empty or hold sinks, and are not read
+            there. The A slots at its end are empty too.
     """
 
     size: int
@@ -48,17 +53,22 @@ class Shape(Tiling):
 
 
 class Tokens(NamedTuple):
-    """A timeline of `s = R + n C + A` slots and n C query rows.
+    """The inputs of the sliding form: a timeline of `s = R + n C + A` slots for keys, and n C query rows.
+
+    N is batch x heads of S, and g is the number of query heads that read one head of S.
 
     Attributes:
         q: `[N, g, n C, D]`.
-        k, v: `[N, s, D]` and `[N, s, Dv]`, zero in empty slots.
-        phi_q, phi_k: `[N, g, n C, F]` and `[N, s, F]`, features. phi_k is zero in empty slots and for sinks. Both and
-            mix are None if there is no far part.
-        mix: `[N, g, n C]`, the logarithm of the far part's factor, -inf in rows that have nothing far.
-        conv: `[N, g, W]` or None. Its taps count how far a slot is behind the row; where rows see ahead, plus `W // 2`.
-        S, z: `[N, F, Dv]` and `[N, F]`, the state before the timeline.
-        sink_k, sink_v: `[N, sinks, D]` and `[N, sinks, Dv]`.
+        k, v: `[N, s, D]` and `[N, s, Dv]`. The slots in `Shape.skip` and the last A are not read.
+        phi_q, phi_k: `[N, g, n C, F]` and `[N, s, F]`, the features of queries and keys, or None without a
+            far part. phi_k is zero in empty slots and for sinks.
+        mix: `[N, g, n C]`, the logit of the far part, -inf in rows without far tokens. None without a far
+            part.
+        conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or τ - W //
+            2 before it if rows see ahead.
+        S, z: `[N, F, Dv]` and `[N, F]`, the state before the timeline. Triton takes None for packed
+            sequences.
+        sink_k, sink_v: `[N, sinks, D]` and `[N, sinks, Dv]`. Triton takes None for packed sequences.
     """
 
     q: Tensor
@@ -75,7 +85,11 @@ class Tokens(NamedTuple):
 
 
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the timeline."""
+    """Compute the sliding form: the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the
+    timeline.
+
+    If the inputs have no far part, S and z are returned as they are.
+    """
     values = with_front(tokens.sink_v, columns(tokens.v, shape))
     phi_q, phi_k, far = tokens.phi_q, tokens.phi_k, None
     if phi_q is not None and phi_k is not None:
@@ -92,7 +106,13 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FarPart(NamedTuple):
-    """What rows read of their far tokens, `[N, n, g C, Dv]`, its mass, `[N, n, g C]`, and the state after them."""
+    """The far part of all query rows, and the state after them.
+
+    Attributes:
+        out: the numerator, `[N, n, g C, Dv]`.
+        mass: its normaliser, `[N, n, g C]`.
+        S, z: the state after the first n C slots, `[N, F, Dv]` and `[N, F]`.
+    """
 
     out: Tensor
     mass: Tensor
@@ -101,11 +121,11 @@ class FarPart(NamedTuple):
 
 
 def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> FarPart:
-    """Read the far tokens: through S and z outside a chunk's columns, one by one within them.
+    """Read the far tokens: one by one if they are in a chunk's columns, or else through S and z.
 
     Args:
-        phi_q, phi_k: those of `tokens`.
-        values: `[N, n, columns, Dv]`, of every chunk's columns.
+        phi_q, phi_k: the features in `tokens`, which are not None here.
+        values: `[N, n, R + C + A, Dv]`, the values of every chunk's columns.
     """
     phi_q = by_chunk(phi_q, shape.chunk)
     chunks, groups = phi_q.shape[1], tokens.q.shape[1]
@@ -129,8 +149,10 @@ def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values:
 
 
 def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
-    """Compute the weights of the far part, the sinks and the local columns under one normaliser,
-    `[N, n, g C, front + columns]`.
+    """Compute the softmax weights of every row, `[N, n, g C, 2 + sinks + R + C + A]`.
+
+    The columns are NOTHING, FAR, the sinks, and the slots that the chunk reads one by one. Far slots have
+    weight 0: their weight is in FAR. Without a far part (`far` is None), FAR has weight 0 as well.
     """
     q = by_chunk(shape.scale * tokens.q, shape.chunk)
     keys = with_front(tokens.sink_k, columns(tokens.k, shape))
@@ -147,15 +169,27 @@ def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
 
 
 def with_front(sinks: Tensor, columns: Tensor) -> Tensor:
-    """Put NOTHING and FAR, which are zero, and the sinks before the columns of every chunk."""
+    """Put two zero columns and the sinks before the columns of every chunk: `[N, n, 2 + sinks + columns, X]`.
+
+    The zero columns are at the indices NOTHING and FAR. The caller computes what they stand for separately.
+
+    Args:
+        sinks: `[N, sinks, X]`, the sinks' keys or values.
+        columns: `[N, n, columns, X]`, the keys or values of the slots that each chunk reads.
+    """
     front = pad(sinks, (0, 0, 2, 0))[:, None]
     return torch.cat([front.expand(-1, columns.shape[1], -1, -1), columns], 2)
 
 
 def visible(shape: Shape, chunks: int, sinks: int, device: torch.device) -> Tensor:
-    """Compute which columns have a local score, `[n, C, front + columns]` bool, or with one chunk if all are alike.
+    """Compute which columns have a local score for each row of a chunk, `[n, C, 2 + sinks + R + C + A]` bool.
 
-    FAR has none: its score is written later.
+    The first dimension is 1 if all chunks are alike. NOTHING and FAR are False, because the caller sets their
+    scores.
+
+    Args:
+        chunks: n.
+        sinks: the number of sinks.
     """
     delay = delays(shape, device)
     near = delay.abs() < shape.size if shape.ahead else (delay >= 0) & (delay < shape.size)

@@ -1,7 +1,11 @@
 """Device functions and launchers that the Triton kernels of both chunked forms share.
 
-`N` is batch x heads of S, and each head of S has g query heads. In the kernels, `state_head` is an index into
-N and `head` an index into `N g`. The kernels `fold` and `carry` compute S and z before each chunk.
+The kernels `fold` and `carry` compute S and z before each chunk. In shapes, N is batch x heads of S, and g is
+the number of query heads that read one head of S. In the kernels, `state_head` is an index into N, and `head`
+an index into the N g query heads. Names in capitals are compile-time constants: GROUP is g, C the tokens in a
+chunk, D and DV the sizes of a head's keys and values, F the number of features. BD, BV, BF, BM and BS are the
+sizes of a program's tile in dimensions of keys, dimensions of values, features, rows and slots. UPCAST is
+True in Triton's interpreter.
 """
 
 from collections.abc import Callable
@@ -23,9 +27,9 @@ WIDTH = 512  # elements of S that a program of `carry` sums
 
 @triton.jit
 def load_tile(x, row, end, column, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
-    """Load rows and columns of a matrix `[end, WIDTH]`, zero outside it.
+    """Load a tile (some rows and columns) of a matrix `[end, WIDTH]`. Entries outside the matrix are zero.
 
-    With UPCAST, for the interpreter, the tile is converted to fp32.
+    With UPCAST, which the interpreter needs, the tile is converted to fp32.
     """
     mask = (row < end)[:, None] & (column < WIDTH)[None, :]
     out = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
@@ -36,7 +40,9 @@ def load_tile(x, row, end, column, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def store_tile(x, value, row, end, column, WIDTH: tl.constexpr):
-    """Store rows and columns of a matrix `[end, WIDTH]`, and nothing outside it."""
+    """Store a tile (some rows and columns) of a matrix `[end, WIDTH]`. Entries outside the matrix are not
+    stored.
+    """
     mask = (row < end)[:, None] & (column < WIDTH)[None, :]
     tl.store(x + row[:, None] * WIDTH + column[None, :], value.to(x.dtype.element_ty), mask=mask)
 
@@ -49,7 +55,9 @@ def dot(a, b):
 
 @triton.jit
 def load_taps(conv, delay, W: tl.constexpr):
-    """Load the conv's weights for a tile of delays in tokens, zero outside its W taps."""
+    """Load the conv's weights `conv [W]` of one head for a tile of distances in tokens, zero outside 0 to W -
+    1.
+    """
     return tl.load(conv + delay, mask=(delay >= 0) & (delay < W), other=0.0).to(tl.float32)
 
 
@@ -60,23 +68,30 @@ def fold(
     SEGMENT: tl.constexpr, REVERSE: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, FROM: tl.constexpr,
     TO: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sum `aᵀ b` over the chunks of one segment, in fp32.
+    """Sum `aᵀ b` over the chunks of one segment, in fp32. In the forward a is φ(k) and b is v, so this
+    computes S.
 
-    The kernel runs twice. The first pass has no `states`: it writes the sum of segment i to index i + 1 of S
-    and z. Between the passes the host turns these into the sums before each segment. The second pass reads
-    the sum before segment i at index i. It writes the sum before each chunk of the segment to `states` and
-    `masses`.
+    z is the sum of a. The kernel runs twice. The first pass has no `states`: it writes the sum of segment i
+    to index i + 1 of S and z. Between the passes the host turns these into the sums before each segment. The
+    second pass reads the sum before segment i at index i. It writes the sum before each chunk of the segment
+    to `states` and `masses`.
 
     Args:
         a, b: `[N, g, length, F]` and `[N, g, LEAD + length, Dv]`. The first LEAD rows of b are skipped.
         factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
-        mean: `[N, g, length]` or None. With it, z sums `-mean factor a` instead of a.
+        mean: `[N, g, length]` or None. With it, z is the sum of `-mean factor a` instead of a. The backward
+            needs that.
         S, z: `[N, segments + 1, F, Dv]` and `[N, segments + 1, F]`. z may be None.
-        states, masses: `[N, places, F, Dv]` and `[N, places, F]`, or None in the first pass.
+        states, masses: S and z before each chunk, `[N, places, F, Dv]` and `[N, places, F]`. None in the
+            first pass.
+        length: the number of rows of a.
+        chunks: the number of chunks.
+        places: the number of entries of `states`, at least the number of chunks.
         cut: number of chunks after which a segment ends, even if it has fewer than SEGMENT chunks.
         segments: for packed sequences `[s + 1]`, the first chunk of each segment and the end, else None. S
             and z then have s segments, and segment i has index i in both passes.
-        begins: `[chunks]`, the first row of a that counts in each chunk, or None.
+        begins: `[chunks]`, the first row of a that is summed in each chunk (earlier ones are skipped), or
+            None.
         REVERSE: sum from the last chunk to the first, so that "before" above means "after".
         FROM, TO: the first chunk to read in a and b, and its index in `states`. If either is above 0, the
             sums are added to the values in `states`.
@@ -173,7 +188,16 @@ INTERPRETED = not isinstance(fold, triton.JITFunction)
 def fold_launcher(
     a: Tensor, b: Tensor, segments: int, chunk: int, reverse: bool = False, start: int = 0, to: int = 0
 ) -> Callable:
-    """Return `fold` with its grid and compile-time arguments, for a number of segments."""
+    """Return the kernel `fold` with its grid and compile-time arguments.
+
+    Args:
+        a, b: the two inputs, `[N, g, length, F]` and `[N, g, LEAD + length, Dv]`.
+        segments: the number of segments.
+        chunk: rows in a chunk.
+        reverse: True to sum from the last chunk to the first.
+        start: the first chunk to read in a and b.
+        to: the index of that chunk in the result.
+    """
     (heads, group, length, features), width = a.shape, b.shape[-1]
     sizes = tiles(
         "fold", 64, a
@@ -187,9 +211,14 @@ def fold_launcher(
 
 
 def empty_states(a: Tensor, b: Tensor, places: int, with_z: bool) -> tuple[Tensor, Tensor | None]:
-    """Create S and z before each chunk, uninitialized.
+    """Create uninitialized tensors for S and z before each chunk, `[N, places, F, Dv]` and `[N, places, F]`.
 
-    S is bfloat16 for fp16 inputs: its sums grow with the length of the text and would overflow fp16.
+    S is bfloat16 for fp16 inputs: its sums grow with the length of the text and would overflow fp16. z is
+    fp32, or None without `with_z`.
+
+    Args:
+        a, b: the inputs of `fold`, `[N, g, length, F]` and `[N, g, length, Dv]`.
+        places: the number of chunks, or more.
     """
     shape = (len(a), places, a.shape[-1])
     narrow = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
@@ -260,13 +289,14 @@ def packed_states(
     Args:
         a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those.
         chunk: rows in a chunk.
-        begins: `[chunks]`, the first row of a that counts in each chunk, or None.
+        packed: the tables of where sequences begin.
+        begins: `[chunks]`, the first row of a that is summed in each chunk, or None for all rows.
         with_z: compute z too.
         factor, mean: `[N, g, length]` or None, as in `fold`.
         reverse: compute the sums after each chunk instead.
 
     Returns:
-        `[N, chunks, F, Dv]`, and `[N, chunks, F]` or None.
+        S `[N, chunks, F, Dv]`, and z `[N, chunks, F]`, or None without `with_z`.
     """
     (heads, _, length, features), chunks, segments = a.shape, len(packed.begins), len(packed.segments) - 1
     launch = fold_launcher(a, b, segments, chunk, reverse)
@@ -302,7 +332,14 @@ def packed_sums(a: Tensor, b: Tensor, chunk: int, packed: Packed) -> Tensor:
 
 
 def carry_segments(sums: Tensor, totals: Tensor | None, packed: Packed, reverse: bool = False) -> None:
-    """Run `carry` for all packed sequences."""
+    """Replace the sum of each segment by that of the segments before it in its packed sequence. It runs
+    `carry`.
+
+    Args:
+        sums: `[N, s, ...]`, replaced in place.
+        totals: `[N, sequences, ...]`, receives the sum of each sequence, or None.
+        reverse: True to take the segments after it instead.
+    """
     heads, segments = sums.shape[:2]
     size = sums[0, 0].numel()
     grid = (heads, len(packed.firsts) - 1, triton.cdiv(size, WIDTH))

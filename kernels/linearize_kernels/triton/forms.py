@@ -16,11 +16,14 @@ from linearize_kernels.triton.tuning import Packed
 def sliding(
     shape: Shape, tokens: Tokens, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute the results of `torch_forms.sliding.sliding`, with sums in fp32.
+    """Compute the sliding form in Triton: the outputs `[N, g, n C, Dv]`, and S and z after the timeline.
 
-    q, k, v, the features and the sinks share a dtype. S, z, mix and conv may have a wider one.
+    The results are those of `torch_forms.sliding.sliding`. Sums are in fp32. q, k, v, the features and the
+    sinks must have one dtype. S, z, mix and conv may have a wider one.
 
     Args:
+        shape: the numbers that describe the timeline.
+        tokens: the inputs.
         packed: the layout of packed sequences, or None. With it, `tokens` has None for S, z and the sinks,
             which are in the timeline. The results for S and z are None, and `start` and `skip` of `shape` are
             ignored.
@@ -31,12 +34,15 @@ def sliding(
 def grouped(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the results of `torch_forms.grouped.grouped`, with sums in fp32.
+    """Compute the group form in Triton: the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups.
 
-    q, k, v and the features share a dtype. S, factor and conv may have a wider one.
+    The results are those of `torch_forms.grouped.grouped`. Sums are in fp32. q, k, v and the features must
+    have one dtype. S, factor and conv may have a wider one.
 
     Args:
-        folds: number of groups in the returned S.
+        shape: the sizes C and R.
+        folds: the number of groups to add to the returned S.
+        tokens: the inputs.
         packed: the layout of packed sequences, or None. With it, S is None in `tokens` and in the result, R
             must be 0, and `folds` is ignored.
     """

@@ -1,9 +1,9 @@
 """The kernels of the group form, and their launchers.
 
-The key of row t is key t, and its value is in slot R + t. The R slots before the first key hold older values,
-which only the conv reads. For packed sequences R is 0, and `begins` has the first row of each group's
-sequence, otherwise it is None. Every program sums the gradients of its own rows or slots, so no kernel adds
-atomically.
+The token of query row t has key t, and its value is in slot R + t. The R slots before the first key hold
+older values, which only the conv reads. For packed sequences R is 0, and `begins` has the first row of each
+group's sequence. Otherwise `begins` is None. Every program sums the gradients of its own rows or slots, so no
+kernel adds atomically. The names in capitals are explained in `common`; W is the conv's width.
 """
 
 from typing import Any
@@ -39,7 +39,9 @@ def relu_scores(a, b, seen):
 
 @triton.jit
 def first_tap(row, begins, C: tl.constexpr, W: tl.constexpr):
-    """Return the first key whose value the conv reads for the rows from `row` on."""
+    """Return the index of the first key whose value the conv reads for rows from `row` on. It is in the same
+    sequence.
+    """
     first = row - W + 1
     if begins is not None:
         first = tl.maximum(first, tl.load(begins + row // C))
@@ -55,7 +57,7 @@ def group_attend(
 ):  # fmt: skip
     """Compute the outputs of BM rows of one query head.
 
-    They are the sum of the group's own keys, S before the group and the conv.
+    An output is the sum of three parts: the tokens of the row's own group, S before the group, and the conv.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
@@ -98,8 +100,8 @@ def group_query_gradients(
     """Compute d_q of BM rows of one query head, and `d_out · v` for the gradient of the conv.
 
     Args:
-        taps: `[N, g, n C, W]`, is written: `d_out · v` by delay. For packed sequences, delays before the
-            start of the sequence are not written.
+        taps: `[N, g, n C, W]`, is written: for each row the product of its d_out with the value 0 to W - 1
+            tokens before it. Entries for tokens before the start of a packed sequence are not written.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
@@ -136,14 +138,18 @@ def answers(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute `a Sᵀ` for BM rows of one head, with S before their group.
+    """Compute `a Sᵀ` for BM rows of one head, where S is the state before the rows' group.
+
+    With a = d_out it is the gradient of φ(q). With a = v and the gradient of S, it is the gradient of φ(k).
 
     Args:
-        a: `[N, g, R + n C, Dv]`, without its first R slots.
+        a: `[N, g, R + n C, Dv]`. Its first R slots are skipped.
         S: `[N, n, F, Dv]`.
         factor: `[N, g]`, by which `out` is scaled, or None.
         out: `[N, g, n C, F]`, is written.
-        total: `[N, g, n C]`, is written if there is a factor: `phi · a Sᵀ`.
+        phi: `[N, g, n C, F]`, the features φ(q), or None without a factor.
+        total: `[N, g, n C]`, is written if there is a factor: `phi · a Sᵀ`, for the gradient of the factor.
+        rows: n C.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
@@ -169,7 +175,9 @@ def group_slot_gradients(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_k and d_v of BS tokens of one group, or d_v of BS slots before the first key."""
+    """Compute d_k and d_v of BS tokens of one group. The first programs compute d_v of the R slots before the
+    first key.
+    """
     state_head = tl.program_id(0).to(tl.int64)
     first = (tl.program_id(1) - tl.cdiv(R, BS)) * BS
     key, d, e = first + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
@@ -212,7 +220,11 @@ def group_slot_gradients(
 
 
 def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
-    """Return the compile-time arguments of a kernel of this file."""
+    """Return the compile-time arguments of a kernel of this file, by name.
+
+    Args:
+        kernel: the kernel's name, for its tile sizes.
+    """
     key_dim, value_dim = tokens.q.shape[-1], tokens.v.shape[-1]
     options = tiles(kernel, max(key_dim, value_dim), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
@@ -238,9 +250,10 @@ def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
 def group_states(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute S before each group, `[N, n, F, Dv]`, and S after the first `folds` groups.
+    """Compute S before each group, `[N, n, F, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
 
-    Without a far part the state is copied. For packed sequences the second result is None.
+    Without a far part the first result is None, and the second a copy of the given S. For packed sequences
+    the second is None.
     """
     if tokens.phi_k is None:
         return None, None if tokens.S is None else tokens.S.clone()
@@ -255,7 +268,10 @@ def group_states(
 def forward(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the results of `forms.grouped`."""
+    """Compute the outputs `[N, g, n C, Dv]` of the group form, and S after the first `folds` groups.
+
+    For packed sequences the second result is None.
+    """
     q, k, v, phi_q, _, factor, conv, _ = tokens
     heads, group, rows = q.shape[:3]
     states, S = group_states(shape, folds, tokens, packed)
@@ -271,11 +287,14 @@ def forward(
 def backward(
     shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor | None, packed: Packed | None = None
 ) -> Groups:
-    """Compute the gradients of `tokens` from those of the outputs.
+    """Compute the gradients of all inputs of the group form.
 
     Args:
-        d_out: `[N, g, n C, Dv]`.
-        d_S: `[N, F, Dv]`, or None for packed sequences.
+        folds: the number of groups in the S that the forward returned.
+        tokens: the inputs.
+        d_out: `[N, g, n C, Dv]`, the gradient of the outputs.
+        d_S: `[N, F, Dv]`, the gradient of the returned S, or None for packed sequences.
+        packed: the layout of packed sequences, or None.
     """
     q, k, v, phi_q, phi_k, factor, conv, _ = tokens
     heads, group, rows = q.shape[:3]

@@ -1,8 +1,10 @@
 """The kernel that attends to a token tree or to one decoded token, and its launcher.
 
-In this folder's node kernels, `batch` is a row of the batch, `state_head` a head of S of one row, and
-`kv_head` a KV head of one row. The rows of a state head are the nodes of its query heads, `[heads / far, T]`.
-The recent tokens are the last R of their row, so the token count determines their positions.
+A node is a new token: one of a tree, or a single decoded one. In the node kernels of this folder, `batch` is
+the index of a row of the batch, `state_head` that of a head of S in one row of the batch, and `kv_head` that
+of a KV head in one row of the batch. A kernel's rows (`row`) are the queries of the T nodes in the query
+heads of one state head, `[heads / far, T]`. The recent tokens are the last R of the text, so the number of
+tokens determines their positions.
 
 A decoding step launches two kernels. Programs of one launch never read what another program writes: `take_in`
 reads the count and writes the recent tokens and their positions. `attend_nodes` reads these and writes the
@@ -42,7 +44,9 @@ def product(a, b):
 
 @triton.jit
 def inverse_norm(x):
-    """Compute the inverse norm of every row of x, with the floor of `feature_maps.unit_norm`."""
+    """Compute the inverse norm of every row of x. Norms are at least fp32's epsilon, as in
+    `feature_maps.unit_norm`.
+    """
     x = x.to(tl.float32)
     return 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1.1920928955078125e-07)
 
@@ -54,14 +58,20 @@ def attend_slots(
     SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the tokens in some slots of k and v.
+    """Add to a running softmax (or sum, without SOFTMAX) what rows read of the tokens in some slots of k and
+    v.
 
-    Weights are summed under one running maximum. The conv's output is summed apart from them.
+    The conv's output is summed separately, in `conv_out`.
 
     Args:
+        running_max, total, acc: the running maximum, normaliser and numerator.
         q_position, key_position: positions of the rows and of the slots.
-        seen: which slots each row may see.
+        mix: the logit of the far part of each row, or its factor without SOFTMAX.
+        seen: True where a row may see a slot.
         phi_k: `[far_end, F]`, features of the slots, or None if no slot is far.
+
+    Returns:
+        The updated `running_max`, `total`, `acc` and `conv_out`.
     """
     keys, values = (
         load_tile(k, slot, end, tl.arange(0, BD), D, UPCAST),
@@ -110,7 +120,7 @@ def attend_nodes(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows of one state head, for a slice of the values' dimensions.
+    """Compute the outputs of BM rows (queries) of one state head, for a slice of the values' dimensions.
 
     For a tree, `k` and `v` are those of its nodes, with `position [B, T]` and `visible [T, T]`. Only `out` is
     written.

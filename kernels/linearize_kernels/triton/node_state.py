@@ -1,4 +1,8 @@
-"""The kernels that write new tokens into a state, and their launchers. `node_kernels` defines the terms."""
+"""The kernels that write new tokens into a state, and their launchers. `node_kernels` explains the names.
+
+Two kernels append T tokens. `take_in` writes the recent tokens, the sinks and z. `fold_path` then writes S
+and the count. A token leaves when it is no longer among the R recent ones. It is then added to S and z.
+"""
 
 from typing import Any
 
@@ -30,7 +34,7 @@ def load_vector(x, column, mask):
 
 @triton.jit
 def count_arrived(valid, batch, T, BT: tl.constexpr):
-    """Count the new tokens of one row of the batch that are no pads."""
+    """Count the new tokens of one row of the batch that are not pads: all T if `valid` is None."""
     arrived = T
     if valid is not None:
         t = tl.arange(0, BT)
@@ -42,14 +46,16 @@ def count_arrived(valid, batch, T, BT: tl.constexpr):
 def fold_tokens(
     old, phi, v, oldest, arrived, f, e, T, SINKS: tl.constexpr, F: tl.constexpr, DV: tl.constexpr
 ):
-    """Add to a slice of S the tokens that left the recent ones.
+    """Add to a slice of S the tokens that left the recent ones, and return the slice.
 
-    They are the oldest recent tokens, as many as arrived, without sinks and empty slots.
+    These are the oldest recent tokens, as many as new ones arrived. Sinks and empty slots are not added.
 
     Args:
         old: the slice of S.
-        phi, v: `[T, F]` and `[T, Dv]`, of the T oldest recent tokens.
-        oldest: position of the first of them.
+        phi, v: `[T, F]` and `[T, Dv]`, the features and values of the T oldest recent tokens.
+        oldest: the position of the first of them.
+        arrived: the number of new tokens that are not pads.
+        f, e: the features and the dimensions of the values in the slice.
     """
     for t in range(T):
         folds = (oldest + t >= SINKS) & (oldest + t < oldest + arrived)
@@ -67,9 +73,15 @@ def fold_path(
     FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens that left after an accepted path to a slice of one state head's S.
+    """Add the tokens that left the recent ones, after an accepted path, to a slice of one state head's S.
 
-    One program of each batch row also writes its count.
+    One program of each row of the batch also writes the row's count.
+
+    Args:
+        phi_left, left_v: `[B, far, T, F]` and `[B, kv, T, Dv]`, the features and values of the T tokens that
+            were the oldest recent ones.
+        valid: `[B, T]` bool, False for pads among the T new tokens, or None.
+        recent_position: `[B, R]`, positions of the recent tokens after the path.
     """
     state_head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
     batch, f = state_head // FAR, tl.arange(0, BF)
@@ -89,9 +101,15 @@ def shift(
     recent, new, sink, tokens, arrived, column, T,
     R: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Append the last `arrived` of T new tokens to one KV head's recent tokens, and store new sinks.
+    """Append new tokens to the recent tokens of one KV head, in place, and store those that are sinks.
 
-    `recent [R, WIDTH]` is moved in place. All threads read a slot before any of them writes it.
+    All threads read a slot before any of them writes it.
+
+    Args:
+        recent: `[R, WIDTH]`, the keys or values of the recent tokens.
+        new: `[T, WIDTH]`, those of the new tokens. Only the last `arrived` of them are not pads.
+        sink: `[SINKS, WIDTH]`, those of the sinks.
+        tokens: the number of earlier tokens.
     """
     if SINKS > 0:
         t = tl.arange(0, BT)
@@ -118,10 +136,10 @@ def hedgehog(
     x, weight, key_weight, out, D: tl.constexpr, HALF: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the features of `feature_maps.Hedgehog` for one vector.
+    """Compute Hedgehog's features `[softmax(xW), softmax(-xW)]` (`feature_maps.Hedgehog`) of one vector.
 
     Args:
-        x: `[D]`.
+        x: `[D]`, a query or key.
         weight: `[D, HALF]`.
         key_weight: `[D + 1]`, to multiply the features by ω of `far.FeatureMemory`, or None.
         out: `[2 HALF]`, is written.
@@ -216,7 +234,7 @@ def take_in(
 
 
 def geometry(attention: LinearAttention, state: State) -> dict[str, Any]:
-    """Return the compile-time arguments that all node kernels share."""
+    """Return the compile-time arguments that all node kernels share, by name."""
     eq = attention.equation
     return dict(
         REPEATS=eq.far_heads // eq.kv_heads, R=eq.recent, SINKS=eq.sinks, DV=eq.value_dim, F=state.S.shape[-2]
@@ -263,7 +281,14 @@ def join(
 def fold(
     attention: LinearAttention, state: State, valid: Tensor | None, phi_left: Tensor | None, left_v: Tensor
 ) -> None:
-    """Update S and the count, which `join` does not write."""
+    """Write S and the count, which `join` does not write, after an accepted path.
+
+    Args:
+        valid: `[B, T]` bool, False for pads, or None if there are none.
+        phi_left: `[B, far, T, F]`, features of the T tokens that were the oldest recent ones, or None without
+            a far part.
+        left_v: `[B, kv, T, Dv]`, the values of these tokens.
+    """
     eq, sizes = attention.equation, geometry(attention, state)
     BV = min(SLICE, padded(eq.value_dim))
     fold_path[(state.S.shape[0] * eq.far_heads, triton.cdiv(eq.value_dim, BV))](

@@ -21,11 +21,12 @@ MOST_NODES = MOST_SINKS = 64
 
 
 def why_not(attention: LinearAttention, state: State, q: Tensor) -> str | None:
-    """Return the reason why Triton cannot run these new tokens, or None if it can.
+    """Return the reason why Triton cannot compute these new tokens, or None if it can.
 
-    No kernel supports sink logits, and this function does not check them.
+    No kernel supports learned sink logits. The caller must check that there are none.
 
     Args:
+        state: the state before the tokens.
         q: `[B, heads, T, D]`, in the dtype of k and v.
     """
     eq, nodes = attention.equation, q.shape[-2]
@@ -60,10 +61,10 @@ def tree(
     position: Tensor,
     visible: Tensor,
 ) -> Tensor:
-    """Compute the outputs of the nodes of a token tree, as `block` does.
+    """Compute the outputs of the T nodes of a token tree. The results are those of the reference `block`.
 
     Args:
-        state: is only read.
+        state: the state before the tree. It is only read.
         q, k, v: `[B, heads, T, D]`, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         position: `[B, T]`, -1 for pads.
         visible: `[T, T]` bool, True for a node's ancestors and for itself.
@@ -91,11 +92,13 @@ def tree(
 def commit_(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> None:
-    """Write the state after an accepted path into the state's tensors, as `commit` computes it.
+    """Append the T tokens of an accepted path to a state, in place. `ops.chunked.commit` computes the
+    same, and returns a new state instead.
 
-    The values in empty slots are undefined.
+    Keys and values in empty slots are undefined afterwards.
 
     Args:
+        state: the state before the path, which is written to.
         k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, which must precede a row's tokens, or None.
 
@@ -115,7 +118,7 @@ def commit_(
 
 @torch.no_grad()
 def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Decode one token, and write the state after it into the state's tensors.
+    """Append one token of every row to a state, in place, and compute the token's output.
 
     The token that leaves the recent ones is added to S before S is read, so S is read and written once.
     Hedgehog's features are computed in the kernels, other feature maps in torch.
@@ -160,7 +163,9 @@ def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
 
 
 def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
-    """Compute the features of queries, `[B, heads, T, D] -> [B, far, g, T, F]`."""
+    """Compute the features `[B, far, g, T, F]` of queries `[B, heads, T, D]`, or return None without a far
+    part.
+    """
     far: Any = attention.far
     if far is None:
         return None
@@ -168,15 +173,19 @@ def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
-    """Compute the features of keys, `[B, kv, T, D] -> [B, far, T, F]`."""
+    """Compute the features `[B, far, T, F]` of keys `[B, kv, T, D]`, or return None without a far part."""
     far: Any = attention.far
     return None if far is None else far.keys(k.float()).contiguous()
 
 
 def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
-    """Compute the features of the recent tokens that can be far from one of the next `nodes` tokens.
+    """Compute the features of those recent tokens that can be far from a new one, `[B, far, P, F]`.
 
-    With `nodes` 0, they can be far from the last recent token.
+    They are the P oldest recent tokens. The result is None if no recent token can be far, or without a far
+    part.
+
+    Args:
+        nodes: the number of new tokens, or 0 if the new token is already the last recent one.
     """
     eq = attention.equation
     some = eq.recent if eq.scope == "group" else eq.recent - eq.size + nodes

@@ -1,4 +1,4 @@
-"""The backward kernels of the sliding form. `sliding_fwd` defines slots, rows and delays.
+"""The backward kernels of the sliding form. `sliding_fwd` explains slots, rows, columns and delays.
 
 Let w_j be the weights under one normaliser, local and far. Then `d log w_j = w_j (d_out · v_j - mean)` with
 `mean = Σ_i w_i d_out · v_i`. Every program sums the gradients of its own rows or slots, so no kernel adds
@@ -57,12 +57,12 @@ def query_means(
 ):  # fmt: skip
     """Compute the terms that the other backward kernels read, for BM rows of one query head.
 
-    For packed sequences, `taps` is not written for delays before the start of the sequence.
+    For packed sequences, `taps` is not written for tokens before the start of the sequence.
 
     Args:
-        mean: `[N, g, n C]`, is written: the mean above.
-        factor: `[N, g, n C]`, is written: the far part's factor under the normaliser.
-        taps: `[N, g, n C, W]`, is written: `d_out · v` by tap of the conv.
+        mean: `[N, g, n C]`, is written: the weighted mean of `d_out · v` in the module docstring.
+        factor: `[N, g, n C]`, is written: `exp(mix)` divided by the row's normaliser.
+        taps: `[N, g, n C, W]`, is written: `d_out · v` for the token that each weight of the conv reads.
         sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks, and `d_out · v`
             of each.
     """
@@ -128,7 +128,13 @@ def query_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_q of BM rows of one query head. `d_sinks` are the gradients of the sinks' scores."""
+    """Compute d_q of BM rows of one query head.
+
+    Args:
+        mean: `[N, g, n C]`, from `query_means`.
+        d_sinks: `[N, g, n C, sinks]`, the gradients of the sinks' scores, times the scale.
+        d_q: `[N, g, n C, D]`, is written.
+    """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
     row, d, e = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
@@ -162,7 +168,15 @@ def query_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_phi_q of BM rows of one query head, and d_mix, which is `φ_q · d_phi_q`."""
+    """Compute the gradients of φ(q) and mix for BM rows of one query head.
+
+    Args:
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the sums over all tokens that each chunk does not read one by
+            one.
+        mean, factor: `[N, g, n C]`, from `query_means`.
+        d_phi: `[N, g, n C, F]`, is written.
+        d_mix: `[N, g, n C]`, is written. It is `φ(q) · d_phi`.
+    """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
     row, e = first + tl.arange(0, BM), tl.arange(0, BV)
@@ -206,7 +220,13 @@ def slot_gradients(
 ):  # fmt: skip
     """Compute d_k and d_v of BS slots of one chunk.
 
-    Rows whose columns include the slots contribute directly. Rows of other chunks contribute through `d_S`.
+    Rows that read the slots one by one contribute directly. Rows of other chunks read them through S, and
+    contribute through `d_S`.
+
+    Args:
+        d_S: `[N, chunks, F, Dv]`, for each chunk of slots the gradient of S that its tokens get.
+        mean, factor: `[N, g, n C]`, from `query_means`.
+        d_k, d_v: the gradients of k and v, are written.
     """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, d, e = first + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
@@ -264,7 +284,14 @@ def slot_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_phi_k of BS slots of one chunk, for BF features."""
+    """Compute the gradient of φ(k) for BS slots of one chunk and BF features.
+
+    Args:
+        d_S, d_z: `[N, chunks, F, Dv]` and `[N, chunks, F]`, for each chunk of slots the gradients of S and z
+            that its tokens get.
+        mean, factor: `[N, g, n C]`, from `query_means`.
+        d_phi: the gradient of phi_k, is written.
+    """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
     slot, f, e = first + tl.arange(0, BS), tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BV)
     slots = rows + R + AHEAD
@@ -297,12 +324,14 @@ def backward(
     shape: Shape, tokens: Tokens, log_total: Tensor, d_out: Tensor, d_S: Tensor | None, d_z: Tensor | None,
     packed: Packed | None = None,
 ) -> Tokens:  # fmt: skip
-    """Compute the gradients of `tokens` from those of the outputs.
+    """Compute the gradients of all inputs of the sliding form.
 
     Args:
-        log_total: `[N, g, n C]`, the last result of `sliding_fwd.forward`.
-        d_out: `[N, g, n C, Dv]`.
-        d_S, d_z: `[N, F, Dv]` and `[N, F]`, or None for packed sequences.
+        tokens: the inputs.
+        log_total: `[N, g, n C]`, the logarithms of the rows' normalisers, from `sliding_fwd.forward`.
+        d_out: `[N, g, n C, Dv]`, the gradient of the outputs.
+        d_S, d_z: the gradients of the returned S `[N, F, Dv]` and z `[N, F]`, or None for packed sequences.
+        packed: the layout of packed sequences, or None.
     """
     q, k, v, phi_q, phi_k, mix, conv, *_ = tokens
     heads, group, rows = q.shape[:3]

@@ -1,9 +1,11 @@
 """The forward kernel of the sliding form, and the device functions that its backward kernels share.
 
-Slots and rows are indices into the timeline (see `torch_forms.chunks`). The token of row t is in slot R + t,
-so slot s is `R + t - s` tokens behind row t: its delay. Each row sees the columns of its chunk. A column is
-local if its delay is below `size`, otherwise far. With AHEAD > 0 there are columns ahead of a row, with
-negative delays, and the rule applies to the absolute delay.
+A slot is the place of one token's key and value in the sequence of all slots, the timeline (see
+`torch_forms.chunks`). A row is a query. The token of row t is in slot R + t, so slot s is `R + t - s` tokens
+before row t. This number is called its delay. Each row sees the slots that its chunk reads, its columns. A
+column is local if its delay is below `size`, otherwise far. With AHEAD > 0 there are also columns after a
+row, with negative delays, and the rule applies to the absolute delay. The names in capitals are explained in
+`common`; W is the conv's width, and SIZE the window's.
 
 For packed sequences, `begins` has the first slot after the sinks of each chunk's sequence, otherwise it is
 None. Rows of packed sequences never see ahead. The slots of earlier sequences are below `begins - SINKS`.
@@ -44,14 +46,18 @@ def scores(a, b, seen, scale):
 
 @triton.jit
 def is_local(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays are within the window."""
+    """Determine which delays (tokens that a slot is before a row) are within the window."""
     least = 0 if AHEAD == 0 else 1 - SIZE
     return (delay >= least) & (delay < SIZE)
 
 
 @triton.jit
 def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays are outside the window."""
+    """Determine which delays (tokens that a slot is before a row) are outside the window. Later tokens are
+    not far.
+
+    With AHEAD > 0, later tokens at a distance of SIZE or more are far too.
+    """
     far = delay >= SIZE
     if AHEAD > 0:
         far = far | (delay <= -SIZE)
@@ -62,7 +68,7 @@ def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
 def any_far(
     row, slot, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr
 ):
-    """Determine if any of BM rows is far from any of BS slots."""
+    """Determine if any of BM rows, from `row` on, is far from any of BS slots, from `slot` on."""
     has_far = R + row + BM - slot > SIZE
     if AHEAD > 0:
         has_far = has_far | (slot + BS - R - row > SIZE)
@@ -71,9 +77,12 @@ def any_far(
 
 @triton.jit
 def holds_key(slot, skip, end, AHEAD: tl.constexpr):
-    """Determine which slots hold a key that is no sink.
+    """Determine which slots hold a key that is not a sink.
 
-    Without slots ahead no row reads past the end.
+    Args:
+        skip: the first slot after empty ones and sinks.
+        end: the end of the slots with keys. It is checked only with AHEAD > 0, because otherwise no row reads
+            past it.
     """
     present = slot >= skip
     if AHEAD > 0:
@@ -92,9 +101,13 @@ def local_scores(
 
 @triton.jit
 def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
-    """Compute the delays of slots behind the rows of one chunk, `[slots, rows]`.
+    """Compute how many tokens each slot is before each row of one chunk, `[slots, rows]`.
 
     Slots of earlier packed sequences get -1, which is neither local nor far.
+
+    Args:
+        begins: a table for packed sequences, or None for a single one.
+        skip: the first slot of the rows' sequence after its sinks.
     """
     delay = R + row[None, :] - slot[:, None]
     if begins is not None:
@@ -104,7 +117,10 @@ def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
 
 @triton.jit
 def first_key(begins, skip, row, C: tl.constexpr):
-    """Return the first slot with a key that is no sink, for the chunk of a row."""
+    """Return the first slot whose key is not a sink, in the sequence of a row.
+
+    For packed sequences it is read from the table `begins`. Otherwise (None) it is `skip`.
+    """
     if begins is not None:
         skip = tl.load(begins + row // C)
     return skip
@@ -112,9 +128,10 @@ def first_key(begins, skip, row, C: tl.constexpr):
 
 @triton.jit
 def sink_start(begins, skip, start, state_head, slots, R: tl.constexpr, SINKS: tl.constexpr):
-    """Return the index of the first sink in the sink tensors, and the position of row 0.
+    """Return the index of the first sink's row in the tensors that hold the sinks, and the position of row 0.
 
-    The sinks of a packed sequence are its first slots.
+    The sinks of a packed sequence are in its first slots, so the tensors are k and v. Otherwise (`begins` is
+    None) they are sink_k and sink_v, and the position is `start`.
     """
     index = state_head * SINKS
     if begins is not None:
@@ -131,9 +148,13 @@ def load_vector(x, column, WIDTH: tl.constexpr):
 
 @triton.jit
 def sink_scores(q, key, position, sink, scale):
-    """Compute the scores of one sink, `q [rows, D]` and `key [D]`, -inf for rows before it.
+    """Compute the scores of one sink for a tile of rows, -inf for rows before the sink.
 
-    The position of a sink is its index.
+    Args:
+        q: `[rows, D]`.
+        key: `[D]`, the sink's key.
+        position: `[rows]`, the rows' positions.
+        sink: the sink's index, which is also its position.
     """
     return tl.where(position >= sink, tl.sum(q.to(tl.float32) * key[None, :], 1) * scale, float("-inf"))
 
@@ -142,9 +163,12 @@ def sink_scores(q, key, position, sink, scale):
 def far_products(
     a, a_row, a_end, b, b_row, b_end, has_far, seen, F: tl.constexpr, BF: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Compute `φ_a φ_bᵀ` for rows of `a [., F]` and `b [., F]`, zero where `seen` is False.
+    """Compute the products of features `φ_a φ_bᵀ`, zero where `seen` is False.
 
-    With `has_far` False nothing is loaded.
+    Args:
+        a, b: features `[a_end, F]` and `[b_end, F]`, of which the rows `a_row` and `b_row` are used.
+        has_far: False if no entry of `seen` can be True. Then nothing is loaded.
+        seen: True where row i of a and row j of b are far from each other.
     """
     out = tl.zeros(seen.shape, tl.float32)
     if has_far:
@@ -160,10 +184,15 @@ def far_products(
 def first_column(
     row, begins, skip, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
-    """Return the first slot that the rows from `row` on read.
+    """Return the first slot that a tile of rows reads one by one. The first of the rows is `row`.
 
-    It is the first column of their chunk, or without a far part the slot REACH - 1 behind `row`. Rows of a
-    packed sequence read no slot before their sequence.
+    With a far part (F > 0) it is the first slot that their chunk reads. Without one it is the slot REACH - 1
+    tokens before `row`, where REACH is the size of the window or conv. Rows of a packed sequence read no slot
+    before their sequence.
+
+    Args:
+        begins: a table for packed sequences, or None.
+        skip: the first slot of the rows' sequence after its sinks.
     """
     first = row // C * C
     if F == 0:
@@ -177,10 +206,10 @@ def first_column(
 def last_column(
     row, BM: tl.constexpr, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """Return the end of the slots that BM rows from `row` on read.
+    """Return the end (exclusive) of the slots that BM rows read one by one. The first of the rows is `row`.
 
-    Without slots ahead it is the end of the rows' own slots. Otherwise it is the end of their chunk's
-    columns, or without a far part REACH - 1 slots after the last row.
+    If rows do not see later tokens (AHEAD is 0), it is the end of their own slots. Otherwise it is the end of
+    the slots that their chunk reads, or without a far part (F is 0) REACH - 1 slots after the last row's own.
     """
     last = row + BM + R
     if AHEAD > 0:
@@ -193,10 +222,12 @@ def last_column(
 def first_row(
     slot, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """Return the first row that reads one of the slots from `slot` on, all in one chunk.
+    """Return the first row that reads one of some slots one by one. The first of the slots is `slot`, all are
+    in one chunk.
 
-    Without slots ahead it is the row of that slot. Otherwise it is the first row whose chunk has the slot
-    among its columns, or without a far part the row REACH - 1 before it.
+    If rows do not see later tokens (AHEAD is 0), it is the row of that slot's token. Otherwise it is the
+    first row of the first chunk that reads the slot, or without a far part (F is 0) the row REACH - 1 before
+    the slot's token.
     """
     first = slot - R
     if AHEAD > 0:
@@ -206,7 +237,11 @@ def first_row(
 
 
 def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> dict[str, Any]:
-    """Return the compile-time arguments of a kernel that works on rows and slots."""
+    """Return the compile-time arguments of a kernel of the sliding form, by name.
+
+    Args:
+        kernel: the kernel's name, for its tile sizes.
+    """
     options = tiles(kernel, max(tokens.q.shape[-1], tokens.v.shape[-1]), tokens.q)
     features = 0 if tokens.phi_q is None else tokens.phi_q.shape[-1]
     return dict(
@@ -234,12 +269,14 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> d
 def states_outside(
     shape: Shape, tokens: Tokens, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute S and z outside each chunk's columns, and S and z after the last chunk.
+    """Compute S and z as each chunk reads them, and S and z after the last chunk.
 
-    Without a far part the state is copied. Packed sequences have no state after the last chunk.
+    A chunk reads the sum over all tokens outside its columns, the slots that it reads one by one.
 
     Returns:
-        `[N, n, F, Dv]`, `[N, n, F]`, `[N, F, Dv]` and `[N, F]`, or None.
+        S `[N, n, F, Dv]` and z `[N, n, F]` for the chunks, which are None without a far part. Then S
+        `[N, F, Dv]` and z `[N, F]` after the last chunk, which are copies of the given ones without a far
+        part, and None for packed sequences.
     """
     if tokens.phi_k is None:
         S, z = (None if x is None else x.clone() for x in (tokens.S, tokens.z))
@@ -256,7 +293,11 @@ def states_outside(
 
 
 def sink_tensors(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the tensors that hold the keys and values of the sinks, and `begins` of packed sequences."""
+    """Return the tensors that hold the sinks' keys and values, and where each chunk's packed sequence begins.
+
+    For packed sequences these are k and v themselves, and a table `[n]` with the first slot after the sinks
+    of each chunk's sequence. Otherwise they are sink_k and sink_v, and None.
+    """
     return (tokens.sink_k, tokens.sink_v, None) if packed is None else (tokens.k, tokens.v, packed.begins)
 
 
@@ -271,9 +312,13 @@ def attend(
     """Compute the outputs of BM rows of one query head, and the logarithm of their normaliser.
 
     Args:
-        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the state outside the columns of each chunk.
-        log_total: `[N, g, n C]`, is written.
-        start, skip: as in `Shape`. Packed sequences use `begins` instead.
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the sums over all tokens outside the columns of each chunk.
+        out: `[N, g, n C, Dv]`, is written.
+        log_total: `[N, g, n C]`, is written: the logarithm of each row's normaliser.
+        start: the position of row 0.
+        skip: the number of slots at the head that are empty or hold sinks. Packed sequences use `begins`
+            instead.
+        begins: `[n]`, the first slot after the sinks of each chunk's sequence, or None.
         rows: n C.
     """
     head = tl.program_id(0).to(tl.int64)
@@ -347,7 +392,8 @@ def forward(
     """Compute the forward pass of the sliding form.
 
     Returns:
-        The results of `forms.sliding`, and the logarithms of the normalisers, `[N, g, n C]`.
+        The outputs `[N, g, n C, Dv]`, S and z after the timeline (None for packed sequences), and the
+        logarithms of the rows' normalisers, `[N, g, n C]`, which the backward needs.
     """
     q = tokens.q
     heads, group, rows = q.shape[:3]

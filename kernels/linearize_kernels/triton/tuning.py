@@ -34,7 +34,13 @@ class Packed(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tile sizes of a program in query rows, slots and features, its warps and its pipeline stages."""
+    """The launch options of a kernel.
+
+    Attributes:
+        rows, slots, features: the sizes of a program's tile in query rows, in slots of keys, and in features.
+        warps: the number of warps.
+        stages: the number of stages of the software pipeline.
+    """
 
     rows: int
     slots: int
@@ -92,9 +98,14 @@ def padded(width: int) -> int:
 def limit(
     q: Tensor, k: Tensor, v: Tensor, features: int = 0, chunk: int | None = None, chunks: str = "chunks"
 ) -> str | None:
-    """Return the reason why no kernel can run these tensors, or None if all forms' common limits allow it.
+    """Return the reason why no kernel can run these tensors, or None if the limits that all kernels share
+    allow it.
+
+    The limits are a GPU (or the interpreter), the dtype, the size of chunks, and the sizes of heads and
+    features.
 
     Args:
+        q, k, v: `[..., T, D]`.
         features: F, or 0 without a far part.
         chunk: tokens in each chunk, or None if there are no chunks.
         chunks: the name of the chunks in error texts.
