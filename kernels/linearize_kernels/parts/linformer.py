@@ -125,7 +125,11 @@ class Projection(nn.Module):
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Fold N tokens that follow one another into S and z, and return the new S and z.
 
-        Shapes are those of `far.FeatureMemory.append`: k `[B, kv, N, D]`, position `[B or 1, N]`.
+        Args:
+            S: `[B, far, slots, D + Dv]`.
+            z: `[B, far, slots]`.
+            k, v: `[B, kv, N, D]` and `[B, kv, N, Dv]`. None of the tokens is a sink.
+            position: `[B or 1, N]`.
         """
         share = self.weights(position, k.dtype)
         return S + share.mT @ self.equation.to_far_heads(torch.cat([k, v], -1)), z + share.sum(-2)
@@ -134,8 +138,11 @@ class Projection(nn.Module):
         """Compute S and z before each of n chunks of tokens and after the last:
         `[n + 1, B, far, slots, ...]`.
 
-        Shapes are those of `far.FeatureMemory.fold`: k `[B, kv, n, C, D]`, position `[B or 1, n, C]`. Tokens
-        whose position is -1 or that of a sink are not folded.
+        Args:
+            S: `[B, far, slots, D + Dv]`, before the first chunk.
+            z: `[B, far, slots]`.
+            k, v: `[B, kv, n, C, D]` and `[B, kv, n, C, Dv]`.
+            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not folded.
         """
         counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
         share = self.weights(position.movedim(-2, 0), k.dtype).masked_fill(~counts, 0.0)

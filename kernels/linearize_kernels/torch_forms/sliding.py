@@ -27,8 +27,8 @@ from linearize_kernels.torch_forms.chunks import (
 )
 
 LOW = -1e30  # the score of a column that a row does not see
-# The indices of two extra columns, in front of the sinks and the chunk's columns. NOTHING takes all the weight of a row
-# that sees no token (it is in no sequence). FAR stands for the whole far part.
+# The indices of two extra columns, in front of the sinks and the chunk's columns. NOTHING takes all the weight
+# of a row that sees no token (it is in no sequence). FAR stands for the whole far part.
 NOTHING, FAR = 0, 1
 
 

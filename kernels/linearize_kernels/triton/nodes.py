@@ -1,9 +1,9 @@
 """Token trees, accepted paths and decoding steps in Triton, without gradients, for CUDA devices.
 
-`tree` computes the result of `block`. `commit_` and `decode_one_token` compute the results of `commit` and
-`chunked`, and write the state into its own tensors. Positions and counts are read on the device only, so a
-CUDA graph can replay each of them. Triton is imported on the first call. `why_not` returns the reason if
-Triton cannot run.
+`tree` computes the outputs of a token tree's nodes. `commit_` appends an accepted path to a state, and
+`decode_one_token` appends one token and computes its output. Both write into the state's own tensors.
+Positions and counts are read on the device only, so a CUDA graph can replay each of them. Triton is imported
+on the first call. `why_not` returns the reason if Triton cannot run.
 """
 
 from typing import Any
