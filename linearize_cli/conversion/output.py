@@ -158,7 +158,9 @@ def edited_card(folder: Path) -> bool:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the local path of a model or a text source, or None if it is on the Hub, `demo` or `self`."""
+    """Return the local path of a model or a text source, or None if nothing local has that name.
+
+    The reserved names `demo` (the embedded teacher) and `self` (text sampled from the model) are never local."""
     path = Path(os.path.expanduser(name))
     return path if name not in (DEMO, SELF) and os.path.exists(path) else None
 

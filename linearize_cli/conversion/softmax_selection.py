@@ -29,7 +29,7 @@ def best(kl: dict[str, float], count: int) -> list[str]:
 
 
 class Restorer:
-    """A switch that gives converted layers their softmax attention back.
+    """The return of converted layers to softmax attention: for a measurement (`restored`), or for good (`restore`).
 
     Args:
         model: the model before its conversion, when every layer still has the shared config.

@@ -121,7 +121,7 @@ def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
 
 
 def score(answers: Tensor, *logits: Tensor) -> Tensor:
-    """Compute the sums of `Predictions` over the rows of a batch, stacked.
+    """Sum the losses, the KL divergences and the agreements of one or more models over the rows of a batch.
 
     Args:
         answers: `[B, T]`, the right tokens, or `IGNORED` where there is none.

@@ -278,7 +278,7 @@ class DiffLlama(Adapter):
 
 
 class Indexed(Adapter):
-    """The adapter of DeepSeek's sparse attention.
+    """The adapter of DeepSeek's sparse attention, whose indexer chooses the keys that a query sees.
 
     The module calls the attention interface itself, so only its mask has to be kept. `Indexer` adapts the
     choice of keys.

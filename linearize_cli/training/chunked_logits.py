@@ -62,7 +62,7 @@ class Decoded:
 
 
 def decode_all(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model with all its logits. The result has no `parts`."""
+    """Run a model and return its logits, all computed at once: its `parts` are empty."""
     return Decoded(model, inputs, model(**inputs), {})
 
 

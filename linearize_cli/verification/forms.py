@@ -21,7 +21,9 @@ def forms(subject: Subject) -> Finding:
 
 
 def padding(subject: Subject) -> Finding:
-    """Compare each row of a padded batch with the same row alone. A model that decodes also decodes a few
+    """Compare the logits of each row of a padded batch with those of the same row alone.
+
+    A model that decodes also decodes a few
     tokens.
     """
     worst = subject.comparison()

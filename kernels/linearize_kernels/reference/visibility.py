@@ -93,7 +93,9 @@ def lay_out(
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
-    """Compute the layout of T new tokens after a state. Its rows may have different lengths.
+    """Return the `Layout` of T new tokens after a state: what each of them sees locally, and what through the state.
+
+    The rows of the state may have seen different numbers of tokens.
 
     A recent token that is also a sink is treated as a sink only.
 

@@ -184,7 +184,9 @@ def far_products(
 def first_column(
     row, begins, skip, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
-    """Return the first slot that a tile of rows reads one by one. The first of the rows is `row`.
+    """Return the first key slot that a tile of query rows scores key by key. Older keys are read through the state S.
+
+    `row` is the first row of the tile. C is the chunk's length, R the number of slots before a chunk.
 
     With a far part (F > 0) it is the first slot that their chunk reads. Without one it is the slot REACH - 1
     tokens before `row`, where REACH is the size of the window or conv. Rows of a packed sequence read no slot
