@@ -24,7 +24,7 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """What a query reads of its far tokens.
+    """The far part that a query reads: its numerator, its mass, and whether any token is far.
 
     Attributes:
         out: the numerator, Σ of weight times value. The last dimension is Dv.
