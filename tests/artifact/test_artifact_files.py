@@ -1,4 +1,4 @@
-"""Which files of a folder are pushed, and which folders are refused."""
+"""The files of a folder that are pushed, and the folders that are refused."""
 
 import os
 

@@ -53,7 +53,7 @@ def test_a_link_is_followed(tmp_path):
 
 
 def test_a_pipe_is_written_to(tmp_path):
-    """As /dev/stdout may be one."""
+    """/dev/stdout may be a pipe, for example."""
     pipe, found = tmp_path / "pipe", []
     os.mkfifo(pipe)
     check_writable(pipe)

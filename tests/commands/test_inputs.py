@@ -1,4 +1,4 @@
-"""What a user names is read, or refused with exit code 2 and a short message, whatever it holds."""
+"""Every input that a user names is read, or refused with exit code 2 and a short message, whatever it holds."""
 
 import time
 import warnings

@@ -24,7 +24,7 @@ def test_demo_reports_all_that_its_table_shows(tmp_path):
 
 
 def test_an_interrupted_demo_can_be_resumed(tmp_path, monkeypatch, capsys):
-    """As its message says: with --resume."""
+    """Check that --resume works, as the message of the interruption says."""
 
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt

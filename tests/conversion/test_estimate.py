@@ -170,7 +170,7 @@ def test_products_by_hand():
 
 
 def test_layers_of_another_kind_are_counted_apart():
-    """Of deepseek's layers the first is dense; of gemma2's, kept ones save nothing in transfer."""
+    """Check models whose layers differ: DeepSeek's first layer is dense, and kept layers save nothing in transfer."""
     found = counted("deepseek-v3")
     assert found.layers[0] != found.layers[1] == found.layers[3]
     hybrid = counted("llama", "at:2")

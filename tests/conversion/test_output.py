@@ -104,7 +104,7 @@ def test_force_keeps_the_model_and_the_data(refused, tmp_path):
 
 
 def test_an_artifact_in_the_models_folder_is_replaced(teacher):
-    """Where `convert .` puts it."""
+    """Check the folder that `convert .` writes to."""
     model = teacher.folder / "teacher"
     write_artifact(model / "out")
     convert(str(model), model / "out", train=False, force=True)

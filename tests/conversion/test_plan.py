@@ -1,4 +1,4 @@
-"""Which layers can be converted, and why the others cannot."""
+"""The layers that can be converted, and the reasons for the others."""
 
 import copy
 

@@ -88,7 +88,7 @@ def test_what_is_computed_again_in_the_backward(name, monkeypatch):
 
 
 def test_no_features_are_asked_of_tokens_that_are_not_there(monkeypatch):
-    """Of a map that is not a number at zero."""
+    """Check a feature map that is not a number at zero."""
 
     class Unsafe(FeatureMap):
         positive = True

@@ -1,4 +1,4 @@
-"""What the memories hold: a value stored under a key comes back."""
+"""The memories of the state: a value that is stored under a key comes back."""
 
 import pytest
 import torch

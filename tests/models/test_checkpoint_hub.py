@@ -40,7 +40,7 @@ for model, token in json.loads(sys.argv[1]):
 def load(
     endpoint: str, cache: Path, *models: tuple[str, str], offline: bool = False, stalled: bool = False
 ) -> list[dict]:
-    """What load_teacher gives for each (model, token): its name and token ids, or `what` and `hint`."""
+    """Return the result of load_teacher for each (model, token): name and token ids, or `what` and `hint`."""
     environment = {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_DISABLE_XET": "1",
@@ -156,7 +156,7 @@ def test_refusals(hub, tmp_path):
 
 
 def test_without_network(cache):
-    """What has been downloaded loads all the same."""
+    """Check that a downloaded model loads without the Hub."""
     meta, tiny, other = load(
         "http://127.0.0.1:9", cache, ("maker/meta", ""), ("maker/tiny", ""), ("maker/other", "")
     )

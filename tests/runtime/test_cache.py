@@ -131,7 +131,7 @@ def test_a_cache_of_another_conversion_is_refused():
 
 
 def test_a_cache_of_another_copy_of_the_code_is_refused():
-    """As of two artifacts, each of which runs the code that it carries."""
+    """Check two artifacts in one process, each of which runs its own code."""
     spec = spec_from_file_location("another_copy", cache_module.__file__)
     other = module_from_spec(spec)
     spec.loader.exec_module(other)
@@ -179,7 +179,7 @@ def test_rows_follow_the_batch(keep):
 
 @pytest.mark.parametrize("keep", [0, 2])
 def test_assisted_generation_is_exact(keep):
-    """As target of prompt lookup, of a draft model and of its own first layers, and as the draft."""
+    """Check the model as target of prompt lookup, of a draft model and of its own first layers, and as draft."""
     model, other, ids = swapped("llama", keep=keep), swapped("mistral"), tokens(1)
     greedy = generate(model, ids, max_new_tokens=40)
     assert torch.equal(generate(model, ids, max_new_tokens=40, prompt_lookup_num_tokens=3), greedy)

@@ -1,4 +1,4 @@
-"""Of all causal model types of transformers: none is converted to something that disagrees with itself."""
+"""All causal model types of transformers: none is converted to something that disagrees with itself."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_wrong_conversion_fails_the_walk(monkeypatch):
 
 
 def default_outcome(model_type: str) -> str:
-    """What planning says of a type with its default config, on the meta device: the class, or a refusal.
+    """Plan a model type with its default config, on the meta device: return the class, or a refusal.
 
     transformers itself cannot build some types with their defaults.
     """

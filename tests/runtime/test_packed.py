@@ -94,7 +94,7 @@ def test_one_row_of_positions_serves_all():
 
 
 def test_pads_and_a_cache_are_no_documents():
-    """As in transformers, where they tell nothing."""
+    """Check that positions separate no documents there, as in transformers."""
     model, ids = double("llama"), packed()[0].ids[:, :20]
     mask = torch.ones_like(ids)
     mask[0, :6] = 0

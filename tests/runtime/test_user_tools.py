@@ -155,7 +155,7 @@ def test_dynamic_quantisation(keep):
 
 @KEEP
 def test_torchao(keep, tmp_path):
-    """Of a model in memory, and while one is loaded."""
+    """Quantise a model in memory, and one while it is loaded."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model, ids = swapped("llama", keep=keep), tokens()
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What users do with a model of transformers works with an artifact too, or is refused in one sentence."""
+"""The uses of a model of transformers: each works with an artifact too, or is refused in one sentence."""
 
 import copy
 import io
@@ -235,7 +235,7 @@ def test_inputs_of_every_kind(keep):
 
 @KEEP
 def test_masks_longer_than_the_text(keep):
-    """As of a static cache's length: what lies behind the tokens says nothing."""
+    """Check that a mask as long as a static cache is read up to its tokens only."""
     model, ids = swapped("llama", keep=keep), tokens()
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
     expected = run(model, ids)

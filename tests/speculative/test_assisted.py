@@ -73,7 +73,7 @@ def storages(model):
 
 
 def is_own(name):
-    """Whether a parameter is the conversion's."""
+    """Return True if the conversion added a parameter."""
     return "linear_attention" in name or "lora_" in name
 
 

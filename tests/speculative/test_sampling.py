@@ -54,7 +54,7 @@ def trees():
 
 @torch.no_grad()
 def places(model, prompts, written, temperature, generator):
-    """Where the tokens written behind prompts `[B, T]` lie in the distributions of forwards without a cache."""
+    """Return the quantiles of the tokens after prompts `[B, T]` in the distributions of forwards without a cache."""
     logits = forward(model, torch.cat([prompts, written], 1))[:, prompts.shape[1] - 1 : -1]
     return integral_transform(logits.flatten(0, 1), written.flatten(), temperature, generator)
 

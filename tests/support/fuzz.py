@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it; None if nothing is."""
+        """Return what is wrong with the outcome, or None."""
         lines = self.message.splitlines()
         if self.code not in (0, 1, 2):
             return f"exit code {self.code}"

@@ -1,4 +1,4 @@
-"""What a case file prints when it is run as a script, in a process whose Triton interprets."""
+"""The output of a case file that runs as a script, in a process with Triton's interpreter."""
 
 import json
 import os

@@ -24,7 +24,7 @@ def is_lfs(path: str) -> bool:
 
 
 def object_id(path: str, content: bytes) -> str:
-    """What the Hub compares to see whether a file has changed: SHA-256 for LFS files, else git's SHA-1."""
+    """Return the hash by which the Hub finds changed files: SHA-256 for LFS files, else git's SHA-1."""
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -89,7 +89,7 @@ KNOWN["gemma4_unified_text"] = KNOWN["gemma4_text"]
 
 @dataclass
 class Outcome:
-    """What became of one model type.
+    """The outcome of one model type.
 
     Attributes:
         outcome: unbuilt, no softmax, converted, refused, or failed (a check of the converted model).
@@ -129,7 +129,7 @@ def shrunk(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def settable(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a config has an attribute of its own of this name, and takes another value for it."""
+    """Return True if a config has an own attribute of this name that takes another value."""
     try:
         if not hasattr(config, name):
             return False
@@ -160,7 +160,7 @@ class SoftmaxSeen(TorchDispatchMode):
 
 @torch.no_grad()
 def has_softmax(model: PreTrainedModel) -> bool:
-    """Whether a forward of 29 tokens, more than anything else in a tiny model, computes softmax over them."""
+    """Return True if a forward of 29 tokens computes softmax over 29 of them. No other size in a tiny model is 29."""
     with SoftmaxSeen(29) as mode:
         model(tokens(1, 29), use_cache=False)
     return mode.seen

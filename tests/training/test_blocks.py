@@ -104,7 +104,7 @@ def test_every_linear_layer_has_learned(at_once):
 
 
 def mapped(tensor):
-    """Whether a tensor's memory is a file's."""
+    """Return True if a tensor is mapped from a file."""
     address = tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, last = (int(x, 16) for x in line.split()[0].split("-"))

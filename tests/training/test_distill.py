@@ -143,7 +143,7 @@ def bytes_kept(objective, batch):
 
 
 def test_a_large_vocabulary_does_not_need_its_logits_at_once():
-    """Of 2 x 40 tokens and 5000 words the logits take 1.6 MB; 8 tokens at a time a tenth of it."""
+    """Check the peak: the logits of 2 x 40 tokens and 5000 words take 1.6 MB, those of 8 tokens a tenth."""
     student = with_lora(swapped("llama", vocab_size=5000))
     batch = batch_of(40, 5000, rows=2)
     whole, loss = bytes_kept(Distillation(student, "sdpa", Distill()), batch)

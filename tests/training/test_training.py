@@ -1,4 +1,4 @@
-"""What a recipe says of training: rates, warmup, clipping, evaluation on held-out text, full fine-tuning."""
+"""The keys of a recipe about training: rates, warmup, clipping, evaluation on held-out text, full fine-tuning."""
 
 import json
 import math

@@ -39,7 +39,7 @@ def test_shorter_windows_become_rarer_and_end():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_shorter_window_is_the_equation_of_that_window(share):
-    """What a conversion with a window of that length and the same learned parts says."""
+    """Compare with a conversion that has a window of that length and the same parameters."""
     model = swapped("llama")
     local = {**AUGMENTED["local"], "size": int(share * AUGMENTED["local"]["size"])}
     short = swapped("llama", {**AUGMENTED, "local": local})

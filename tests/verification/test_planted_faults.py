@@ -138,7 +138,7 @@ def test_a_state_in_half_precision(narrow, model, tokenizer, monkeypatch):
 @pytest.mark.parametrize("method", ["augmented", "retention", "gated-delta", "linformer"])
 @torch.no_grad()
 def test_the_drift_of_a_sum_tells_its_precision(method, monkeypatch):
-    """Of states that grow, forget, correct themselves or are projected: at least tenfold on either side."""
+    """Check states that grow, forget, correct themselves or are projected: at least tenfold on either side."""
     overrides = ["attention.local.size=16"] if method == "augmented" else []
     recipe = load_recipe(method, overrides).to_dict()["attention"]
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def test_honest_models_of_odd_kinds(tokenizer):
     [("lfm2", "cannot branch"), ("qwen3-next", "cannot branch"), ("gpt-neo", "4-D mask|hides or biases")],
 )
 def test_models_that_read_no_trees(family, why, tokenizer):
-    """What cannot be checked is null, and the table says why."""
+    """Check that impossible checks are null, and that the table says why."""
     report = check(swapped(family, keep=1), tokenizer)
     # On some machines, the forms of Qwen3-Next's own delta rule differ by more than rounding does elsewhere.
     assert json.dumps(report) and (report["verdict"] == "EXACT" or family == "qwen3-next")
