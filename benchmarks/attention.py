@@ -29,7 +29,7 @@ from linearize_cli.files import write_json
 from linearize_cli.hub import brief
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.timing import Run, interleaved, machine, peak_bytes
-from linearize_cli.models.load import check_device
+from linearize_cli.models.device import AUTO, chosen_device
 from linearize_cli.tables import number, size
 from linearize_cli.versions import versions
 
@@ -88,12 +88,11 @@ def main(
     device: str | None, dtype: str | None, threads: int, seconds: float, out: Path, **asked: Any
 ) -> None:
     """Measure all forms and write the results."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:
-        check_device(device)
+        device = chosen_device(device or AUTO)
     except UserError as error:
         raise click.UsageError(str(error)) from None
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,7 +38,7 @@ from linearize_cli.hub import brief
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.timing import Run, interleaved, machine
 from linearize_cli.models.decoding import forward
-from linearize_cli.models.load import check_device
+from linearize_cli.models.device import AUTO, chosen_device
 from linearize_cli.runtime import linearize
 from linearize_cli.runtime.dispatch import attention_implementation
 from linearize_cli.runtime.tree import read_tree
@@ -225,9 +225,8 @@ def timed(
 )
 def main(device: str | None, dtype: str, seconds: float, out: Path, **asked: Any) -> None:
     """Measure the model in all phases and write the results."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        check_device(device)
+        device = chosen_device(device or AUTO)
     except UserError as error:
         raise click.UsageError(str(error)) from None
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def load(
     path: str | Path,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
     own_code: bool = False,

@@ -16,14 +16,14 @@ from linearize_cli.models.tasks import task_of
 def seal(
     artifact: str | Path = ".",
     *,
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the checksums of an artifact's files and its fingerprint into `linearize.json`.
 
     Args:
         artifact: the folder.
-        device: the torch device to run on.
+        device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         trust_remote_code: True to compute the fingerprint with the artifact's own code.
 
     Returns:

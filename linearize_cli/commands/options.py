@@ -110,6 +110,8 @@ def command_options(function: Callable) -> Callable:
             check_writable(user_path(json_file), "--json")
         terminal = Terminal(quiet)
         with notices(terminal):
+            if kwargs.get("device") == "auto":
+                kwargs["device"] = announced_device(terminal)
             result = function(terminal=terminal, **kwargs)
         if json_file:
             write_json(user_path(json_file), result)
@@ -119,6 +121,15 @@ def command_options(function: Callable) -> Callable:
     json_option = click.option("--json", "json_file", metavar="FILE", help="Also write the result as JSON.")
     quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
     return json_option(quiet_option(run))
+
+
+def announced_device(terminal: Terminal) -> str:
+    """Choose the device of a command, and print its name."""
+    from linearize_cli.models.device import chosen_device
+
+    device = chosen_device()
+    terminal.note(f"device: {device}")
+    return device
 
 
 @contextmanager
@@ -153,11 +164,14 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, or torch's name of a device, such as cuda:0."
+)
 model_options = options(
+    device_option,
     click.option(
-        "--device", default="cpu", show_default=True, help="The device by torch's name, such as cuda:0."
+        "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."
     ),
-    click.option("--dtype", default=None, help="float32, bfloat16 or float16. Default: the checkpoint's."),
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     ),

@@ -6,6 +6,7 @@ import click
 
 from linearize_cli.commands.options import (
     command_options,
+    device_option,
     quiet_libraries,
     trust_option,
 )
@@ -15,9 +16,7 @@ from linearize_cli.terminal import Terminal
 @click.command()
 @click.argument("artifact", default=".")
 @trust_option
-@click.option(
-    "--device", default="cpu", show_default=True, help="The device by torch's name, such as cuda:0."
-)
+@device_option
 @command_options
 def seal(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     """Renew the checksums and the fingerprint of ARTIFACT (default: this folder) after a deliberate change.

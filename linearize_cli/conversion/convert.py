@@ -21,7 +21,8 @@ from linearize_cli.conversion.preflight import (
 )
 from linearize_cli.data.readers import BadRows
 from linearize_cli.methods.registry import load_recipe
-from linearize_cli.models.load import check_device, load_shape
+from linearize_cli.models.device import chosen_device
+from linearize_cli.models.load import load_shape
 from linearize_cli.models.tasks import task_class
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
@@ -57,7 +58,7 @@ def convert(
     flops: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     tracker: tuple[str | GeneralTracker, ...] = (),
@@ -121,7 +122,7 @@ def plan_report(
         flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)
-    check_device(device)
+    device = chosen_device(device)
     if job.data:
         open_sources(job, BadRows(job.skip_bad_rows))
     model = load_shape(job.model, job.dtype, trust_remote_code)

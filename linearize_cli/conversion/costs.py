@@ -29,6 +29,43 @@ RECOMPUTED = {
 
 
 @dataclass(frozen=True)
+class LayerBytes:
+    """The bytes per token that autograd keeps in one decoder layer.
+
+    Attributes:
+        linear: queries, keys, values, outputs and errors of linear attention.
+        inner: features and scores of linear attention, in attentions that always keep them.
+        recomputable: features and scores of linear attention, in attentions whose backward can compute them
+            again.
+        stored_up_to: number of tokens in memory up to which `recomputable` is kept.
+        softmax: queries, keys, values and outputs of softmax attention.
+        around: everything outside attention.
+        trained: True if attention transfer trains a parameter of the layer.
+    """
+
+    linear: int
+    inner: int
+    recomputable: int
+    stored_up_to: float
+    softmax: int
+    around: float
+    trained: bool
+
+    def attention(self, tokens: int) -> int:
+        """Return the bytes per token of linear attention, with `tokens` tokens in memory."""
+        recomputed = tokens > self.stored_up_to
+        return self.linear + self.inner + (0 if recomputed else self.recomputable)
+
+    def transfer(self, tokens: int) -> int:
+        """Return the bytes per token during transfer, with `tokens` tokens in memory."""
+        return self.attention(tokens) if self.trained else 0
+
+    def distill(self, tokens: int) -> float:
+        """Return the bytes per token during distillation, with `tokens` tokens in memory."""
+        return self.attention(tokens) + self.softmax + self.around
+
+
+@dataclass(frozen=True)
 class Costs:
     """Sizes and costs that the memory and time estimates are made from.
 
@@ -48,11 +85,8 @@ class Costs:
         stays: FLOPs per token of softmax attention in all layers that stay softmax.
         width: size of the hidden states.
         vocabulary: number of logits per token. 0 without an LM head.
-        transfer: bytes per token that autograd keeps during transfer, layer by layer.
-        distill: bytes per token that autograd keeps during distillation, layer by layer.
+        kept: bytes that autograd keeps, layer by layer.
         forward: bytes per token of the outputs of all modules in the largest layer.
-        inner: bytes per token of the features and scores of one linear layer, if the backward recomputes them
-            instead of keeping them. 0 if no layer does.
     """
 
     parameters: int
@@ -67,10 +101,14 @@ class Costs:
     stays: float
     width: int
     vocabulary: int
-    transfer: list[float]
-    distill: list[float]
+    kept: list[LayerBytes]
     forward: float
-    inner: int
+
+    def recomputed(self, tokens: int) -> int:
+        """Return the bytes per token of the features and scores of one layer whose backward computes them
+        again, with `tokens` tokens in memory. 0 if no layer does.
+        """
+        return max((x.recomputable for x in self.kept if tokens > x.stored_up_to), default=0)
 
 
 def costs(
@@ -79,7 +117,6 @@ def costs(
     softmax: list[Layer],
     recipe: Recipe,
     length: int,
-    batch: int,
     device: str = "cpu",
 ) -> Costs:
     """Compute the costs of a conversion from the shapes of a model. The model is linearized here.
@@ -90,10 +127,8 @@ def costs(
         softmax: the layers that stay softmax.
         recipe: the method and its training settings.
         length: tokens of a block.
-        batch: blocks of a step in one process.
         device: the torch device to train on.
     """
-    tokens = None if device.startswith("cuda") else batch * length
     attentions, lora, head = linear + softmax, recipe.recover.distill.lora, model.get_output_embeddings()
     width, itemsize = model.config.get_text_config().hidden_size, model.dtype.itemsize
     lists = dict.fromkeys(layer_of(model, layer.name).rpartition(".")[0] for layer in attentions)
@@ -114,16 +149,23 @@ def costs(
     modules = {name: module.linear_attention for name, module in converted(model).items()}
     updated = [model.get_submodule(name) for name in lora_targets(model, lora.targets)] if lora else []
     updates = sum(lora.rank * sum(module.weight.shape) for module in updated)
-    transfer, distill, forward = [], [], []
+    kept, forward = [], []
     for own, part in zip(inside, outside, strict=True):
         attended = [modules[x.name] for x in own if x.name in modules]
-        kept = sum(
-            input_bytes(x, itemsize) + (0 if recomputes(x, tokens) else inner_bytes(x)) for x in attended
-        )
-        stays = itemsize * sum(heads_width(x) for x in own if x.name not in modules)
+        again = [x for x in attended if recomputable(x)]
         around = part / width * itemsize + 4 * width * FP32
-        transfer.append(kept if any(linear_parameters(x) for x in attended) else 0)
-        distill.append(kept + stays + around)
+        kept.append(
+            LayerBytes(
+                linear=sum(input_bytes(x, itemsize) for x in attended),
+                inner=sum(inner_bytes(x) for x in attended if x not in again),
+                recomputable=sum(map(inner_bytes, again)),
+                # On a GPU the Triton kernels never keep them.
+                stored_up_to=0 if device.startswith("cuda") else stored_tokens(again),
+                softmax=itemsize * sum(heads_width(x) for x in own if x.name not in modules),
+                around=around,
+                trained=any(linear_parameters(x) for x in attended),
+            )
+        )
         forward.append(around + itemsize * sum(map(heads_width, own)))
     return Costs(
         **base,
@@ -135,10 +177,8 @@ def costs(
         stays=sum(softmax_flops(layer, length) for layer in softmax),
         width=width,
         vocabulary=0 if head is None else len(head.weight),
-        transfer=transfer,
-        distill=distill,
+        kept=kept,
         forward=max(forward),
-        inner=max((inner_bytes(x) for x in modules.values() if recomputes(x, tokens)), default=0),
     )
 
 
@@ -225,14 +265,17 @@ def inner_bytes(attention: LinearAttention) -> int:
     return FP32 * (features + 4 * eq.heads * reach(attention)[0])
 
 
-def recomputes(attention: LinearAttention, tokens: int | None) -> bool:
-    """Return True if autograd keeps only the inputs of a layer, and the backward recomputes its features and
-    scores.
-
-    Args:
-        tokens: tokens of a step on a CPU, where short inputs are not recomputed. None on a GPU.
+def recomputable(attention: LinearAttention) -> bool:
+    """Return True if the backward of a layer can compute its features and scores again, so that autograd keeps
+    only its inputs in long texts.
     """
     eq = attention.equation
     plain = eq.softcap is None and not eq.bias and eq.memory == "none" and eq.feature_map != "linformer"
-    chunked = plain and eq.size > 0 and (eq.scope, eq.score, eq.combine) in RECOMPUTED
-    return chunked and (tokens is None or eq.heads * tokens > STORED)
+    return plain and eq.size > 0 and (eq.scope, eq.score, eq.combine) in RECOMPUTED
+
+
+def stored_tokens(attentions: list[LinearAttention]) -> float:
+    """Return the largest number of tokens of a step for which a CPU keeps the features and scores of these
+    layers, because recomputing them would take longer.
+    """
+    return min((STORED / attention.equation.heads for attention in attentions), default=0)

@@ -28,7 +28,7 @@ def demo(
     tokens: int | None = None,
     resume: bool = False,
     force: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     terminal: Terminal | None = None,

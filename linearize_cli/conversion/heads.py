@@ -46,7 +46,7 @@ def heads(
     resume: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     terminal: Terminal | None = None,

@@ -6,7 +6,7 @@ from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.conversion.layer_selection import plan_layers
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.memory import kv_bytes_per_token
-from linearize_cli.models.load import load_teacher
+from linearize_cli.models.load import load_stored
 from linearize_cli.runtime.layer import LinearizedAttention, equation
 
 METHOD = "augmented"
@@ -14,7 +14,7 @@ CONTEXTS = (1_000, 4_000, 32_000, 128_000)
 
 
 def inspect(
-    model: str, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+    model: str, *, device: str = "auto", dtype: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """List the attention layers of a model, with the reason if a layer cannot be converted, and the memory of
     a sequence.
@@ -27,7 +27,7 @@ def inspect(
         UserError: the model cannot be loaded, or no layer calls transformers' attention interface.
     """
     refuse_linearized(model)
-    teacher, _ = load_teacher(model, dtype, device, trust_remote_code)
+    teacher, _ = load_stored(model, dtype, device, trust_remote_code)
     layers = plan_layers(teacher)
     attention = load_recipe(METHOD).to_dict()["attention"]
     linear = [layer for layer in layers if layer.refusal is None]

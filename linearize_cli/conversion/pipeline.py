@@ -29,7 +29,7 @@ from linearize_cli.conversion.stages import Conversion
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
 from linearize_cli.models.layer import Layer
-from linearize_cli.models.load import check_device, load_teacher
+from linearize_cli.models.load import load_teacher
 from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.speculative.medusa import MedusaHeads
 from linearize_cli.terminal import Terminal
@@ -99,7 +99,6 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
         UserError: the job, the model or the text cannot be used.
     """
     engine, terminal = place.engine, place.terminal
-    check_device(engine.device)
     size = job.recipe.recover.transfer.block_layers
     home = "cpu" if size else engine.home
     model, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)

@@ -74,7 +74,10 @@ class Conversion:
             return
         model = session.engine.inference(self.model)
         with self.on_device(self.model), session.terminal.progress("teacher", blocks.numel()) as advance:
-            self.teacher = log_probabilities(model, blocks, self.job.batch_size, advance, self.text.task)
+            self.teacher = session.in_memory(
+                lambda rows: log_probabilities(model, blocks, rows, advance, self.text.task),
+                self.job.batch_size,
+            )
 
     def measure(self, name: str, title: str | None = None) -> None:
         """Measure the perplexity, or the KL divergence from the teacher, and record it under a name.
@@ -92,11 +95,14 @@ class Conversion:
         title = f"{metric}, {title or name}"
         model = session.engine.inference(self.model)
         with self.on_device(self.model), session.terminal.progress(title, blocks.numel()) as advance:
-            inputs = (model, blocks, self.job.batch_size, advance, self.text.task)
-            if self.teacher is None:
-                value = perplexity(*inputs)
-            else:
-                value = divergence(self.teacher, log_probabilities(*inputs)).item()
+
+            def quality(rows: int) -> float:
+                inputs = (model, blocks, rows, advance, self.text.task)
+                if self.teacher is None:
+                    return perplexity(*inputs)
+                return divergence(self.teacher, log_probabilities(*inputs)).item()
+
+            value = session.in_memory(quality, self.job.batch_size)
         self.results[name] = value
         self.add_seconds("measure", started)
         session.log.write("measure", name, **{metric: value})

@@ -41,7 +41,7 @@ def bench(
     plot: str | Path | None = None,
     seconds: float = SECONDS,
     trust_remote_code: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     terminal: Terminal | None = None,
@@ -62,7 +62,7 @@ def bench(
         plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
         trust_remote_code: allow both models to run their own code.
-        device: the torch device to run on.
+        device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of the random tokens.
         write: write the report and the figure into the artifact.

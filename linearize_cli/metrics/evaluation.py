@@ -47,7 +47,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     tokens: int | None = None,
     trust_remote_code: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     terminal: Terminal | None = None,
@@ -70,7 +70,7 @@ def evaluate(
         tasks: tasks of lm_eval, by name or as YAML files.
         tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
         trust_remote_code: allow both models to run their own code.
-        device: the torch device to run on.
+        device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of recall probes and of sampled text.
         write: write the report and the figures into the artifact.

@@ -1,6 +1,6 @@
 """Blocks of tokens, and the batches that a model takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,36 @@ class Batch:
         labels: `[B, T]` int64, the correct token at each position of the logits, or IGNORED. None if the task
             has no labels.
         counted: `[B, T]` bool, the positions of the logits to train on. None means all positions.
+        step: the whole batch of the training step, if this batch has only some of its rows (gradient
+            accumulation). None: this batch is the whole batch.
     """
 
     inputs: dict[str, Any]
     labels: Tensor | None
     counted: Tensor | None = None
+    step: "Batch | None" = None
+
+    def __len__(self) -> int:
+        """Return the number of rows, B."""
+        return len(next(x for x in self.inputs.values() if isinstance(x, Tensor)))
+
+    @property
+    def whole(self) -> "Batch":
+        """Return the whole batch of the training step. A loss divides by its numbers of rows and tokens, so
+        that the losses of the parts add up to the loss of the whole batch.
+        """
+        return self.step or self
+
+    def parts(self, rows: int) -> Iterator["Batch"]:
+        """Yield the batch in parts of at most `rows` rows each. The batch itself if it has no more rows."""
+        if rows >= len(self):
+            yield self
+            return
+        for first in range(0, len(self), rows):
+            own = slice(first, first + rows)
+            inputs = {name: x[own] if isinstance(x, Tensor) else x for name, x in self.inputs.items()}
+            labels, counted = (None if x is None else x[own] for x in (self.labels, self.counted))
+            yield Batch(inputs, labels, counted, self.whole)
 
 
 def causal_batch(blocks: Blocks | Tensor) -> Batch:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError
-from linearize_cli.hub import brief
 from linearize_cli.inputs import user_path
+from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, in_working_dtype
 from linearize_cli.models.load_errors import NAMES, explained
 from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total
 
@@ -36,17 +36,37 @@ TOKENIZER_FILES = "Put the tokenizer's files (tokenizer.json or tokenizer.model)
 def load_teacher(
     model: str,
     dtype: str | None = None,
-    device: str = "cpu",
+    device: str = AUTO,
     trust_remote_code: bool = False,
     own_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in eval mode, and its tokenizer.
 
+    The arguments are those of `load_stored`. Without a dtype, the weights are in fp32 if the checkpoint is in
+    half precision and the device is a CPU that is slow in it.
+
+    Raises:
+        UserError: the checkpoint is missing, incomplete, not accessible or of an unsupported kind.
+    """
+    loaded, tokenizer = load_stored(model, dtype, device, trust_remote_code, own_code)
+    return (loaded if checked_dtype(dtype) else in_working_dtype(loaded, loaded.device)), tokenizer
+
+
+def load_stored(
+    model: str,
+    dtype: str | None = None,
+    device: str = AUTO,
+    trust_remote_code: bool = False,
+    own_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model in eval mode, in the dtype that its checkpoint is stored in, and its tokenizer.
+
     Args:
         model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo` (the embedded
             teacher).
-        dtype: the name of the weights' torch dtype (`bfloat16`). None keeps the checkpoint's.
-        device: the name of the weights' torch device (`cuda:0`).
+        dtype: the name of the weights' torch dtype (`bfloat16`). None and `auto` keep the checkpoint's.
+        device: the name of the weights' torch device (`cuda:0`). `auto` is CUDA if there is one, then MPS,
+            then the CPU.
         trust_remote_code: True if Python code in the checkpoint may run. Otherwise a model that needs it is
             refused, without a prompt. Pickled weights are always read as tensors only.
         own_code: True if an artifact runs the code that it carries instead of this package's code.
@@ -58,8 +78,7 @@ def load_teacher(
 
     from linearize_cli.models.meta_llama import is_meta_folder
 
-    torch_dtype = checked_dtype(dtype)
-    check_device(device)
+    torch_dtype, device = checked_dtype(dtype), chosen_device(device)
     source = resolve_model(model)
     if is_meta_folder(source):
         loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
@@ -114,36 +133,6 @@ def _shape(
             experts_implementation="eager",  # the only one that takes any dtype on the meta device
         )
     return model.eval()
-
-
-def check_device(device: str) -> None:
-    """Check that torch can run on a device.
-
-    Raises:
-        UserError: the device does not exist or cannot be used.
-    """
-    import torch
-
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("tensors on the meta device hold no values")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device `{device}` cannot be used.", brief(error)) from error
-
-
-def checked_dtype(dtype: str | None) -> torch.dtype | None:
-    """Return the torch dtype with this name, or None for None.
-
-    Raises:
-        UserError: the name is not that of a floating-point dtype.
-    """
-    import torch
-
-    found = getattr(torch, dtype, None) if dtype else None
-    if dtype and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UserError(f"`{dtype}` is not a floating-point dtype.", "Use float32, bfloat16 or float16.")
-    return found
 
 
 def resolve_model(model: str, weights: bool = True) -> str:

@@ -31,7 +31,7 @@ def generate(
     top_p: float = 1.0,
     typical: bool = False,
     trust_remote_code: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def generate(
             follows the model's distribution.
         trust_remote_code: allow the artifact to run its own code. If False, an artifact that needs it is
             refused.
-        device: the torch device to run on.
+        device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype to run in. None uses the artifact's.
         seed: the seed of sampling.
 

@@ -48,7 +48,7 @@ def drafted_by(
     artifact: str | Path,
     drafter: str,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
@@ -58,7 +58,7 @@ def drafted_by(
     Args:
         artifact: the artifact's folder or Hub id.
         drafter: the drafter's folder or Hub id.
-        device: the torch device of both.
+        device: the torch device of both. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype. None uses each model's own.
         trust_remote_code: allow both models to run their own code.
 
@@ -78,7 +78,7 @@ def drafting_for_teacher(
     artifact: str | Path,
     teacher: str | None = None,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
@@ -90,7 +90,7 @@ def drafting_for_teacher(
     Args:
         artifact: the artifact's folder or Hub id.
         teacher: the softmax model's folder or Hub id. None uses `base_model` of linearize.json.
-        device: the torch device of both.
+        device: the torch device of both. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype. None uses the artifact's.
         trust_remote_code: allow both models to run their own code.
 

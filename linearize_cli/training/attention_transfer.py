@@ -38,8 +38,8 @@ def softmax_attention(module: nn.Module, native: str):
 def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tensor]]:
     """Run the model as its softmax teacher while the context is open. Collect the loss of each linear layer.
 
-    The loss is the squared error of the linear output, relative to the mean square of the softmax output. No
-    gradient flows between layers, so one forward trains all layers independently.
+    The loss is the squared error of the linear output, relative to the mean square of the softmax output, row
+    by row. No gradient flows between layers, so one forward trains all layers independently.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
@@ -90,7 +90,20 @@ class Transfer(Objective):
         share = None if self.step is None or self.windows is None else self.windows.at(self.step)
         with shorter_windows(self.model, share), transferring(self.model, self.native) as losses:
             self.model(**batch.inputs)
-        return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}
+        return layer_losses(losses, batch)
+
+
+def layer_losses(losses: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """Return the loss of a batch, the sum over its layers, and each layer's loss for the log.
+
+    If the batch is a part of a training step, both are its share of the whole batch's.
+
+    Args:
+        losses: the mean loss of the batch's rows (a scalar), by the name of the attention module.
+    """
+    share = len(batch) / len(batch.whole)
+    losses = {name: share * loss for name, loss in losses.items()}
+    return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The progress of a run: its checkpoint, its log, and the `Session` that holds both."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from linearize_cli.files import replacing
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
+from linearize_cli.training.micro_batches import MicroBatches, Result
 
 FILE = "checkpoint.pt"
 
@@ -99,6 +101,7 @@ class Session:
         folder: the folder of the checkpoint and the log.
         checkpoint: the progress.
         log: the log of steps and results.
+        micro: the number of rows that are in memory at a time.
     """
 
     engine: Engine
@@ -106,6 +109,7 @@ class Session:
     folder: Path
     checkpoint: Checkpoint
     log: Log
+    micro: MicroBatches = field(default_factory=MicroBatches)
 
     @classmethod
     def open(cls, engine: Engine, terminal: Terminal, folder: Path, log: str = "log.jsonl") -> "Session":
@@ -116,6 +120,15 @@ class Session:
         """
         checkpoint = Checkpoint.load(folder / FILE)
         return cls(engine, terminal, folder, checkpoint, Log(folder / log, checkpoint.log_bytes, engine))
+
+    def in_memory(self, function: Callable[[int], Result], batch: int) -> Result:
+        """Call a function with the number of rows that are in memory at a time. If memory runs out, call it
+        again with half of that number.
+
+        Args:
+            batch: the number of rows of the whole batch.
+        """
+        return self.micro.run(function, batch, self.terminal, self.engine.processes == 1)
 
     def save(self) -> None:
         """Write the checkpoint to the folder."""

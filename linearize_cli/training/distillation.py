@@ -50,7 +50,7 @@ class Distillation(Objective):
 
     The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
     The KL is the mean over the batch's counted tokens (`Batch.counted`), and the cross entropy the mean over
-    the tokens with a label. The error is the squared error relative to the teacher's mean square.
+    the tokens with a label. The error is the squared error relative to the teacher's mean square, row by row.
 
     A batch with more than `limit` logits is processed a few tokens at a time, and the backward computes their
     logits again. Memory for logits then does not grow with the batch.
@@ -103,7 +103,8 @@ class Distillation(Objective):
         loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
         if weights.hidden:
             states = last_hidden(student.output), last_hidden(teacher.output)
-            loss = loss + weights.hidden * relative_error(*states, batch.counted)
+            share = len(batch) / len(batch.whole)
+            loss = loss + weights.hidden * share * relative_error(*states, batch.counted)
         return loss, {}
 
     def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
@@ -119,9 +120,12 @@ class Distillation(Objective):
             targets = teacher.rows(batch.counted)
         if self.weights.ce:
             answers = batch.labels.flatten() if batch.counted is None else batch.labels[batch.counted]
-        # Counts differ between processes. With their mean, the mean of the losses is that of the whole batch.
-        tokens = len(rows) if batch.counted is None else mean_count(batch.counted)
-        right = None if answers is None else mean_count(answers != IGNORED)
+        # Counts differ between processes and between the parts of a batch. With the whole batch's counts, averaged
+        # over the processes, the parts' losses add up to the loss of all rows.
+        whole = batch.whole
+        parts = len(whole) / len(batch)
+        tokens = len(rows) * parts if batch.counted is None else mean_count(whole.counted)
+        right = None if answers is None else mean_count(whole.labels != IGNORED)
         part = partial(self.part, student, teacher, tokens, right)
         if not student.parts:
             return part(rows, targets, answers)
@@ -171,17 +175,18 @@ def mean_count(mask: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the mean squared error divided by the mean square of the expected vectors (a scalar).
+    """Return the squared error of a row's vectors relative to their mean square, averaged over the rows (a
+    scalar).
 
     Args:
-        actual, expected: vectors `[..., X]`.
-        counted: `[...]` bool, the vectors to include. None means all.
+        actual, expected: vectors `[B, ..., X]` of B rows.
+        counted: `[B, ...]` bool, the vectors to include. None means all.
     """
     actual, expected = (x.to(accumulator(x.dtype)) for x in (actual, expected))
     error, size = (actual - expected).square().mean(-1), expected.square().mean(-1)
     if counted is not None:
         error, size = error * counted, size * counted
-    return error.mean() / process_mean(size.mean()).clamp_min(TINY)
+    return (error.flatten(1).mean(1) / size.flatten(1).mean(1).clamp_min(TINY)).mean()
 
 
 def last_hidden(output: ModelOutput) -> Tensor:

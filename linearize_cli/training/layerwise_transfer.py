@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 
 from linearize_cli.files import replacing
 from linearize_cli.models.batch import Batch
-from linearize_cli.training.attention_transfer import WindowDropout, shorter_windows, transferring
+from linearize_cli.training.attention_transfer import (
+    WindowDropout,
+    layer_losses,
+    shorter_windows,
+    transferring,
+)
 from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.streamed_layers import LayerBlocks, hidden_after, only_block, output_lengths
@@ -184,4 +189,4 @@ class BlockTransfer(Objective):
             after = hidden_after(model, batch.inputs)
         if self.block.stop < blocks.count:
             self.hidden.write(self.block.stop, batch, after)
-        return sum(losses.values()), {"layers": {name: loss.detach() for name, loss in losses.items()}}
+        return layer_losses(losses, batch)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Stage
+from linearize_cli.models.batch import Batch
 from linearize_cli.runtime.model import linear_parameters
 from linearize_cli.training.checkpoint import Checkpoint, Session
 from linearize_cli.training.engine import mean_of
@@ -77,9 +79,9 @@ def by_rate(model: nn.Module, lr: float, linear_lr: float | None) -> dict[float,
 def train(
     plan: StagePlan,
     objective: Objective,
-    batches: Callable[[int], Iterator[Any]],
+    batches: Callable[[int], Iterator[Batch]],
     session: Session,
-    held_out: Callable[[], Iterator[Any]] | None = None,
+    held_out: Callable[[], Iterator[Batch]] | None = None,
 ) -> None:
     """Train the trainable parameters of `objective`, from the step that the session's checkpoint has reached.
 
@@ -87,8 +89,8 @@ def train(
 
     Args:
         plan: the stage's name, steps and options.
-        objective: maps a batch to the loss and to more scalars for the log, by name. The gradients of each
-            group of `objective.independent()` are clipped separately.
+        objective: maps a batch, or a part of one, to its share of the loss and of more scalars for the log,
+            by name. The gradients of each group of `objective.independent()` are clipped separately.
         batches: a function that takes the number of finished steps, and returns this process's share of the
             batches that follow.
         held_out: returns the batches that select the best parameters, the same in all processes. None: the
@@ -116,7 +118,7 @@ def train(
         optimizer = torch.optim.AdamW(rated, weight_decay=0.0)
         restore(checkpoint, parameters, optimizer)
         parts = trained.independent()
-        best = Best(trained, parameters, held_out, steps, options, checkpoint.best)
+        best = Best(trained, parameters, held_out, steps, options, checkpoint.best, session.micro)
         stream = batches(checkpoint.step)
         saved, cost = time.monotonic(), 0.0
 
@@ -133,7 +135,7 @@ def train(
             for group, rate in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = rate * factor
             trained.step = checkpoint.step
-            loss, records = compute(batch)
+            loss, records = session.in_memory(partial(add_gradients, compute, optimizer, batch), len(batch))
             due = engine.main and started - saved > max(SAVE_EVERY, SAVE_PAUSE * cost)
             values = mean_of({"loss": loss, "due": loss.new_tensor(due), **records}, process_mean)
             if not math.isfinite(values["loss"]):
@@ -141,7 +143,6 @@ def train(
                     f"{stage}: the loss is not finite at step {checkpoint.step + 1}",
                     f"Lower the learning rate ({options.key}), or use --dtype float32.",
                 )
-            loss.backward()
             for part in parts:
                 nn.utils.clip_grad_norm_(part, math.inf if options.clip is None else options.clip)
             optimizer.step()
@@ -166,6 +167,35 @@ def train(
         # In layerwise transfer several blocks share a stage: keep the largest number of steps.
         done[stage] = max(checkpoint.step, done.get(stage, 0))
         save()
+
+
+def add_gradients(
+    compute: Callable[[Batch], tuple[Tensor, dict[str, Any]]],
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    rows: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Compute the gradients of a batch, `rows` rows at a time.
+
+    Args:
+        compute: maps a part of the batch to its share of the loss, and of the scalars for the log.
+
+    Returns:
+        the loss of the batch (a scalar), and the scalars for the log.
+    """
+    optimizer.zero_grad()  # an earlier attempt may have left gradients
+    results = []
+    for part in batch.parts(rows):
+        loss, records = compute(part)
+        loss.backward()
+        results.append({"loss": loss.detach(), **records})
+    total = reduce(added, results)
+    return total.pop("loss"), total
+
+
+def added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return the sums of two dicts of numbers that have the same keys. Both may contain dicts."""
+    return {key: added(x, second[key]) if isinstance(x, dict) else x + second[key] for key, x in first.items()}
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -51,7 +51,7 @@ class HeadTraining(Objective):
         rows = hidden.flatten(0, 1).to(self.heads.weight.dtype)
         known = (answers != IGNORED).any(0)
         rows, answers = rows[known], answers[:, known]
-        counts = torch.stack([mean_count(own != IGNORED) for own in answers])
+        counts = torch.stack([mean_count(own) for own in inside(batch.whole.labels, len(self.heads))])
         chunks = list(zip(rows.split(size), answers.split(size, 1), strict=True))
         part = self.part
         if len(chunks) > 1:
@@ -84,13 +84,24 @@ class HeadTraining(Objective):
         """
         head = self.model.get_output_embeddings()
         own = torch.cat([head(rows).argmax(-1) for rows in hidden.flatten(0, 1).split(size)])
-        own = own.view(labels.shape).masked_fill(labels == IGNORED, IGNORED)
-        found, inside = [], labels != IGNORED
-        for k in range(1, len(self.heads) + 1):
-            later = pad(own[:, k:], (0, k), value=IGNORED)
-            inside = inside & (later != IGNORED)
-            found.append(later.masked_fill(~inside, IGNORED))
-        return torch.stack(found)
+        own = own.view(labels.shape)
+        later = torch.stack([pad(own[:, k:], (0, k)) for k in range(1, len(self.heads) + 1)])
+        return later.masked_fill(~inside(labels, len(self.heads)), IGNORED)
+
+
+def inside(labels: Tensor, heads: int) -> Tensor:
+    """Return where each head has a target, `[K, B, T]` bool: the token k positions after the next one is in the
+    same document, and all tokens up to it are trained on.
+
+    Args:
+        labels: `[B, T]`, the next token of the text, or IGNORED at tokens that are not trained on.
+        heads: the number of heads, K.
+    """
+    known, found = labels != IGNORED, []
+    for k in range(1, heads + 1):
+        later = known if k == 1 else found[-1]
+        found.append(later & pad(known[:, k:], (0, k)))
+    return torch.stack(found)
 
 
 def train_heads(

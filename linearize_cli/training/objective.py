@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from linearize_cli.methods.recipe import Stage
+from linearize_cli.models.batch import Batch
+from linearize_cli.training.micro_batches import MicroBatches
 from linearize_cli.training.parallel import full, placed_like
 
 
 class Objective(nn.Module):
-    """A module that maps a batch to its loss and to scalars for the log, by name.
+    """A module that maps a batch to its loss and to scalars for the log, by name. The losses and scalars of the
+    parts of a batch add up to those of the batch.
 
     Attributes:
         step: the current step of the stage. None outside training steps (evaluation).
@@ -35,18 +38,21 @@ class Best:
         options: the stage's part of the recipe: how often to evaluate, and `early_stop`.
         record: the best evaluation, kept in the checkpoint: its `step`, `loss` and `parameters`, and in
             `misses` the number of evaluations since then. Empty before the first evaluation.
+        micro: the number of rows that are in memory at a time.
     """
 
     def __init__(
         self,
         objective: Objective,
         parameters: Mapping[str, Tensor],
-        held_out: Callable[[], Iterable[Any]] | None,
+        held_out: Callable[[], Iterable[Batch]] | None,
         steps: int,
         options: Stage,
         record: dict[str, Any],
+        micro: MicroBatches,
     ):
         self.objective, self.parameters, self.held_out, self.record = objective, parameters, held_out, record
+        self.micro = micro
         self.steps, self.patience = steps, options.early_stop
         self.every = max(1, round(options.evaluate * steps)) if options.evaluate and held_out else None
 
@@ -68,7 +74,10 @@ class Best:
             return {}
         self.objective.step = None
         with torch.no_grad():
-            losses = [self.objective(batch)[0].item() for batch in self.held_out()]
+            losses = [
+                sum(self.objective(part)[0].item() for part in batch.parts(self.micro.rows))
+                for batch in self.held_out()
+            ]
         loss = sum(losses) / len(losses)
         if loss < self.record.get("loss", float("inf")):
             kept = {name: full(p.detach()).clone() for name, p in self.parameters.items()}

@@ -212,7 +212,7 @@ def verify(
     tree: str | None = None,
     prompts: str | Path | None = None,
     max_new: int = 64,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
     quick: bool = False,
@@ -231,7 +231,7 @@ def verify(
         prompts: a file with one prompt on each line, or JSONL with a `text` field. None uses the built-in
             prompts.
         max_new: tokens to generate for each prompt.
-        device: the torch device to run on.
+        device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of all random inputs.
         quick: skip the slow checks (long rows, batches of many kinds, and others).
