@@ -171,14 +171,15 @@ class View:
 
 @remembered(512)
 def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
-    """Return the order of the columns (sinks, then the ring's slots) in time, and its inverse.
+    """Return the order in time of the columns of `Decoding.keys` (the sinks, then the slots of a ring
+    buffer).
 
     Args:
         start: the slot of the oldest token in the ring.
 
     Returns:
-        The columns of the sinks and of the recent tokens, oldest first, and the place of each column in this
-        order.
+        The indices of the columns from the oldest token to the newest, sinks first, and the inverse
+        permutation: each column's place in that order.
     """
     slots = (start + torch.arange(eq.recent)) % max(eq.recent, 1)
     columns = torch.cat([torch.arange(eq.sinks), eq.sinks + slots])
@@ -295,14 +296,15 @@ def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, 
 def read_outside(
     far: FeatureMemory, state: Decoding, q: Tensor, outside: tuple[Layout, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Read S and z, and the recent tokens that are far but not folded yet.
+    """Read the far tokens (outside the window or group): those in S and z, and recent ones that are not added
+    to S yet.
 
-    There are such tokens with scope "group", or with a conv longer than the window.
+    There are such recent tokens with scope "group", or with a conv longer than the window.
 
     Args:
         far: the layer's far part.
         q: `[heads, B, D]`, one query of each row.
-        outside: the layout, and the columns of the tokens that may be far but are not in S.
+        outside: the layout, and the columns of the recent tokens that may be far.
 
     Returns:
         The numerator `[kv * B, group, Dv]`, and its normaliser `[kv * B, group, 1]`.

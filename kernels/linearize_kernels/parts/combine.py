@@ -24,7 +24,7 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """The far part that a query reads: its numerator, its mass, and whether any token is far.
+    """What a query has read of its far tokens (outside the window or group).
 
     Attributes:
         out: the numerator, Σ of weight times value. The last dimension is Dv.
@@ -324,10 +324,10 @@ def attend(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def by_read_head(x: Tensor, kv: int) -> Tensor:
-    """Group query heads by the KV head (or head of S) that they read:
-    `[heads, B, X] -> [kv * B, heads / kv, X]`.
+    """Group query heads by the KV head (or head of S) that they share: `[heads, B, X] -> [kv * B, heads / kv,
+    X]`.
 
-    `kv` is the number of heads that are read.
+    `kv` is the number of shared heads.
     """
     heads, batch, width = x.shape
     if batch == 1:
@@ -361,10 +361,11 @@ def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
 
 
 def finite(ceiling: Tensor) -> Tensor:
-    """Replace a row maximum of -inf, which a row that sees nothing (a pad) has, by 0."""
+    """Replace -inf in a tensor of row maxima by 0. A row that sees nothing (a pad) has the maximum -inf."""
     return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
 
 
 def positive(normaliser: Tensor) -> Tensor:
-    """Return the normaliser `[..., T]` as `[..., T, 1]`, at least TINY, so that it can be divided by."""
+    """Return a normaliser `[..., T]` as `[..., T, 1]`, raised to at least TINY so that it can be divided by.
+    """
     return normaliser.clamp_min(TINY)[..., None]

@@ -266,7 +266,9 @@ class FeatureMemory(nn.Module):
 
 
 def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w and b of `log ω / CEILING` before its tanh (the soft cap): `[far, D, 1]` and `[far, 1, 1]`."""
+    """Return the weights `[far, D, 1]` and biases `[far, 1, 1]` of the argument of tanh in `log ω(k) =
+    CEILING tanh(w·k + b)`.
+    """
     return as_affine(key_weight / CEILING)
 
 
@@ -282,8 +284,8 @@ FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Return which of N tokens in a row are before which: `[..., N, N]` bool, `[i, j]` is True if j is before
-    i.
+    """Return the order of N tokens that follow one another: `[..., N, N]` bool, `[i, j]` is True if j is
+    before i.
 
     Args:
         counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
@@ -294,8 +296,7 @@ def chain(counts: Tensor) -> Tensor:
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Return which of N tokens are before which, `[..., N, N]` bool, if the last T of them are the nodes of a
-    tree.
+    """Return the order of N tokens, the last T of which are the nodes of a token tree: `[..., N, N]` bool.
 
     `[i, j]` is True if token j is before token i in the text, or on the node's path.
 

@@ -93,13 +93,16 @@ def lay_out(
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
-    """Return the `Layout` of T new tokens after a state: what each of them sees locally, and what through the state.
+    """Compute the masks (`Layout`) of T new tokens: which tokens each of them sees as local, and which as
+    far.
 
-    The rows of the state may have seen different numbers of tokens.
-
-    A recent token that is also a sink is treated as a sink only.
+    Each new token sees the state's sinks and recent tokens, and those new tokens that `visible` names. A
+    recent token that is also a sink is treated as a sink only. Rows may have different numbers of earlier
+    tokens.
 
     Args:
+        eq: the layer's equation.
+        state: the state before the new tokens.
         position: `[..., T]`, positions of the new tokens, -1 for pads.
         visible: `[..., T, T]` bool, True where token j is token i or its ancestor.
     """
@@ -126,14 +129,14 @@ def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...])
 
 
 def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
-    """Replace the rows' lengths by the smallest ones that have the same layout, so that the layout is
-    computed once.
+    """Replace the lengths of rows by the smallest lengths that have the same masks, so that the masks can be
+    cached.
 
     Args:
         counts: the number of tokens in each row.
 
     Returns:
-        One count for each row, or a single one if all rows have the same.
+        One length for each row, or a single one if all rows have the same.
     """
     if eq.feature_map not in FAR_PARTS:  # beyond this length only those still depend on positions
         begun, cycle = eq.recent + eq.sinks + 1, eq.size if eq.scope == "group" else 1

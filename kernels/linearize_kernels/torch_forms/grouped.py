@@ -41,12 +41,16 @@ class Groups(NamedTuple):
 
 
 def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
-    """Compute the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
+    """Compute squared ReLU within groups of C tokens, plus linear attention to all earlier groups.
 
     Args:
         shape: the sizes C and R.
-        folds: the number of groups to add to S.
-        tokens: the inputs. If they have no far part, S is returned as it is.
+        folds: the number of groups to add to the returned S.
+        tokens: the inputs.
+
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`. Without a linear
+        part, S is the given one.
     """
     C, R = shape.chunk, shape.recent
     q, k = by_chunk(tokens.q, C), tokens.k.unflatten(1, (-1, C))

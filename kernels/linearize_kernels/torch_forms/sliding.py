@@ -85,10 +85,12 @@ class Tokens(NamedTuple):
 
 
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the sliding form: the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the
-    timeline.
+    """Compute softmax in a sliding window joined with linear attention to older tokens, for n chunks of C
+    queries.
 
-    If the inputs have no far part, S and z are returned as they are.
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S and z after the first n C keys. Without a linear part, S and z
+        are the given ones.
     """
     values = with_front(tokens.sink_v, columns(tokens.v, shape))
     phi_q, phi_k, far = tokens.phi_q, tokens.phi_k, None
@@ -106,7 +108,7 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FarPart(NamedTuple):
-    """The far part of all query rows, and the state after them.
+    """What all queries have read of their far tokens (outside the window), and the state after them.
 
     Attributes:
         out: the numerator, `[N, n, g C, Dv]`.
@@ -121,11 +123,12 @@ class FarPart(NamedTuple):
 
 
 def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> FarPart:
-    """Read the far tokens: one by one if they are in a chunk's columns, or else through S and z.
+    """Read the far tokens (outside the window): by their keys if a chunk has these at hand, or else through S
+    and z.
 
     Args:
         phi_q, phi_k: the features in `tokens`, which are not None here.
-        values: `[N, n, R + C + A, Dv]`, the values of every chunk's columns.
+        values: `[N, n, R + C + A, Dv]`, the values that each chunk has at hand.
     """
     phi_q = by_chunk(phi_q, shape.chunk)
     chunks, groups = phi_q.shape[1], tokens.q.shape[1]
@@ -149,10 +152,11 @@ def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values:
 
 
 def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
-    """Compute the softmax weights of every row, `[N, n, g C, 2 + sinks + R + C + A]`.
+    """Compute the softmax weights of every query, `[N, n, g C, 2 + sinks + R + C + A]`.
 
-    The columns are NOTHING, FAR, the sinks, and the slots that the chunk reads one by one. Far slots have
-    weight 0: their weight is in FAR. Without a far part (`far` is None), FAR has weight 0 as well.
+    The last dimension has: column 0 (NOTHING) for rows that see no token, column 1 (FAR) for the whole linear
+    part, the sinks, and the keys that the chunk reads directly. Keys outside the window have weight 0,
+    because FAR holds their weight. If `far` is None, FAR has weight 0 as well.
     """
     q = by_chunk(shape.scale * tokens.q, shape.chunk)
     keys = with_front(tokens.sink_k, columns(tokens.k, shape))
@@ -169,23 +173,28 @@ def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
 
 
 def with_front(sinks: Tensor, columns: Tensor) -> Tensor:
-    """Put two zero columns and the sinks before the columns of every chunk: `[N, n, 2 + sinks + columns, X]`.
+    """Put two zero columns and the sinks in front of the keys (or values) that each chunk reads.
 
-    The zero columns are at the indices NOTHING and FAR. The caller computes what they stand for separately.
+    The two columns have no key: NOTHING (0) is for rows that see no token, and FAR (1) for the linear part as
+    a whole. The caller sets their scores.
 
     Args:
         sinks: `[N, sinks, X]`, the sinks' keys or values.
-        columns: `[N, n, columns, X]`, the keys or values of the slots that each chunk reads.
+        columns: `[N, n, columns, X]`, the keys or values that each chunk reads.
+
+    Returns:
+        `[N, n, 2 + sinks + columns, X]`.
     """
     front = pad(sinks, (0, 0, 2, 0))[:, None]
     return torch.cat([front.expand(-1, columns.shape[1], -1, -1), columns], 2)
 
 
 def visible(shape: Shape, chunks: int, sinks: int, device: torch.device) -> Tensor:
-    """Compute which columns have a local score for each row of a chunk, `[n, C, 2 + sinks + R + C + A]` bool.
+    """Compute which keys are local (a sink or in the window) for each query, `[n, C, 2 + sinks + R + C + A]`
+    bool.
 
-    The first dimension is 1 if all chunks are alike. NOTHING and FAR are False, because the caller sets their
-    scores.
+    The first dimension is 1 if all chunks are alike. The first two columns are no keys (see `with_front`) and
+    False.
 
     Args:
         chunks: n.

@@ -46,7 +46,7 @@ def count_arrived(valid, batch, T, BT: tl.constexpr):
 def fold_tokens(
     old, phi, v, oldest, arrived, f, e, T, SINKS: tl.constexpr, F: tl.constexpr, DV: tl.constexpr
 ):
-    """Add to a slice of S the tokens that left the recent ones, and return the slice.
+    """Add the tokens that have left the recent ones to a slice of the running sum S, and return the slice.
 
     These are the oldest recent tokens, as many as new ones arrived. Sinks and empty slots are not added.
 
@@ -55,7 +55,7 @@ def fold_tokens(
         phi, v: `[T, F]` and `[T, Dv]`, the features and values of the T oldest recent tokens.
         oldest: the position of the first of them.
         arrived: the number of new tokens that are not pads.
-        f, e: the features and the dimensions of the values in the slice.
+        f, e: the indices of the slice in F and in Dv.
     """
     for t in range(T):
         folds = (oldest + t >= SINKS) & (oldest + t < oldest + arrived)
@@ -73,7 +73,8 @@ def fold_path(
     FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens that left the recent ones, after an accepted path, to a slice of one state head's S.
+    """Add the tokens that T new ones have pushed out of the recent tokens to a slice of one head's running
+    sum S.
 
     One program of each row of the batch also writes the row's count.
 
@@ -81,7 +82,7 @@ def fold_path(
         phi_left, left_v: `[B, far, T, F]` and `[B, kv, T, Dv]`, the features and values of the T tokens that
             were the oldest recent ones.
         valid: `[B, T]` bool, False for pads among the T new tokens, or None.
-        recent_position: `[B, R]`, positions of the recent tokens after the path.
+        recent_position: `[B, R]`, positions of the recent tokens now.
     """
     state_head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
     batch, f = state_head // FAR, tl.arange(0, BF)
@@ -174,7 +175,7 @@ def take_in(
     BF: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Append T new tokens to the recent tokens of one KV head.
+    """Append T new tokens to the recent tokens of one KV head, and add the tokens that they push out to z.
 
     The second axis of the grid splits the work: 0 handles keys and z, 1 handles values. With Hedgehog's
     weights and one token, each further index computes the features of one query head.
@@ -183,8 +184,8 @@ def take_in(
         phi_left: `[B, far, T, F]`, features of the T oldest recent tokens. With Hedgehog's weights they are
             written here.
         left_v: `[B, kv, T, Dv]`, is written: the values of these tokens before the shift.
-        query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of ω, or
-            None.
+        query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of the key
+        weight ω, or None.
     """
     kv_head, task = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = kv_head // KV
@@ -251,12 +252,14 @@ def join(
     left_v: Tensor,
     queries: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store k, v `[B, kv, T, D]` in the state, except for S and the count.
+    """Store T new tokens in the state, in place, except for S and the count, which `fold` or `attend_nodes`
+    writes later.
 
     Args:
+        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, or None.
         phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a far part.
-        left_v: `[B, kv, T, Dv]`, is written.
+        left_v: `[B, kv, T, Dv]`, receives the values of these tokens.
         queries: q and phi_q of one token. With them, the kernel also computes Hedgehog's features of q and of
             the oldest recent key.
     """
@@ -281,10 +284,10 @@ def join(
 def fold(
     attention: LinearAttention, state: State, valid: Tensor | None, phi_left: Tensor | None, left_v: Tensor
 ) -> None:
-    """Write S and the count, which `join` does not write, after an accepted path.
+    """Complete what `join` began: add the tokens that left the recent ones to S, and write the count.
 
     Args:
-        valid: `[B, T]` bool, False for pads, or None if there are none.
+        valid: `[B, T]` bool, False for pads among the T new tokens, or None if there are none.
         phi_left: `[B, far, T, F]`, features of the T tokens that were the oldest recent ones, or None without
             a far part.
         left_v: `[B, kv, T, Dv]`, the values of these tokens.

@@ -92,13 +92,13 @@ def tree(
 def commit_(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> None:
-    """Append the T tokens of an accepted path to a state, in place. `ops.chunked.commit` computes the
-    same, and returns a new state instead.
+    """Append T tokens to a state, in place, such as those accepted by speculative decoding.
 
-    Keys and values in empty slots are undefined afterwards.
+    `ops.chunked.commit` computes the same, and returns a new state instead. Keys and values in empty slots
+    are undefined afterwards.
 
     Args:
-        state: the state before the path, which is written to.
+        state: the state before the tokens, which is written to.
         k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, which must precede a row's tokens, or None.
 
@@ -179,10 +179,10 @@ def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
 
 
 def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
-    """Compute the features of those recent tokens that can be far from a new one, `[B, far, P, F]`.
+    """Compute the features of the P oldest recent tokens, `[B, far, P, F]`: those that can be outside a new
+    token's window.
 
-    They are the P oldest recent tokens. The result is None if no recent token can be far, or without a far
-    part.
+    The result is None if no recent token can be, or if the layer has no far part.
 
     Args:
         nodes: the number of new tokens, or 0 if the new token is already the last recent one.

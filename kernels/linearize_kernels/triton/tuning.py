@@ -98,17 +98,17 @@ def padded(width: int) -> int:
 def limit(
     q: Tensor, k: Tensor, v: Tensor, features: int = 0, chunk: int | None = None, chunks: str = "chunks"
 ) -> str | None:
-    """Return the reason why no kernel can run these tensors, or None if the limits that all kernels share
-    allow it.
+    """Return the reason why no Triton kernel can run these tensors, or None if the limits that all kernels
+    share allow it.
 
     The limits are a GPU (or the interpreter), the dtype, the size of chunks, and the sizes of heads and
     features.
 
     Args:
         q, k, v: `[..., T, D]`.
-        features: F, or 0 without a far part.
+        features: the number of features, or 0 without a linear part.
         chunk: tokens in each chunk, or None if there are no chunks.
-        chunks: the name of the chunks in error texts.
+        chunks: what the reason calls a chunk, for example "groups".
     """
     try:
         from linearize_kernels.triton.common import INTERPRETED
