@@ -70,22 +70,22 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
 
 
 def unless_all(valid: Tensor) -> Tensor | None:
-    """Return the mask, or None if it is True everywhere. Compiled code cannot read values, and always gets
-    the mask.
+    """Return a bool mask, or None if it is True everywhere. Compiled code cannot read values, so there it is
+    always returned.
     """
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
 def shown(mask: Tensor) -> Tensor:
-    """Convert a boolean or additive mask to a boolean one: True where a token may be seen."""
+    """Convert an attention mask, boolean or additive, to a boolean one: True where a query may see a key."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def first_column(mask: Tensor, length: int, past: int) -> int:
-    """Return the column of a mask that belongs to the first new token.
+    """Return the column of an attention mask that belongs to the first new token.
 
     Args:
-        mask: `[..., N]`. N is the number of tokens in the cache and new ones, or only that of new ones.
+        mask: `[..., N]`. Its columns are the tokens in the cache and the new ones, or the new ones only.
         length: the number of new tokens.
         past: the number of tokens in the cache.
     """

@@ -366,6 +366,5 @@ def finite(ceiling: Tensor) -> Tensor:
 
 
 def positive(normaliser: Tensor) -> Tensor:
-    """Return a normaliser `[..., T]` as `[..., T, 1]`, raised to at least TINY so that it can be divided by.
-    """
+    """Return a normaliser `[..., T]` as `[..., T, 1]`, raised to at least TINY so that it can be divided by."""
     return normaliser.clamp_min(TINY)[..., None]

@@ -35,8 +35,7 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Return R + C + A, the number of keys that a chunk of queries reads directly, not through the state.
-        """
+        """Return R + C + A, the number of keys that a chunk of queries reads directly, not through the state."""
         return self.recent + self.chunk + self.ahead
 
     @property
