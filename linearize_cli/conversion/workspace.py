@@ -27,7 +27,7 @@ CONTENTS = {
 
 
 class Workspace:
-    """The working folder of one run. Its `job.json` marks it as made by linearize and is deleted last.
+    """The working folder of one run. Its file `job.json` marks it as made by linearize and is deleted last.
 
     Attributes:
         path: the folder.
@@ -208,13 +208,12 @@ class Workspace:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the work of a run in this context, and delete the folder when it ends.
-
-        The folder is kept if the run is interrupted, or if it fails when a checkpoint exists.
+        """Delete the folder when the context ends. Keep it for a resume if the code inside was interrupted,
+        or failed when a checkpoint exists.
 
         Raises:
             KeyboardInterrupt: the run was interrupted. The message says what was kept.
-            UserError: the disk is full, or the run raised it. The hint says what was kept.
+            UserError: the disk is full, or the code inside raised it. The hint says what was kept.
         """
         try:
             yield
