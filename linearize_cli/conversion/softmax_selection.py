@@ -29,8 +29,8 @@ def best(kl: dict[str, float], count: int) -> list[str]:
 
 
 class Restorer:
-    """Switches converted layers back to softmax attention: for a measurement (`restored`), or permanently
-    (`restore`).
+    """A switch that returns converted layers to softmax attention: for a measurement (`restored`), or
+    permanently (`restore`).
 
     It must be created before the conversion, because it remembers the config that each layer has then.
 

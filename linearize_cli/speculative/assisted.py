@@ -136,10 +136,10 @@ def with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """Count the drafted tokens by depth. The first drafted token of a step has depth 1.
+    """Count the drafted tokens of steps by depth. The first drafted token of a step has depth 1.
 
     Args:
-        steps: steps whose drafts are chains.
+        steps: results of the target's forwards, each of which verified a chain of drafted tokens.
 
     Returns:
         Two lists with an entry for each depth: the number of drafted tokens whose predecessors were all

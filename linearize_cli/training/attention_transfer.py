@@ -71,7 +71,8 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
 
 
 class Transfer(Objective):
-    """The objective of attention transfer: the sum of the layers' losses, with each layer's loss as a record.
+    """The training objective of attention transfer: the sum of the linear layers' losses. Each loss is also
+    recorded alone.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
@@ -83,7 +84,9 @@ class Transfer(Objective):
         self.model, self.native, self.windows = model, native, windows
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """Return the trained parameters of each layer. Their gradients are clipped layer by layer."""
+        """Return the trained parameters of each layer, as one list per layer. The gradients of a list are
+        clipped together.
+        """
         return [list(module.linear_attention.parameters()) for module in converted(self.model).values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

@@ -38,7 +38,7 @@ def causal_layers(subject: Subject) -> list[nn.Module]:
 
 
 def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ...], dict, Tensor]:
-    """Run the model on the rows and record one layer's call for the first row.
+    """Run the model on the test rows, and record the call of one layer's attention for the first row.
 
     Returns:
         q, k and v `[heads, T, D]`, the keyword arguments, and the output `[T, heads, Dv]`.

@@ -23,8 +23,7 @@ def forms(subject: Subject) -> Finding:
 def padding(subject: Subject) -> Finding:
     """Compare the logits of each row of a padded batch with those of the same row alone.
 
-    A model that decodes also decodes a few
-    tokens.
+    If the model decodes, a few single tokens after the batch are compared too.
     """
     worst = subject.comparison()
     compare = compare_padding if subject.task.decodes else compare_reading

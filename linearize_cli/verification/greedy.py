@@ -49,10 +49,12 @@ def greedy(subject: Subject) -> Finding:
 
 
 def line(said: str, mismatches: list[dict[str, Any]], limit: float) -> Line:
-    """Return the table line: OK without mismatches, TIE if all margins are below the limit, else FAIL.
+    """Return a line of the printed table: OK without mismatches, TIE if all are at tied logits, else FAIL.
 
     Args:
-        mismatches: the records of `mismatch`. The margin is the gap between two logits.
+        said: the text of the line.
+        mismatches: the records of tokens that differ (see `mismatch`). Their margin is the gap between two
+            logits.
         limit: the gap below which two logits count as tied.
     """
     tied = all(mismatch["margin"] < limit for mismatch in mismatches)

@@ -186,8 +186,8 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
 def subject_of(
     task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
 ) -> Subject:
-    """Return the subject of the checks: the model with its test inputs and measured rounding noise, without
-    speculation.
+    """Return the model with its test inputs, and measure the rounding noise of its logits. Speculation is not
+    set.
 
     Raises:
         UserError: the model's logits are not numbers.
