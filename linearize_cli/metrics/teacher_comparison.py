@@ -104,7 +104,7 @@ def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
 
 
 def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, float | None]:
-    """Measure the student's perplexity without its local part, and without its global part.
+    """Measure the student's perplexity without its local part, and without its linear part.
 
     Args:
         length: the block length in tokens.

@@ -51,7 +51,7 @@ class Steps(BaseStreamer):
         self.report(Step([tokens], [len(tokens) - 1], self.drafted + 1))
 
     def end(self) -> None:
-        """Accept the end of the text. All steps are reported already."""
+        """Do nothing at the end of the text, because all steps are reported already."""
 
 
 def assisted(

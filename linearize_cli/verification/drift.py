@@ -23,7 +23,7 @@ LIMITS = {torch.float64: 1e-10}
 
 
 def drift(subject: Subject) -> Finding:
-    """Compare the state of the first causal layer that has a global part with the same sums in fp64."""
+    """Compare the state of the first causal layer that has a linear part with the same sums in fp64."""
     modules = (module.linear_attention for module in converted(subject.model).values())
     attention = next((x for x in modules if x.far is not None and x.equation.causal), None)
     if attention is None:

@@ -116,8 +116,8 @@ def timeline(
         in_step: True if one row of positions serves the whole batch.
 
     Returns:
-        Keys `[B, kv, fill + R + T, D]`, values `[B, kv, fill + R + T, Dv]`, and positions `[B or 1, fill + R
-        + T]`, which are -1 in empty places.
+        Keys `[B, kv, fill + R + T, D]`, values `[B, kv, fill + R + T, Dv]`, and positions
+        `[B or 1, fill + R + T]`, which are -1 in empty places.
     """
     rows = slice(0, 1 if in_step else None)
     position = torch.cat(
@@ -329,11 +329,10 @@ def recompute(
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
-    """Return how many tokens every row has had: 0 without a state.
+    """Return the number of earlier tokens if it is the same in all rows. It is 0 without a state.
 
-    The result is None if the rows have different counts, if there are pads among the new tokens (`valid` is
-    not None), in compiled code, or if the count is on another device than the CPU, which would have to be
-    waited for.
+    The result is None if the rows differ, if there are pads among the new tokens (`valid` is not None), in
+    compiled code, or if the count is on another device than the CPU, which would have to be waited for.
     """
     if valid is not None or torch.compiler.is_compiling():
         return None
@@ -357,7 +356,7 @@ def run_segment(
     chunk: int,
     in_step: bool,
 ) -> tuple[Tensor, State]:
-    """Compute one segment of `chunked` by the reference `block`.
+    """Compute one segment (consecutive tokens) by the slow reference `block`.
 
     Args:
         count: tokens that every row has had, or None if the rows differ (see `rows_count`).

@@ -147,8 +147,8 @@ def heads_first(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """Masks of what the last token i of every row attends to among N columns: the sinks, then the slots of
-    the ring.
+    """Masks of what the last token i of every row attends to among N tokens: the sinks, then the slots of a
+    ring buffer.
 
     The first dimension M of a mask is kv * B, or 1 if all rows see the same.
 
@@ -282,7 +282,7 @@ def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, 
     group is the number of query heads of a KV head.
 
     Args:
-        far: the layer's far part.
+        far: the layer's linear part.
         state: the state, which holds S and z.
         q: `[heads, B, D]`, one query of each row.
     """
@@ -302,7 +302,7 @@ def read_outside(
     There are such recent tokens with scope "group", or with a conv longer than the window.
 
     Args:
-        far: the layer's far part.
+        far: the layer's linear part.
         q: `[heads, B, D]`, one query of each row.
         outside: the layout, and the columns of the recent tokens that may be far.
 

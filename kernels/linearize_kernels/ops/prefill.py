@@ -140,7 +140,7 @@ def grouped_segment(
 
 
 def far_read(attention: LinearAttention) -> FeatureMemory | None:
-    """Return the layer's far part (linear attention), or None if it has none or an ablation drops it
+    """Return the layer's linear part (linear attention), or None if it has none or an ablation drops it
     (`attention.dropped`).
     """
     return None if attention.dropped == "far" else attention.far
@@ -206,7 +206,7 @@ def taps(attention: LinearAttention, batch: int) -> Tensor | None:
 
 
 def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: int) -> Tensor:
-    """Compute the logit of the far part for each query, `[..., far, g, T]`. It is -inf for a query without
+    """Compute the logit of the linear part for each query, `[..., far, g, T]`. It is -inf for a query without
     far tokens.
 
     This is `mix(q)` of `combine.Shared`, or 0 without that parameter.

@@ -1,9 +1,9 @@
-"""Combines: modules that join the local and the far part of the equation into one output.
+"""Combines: modules that join the local and the linear part of the equation into one output.
 
 A combine has two implementations of the same formula. `define` is the definition, for one token and one head:
 `scores` and `values` are lists over the local tokens L(i), and `far` holds what was read of the far tokens
-F(i), or is None without a far part. `forward` computes whole blocks of T queries and N tokens; the bool mask
-`local` selects L(i):
+F(i), or is None without a linear part. `forward` computes whole blocks of T queries and N tokens; the bool
+mask `local` selects L(i):
 
     q [..., kv, group, T, D], scores and local [..., kv, group, T, N], values [..., kv, N, Dv],
     far.out [..., kv, group, T, Dv], far.mass [..., kv, group, T] -> output [..., kv, group, T, Dv]
@@ -42,8 +42,8 @@ class Combine(nn.Module):
 
     Attributes:
         mix: only in `Shared`: `[heads, D + 1]`, weights and bias of a linear function of q, which gives the
-            logit of the far part. It is None if the equation has only one of the two parts.
-        factor: only in `Unnormalised`: `[heads]`, the far part's factor, or None without a far part.
+            logit of the linear part. It is None if the equation has only one of the two parts.
+        factor: only in `Unnormalised`: `[heads]`, the linear part's factor, or None without a linear part.
     """
 
     mix: nn.Parameter | None
@@ -63,7 +63,7 @@ class Combine(nn.Module):
             q: `[D]`.
             scores: the local scores, a scalar tensor for each token in L(i).
             values: the values `[Dv]` of these tokens. It holds one zero vector if L(i) is empty.
-            far: what was read of F(i), or None without a far part.
+            far: what was read of F(i), or None without a linear part.
 
         Returns:
             `[Dv]`.
@@ -87,7 +87,7 @@ class Combine(nn.Module):
             local: bool, broadcasts to scores, True for tokens in L(i). None means all N tokens.
             values: `[kv * B, N, Dv]`.
             far: the numerator `out` `[kv * B, group, Dv]` and its normaliser `mass` `[kv * B, group, 1]`.
-                `any` is a bool tensor that broadcasts to the mass, or True. None without a far part.
+                `any` is a bool tensor that broadcasts to the mass, or True. None without a linear part.
             taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None without a conv.
 
         Returns:
@@ -267,11 +267,11 @@ class RootMeanSquare(Combine):
 
 
 class Gate(RootMeanSquare):
-    """A gated sum of two normalised outputs:
+    """A gated sum of two outputs:
     `(1 - g) softmax over L(i) + g · far numerator over its RMS, times the gain`.
 
     The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if the query has no
-    far token. This combine suits far parts whose weights may be negative, or which are normalised already.
+    far token. This combine suits linear parts whose weights may be negative, or which are normalised already.
     """
 
     start, closed = 1.0, -3.0  # the gain, and the gate's b
@@ -324,8 +324,8 @@ def attend(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def by_read_head(x: Tensor, kv: int) -> Tensor:
-    """Group query heads by the KV head (or head of S) that they share: `[heads, B, X] -> [kv * B, heads / kv,
-    X]`.
+    """Group query heads by the KV head (or head of S) that they share:
+    `[heads, B, X] -> [kv * B, heads / kv, X]`.
 
     `kv` is the number of shared heads.
     """

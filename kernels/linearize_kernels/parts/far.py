@@ -1,4 +1,4 @@
-"""The far part: modules that write tokens into the state S, z and read it.
+"""The linear part: modules that write tokens into the state S, z and read it.
 
 There are two. `FeatureMemory` reads φ(q)ᵀS, with a feature map φ and a memory (see `decay`).
 `linformer.Projection` computes a softmax over k slots. Each has two implementations: `fold_one` and
@@ -266,14 +266,14 @@ class FeatureMemory(nn.Module):
 
 
 def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights `[far, D, 1]` and biases `[far, 1, 1]` of the argument of tanh in `log ω(k) =
-    CEILING tanh(w·k + b)`.
+    """Return the weights `[far, D, 1]` and biases `[far, 1, 1]` of the argument of tanh in
+    `log ω(k) = CEILING tanh(w·k + b)`.
     """
     return as_affine(key_weight / CEILING)
 
 
 def far_part(equation) -> FeatureMemory:
-    """Build the far part of an equation: a class in FAR_PARTS if its `feature_map` is listed there, or
+    """Build the linear part of an equation: a class in FAR_PARTS if its `feature_map` is listed there, or
     FeatureMemory.
     """
     return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)

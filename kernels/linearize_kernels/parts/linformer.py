@@ -1,4 +1,4 @@
-"""Linformer's far part: softmax over k slots, onto which the tokens' keys and values are projected."""
+"""Linformer's linear part: softmax over k slots, onto which the tokens' keys and values are projected."""
 
 from collections.abc import Sequence
 

@@ -71,8 +71,8 @@ def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 
 def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
-    """Copy, for each of n chunks of queries, the keys (or values) that it reads: `[N, s, X] -> [N, n, R + C +
-    A, X]`.
+    """Copy, for each of n chunks of queries, the keys (or values) that it reads:
+    `[N, s, X] -> [N, n, R + C + A, X]`.
 
     The gradient of this is faster than that of `unfold`, because only slices of whole chunks are used.
 
@@ -90,8 +90,8 @@ def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
 
 
 def delays(tiling: Tiling, device: torch.device) -> Tensor:
-    """Compute the distance p_i - p_j from each query i of a chunk to each key j that the chunk reads, `[C, R
-    + C + A]`.
+    """Compute the distance p_i - p_j from each query i of a chunk to each key j that the chunk reads,
+    `[C, R + C + A]`.
 
     It is negative for a key after the query.
     """

@@ -23,8 +23,8 @@ class Groups(NamedTuple):
         q, k: `[N, g, n C, D]` and `[N, n C, D]`, at unit norm.
         v: `[N, R + n C, Dv]`. The first R slots hold older values, which only the conv reads.
         phi_q, phi_k: `[N, g, n C, F]` and `[N, n C, F]`, the features of queries and keys, or None without a
-            far part.
-        factor: `[N, g]`, the factor of the far part, or None without a far part.
+            linear part.
+        factor: `[N, g]`, the factor of the linear part, or None without a linear part.
         conv: the conv's weights `[N, g, W]`, or None.
         S: `[N, F, Dv]`, the state before the first group. Triton takes None for packed sequences, where it is
             zero.

@@ -2,9 +2,9 @@
 conv.
 
 A chunk of C query rows reads R + C slots one by one (its columns): its own tokens and the R slots before
-them. Each column is local or far for each row. Older tokens are read through S and z. The whole far part of a
-row enters the softmax as one more score, `mix + log(φ(q) z)`. So a single softmax normalises the local
-scores, the sinks and the far part.
+them. Each column is local or far for each row. Older tokens are read through S and z. The whole linear part
+of a row enters the softmax as one more score, `mix + log(φ(q) z)`. So a single softmax normalises the local
+scores, the sinks and the linear part.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ NOTHING, FAR = 0, 1
 
 @dataclass(frozen=True)
 class Shape(Tiling):
-    """The numbers that describe a timeline (see `chunks`) of the sliding form.
+    """The sizes of the sliding form's inputs, a sequence of keys (the timeline) and chunks of queries.
 
     R (`recent`) is at least the window's size and the conv's reach.
 
@@ -61,9 +61,9 @@ class Tokens(NamedTuple):
         q: `[N, g, n C, D]`.
         k, v: `[N, s, D]` and `[N, s, Dv]`. The slots in `Shape.skip` and the last A are not read.
         phi_q, phi_k: `[N, g, n C, F]` and `[N, s, F]`, the features of queries and keys, or None without a
-            far part. phi_k is zero in empty slots and for sinks.
-        mix: `[N, g, n C]`, the logit of the far part, -inf in rows without far tokens. None without a far
-            part.
+            linear part. phi_k is zero in empty slots and for sinks.
+        mix: `[N, g, n C]`, the logit of the linear part, -inf in rows without far tokens. None without a
+            linear part.
         conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or τ - W //
             2 before it if rows see ahead.
         S, z: `[N, F, Dv]` and `[N, F]`, the state before the timeline. Triton takes None for packed

@@ -252,8 +252,8 @@ def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
 def group_states(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the running sum S before each group, `[N, n, F, Dv]`, and after the first `folds` groups, `[N,
-    F, Dv]`.
+    """Compute the running sum S before each group, `[N, n, F, Dv]`, and after the first `folds` groups,
+    `[N, F, Dv]`.
 
     Without a linear part the first result is None, and the second a copy of the given S. For packed sequences
     the second is None.

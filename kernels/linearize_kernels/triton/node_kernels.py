@@ -66,7 +66,7 @@ def attend_slots(
     Args:
         running_max, total, acc: the running maximum, normaliser and numerator.
         q_position, key_position: positions of the queries and of the keys.
-        mix: the logit of the far part of each query, or its factor without SOFTMAX.
+        mix: the logit of the linear part of each query, or its factor without SOFTMAX.
         seen: True where a query may see a key.
         phi_k: `[far_end, F]`, features of the keys, or None if no key is outside the window of a query.
 
@@ -120,7 +120,7 @@ def attend_nodes(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows (queries) of one state head, for a slice of the values' dimensions.
+    """Compute the outputs of BM queries of one head of S, for a slice of the values' dimensions.
 
     For a tree, `k` and `v` are those of its nodes, with `position [B, T]` and `visible [T, T]`. Only `out` is
     written.
@@ -237,7 +237,7 @@ def attend(
         attention: the layer's parameters.
         state: the state before the tree, or after `node_state.join` has stored the decoded token.
         q: `[B, heads, T, D]`.
-        phi_q: `[B, far, g, T, F]`, the features of q, or None without a far part.
+        phi_q: `[B, far, g, T, F]`, the features of q, or None without a linear part.
         phi_recent: `[B, far, P, F]`, features of the P oldest recent tokens, or None if none of them can be
             far.
         out: `[B, heads, T, Dv]`, is written.

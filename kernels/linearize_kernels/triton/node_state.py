@@ -258,7 +258,7 @@ def join(
     Args:
         k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, or None.
-        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a far part.
+        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a linear part.
         left_v: `[B, kv, T, Dv]`, receives the values of these tokens.
         queries: q and phi_q of one token. With them, the kernel also computes Hedgehog's features of q and of
             the oldest recent key.
@@ -289,7 +289,7 @@ def fold(
     Args:
         valid: `[B, T]` bool, False for pads among the T new tokens, or None if there are none.
         phi_left: `[B, far, T, F]`, features of the T tokens that were the oldest recent ones, or None without
-            a far part.
+            a linear part.
         left_v: `[B, kv, T, Dv]`, the values of these tokens.
     """
     eq, sizes = attention.equation, geometry(attention, state)

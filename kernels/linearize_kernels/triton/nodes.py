@@ -163,7 +163,7 @@ def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
 
 
 def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
-    """Compute the features `[B, far, g, T, F]` of queries `[B, heads, T, D]`, or return None without a far
+    """Compute the features `[B, far, g, T, F]` of queries `[B, heads, T, D]`, or return None without a linear
     part.
     """
     far: Any = attention.far
@@ -173,7 +173,7 @@ def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
-    """Compute the features `[B, far, T, F]` of keys `[B, kv, T, D]`, or return None without a far part."""
+    """Compute the features `[B, far, T, F]` of keys `[B, kv, T, D]`, or return None without a linear part."""
     far: Any = attention.far
     return None if far is None else far.keys(k.float()).contiguous()
 
@@ -182,7 +182,7 @@ def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | Non
     """Compute the features of the P oldest recent tokens, `[B, far, P, F]`: those that can be outside a new
     token's window.
 
-    The result is None if no recent token can be, or if the layer has no far part.
+    The result is None if no recent token can be, or if the layer has no linear part.
 
     Args:
         nodes: the number of new tokens, or 0 if the new token is already the last recent one.

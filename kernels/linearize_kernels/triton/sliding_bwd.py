@@ -57,8 +57,8 @@ def query_means(
 ):  # fmt: skip
     """Compute the per-row terms that the other backward kernels read, for BM query rows of one query head.
 
-    With the weights w_i of a row and the gradient d_out of its output, the row's mean is `Σ_i w_i d_out ·
-    v_i`.
+    With the weights w_i of a row and the gradient d_out of its output, the row's mean is
+    `Σ_i w_i d_out · v_i`.
 
     Args:
         mean: `[N, g, n C]`, is written: the mean of each row.
