@@ -48,8 +48,8 @@ class Workspace:
             artifact: identifies the artifact that the run adds to. Empty if it makes a new one.
 
         Returns:
-            the report of the interrupted run if only the deletion of this folder was missing. Otherwise None:
-                the run must be done.
+            the report of the interrupted run if that run had finished all its work, and only this folder was
+            left. None in all other cases: the run must be done.
 
         Raises:
             UserError: the run cannot start. Nothing has changed.
@@ -160,11 +160,10 @@ class Workspace:
         """
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of a run that was killed after its result was in place. Return None if it was not
-        finished.
+        """Return the report of an interrupted run if its result was already in place, else None.
 
         Args:
-            before: the `job.json` of that run, or None.
+            before: the contents of that run's `job.json`, or None.
         """
         return before and before.get("report")
 

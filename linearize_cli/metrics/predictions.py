@@ -52,10 +52,10 @@ class Predictions:
         return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
 
     def mean(self, sums: Tensor) -> float:
-        """Return the mean of `kl` or `same` over all predictions of two models.
+        """Return `kl` or `same` of the second model, per prediction. There must be two models.
 
         Args:
-            sums: `kl` or `same`, `[1, T]`.
+            sums: the attribute `kl` or `same`, `[1, T]`.
         """
         return (sums.sum() / self.count.sum()).item()
 

@@ -181,11 +181,11 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def state_to_write(
         self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None
     ) -> State | None:
-        """Return the state to write into if Triton's kernels can compute the new tokens, or None if they
-        cannot.
+        """Return the state, for Triton kernels that write new tokens into it, or None if they cannot compute
+        them.
 
-        It is None, too, before the first token, while the past is recorded, and with sink logits. A state
-        whose tensors something else may hold is replaced by a copy first.
+        It is None, too, before the first token, while the past is recorded for a crop, and with sink logits.
+        If something else may hold the state's tensors, it is copied first.
 
         Args:
             q: `[B, heads, T, D]`, the queries (or keys) of the new tokens.

@@ -152,8 +152,8 @@ def masked_documents(
 
 
 def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
-    """Return the tokens that begin a document, `[B, T]` bool: those that do not see the last token before
-    them.
+    """Find where documents begin in a mask: at the tokens that do not see the token before them, `[B, T]`
+    bool.
 
     Pads are skipped and begin no document.
 

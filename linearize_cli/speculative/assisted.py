@@ -24,12 +24,13 @@ DRAFTED = 5  # tokens that the drafter proposes for each forward of the target
 
 class Steps(BaseStreamer):
     """A streamer that turns the output of transformers' `generate` into a `Step` for each forward of the
-    target.
+    target model.
 
     Attributes:
         report: called with each step.
-        drafted: the number of drafted tokens that the current forward reads.
-        known: the number of other tokens that the next forward reads. None before the prompt was seen.
+        drafted: the number of drafted tokens among the tokens that the current forward reads.
+        known: the number of tokens that the next forward reads before the drafted ones: the prompt, then 1.
+            None before the prompt was seen.
     """
 
     def __init__(self, report: Callable[[Step], None]):

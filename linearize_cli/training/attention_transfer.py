@@ -25,7 +25,8 @@ TRANSFER = "linearize_transfer"
 
 
 def softmax_attention(module: nn.Module, native: str):
-    """Return the attention function that the base model runs in a module.
+    """Return the softmax attention function that transformers calls for an attention module of the base
+    model.
 
     Args:
         native: the name of the base model's attention implementation (`sdpa`, `eager`).

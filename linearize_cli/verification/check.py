@@ -132,9 +132,9 @@ def is_linear(layer: object) -> bool:
 
 
 def is_plain(layer: object) -> bool:
-    """Return True for the cache of a converted layer that holds only the linear attention's state.
+    """Return True for a cache layer of a converted layer that holds only the linear attention's state.
 
-    A base model with convolutions keeps their inputs in the cache too. Then return False.
+    Return False if it also keeps the inputs of the base model's convolutions.
     """
     return is_linear(layer) and all(x is None for x in getattr(layer, "conv_states", {}).values())
 

@@ -42,8 +42,10 @@ def long(subject: Subject) -> Finding:
 
 
 def compare_model(subject: Subject, length: int, worst: Comparison) -> None:
-    """Compare one prefill of the whole model, with and without a cache, with chunks followed by single
-    tokens.
+    """Read a long row by one prefill, and again in chunks followed by single tokens, and compare the model's
+    logits.
+
+    The prefill runs once with and once without a cache.
 
     Args:
         length: the number of tokens.

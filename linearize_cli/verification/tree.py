@@ -50,11 +50,12 @@ class Gap:
     flips: int = 0
 
     def add(self, actual: Tensor, expected: Tensor, crossing: Tensor) -> None:
-        """Add a comparison of the logits of M nodes.
+        """Add the differences between the logits of M tree nodes and of the same tokens decoded one at a
+        time.
 
         Args:
             actual: the logits `[M, vocab]` of the tree nodes.
-            expected: the logits `[M, vocab]` of the decoded paths.
+            expected: the logits `[M, vocab]` of the decoded tokens.
             crossing: `[M]` bool, the nodes that cross a window or group boundary.
         """
         self.nodes += len(actual)

@@ -150,13 +150,13 @@ class View:
     """Masks of what the last token i of every row attends to among N tokens: the sinks, then the slots of a
     ring buffer.
 
-    The first dimension M of a mask is kv * B, or 1 if all rows see the same.
+    Local tokens are sinks and those in the window or group, all others are far. The first dimension M of a
+    mask is kv * B, or 1 if all rows see the same.
 
     Attributes:
-        local: `[M, 1, N]` bool, True for the local tokens L(i). None if all N are local.
+        local: `[M, 1, N]` bool, True for the local tokens. None if all N are local.
         delay: `[rows, N]`, the distance p_i - p_j to each token j.
-        any_far: `[M, 1, 1]` bool, True if there are far tokens F(i). A plain bool if it is the same in all
-            rows.
+        any_far: `[M, 1, 1]` bool, True if there are far tokens. A plain bool if it is the same in all rows.
         outside: if some far tokens are not in S yet: the layout, and these tokens' columns, oldest first.
             Otherwise None.
         in_conv: `[M, 1, R]` bool, True for slots of the ring that hold a token. None if all do.

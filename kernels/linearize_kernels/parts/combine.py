@@ -56,14 +56,15 @@ class Combine(nn.Module):
         """Set all parameters to their values at the start of a conversion."""
 
     def define(self, head: int, q: Tensor, scores: list, values: list, far: Far | None) -> Tensor:
-        """Combine the parts of one token i and one head.
+        """Join the local and the linear part of the output, for one token i and one head. This is the
+        definition.
 
         Args:
             head: the index of the query head.
             q: `[D]`.
-            scores: the local scores, a scalar tensor for each token in L(i).
-            values: the values `[Dv]` of these tokens. It holds one zero vector if L(i) is empty.
-            far: what was read of F(i), or None without a linear part.
+            scores: the local scores, a scalar tensor for each local token (in the window or a sink).
+            values: the values `[Dv]` of these tokens. It holds one zero vector if there are none.
+            far: what was read of the other tokens, or None without a linear part.
 
         Returns:
             `[Dv]`.
@@ -79,12 +80,13 @@ class Combine(nn.Module):
         far: Far | None,
         taps: Tensor | None,
     ) -> Tensor:
-        """Combine the parts of one query of each of B rows, and add the conv.
+        """Join the local and the linear part of the output for one query of each of B rows, and add the conv.
 
         Args:
             q: `[heads, B, D]`.
             scores: `[kv * B, group, N]`, the local scores of N tokens.
-            local: bool, broadcasts to scores, True for tokens in L(i). None means all N tokens.
+            local: bool, broadcasts to scores, True for local tokens (in the window or a sink). None means all
+                N tokens.
             values: `[kv * B, N, Dv]`.
             far: the numerator `out` `[kv * B, group, Dv]` and its normaliser `mass` `[kv * B, group, 1]`.
                 `any` is a bool tensor that broadcasts to the mass, or True. None without a linear part.
@@ -309,8 +311,11 @@ COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": R
 
 
 def weighted(weights: list, values: list) -> Tensor:
-    """Compute Σ weight · value of one token, `[Dv]`. `values` has at least one entry: a zero vector if L(i)
-    is empty.
+    """Compute Σ weight · value over the local tokens of one query, `[Dv]`.
+
+    Args:
+        weights: a scalar tensor for each token.
+        values: `[Dv]` for each token. Without tokens, a list of one zero vector.
     """
     return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
 

@@ -21,12 +21,13 @@ from torch.nn.functional import softplus
 
 
 class Sum(nn.Module):
-    """The memory that forgets nothing. It is also the base class of the other memories.
+    """The memory that forgets nothing: S and z are plain sums. It is also the base class of the other
+    memories.
 
     Attributes:
-        forward_in_time: True if the state depends on the order of the tokens, so that they must be folded in
-            order. False if their sum is enough.
-        unit_keys: True if the keys' features are scaled to unit norm before they are written.
+        forward_in_time: True if the sums depend on the order of the tokens, so that tokens must be added in
+            order.
+        unit_keys: True if the keys' features are scaled to unit norm before they are added.
     """
 
     forward_in_time = False
@@ -53,7 +54,8 @@ class Sum(nn.Module):
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the running sums S and z, in place. Other memories let the sums
+        decay first.
 
         Args:
             S: `[heads, B, F, Dv]`, where `heads` are the heads of S.

@@ -80,12 +80,15 @@ class FeatureMemory(nn.Module):
         return self.q_map(q.flatten(-4, -3)).unflatten(-3, q.shape[-4:-2])
 
     def keys(self, k: Tensor) -> Tensor:
-        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z, from keys `[..., kv, T, D]`."""
+        """Compute the weighted features ω(k) φ(k) `[..., far, T, F]` of keys `[..., kv, T, D]`, which are
+        added to S and z.
+        """
         return self.written(self.equation.to_far_heads(k))
 
     def written(self, k: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z. φ has unit norm under the delta
-        rule.
+        """Compute the weighted features ω(k) φ(k) `[..., far, T, F]` of keys, which are added to S and z.
+
+        φ has unit norm under the delta rule.
 
         Args:
             k: `[..., far, T, D]`, keys that are repeated to the heads of S already.
@@ -104,13 +107,15 @@ class FeatureMemory(nn.Module):
         return self.q_map if self.k_map is None else self.k_map
 
     def weights(self, k: Tensor) -> Tensor:
-        """Compute the key weights ω(k) `[..., far, T, 1]` from keys `[..., far, T, D]`."""
+        """Compute the learned weights ω(k) `[..., far, T, 1]` of keys `[..., far, T, D]`. `key_weight` must
+        not be None.
+        """
         weight = self.key_weight.to(k.dtype)[:, None] / CEILING
         logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
         return logarithm.exp().mT
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the running sums S and z, in place, after their decay.
 
         Args:
             S: `[far, B, F, Dv]`.
@@ -156,15 +161,16 @@ class FeatureMemory(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Read the far tokens of T queries: those folded into S and z, and those among N given tokens.
+        """Read the far tokens (outside the window) of T queries: those already in S and z, and those among N
+        given tokens.
 
         Args:
             q: `[..., heads, T, D]`.
-            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not folded yet. The first N - new
-                of them follow one another; then come the queries' own tokens, each after its ancestors.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not in S yet. The first N - new of
+                them follow one another; then come the queries' own tokens, each after its ancestors.
             position: `[..., N]`. A token whose position is -1 or that of a sink is ignored.
             seen: `[..., T, N]` bool, True for the ancestors of each query and its own token.
-            far: `[..., T, N]` bool, True for the tokens in F(i).
+            far: `[..., T, N]` bool, True for the far tokens of each query.
             new: the number of the queries' own tokens in k, v: T, or 0 if none of them can be far.
             S: `[..., far, F, Dv]`.
             z: `[..., far, F]`.
@@ -202,7 +208,7 @@ class FeatureMemory(nn.Module):
         return own + read, products.sum(-1) + mass
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold N tokens that follow one another into S and z, and return the new S and z.
+        """Add N tokens that follow one another to the running sums S and z, and return the new S and z.
 
         Args:
             S: `[B, far, F, Dv]`.

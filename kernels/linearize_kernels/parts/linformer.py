@@ -46,7 +46,7 @@ class Projection(nn.Module):
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the sums S and z, in place.
 
         Args:
             S: `[far, B, slots, D + Dv]`.
@@ -123,7 +123,7 @@ class Projection(nn.Module):
         return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold N tokens that follow one another into S and z, and return the new S and z.
+        """Add N tokens that follow one another to the sums S and z, and return the new S and z.
 
         Args:
             S: `[B, far, slots, D + Dv]`.

@@ -52,7 +52,7 @@ def evaluate(
     layout: Layout,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Compute the outputs `[..., heads, T, Dv]` of T new tokens with a given layout. The state is only read.
+    """Compute the outputs `[..., heads, T, Dv]` of T new tokens with given masks. The state is only read.
 
     Args:
         q, k, v: `[..., heads or kv, T, D]`, as in `block`.

@@ -37,7 +37,7 @@ class StepState:
 
 
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
-    """Make the state of `step` before the first token, in a dtype."""
+    """Return the empty state of `step` (the reference that computes one token) in a dtype."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
     S = torch.zeros(eq.far_heads, features, width, dtype=dtype)

@@ -22,20 +22,21 @@ LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
 
 @dataclass(frozen=True)
 class Layout:
-    """The masks of T queries over N tokens.
+    """The masks of T queries over N tokens: which they see, and which of these are local or far.
 
-    The N tokens (columns) are the state's sinks, then its recent tokens, then the queries' own T tokens. The
-    last are missing if the queries' tokens are in the state already.
+    Local tokens are sinks and those in the window or group, all others are far. The N tokens (columns) are
+    the state's sinks, then its recent tokens, then the queries' own T tokens. The last are missing if the
+    queries' tokens are in the state already.
 
     Attributes:
-        local: `[..., T, N]` bool, True for the tokens in L(i).
+        local: `[..., T, N]` bool, True for the local tokens.
         old: the slice of the M columns that may hold far tokens. The next four attributes are about these M
             tokens.
         new: the number of the queries' own tokens among the M: T, or 0 if none of them can be far.
         old_position: `[..., M]`. A token whose position is -1 or that of a sink is ignored.
         seen: `[..., T, M]` bool, True for the ancestors of each query and its own token.
-        far: `[..., T, M]` bool, True for the tokens in F(i).
-        any_far: `[..., T]` bool, True if the query has a far token, folded into S or not.
+        far: `[..., T, M]` bool, True for the far tokens.
+        any_far: `[..., T]` bool, True if the query has a far token, among the M or in S.
         delay: `[..., T, N]`, the distance `p_i - p_j`.
         tap: `[..., T, N]`, the index of the conv's weight for each token, or W if the conv does not read it.
     """
@@ -61,7 +62,7 @@ def lay_out(
     old: int | None = None,
     far_apart: bool = True,
 ) -> Layout:
-    """Compute the layout of T queries from positions.
+    """Compute the masks (`Layout`) of T queries from the positions of all tokens.
 
     Args:
         recent_position: `[..., R]`, positions of the recent tokens. -1 marks one to ignore.
@@ -71,7 +72,8 @@ def lay_out(
         sink_position: `[..., sinks]`. -1 marks a sink that does not exist yet or is among the queries'
             tokens.
         folded: `[...]` bool, True if S holds a token.
-        old: how many of the recent tokens, counted from the oldest, may be far. None means all.
+        old: how many of the recent tokens, counted from the oldest, may be far (outside the window). None
+            means all.
         far_apart: True if one of the queries' tokens may be far from another one. Then `old` is not used: all
             recent tokens may be far.
     """
@@ -115,9 +117,9 @@ def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Lay
 
 
 def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...]) -> Layout:
-    """Return the layout of a token tree after rows of known lengths, on a CPU.
+    """Return the masks (`Layout`) of the nodes of a token tree that follows rows of known lengths, on a CPU.
 
-    The layout is cached, and shared by all layers with the same equation. Its leading dimension is 1 if all
+    The result is cached, and shared by all layers with the same equation. Its leading dimension is 1 if all
     rows see the same.
 
     Args:
@@ -146,11 +148,12 @@ def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
 
 @remembered(512)
 def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) -> Layout:
-    """Compute the layout of `shared_layout`, and cache it.
+    """Compute the masks (`Layout`) of the nodes of a token tree, for `shared_layout`. The result is cached.
 
     Args:
-        counts: the result of `settled` for the rows' lengths.
-        parents: the index of each node's parent, or an empty tuple for the query of the last token.
+        counts: the rows' lengths, shortened by `settled`.
+        parents: the index of each node's parent, -1 for a root. An empty tuple for the query of the last
+            token.
     """
     visible, depth = ancestors(parents) if parents else LAST
     count = torch.tensor(counts)[:, None]

@@ -238,7 +238,8 @@ def chunk_states(
         a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those.
         S, z: `[N, F, Dv]` and `[N, F]`, before the first chunk. z may be None.
         chunks, chunk: number of chunks, and rows in each.
-        factor, mean: `[N, g, length]` or None, as in `fold`.
+        factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
+        mean: `[N, g, length]` or None. With it, z is the sum of `-mean factor a`.
         reverse: sum from the last chunk to the first. S and z then join the sums after the first `folds`
             chunks.
         folds: number of chunks in the returned state, or None for all.
@@ -294,7 +295,8 @@ def packed_states(
         packed: the tables of where sequences begin.
         begins: `[chunks]`, the first row of a that is summed in each chunk, or None for all rows.
         with_z: compute z too.
-        factor, mean: `[N, g, length]` or None, as in `fold`.
+        factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
+        mean: `[N, g, length]` or None. With it, z is the sum of `-mean factor a`.
         reverse: compute the sums after each chunk instead.
 
     Returns:

@@ -141,8 +141,9 @@ def hedgehog(
 
     Args:
         x: `[D]`, a query or key.
-        weight: `[D, HALF]`.
-        key_weight: `[D + 1]`, to multiply the features by ω of `far.FeatureMemory`, or None.
+        weight: `[D, HALF]`, W.
+        key_weight: `[D + 1]`, the parameters of a learned weight of the key that multiplies the features, or
+            None.
         out: `[2 HALF]`, is written.
     """
     h = tl.arange(0, BH)

@@ -170,7 +170,8 @@ def query_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of φ(q) and mix for BM rows of one query head.
+    """Compute the gradients of the features φ(q), and of `mix` (the logit of the linear part), for BM rows of
+    one query head.
 
     Args:
         S, z: `[N, n, F, Dv]` and `[N, n, F]`, for each chunk the sums over the tokens that it reads through

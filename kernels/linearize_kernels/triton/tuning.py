@@ -15,14 +15,14 @@ SEGMENT = 8  # chunks that a program of `fold` sums
 
 
 class Packed(NamedTuple):
-    """The layout of sequences packed into one timeline.
+    """The layout of sequences packed into one timeline (a sequence of keys).
 
-    Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks.
+    Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks. The kernels
+    sum S over segments, which are consecutive chunks of one sequence.
 
     Attributes:
-        begins: `[n]` int32, for each chunk the first slot of its sequence after the sinks.
-        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n. No segment spans two
-            sequences.
+        begins: `[n]` int32, for each chunk the first key of its sequence after the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment, and n.
         firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
         sinks: number of first tokens of each sequence that are sinks, at most a chunk.
     """
