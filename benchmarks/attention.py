@@ -89,7 +89,7 @@ class Ready(NamedTuple):
 def main(
     device: str | None, dtype: str | None, threads: int, seconds: float, out: Path, **asked: Any
 ) -> None:
-    """Measure all forms and write the results."""
+    """Measure all forms of attention and write the results."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:

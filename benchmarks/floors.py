@@ -92,7 +92,8 @@ def softmax_work(sizes: Sizes, phase: str) -> Work:
 
 
 def recurrent_work(sizes: Sizes, phase: str, flops: float, read: int, written: int) -> Work:
-    """Return the work of a recurrent form, whose cost per token does not depend on the context.
+    """Return the FLOPs and bytes of a recurrent attention, whose cost per token does not depend on the
+    context.
 
     Args:
         flops: FLOPs per token and head in the forward. A backward takes twice as many more.
@@ -132,7 +133,7 @@ def linear_work(attention: LinearAttention, sizes: Sizes, phase: str) -> Work:
 def local_tokens(scope: str, size: int, length: int, phase: str) -> float:
     """Return how many tokens of its window or group a token attends to, including itself.
 
-    It is the mean over a row of `length` tokens. For decoding, it is the number of the next token after the row.
+    It is the mean over a row of `length` tokens. For decoding, it is that of the next token after the row.
     """
     position = torch.arange(length, length + 1) if phase == DECODE else torch.arange(length)
     seen = position % size + 1 if scope == "group" else (position + 1).clamp(max=size)

@@ -14,8 +14,9 @@ exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 
 
 
 def is_compact(mask: Tensor) -> bool:
-    """Return True if a mask is not a T x N matrix: `[B, T]`, or `[B, 1, T, 1]` int8 (pads) or int32
-    (documents).
+    """Return True if a mask says something about each token only, not about each pair of tokens.
+
+    Such masks are `[B, T]`, and `[B, 1, T, 1]` int8 (pads) or int32 (documents).
     """
     return mask.dim() == 2 or (mask.dtype in (torch.int8, torch.int32) and mask.shape[-1] == 1)
 

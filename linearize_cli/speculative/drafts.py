@@ -39,7 +39,7 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """The interface of drafters."""
+    """The interface of drafters, which propose tokens for speculative decoding."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
         """Propose a token tree for each row.

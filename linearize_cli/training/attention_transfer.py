@@ -101,8 +101,8 @@ class Transfer(Objective):
 class WindowDropout:
     """Random training steps in which the local part sees a shorter window.
 
-    In these steps the linear (global) part takes over the tokens that the window loses, so it learns them
-    too. The idea is from arXiv 2510.05901, which drops the whole window.
+    In these steps the linear part takes over the tokens that the window loses, so it learns them too. The
+    idea is from arXiv 2510.05901, which drops the whole window.
 
     Attributes:
         probability: the probability of such a step at step 0. It falls linearly to 0 at the last step.

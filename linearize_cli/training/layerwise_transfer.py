@@ -104,20 +104,20 @@ class HiddenStates:
         return [self.folder / str(index) / f"{name.hexdigest()}.safetensors" for name in names]
 
     def read(self, index: int, batch: Batch, device: str) -> Tensor:
-        """Read the hidden states `[B, T, width]` of a batch at the input of the block with first layer
-        `index`.
+        """Read the hidden states `[B, T, width]` of a batch at the input of the block of layers that begins
+        with layer `index`.
         """
         return torch.stack([load_file(file)["hidden"] for file in self.files(index, batch)]).to(device)
 
     def write(self, index: int, batch: Batch, hidden: Tensor) -> None:
-        """Write the hidden states `[B, T, width]` of a batch at the input of the block with first layer
-        `index`.
+        """Write the hidden states `[B, T, width]` of a batch at the input of the block of layers that begins
+        with layer `index`.
         """
         for file, row in zip(self.files(index, batch), hidden.cpu(), strict=True):
             save_whole({"hidden": row}, file)
 
     def drop(self, index: int) -> None:
-        """Delete the hidden states at the input of the block with first layer `index`."""
+        """Delete the hidden states at the input of the block of layers that begins with layer `index`."""
         shutil.rmtree(self.folder / str(index), ignore_errors=True)
 
 

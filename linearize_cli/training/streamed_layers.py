@@ -101,8 +101,9 @@ class LayerBlocks:
 
     @contextmanager
     def resident(self, model: PreTrainedModel, block: range) -> Iterator[None]:
-        """Keep a block on the device while the context is open, with everything that a forward up to its last
-        layer needs.
+        """Keep a block of layers on the device while the context is open.
+
+        Everything else that a forward up to the block's last layer needs (such as embeddings) is there too.
 
         Args:
             block: the layer indices of the block.

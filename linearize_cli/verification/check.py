@@ -125,8 +125,8 @@ class Finding:
 
 
 def is_linear(layer: object) -> bool:
-    """Return True for the cache of a converted layer, whether its class is this package's or the artifact's
-    own.
+    """Return True for a cache layer that belongs to a converted layer, whether its class is this package's or
+    the artifact's.
     """
     return hasattr(layer, "trail")
 

@@ -54,7 +54,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare speculative with plain greedy decoding, for drafts with 0 to 4 right tokens.
+    """Compare the texts of speculative and plain greedy decoding, for drafts with 0 to 4 right tokens.
 
     Two more runs end within a draft: one at a stop token, one at the end of the context.
     """

@@ -7,7 +7,9 @@ from linearize_cli.verification.check import Finding, Subject, compared
 
 
 def forms(subject: Subject) -> Finding:
-    """Compare prefills of many lengths, and a chunked prefill, with decoding one token at a time."""
+    """Compare the logits of prefills of many lengths, and of a chunked prefill, with those of decoding token
+    by token.
+    """
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     prefill, chunked = subject.comparison(), subject.comparison()
     compare_forms(decoder, subject.rows, subject.size, prefill, chunked)

@@ -20,8 +20,10 @@ TIES = 10  # the top two logits tie if they are closer than this many times the 
 
 
 def greedy(subject: Subject) -> Finding:
-    """Compare the greedy tokens of all prompts. The check passes as TIE if every token that differs is at a
-    tie of logits.
+    """Compare the greedy tokens of cached decoding with those of a forward without a cache, and of
+    speculative decoding.
+
+    The check passes as TIE if every token that differs is at a tie of logits.
     """
     speculation, cached, drafted = subject.speculation, [], []
     for first in range(0, len(subject.texts), BATCH):

@@ -60,9 +60,10 @@ class BestToken:
 
 
 def sampling(subject: Subject) -> Finding:
-    """Test rejection sampling of drafts at several settings: the acceptance rule alone, and whole texts.
+    """Test that tokens sampled by speculative decoding follow the model's distribution, at several settings.
 
-    Typical acceptance is not tested, because it changes the distribution by design.
+    The acceptance rule is tested alone, and with whole texts. Typical acceptance is not tested, because it
+    changes the distribution by design.
     """
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)

@@ -136,7 +136,8 @@ def speculated(subject: Subject, texts: Texts) -> list[Step]:
 
 
 def accepted(steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the acceptance of some steps. The prompt's own forward is not counted.
+    """Return how many drafted tokens some steps of speculative decoding accepted. The prompt's own forward is
+    not counted.
 
     Returns:
         mean: tokens emitted per forward of the target, including the token after the accepted path.

@@ -146,8 +146,9 @@ def noise(subject: Subject) -> Finding:
 
 
 def run(name: str, check: Check, subject: Subject) -> Finding:
-    """Run a check. An error of the model's code fails the check. A UserError or a lack of GPU memory ends the
-    command.
+    """Run a check and return its finding. If the model's code raises an error, the check fails.
+
+    A UserError, or a lack of GPU memory, ends the command instead.
     """
     try:
         return check(subject)

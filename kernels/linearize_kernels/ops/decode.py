@@ -19,16 +19,15 @@ from linearize_kernels.state import State
 class Decoding:
     """A layer's state, laid out to decode one token after the other on a CPU.
 
-    The recent tokens are in a ring buffer: a new token takes the slot of the oldest one, which is folded into
-    S and z first. A step writes into all tensors in place, and shares their memory with nothing else. The
-    first dimension is heads and the second rows, because feature maps then treat the rows as tokens of a
-    head.
+    The recent tokens are in a ring buffer: a new token takes the slot of the oldest one, which is added to S
+    and z first. A step writes into all tensors in place, and shares their memory with nothing else. The first
+    dimension is heads and the second rows, because feature maps then treat the rows as tokens of a head.
 
     Attributes:
         equation: the layer's equation.
         dtype: the model's dtype, which `state` returns keys and values in.
-        S: `[far, B, F, Dv]`.
-        z: `[far, B, F]`.
+        S: `[far, B, F, Dv]`, the running sum Σ φ(k) vᵀ of older tokens.
+        z: `[far, B, F]`, the running sum Σ φ(k).
         keys, values: `[kv, B, N, D]` and `[kv, B, N, Dv]`, in the dtype of S. Of the N columns, the sinks
             come first, then the slots of the ring. There is one unused column if the equation keeps no recent
             tokens.
@@ -102,10 +101,11 @@ class Decoding:
         return attend(attention, self, q, view, sink_logits)
 
     def fold_oldest(self, attention: LinearAttention, k: Tensor, v: Tensor) -> None:
-        """Fold into S and z the oldest token of each row, which a new one pushes out of the ring.
+        """Add the oldest token of each row to the running sums S and z, because a new one pushes it out of
+        the ring buffer.
 
-        Rows that are too short to lose a token, and sinks, are not folded. If the equation keeps no recent
-        tokens, the new token itself is folded.
+        Sinks are not added, and nothing is added in rows that are too short to lose a token. If the equation
+        keeps no recent tokens, the new token itself is added.
 
         Args:
             k, v: the new tokens, `[kv, B, D]` and `[kv, B, Dv]`.
@@ -189,12 +189,12 @@ def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
 
 @remembered(512)
 def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
-    """Compute the masks of the last token of every row.
+    """Compute the masks of what the last token of every row attends to.
 
     Args:
         counts: the number of tokens in each row including the last, shortened by `visibility.settled` so that
             equal masks are computed once. One count if all rows have the same.
-        start: the slot of the oldest token in the ring.
+        start: the slot of the oldest token in the ring buffer.
     """
     layout = laid_out(eq, counts, ())
     columns, order = ring(eq, start)

@@ -206,8 +206,8 @@ def taps(attention: LinearAttention, batch: int) -> Tensor | None:
 
 
 def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: int) -> Tensor:
-    """Compute the logit of the linear part for each query, `[..., far, g, T]`. It is -inf for a query without
-    far tokens.
+    """Compute the logit of the linear part for each query, `[..., far, g, T]`. It is -inf for a query that it
+    has no tokens for.
 
     This is `mix(q)` of `combine.Shared`, or 0 without that parameter.
 

@@ -38,7 +38,7 @@ class Far(NamedTuple):
 
 
 class Combine(nn.Module):
-    """The base class of combines.
+    """The base class of combines, modules that join the local and the linear part of an output.
 
     Attributes:
         mix: only in `Shared`: `[heads, D + 1]`, weights and bias of a linear function of q, which gives the
@@ -111,11 +111,11 @@ class Combine(nn.Module):
 
 
 class Shared(Combine):
-    """One normaliser for both parts: local weights `exp(s - m)` of scores s, far weights
-    `exp(mix(q) - m) φ(q)·φ(k)`.
+    """One normaliser for both parts: weights `exp(s - m)` of local tokens with scores s, and
+    `exp(mix(q) - m) φ(q)·φ(k)` of all others.
 
     `mix` is a learned linear function of q per head. m is the maximum of the local scores, and of mix(q) too
-    if the query has a far token.
+    if the query has tokens that are not local.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -177,11 +177,11 @@ class Shared(Combine):
 
 
 class Lolcats(Combine):
-    """LoLCATs' combine (arXiv 2410.10254): one normaliser, local weights `γ exp(s - max s)`, far weights
-    `φ(q)·φ(k)`.
+    """LoLCATs' combine (arXiv 2410.10254): one normaliser, with weights `γ exp(s - max s)` of local tokens
+    with scores s, and `φ(q)·φ(k)` of all others.
 
     γ is learned per head and starts at 0.1. The maximum is that of the local scores alone. It changes the
-    result, because the far weights are not divided by its exponential.
+    result, because the other weights are not divided by its exponential.
     """
 
     start = 0.1
@@ -212,7 +212,8 @@ class Lolcats(Combine):
 class Unnormalised(Combine):
     """A sum without a normaliser (arXiv 2406.07368): the scores are the weights of the local values.
 
-    The far numerator is multiplied by a learned factor per head, which is 0 at the start, and added.
+    The linear part's numerator is multiplied by a learned factor per head, which is 0 at the start, and
+    added.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -269,11 +270,11 @@ class RootMeanSquare(Combine):
 
 
 class Gate(RootMeanSquare):
-    """A gated sum of two outputs:
-    `(1 - g) softmax over L(i) + g · far numerator over its RMS, times the gain`.
+    """A gated sum of two outputs, with gate g:
+    `(1 - g) softmax of the local part + g · gain · linear part / RMS(linear part)`.
 
-    The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if the query has no
-    far token. This combine suits linear parts whose weights may be negative, or which are normalised already.
+    The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if all tokens are
+    local. This combine suits linear parts whose weights may be negative, or which are normalised already.
     """
 
     start, closed = 1.0, -3.0  # the gain, and the gate's b

@@ -40,16 +40,19 @@ class Sum(nn.Module):
         """Do nothing: there are no parameters."""
 
     def log_decay(self, v: Tensor) -> Tensor | None:
-        """Return log a of N tokens, `[..., heads, N]`, from their values `[..., heads, N, Dv]`, or None
-        without decay.
+        """Return the logarithm of the decay of N tokens, `[..., heads, N]`, or None without decay.
 
-        `heads` are the heads of S.
+        Args:
+            v: the tokens' values, `[..., heads, N, Dv]`. `heads` are the heads of S.
         """
         return None
 
     def strength(self, v: Tensor) -> Tensor | None:
-        """Return β of the delta rule for N tokens, `[..., heads, N]`, from their values. Other memories
+        """Return how strongly N tokens are written (β of the delta rule), `[..., heads, N]`. Other memories
         return None.
+
+        Args:
+            v: the tokens' values, `[..., heads, N, Dv]`.
         """
         return None
 

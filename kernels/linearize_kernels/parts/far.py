@@ -26,7 +26,7 @@ CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up
 
 
 class FeatureMemory(nn.Module):
-    """Linear attention to the far tokens F(i), with a feature map φ.
+    """Linear attention to the far tokens F(i) (outside the window) of each query i, with a feature map φ.
 
     The numerator is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`. Its normaliser, which the code calls mass,
     is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j)`. D_ij is the memory's decay.
@@ -224,13 +224,13 @@ class FeatureMemory(nn.Module):
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute S and z before each of n chunks of tokens, and after the last chunk.
+        """Compute the running sums S and z before each of n chunks of tokens, and after the last chunk.
 
         Args:
             S: `[B, far, F, Dv]`, before the first chunk.
             z: `[B, far, F]`.
             k, v: `[B, kv, n, C, D]` and `[B, kv, n, C, Dv]`.
-            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not folded.
+            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not added.
 
         Returns:
             S `[n + 1, B, far, F, Dv]` and z `[n + 1, B, far, F]`.

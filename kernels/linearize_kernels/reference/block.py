@@ -22,9 +22,9 @@ def block(
 ) -> Tensor:
     """Compute the outputs of T new tokens: a text, a token tree or a single token. The state is only read.
 
-    Local tokens are read by their scores. Far tokens that are in the state are read through S and z. Far
-    tokens that are not, because they are recent or new, are read one by one, with weights φ(q)·φ(k) under a
-    mask.
+    Local tokens (sinks, and those in the window or group) are read by their scores. Far tokens (all others)
+    are read through S and z if they are in the state. Otherwise they are read one by one, with weights
+    φ(q)·φ(k) under a mask.
 
     Args:
         state: the state before the new tokens.

@@ -100,7 +100,7 @@ def holds_key(slot, skip, end, AHEAD: tl.constexpr):
 def local_scores(
     q, k, row, slot, skip, rows, scale, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """Compute the scores of local keys, -inf for all other keys."""
+    """Compute the scores of a tile of queries and keys. They are -inf for keys outside the window."""
     local = is_local(R + row[:, None] - slot[None, :], SIZE, AHEAD)
     return scores(q, k, local & holds_key(slot, skip, R + rows, AHEAD)[None, :], scale)
 
