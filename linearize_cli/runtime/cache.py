@@ -90,7 +90,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.forget()
 
     def forget(self) -> None:
-        """Delete the recorded tokens. A later crop cannot remove tokens from before this call."""
+        """Delete what was recorded for a crop. Tokens from before this call cannot be removed afterwards."""
         self.snapshot: State | None = None
         self.trail: tuple[Tensor, ...] | None = None  # k, v and which tokens are no pads
 

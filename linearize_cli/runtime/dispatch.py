@@ -85,10 +85,10 @@ def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
 def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Find packed documents in a model's inputs, and pass them to the layers as an attention mask.
 
-    It is a forward pre-hook of the model, because not all models pass `position_ids` on to their layers. A
-    document begins where the positions start again. Models with kept softmax layers make such a mask
-    themselves. Compiled code cannot read the values of masks and would treat a row as one document. If a row
-    may hold several there, `linearize_eagerly` makes the layers run outside compiled code.
+    A document begins where `position_ids` start again. Not all models pass these on to their layers, so this
+    is a forward pre-hook of the model. Models with kept softmax layers make such a mask themselves. Under
+    torch.compile the values of masks cannot be read. If a row may hold several documents there,
+    `linearize_eagerly` makes the layers run outside compiled code.
     """
     mask, positions, cache = (
         kwargs.get("attention_mask"),

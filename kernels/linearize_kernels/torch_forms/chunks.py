@@ -71,14 +71,17 @@ def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 
 def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
-    """Copy, for each of n chunks of queries, the keys (or values) that it reads:
-    `[N, s, X] -> [N, n, R + C + A, X]`.
+    """Copy, for each of n chunks of C queries, the keys (or values) that it reads: R before it, its own C,
+    and A after it.
 
     The gradient of this is faster than that of `unfold`, because only slices of whole chunks are used.
 
     Args:
-        x: `[N, s, X]`, the keys, values or features of all s tokens.
+        x: `[N, R + n C + A, X]`, the keys, values or features of all tokens.
         stop: the number of keys to copy for each chunk, from the first on. None means all R + C + A.
+
+    Returns:
+        `[N, n, R + C + A, X]`.
     """
     C, chunks = tiling.chunk, (x.shape[1] - tiling.recent - tiling.ahead) // tiling.chunk
     before = -tiling.recent % C
@@ -90,10 +93,9 @@ def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
 
 
 def delays(tiling: Tiling, device: torch.device) -> Tensor:
-    """Compute the distance p_i - p_j from each query i of a chunk to each key j that the chunk reads,
-    `[C, R + C + A]`.
+    """Compute how many tokens before each query i of a chunk each key j is, p_i - p_j: `[C, R + C + A]`.
 
-    It is negative for a key after the query.
+    A chunk has C queries and reads R + C + A keys. The number is negative for a key after the query.
     """
     row = torch.arange(tiling.chunk, device=device)[:, None]
     return tiling.recent + row - torch.arange(tiling.columns, device=device)
@@ -139,6 +141,8 @@ def sums_outside(first: Tensor, sums: Tensor, tiling: Tiling, chunks: int) -> tu
 
 def band(conv: Tensor, tiling: Tiling) -> Tensor:
     """Return the conv's weight of each key for each query of a chunk, `[N, 1, g C, R + C + A]`.
+
+    A chunk has C queries in g heads, and reads R + C + A keys.
 
     Args:
         conv: `[N, g, W]`, the weight of each distance.

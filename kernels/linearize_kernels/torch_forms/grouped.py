@@ -14,7 +14,8 @@ from linearize_kernels.torch_forms.chunks import Tiling, band, by_chunk, by_head
 
 
 class Groups(NamedTuple):
-    """The inputs of the group form: n whole groups of C tokens.
+    """The inputs of squared ReLU in groups with linear attention to earlier groups: n whole groups of C
+    tokens.
 
     N is batch x heads of S, and g is the number of query heads that read one head of S. Slots without a token
     are zero.

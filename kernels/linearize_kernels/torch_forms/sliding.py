@@ -53,20 +53,22 @@ class Shape(Tiling):
 
 
 class Tokens(NamedTuple):
-    """The inputs of the sliding form: a timeline of `s = R + n C + A` slots for keys, and n C query rows.
+    """The inputs of softmax in a sliding window with linear attention to older tokens: `s = R + n C + A`
+    keys, n C queries.
 
-    N is batch x heads of S, and g is the number of query heads that read one head of S.
+    N is batch x heads of S, and g is the number of query heads that read one head of S. Row t is a query, and
+    its token's key is in slot R + t.
 
     Attributes:
         q: `[N, g, n C, D]`.
         k, v: `[N, s, D]` and `[N, s, Dv]`. The slots in `Shape.skip` and the last A are not read.
         phi_q, phi_k: `[N, g, n C, F]` and `[N, s, F]`, the features of queries and keys, or None without a
             linear part. phi_k is zero in empty slots and for sinks.
-        mix: `[N, g, n C]`, the logit of the linear part, -inf in rows without far tokens. None without a
-            linear part.
-        conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or τ - W //
-            2 before it if rows see ahead.
-        S, z: `[N, F, Dv]` and `[N, F]`, the state before the timeline. Triton takes None for packed
+        mix: `[N, g, n C]`, the logit of the linear part, -inf in rows for which it has no tokens. None
+            without a linear part.
+        conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or
+            `τ - W // 2` before it if rows see ahead.
+        S, z: `[N, F, Dv]` and `[N, F]`, the state before the first slot. Triton takes None for packed
             sequences.
         sink_k, sink_v: `[N, sinks, D]` and `[N, sinks, Dv]`. Triton takes None for packed sequences.
     """
@@ -108,12 +110,13 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FarPart(NamedTuple):
-    """What all queries have read of their far tokens (outside the window), and the state after them.
+    """What all queries have read through the linear part, and the state after them. A chunk has C queries in
+    g heads.
 
     Attributes:
         out: the numerator, `[N, n, g C, Dv]`.
         mass: its normaliser, `[N, n, g C]`.
-        S, z: the state after the first n C slots, `[N, F, Dv]` and `[N, F]`.
+        S, z: the state after the n chunks, `[N, F, Dv]` and `[N, F]`.
     """
 
     out: Tensor
@@ -123,12 +126,12 @@ class FarPart(NamedTuple):
 
 
 def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> FarPart:
-    """Read the far tokens (outside the window): by their keys if a chunk has these at hand, or else through S
-    and z.
+    """Read the linear part: tokens outside the window by their keys if the chunk reads these anyway, all
+    older ones by S and z.
 
     Args:
         phi_q, phi_k: the features in `tokens`, which are not None here.
-        values: `[N, n, R + C + A, Dv]`, the values that each chunk has at hand.
+        values: `[N, n, R + C + A, Dv]`, the values that each chunk reads.
     """
     phi_q = by_chunk(phi_q, shape.chunk)
     chunks, groups = phi_q.shape[1], tokens.q.shape[1]
@@ -154,9 +157,9 @@ def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values:
 def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
     """Compute the softmax weights of every query, `[N, n, g C, 2 + sinks + R + C + A]`.
 
-    The last dimension has: column 0 (NOTHING) for rows that see no token, column 1 (FAR) for the whole linear
-    part, the sinks, and the keys that the chunk reads directly. Keys outside the window have weight 0,
-    because FAR holds their weight. If `far` is None, FAR has weight 0 as well.
+    The last dimension has: a column NOTHING for queries that see no token, a column FAR for the whole linear
+    part, the sinks, and the R + C + A keys that the chunk reads directly. Keys outside the window have weight
+    0, because FAR holds their weight. If `far` is None, FAR has weight 0 as well.
     """
     q = by_chunk(shape.scale * tokens.q, shape.chunk)
     keys = with_front(tokens.sink_k, columns(tokens.k, shape))
@@ -190,15 +193,16 @@ def with_front(sinks: Tensor, columns: Tensor) -> Tensor:
 
 
 def visible(shape: Shape, chunks: int, sinks: int, device: torch.device) -> Tensor:
-    """Compute which keys are local (a sink or in the window) for each query, `[n, C, 2 + sinks + R + C + A]`
-    bool.
-
-    The first dimension is 1 if all chunks are alike. The first two columns are no keys (see `with_front`) and
-    False.
+    """Compute which keys are local (a sink or in the window) for each of the C queries of n chunks.
 
     Args:
         chunks: n.
         sinks: the number of sinks.
+
+    Returns:
+        `[n or 1, C, 2 + sinks + R + C + A]` bool. It is 1 if all chunks are alike. The last dimension begins
+        with two columns that are no keys (see `with_front`) and False. Then come the sinks, and the R + C + A
+        keys that each chunk reads.
     """
     delay = delays(shape, device)
     near = delay.abs() < shape.size if shape.ahead else (delay >= 0) & (delay < shape.size)

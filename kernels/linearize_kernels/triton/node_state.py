@@ -73,8 +73,8 @@ def fold_path(
     FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens that T new ones have pushed out of the recent tokens to a slice of one head's running
-    sum S.
+    """Add the tokens that T new ones have dropped from the recent tokens to a slice of one head's running sum
+    S.
 
     One program of each row of the batch also writes the row's count.
 
@@ -102,9 +102,9 @@ def shift(
     recent, new, sink, tokens, arrived, column, T,
     R: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Append new tokens to the recent tokens of one KV head, in place, and store those that are sinks.
+    """Append new tokens to the recent tokens of one KV head, in place: the oldest ones drop out.
 
-    All threads read a slot before any of them writes it.
+    New tokens that are sinks are also stored as such. All threads read a slot before any of them writes it.
 
     Args:
         recent: `[R, WIDTH]`, the keys or values of the recent tokens.
@@ -176,7 +176,7 @@ def take_in(
     BF: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Append T new tokens to the recent tokens of one KV head, and add the tokens that they push out to z.
+    """Append T new tokens to the recent tokens of one KV head. The oldest ones drop out, and are added to z.
 
     The second axis of the grid splits the work: 0 handles keys and z, 1 handles values. With Hedgehog's
     weights and one token, each further index computes the features of one query head.
@@ -184,7 +184,7 @@ def take_in(
     Args:
         phi_left: `[B, far, T, F]`, features of the T oldest recent tokens. With Hedgehog's weights they are
             written here.
-        left_v: `[B, kv, T, Dv]`, is written: the values of these tokens before the shift.
+        left_v: `[B, kv, T, Dv]`, is written: the values of these tokens.
         query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of the key
         weight ω, or None.
     """
@@ -253,16 +253,18 @@ def join(
     left_v: Tensor,
     queries: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store T new tokens in the state, in place, except for S and the count, which `fold` or `attend_nodes`
-    writes later.
+    """Write T new tokens into a state, in place, as its most recent ones. The oldest recent tokens drop out.
+
+    The dropped tokens, one for each new token that is not a pad, are added to z. S and the count are written
+    later, by `fold` or `attend_nodes`.
 
     Args:
-        k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, or None.
         phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a linear part.
         left_v: `[B, kv, T, Dv]`, receives the values of these tokens.
         queries: q and phi_q of one token. With them, the kernel also computes Hedgehog's features of q and of
-            the oldest recent key.
+            the dropped key.
     """
     eq, sizes, new = attention.equation, geometry(attention, state), k.shape[-2]
     q = phi_q = query_weight = map_weight = key_weight = None
@@ -285,7 +287,7 @@ def join(
 def fold(
     attention: LinearAttention, state: State, valid: Tensor | None, phi_left: Tensor | None, left_v: Tensor
 ) -> None:
-    """Complete what `join` began: add the tokens that left the recent ones to S, and write the count.
+    """Add the tokens that `join` has dropped from the recent ones to the running sum S, and write the count.
 
     Args:
         valid: `[B, T]` bool, False for pads among the T new tokens, or None if there are none.

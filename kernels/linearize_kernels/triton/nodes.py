@@ -73,7 +73,7 @@ def tree(
         `[B, heads, T, Dv]` in fp32.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
@@ -103,7 +103,7 @@ def commit_(
         valid: `[B, T]` bool, False for pads, which must precede a row's tokens, or None.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, k)
     from linearize_kernels.triton.node_state import fold, join
@@ -120,8 +120,8 @@ def commit_(
 def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Append one token of every row to a state, in place, and compute the token's output.
 
-    The token that leaves the recent ones is added to S before S is read, so S is read and written once.
-    Hedgehog's features are computed in the kernels, other feature maps in torch.
+    The token that leaves the window is added to S before S is read, so S is read and written once. Hedgehog's
+    features are computed in the kernels, other feature maps in torch.
 
     Args:
         q, k, v: `[B, heads, 1, D]`, `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
@@ -130,7 +130,7 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
         `[B, heads, 1, Dv]` in q's dtype.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
@@ -156,7 +156,7 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
 
 
 def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
-    """Raise ValueError if `why_not` returns a reason."""
+    """Raise ValueError if Triton cannot compute these new tokens (see `why_not`)."""
     reason = why_not(attention, state, q)
     if reason is not None:
         raise ValueError(f"Triton's kernels for nodes cannot run: {reason}. Use block and commit.")
@@ -179,10 +179,10 @@ def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
 
 
 def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
-    """Compute the features of the P oldest recent tokens, `[B, far, P, F]`: those that can be outside a new
-    token's window.
+    """Compute the features of those recent tokens that can be outside a new token's window: the P oldest,
+    `[B, far, P, F]`.
 
-    The result is None if no recent token can be, or if the layer has no linear part.
+    The result is None if there are none, or if the layer has no linear part.
 
     Args:
         nodes: the number of new tokens, or 0 if the new token is already the last recent one.
