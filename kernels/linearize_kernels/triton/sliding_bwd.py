@@ -133,7 +133,7 @@ def query_gradients(
     """Compute d_q of BM rows of one query head.
 
     Args:
-        mean: `[N, g, n C]`, from `query_means`.
+        mean: `[N, g, n C]`, the per-row mean that `query_means` computes.
         d_sinks: `[N, g, n C, sinks]`, the gradients of the sinks' scores, times the scale.
         d_q: `[N, g, n C, D]`, is written.
     """
@@ -176,7 +176,7 @@ def query_feature_gradients(
     Args:
         S, z: `[N, n, F, Dv]` and `[N, n, F]`, for each chunk the sums over the tokens that it reads through
             the state.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_phi: `[N, g, n C, F]`, is written.
         d_mix: `[N, g, n C]`, is written. It is `φ(q) · d_phi`.
     """
@@ -228,7 +228,7 @@ def slot_gradients(
 
     Args:
         d_S: `[N, chunks, F, Dv]`, for each chunk of slots the gradient of S that its tokens get.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_k, d_v: the gradients of k and v, are written.
     """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
@@ -292,7 +292,7 @@ def slot_feature_gradients(
     Args:
         d_S, d_z: `[N, chunks, F, Dv]` and `[N, chunks, F]`, for each chunk of slots the gradients of S and z
             that its tokens get.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_phi: the gradient of phi_k, is written.
     """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
