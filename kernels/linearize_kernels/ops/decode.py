@@ -264,10 +264,10 @@ def attend(
 
 
 def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
-    """Return the conv's weights of the R recent tokens, oldest first, followed by a copy of them:
-    `[kv, group, 2 R]`.
+    """Return the conv's weights of the R recent tokens, oldest first and twice in a row: `[kv, group, 2 R]`.
 
-    A slice of R entries then gives the weights of the ring's slots, wherever the oldest token is.
+    The recent tokens are in a ring buffer. R entries from the right offset on are the weights of its slots,
+    wherever the oldest token is.
 
     Args:
         conv: `[heads, W]`.

@@ -186,7 +186,7 @@ def take_in(
             written here.
         left_v: `[B, kv, T, Dv]`, is written: the values of these tokens.
         query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of the key
-        weight ω, or None.
+            weight ω, or None.
     """
     kv_head, task = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = kv_head // KV
