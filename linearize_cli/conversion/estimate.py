@@ -12,6 +12,8 @@ from linearize_cli.training.job import Job
 
 TRAINED = 16  # bytes of a trained parameter: itself, its gradient and two averages of AdamW, 4 each
 KEPT = 12  # bytes of a trained parameter in a training checkpoint, which holds no gradient
+COPIES = 6  # tensors of all logits: student and teacher, their log-probabilities, and two gradients
+ALLOCATOR = 0.4  # share of a CPU's freed blocks that the C library keeps, of all memory but the weights (measured)
 SEGMENT = 1024  # tokens whose features and scores exist at a time, where the backward computes them again
 
 
@@ -25,6 +27,8 @@ class Estimate:
         length: tokens of a block.
         itemsize: bytes of one number in the model's dtype.
         processes: number of training processes, which share the weights and the batch.
+        rows: blocks that are in memory of a process at a time.
+        device: the torch device to train on.
         flops: FLOP/s of one process.
         source: where `flops` comes from, for the report.
         lines: the lines so far, each with `section`, `what`, `arithmetic`, `value` and `unit`.
@@ -36,20 +40,24 @@ class Estimate:
     length: int
     itemsize: int
     processes: int
-    flops: float
-    source: str
+    rows: int
+    device: str
+    flops: float = 1.0
+    source: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
     section: str = ""
 
     def __post_init__(self):
         recover, per_step = self.job.recipe.recover, self.length * self.job.batch_size
-        rows = -(-self.job.batch_size // self.processes)
-        self.tokens, self.batch = rows * self.length, f"{rows} x {self.length} tokens"
+        self.tokens, self.batch = self.rows * self.length, f"{self.rows} x {self.length} tokens"
         self.shared = f" / {self.processes} processes" if self.processes > 1 else ""
         steps = recover.tokens // per_step if self.job.train else 0
         transfer = round(steps * recover.transfer.share) if self.costs.linear else 0
         self.budget = {"transfer": transfer * per_step, "distill": (steps - transfer) * per_step}
         self.size, layers = recover.transfer.block_layers or 1, len(self.costs.layers)
+        kept = self.costs.kept
+        self.kept_transfer = [layer.transfer(self.tokens) for layer in kept]
+        self.kept_distill = [layer.distill(self.tokens) for layer in kept]
         self.blocks = [range(i, min(i + self.size, layers)) for i in range(0, layers, self.size)]
         self.lora = recover.distill.lora
         self.kind = "LoRA" if self.lora else "the model's own"
@@ -77,9 +85,18 @@ class Estimate:
         self.lines.append(line)
         return value
 
-    def total(self) -> float:
-        """Add a line with the sum of the section's lines and return that sum."""
+    def total(self, fixed: int) -> float:
+        """Add a line with the sum of the section's lines and return that sum.
+
+        On a CPU, a line before it adds the memory that the allocator keeps for freed blocks.
+
+        Args:
+            fixed: the number of first lines of the section that count weights, which are allocated once.
+        """
         values = [line["value"] for line in self.lines if line["section"] == self.section]
+        if self.device == "cpu":
+            arithmetic = f"{ALLOCATOR:g} x everything but the weights"
+            values.append(self.add("freed blocks of the allocator", arithmetic, ALLOCATOR * sum(values[fixed:])))
         return self.add("in all", "the sum", sum(values))
 
     def model(self) -> None:
@@ -100,8 +117,8 @@ class Estimate:
         self.weights()
         self.trained("linear parameters", self.costs.linear, self.processes)
         self.working()
-        self.kept(self.costs.transfer, ", all layers")
-        self.total()
+        self.kept(self.kept_transfer, ", all layers")
+        self.total(2 if self.shared else 1)
 
     def transfer_by_blocks(self) -> None:
         c = self.costs
@@ -109,11 +126,11 @@ class Estimate:
         self.add("weights outside the layers", "embeddings, norms, head", c.bytes - sum(c.layers))
         largest = max(sum(c.layers[i] for i in block) for block in self.blocks)
         self.add("weights of a block", f"{self.size} of {len(c.layers)} layers, the largest block", largest)
-        learning = sum(x > 0 for x in c.transfer)
+        learning = sum(layer.trained for layer in c.kept)
         self.trained("its linear parameters", -(-c.linear * self.size // max(1, learning)))
         self.working()
-        self.kept(max(([c.transfer[i] for i in block] for block in self.blocks), key=sum))
-        self.total()
+        self.kept(max(([self.kept_transfer[i] for i in block] for block in self.blocks), key=sum))
+        self.total(2)
 
     def distillation(self) -> None:
         self.section = "on the device, distillation" + (", each process" if self.shared else "")
@@ -125,18 +142,19 @@ class Estimate:
         logits = min(self.tokens * c.vocabulary, LOGITS)
         self.add(
             "head and loss",
-            f"(2 x {logits:,} logits + {self.batch} x {c.width}) x {FP32} B",
-            (2 * logits + self.tokens * c.width) * FP32,
+            f"({COPIES} x {logits:,} logits + {self.batch} x {c.width}) x {FP32} B",
+            (COPIES * logits + self.tokens * c.width) * FP32,
         )
         self.working()
-        kept = self.kept(c.distill, ", all layers")
-        total = self.total()
+        kept = self.kept(self.kept_distill, ", all layers")
+        total = self.total(1 + bool(self.shared) + bool(c.copied))
         if self.blocks:
-            inputs, most = f"{len(c.distill)} layers x {c.width} x {self.itemsize} B", max(c.distill)
-            less = self.tokens * (len(c.distill) * c.width * self.itemsize + most)
-            arithmetic = f"{self.batch} x ({inputs} + one layer's {most:,.0f} B)"
+            most, layers = max(self.kept_distill), len(self.kept_distill)
+            less = self.tokens * (layers * c.width * self.itemsize + most)
+            arithmetic = f"{self.batch} x ({layers} layers x {c.width} x {self.itemsize} B + one layer's {most:,.0f} B)"
             self.add("kept, gradient checkpointing", arithmetic, less)
-            self.add("in all, gradient checkpointing", "with that in its place", total - kept + less)
+            saved = (kept - less) * (1 + ALLOCATOR if self.device == "cpu" else 1)
+            self.add("in all, gradient checkpointing", "with that in its place", total - saved)
 
     def weights(self) -> None:
         c = self.costs
@@ -152,8 +170,8 @@ class Estimate:
     def working(self) -> None:
         c, tokens = self.costs, min(self.tokens, SEGMENT)
         self.add("one layer's forward", f"{self.batch} x {c.forward:,.0f} B", self.tokens * c.forward)
-        if c.inner:
-            self.add("within linear attention", f"{tokens} tokens x {c.inner:,} B", tokens * c.inner)
+        if inner := c.recomputed(self.tokens):
+            self.add("within linear attention", f"{tokens} tokens x {inner:,} B", tokens * inner)
 
     def kept(self, per_layer: list[float], layers: str = "") -> float:
         arithmetic = f"{self.batch} x {sum(per_layer):,.0f} B{layers}"
