@@ -126,6 +126,7 @@ def plan(report: dict[str, Any]) -> RenderableType:
         "",
         *chosen,
         f"{budget} in blocks of {report['seq_len']}, {report['batch_size']} blocks per step; nothing was written",
+        report["plan_line"],
         "",
         estimated(report["estimate"]),
     )

@@ -7,6 +7,7 @@ import click
 
 from linearize_cli.commands.options import (
     FLOPS,
+    MEMORY,
     METHOD,
     TOKENS,
     command_options,
@@ -35,6 +36,7 @@ from linearize_cli.terminal import Terminal
 )
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on. May be repeated.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on. Default: 1% of the documents.")
+@click.option("--eval-tokens", type=TOKENS, help="At most this many tokens to measure on. Default: 100k.")
 @skip_option
 @click.option("--tokens", type=TOKENS, help="Training tokens, such as 650k. Default: the recipe's.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens per block. Default: at most 1024.")
@@ -66,6 +68,13 @@ from linearize_cli.terminal import Terminal
 )
 @click.option(
     "--flops", type=FLOPS, help="FLOP/s of a process (with --dry-run), such as 200T. Default: measured."
+)
+@click.option(
+    "--memory",
+    type=MEMORY,
+    default="auto",
+    show_default=True,
+    help="Memory to plan for, such as 24G. auto: what is free.",
 )
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
 @trust_option

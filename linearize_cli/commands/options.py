@@ -83,6 +83,26 @@ class Flops(click.ParamType):
         return number
 
 
+class Memory(click.ParamType):
+    """A number of bytes, such as 24G. `auto` is None."""
+
+    name = "auto|SIZE"
+    scales = {"M": 1e6, "G": 1e9, "T": 1e12}
+
+    def convert(self, value, param, ctx):
+        if value in (None, "auto"):
+            return None
+        scale = self.scales.get(value.upper().removesuffix("B")[-1:], 0.0)
+        try:
+            number = float(value.upper().removesuffix("B")[:-1]) * scale
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value!r} is not a size such as 24G or 800M, or auto", param, ctx)
+        return round(number)
+
+
+MEMORY = Memory()
 TOKENS, FLOPS, METHOD = TokenCount(), Flops(), Method()
 
 
@@ -169,9 +189,7 @@ device_option = click.option(
 )
 model_options = options(
     device_option,
-    click.option(
-        "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."
-    ),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     ),

@@ -1,32 +1,24 @@
 """`convert`: turn a softmax checkpoint into a linear-attention artifact."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
 from linearize_cli.artifact.load import refuse_linearized
-from linearize_cli.conversion.costs import costs
-from linearize_cli.conversion.estimate import Estimate, measured_flops
+from linearize_cli.conversion.estimate import ASSUMED, measured_flops
 from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.conversion.output import Output, output_folder
-from linearize_cli.conversion.phantom import Phantom
-from linearize_cli.conversion.pipeline import Place, chosen_layers, make_artifact
-from linearize_cli.conversion.preflight import (
-    check_budget,
-    check_checkpointing,
-    check_length,
-    check_task,
-    with_batch_size,
-)
+from linearize_cli.conversion.pipeline import Place, make_artifact
+from linearize_cli.conversion.plan import HEADROOM, planned
 from linearize_cli.data.readers import BadRows
+from linearize_cli.errors import UserError
 from linearize_cli.methods.registry import load_recipe
-from linearize_cli.models.device import chosen_device
-from linearize_cli.models.load import load_shape
-from linearize_cli.models.tasks import task_class
+from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, free_memory
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
-from linearize_cli.training.job import Job
+from linearize_cli.training.job import EVAL_TOKENS, Job
 from linearize_cli.training.text import open_sources
 
 
@@ -45,6 +37,7 @@ def convert(
     keep_softmax: str | None = None,
     data: tuple[str, ...] = (),
     eval_data: str | None = None,
+    eval_tokens: int | None = None,
     skip_bad_rows: int = 0,
     tokens: int | None = None,
     seq_len: int | None = None,
@@ -60,13 +53,15 @@ def convert(
     trust_remote_code: bool = False,
     device: str = "auto",
     dtype: str | None = None,
+    memory: int | None = None,
     seed: int = 0,
     tracker: tuple[str | GeneralTracker, ...] = (),
     terminal: Terminal | None = None,
 ) -> dict[str, Any] | None:
     """Turn a softmax checkpoint into a linear-attention artifact.
 
-    The arguments are those of `linearize convert`. A tracker may also be one of accelerate's trackers.
+    The arguments are those of `linearize convert`. A tracker may also be one of accelerate's trackers. `memory`
+    is a number of bytes, or None for what the device has free.
 
     Returns:
         the report: the contents of `linearize.json`, and `output`, the artifact's folder. With `dry_run`, the
@@ -91,69 +86,87 @@ def convert(
         keep_adapter,
         dtype,
         seed,
+        tuple(overrides),
+        eval_tokens or EVAL_TOKENS,
         medusa_heads,
         skip_bad_rows=skip_bad_rows,
     )
+    device = chosen_device() if device == AUTO else device
     if dry_run:
-        return plan_report(job, device, trust_remote_code, processes, flops)
+        return plan_report(job, device, memory, trust_remote_code, processes, flops)
     folder = output_folder(default_output(model, method) if output is None else output)
-    engine = Engine(device, tracker, folder.parent / "runs")
+    engine = Engine(chosen_device(device), tracker, folder.parent / "runs")
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     output = Output(folder)
     with engine.together():
         report = engine.on_main(output.open, job, resume, force)
         if report is None:
             with engine.only_main(output.working), engine.watched():
-                report = make_artifact(job, Place(folder, output.path, engine, terminal), trust_remote_code)
+                place = Place(folder, output.path, engine, terminal, memory)
+                report = make_artifact(job, place, trust_remote_code)
                 if engine.main:
                     output.put_in_place(job, report)
     return {**report, "output": str(folder)} if engine.main else None
 
 
 def plan_report(
-    job: Job, device: str, trust_remote_code: bool, processes: int, flops: float | None
+    job: Job,
+    device: str,
+    memory: int | None,
+    trust_remote_code: bool,
+    processes: int,
+    flops: float | None,
 ) -> dict[str, Any]:
     """Return the plan of a conversion and its estimated costs, from the model's config alone.
 
     Args:
         job: the run configuration.
-        device: the device to plan for.
+        device: the device to plan for. It need not exist on this machine.
+        memory: the bytes that the conversion may use. None: what the device has free, or no limit if it is
+            not here.
         processes: the number of training processes.
         flops: FLOP/s of one process. None measures it on `device`.
     """
     refuse_linearized(job.model)
-    device = chosen_device(device)
     if job.data:
         open_sources(job, BadRows(job.skip_bad_rows))
-    model = load_shape(job.model, job.dtype, trust_remote_code)
-    with Phantom():
-        linear, softmax = chosen_layers(job, model)
-    check_task(job, type(model).__name__, task_class(model), linear)
-    check_checkpointing(job, model)
-    length = check_length(job.seq_len, job.recipe, model)
-    job = with_batch_size(job, length)
-    check_budget(job, length, processes)
+    here = exists(device)
+    if memory is None and here:
+        memory = round(HEADROOM * free_memory(device))
+    known = planned(job, device, processes, memory, trust_remote_code, {})
+    job, plan, estimate = known.job, known.plan, known.estimate
     count = measured_count(job.keep_softmax)
-    report = {
+    if flops is None:
+        flops, where = ASSUMED, f"assumed for {device}, which is not here. --flops states it"
+        if here:
+            flops = measured_flops(device, checked_dtype(plan.dtype))
+            where = f"a matrix product in {plan.dtype}, measured on {device}"
+    else:
+        where = "as given"
+    return {
         "base_model": job.model,
         "method": job.recipe.name,
         "recipe": job.recipe.to_dict(),
         "layers": {
-            "linear": [layer.name for layer in linear],
-            "softmax": {layer.name: layer.refusal or "kept on request" for layer in softmax},
+            "linear": [layer.name for layer in known.linear],
+            "softmax": {layer.name: layer.refusal or "kept on request" for layer in known.softmax},
         },
         "keep_softmax": f"{count} of the linear layers, chosen by KL" if count else None,
         "tokens": job.recipe.recover.tokens if job.train else None,
-        "seq_len": length,
+        "seq_len": known.length,
         "batch_size": job.batch_size,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": estimate.costs.parameters,
         "processes": processes,
+        "plan": plan.to_dict(),
+        "plan_line": plan.line(job, known.length),
+        "estimate": replace(estimate, flops=flops, source=where).all(),
     }
-    dtype, where = model.dtype, "as given"
-    if flops is None:
-        name = str(dtype).removeprefix("torch.")
-        flops, where = measured_flops(device, dtype), f"a matrix product in {name}, measured on {device}"
-    rows = -(-job.batch_size // processes)
-    counted = costs(model, linear, softmax, job.recipe, length, rows, device)
-    lines = Estimate(counted, job, length, dtype.itemsize, processes, flops, where).all()
-    return {**report, "estimate": lines}
+
+
+def exists(device: str) -> bool:
+    """Return True if torch can use a device on this machine."""
+    try:
+        chosen_device(device)
+    except UserError:
+        return False
+    return True

@@ -12,8 +12,13 @@ from linearize_cli.training.job import Job
 
 TRAINED = 16  # bytes of a trained parameter: itself, its gradient and two averages of AdamW, 4 each
 KEPT = 12  # bytes of a trained parameter in a training checkpoint, which holds no gradient
+ASSUMED = 100e12  # FLOP/s of a GPU that is not here
+MEASURED = 3  # tensors of all logits that measuring a perplexity keeps
 COPIES = 6  # tensors of all logits: student and teacher, their log-probabilities, and two gradients
-ALLOCATOR = 0.4  # share of a CPU's freed blocks that the C library keeps, of all memory but the weights (measured)
+ALLOCATOR = (
+    0.4  # share of a CPU's freed blocks that the C library keeps, of all memory but the weights (measured)
+)
+MEASUREMENTS = ("teacher", "swapped", "transferred", "recovered", "local only", "linear only")
 SEGMENT = 1024  # tokens whose features and scores exist at a time, where the backward computes them again
 
 
@@ -44,8 +49,8 @@ class Estimate:
     device: str
     flops: float = 1.0
     source: str = ""
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    section: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list, init=False)
+    section: str = field(default="", init=False)
 
     def __post_init__(self):
         recover, per_step = self.job.recipe.recover, self.length * self.job.batch_size
@@ -69,9 +74,21 @@ class Estimate:
         if self.blocks:
             self.transfer_by_blocks()
         self.distillation()
+        self.measuring()
         self.disk()
         self.time()
         return self.lines
+
+    def peaks(self) -> list[float]:
+        """Return the bytes of each stage that the conversion has, as the recipe sets it."""
+        recover = self.job.recipe.recover
+        peaks = [self.measuring()]
+        if self.budget["transfer"]:
+            peaks.append(self.transfer_by_blocks() if recover.transfer.block_layers else self.transfer())
+        if self.budget["distill"]:
+            whole, less = self.distillation()
+            peaks.append(less if recover.distill.checkpointing else whole)
+        return peaks
 
     def add(self, what: str, arithmetic: str, value: float, unit: str = "B") -> float:
         """Add a line to the current section and return its value.
@@ -85,18 +102,21 @@ class Estimate:
         self.lines.append(line)
         return value
 
-    def total(self, fixed: int) -> float:
+    def total(self, fixed: int | None = None) -> float:
         """Add a line with the sum of the section's lines and return that sum.
 
         On a CPU, a line before it adds the memory that the allocator keeps for freed blocks.
 
         Args:
-            fixed: the number of first lines of the section that count weights, which are allocated once.
+            fixed: the number of first lines of the section that count weights, which are allocated once. None:
+                nothing of the section is in memory.
         """
         values = [line["value"] for line in self.lines if line["section"] == self.section]
-        if self.device == "cpu":
+        if self.device == "cpu" and fixed is not None:
             arithmetic = f"{ALLOCATOR:g} x everything but the weights"
-            values.append(self.add("freed blocks of the allocator", arithmetic, ALLOCATOR * sum(values[fixed:])))
+            values.append(
+                self.add("freed blocks of the allocator", arithmetic, ALLOCATOR * sum(values[fixed:]))
+            )
         return self.add("in all", "the sum", sum(values))
 
     def model(self) -> None:
@@ -110,7 +130,7 @@ class Estimate:
             f"{self.kind} parameters", f"trained by distillation: {targets}, fp32", c.others, "parameters"
         )
 
-    def transfer(self) -> None:
+    def transfer(self) -> float:
         self.section = "on the device, transfer of all layers at once" + (
             ", each process" if self.shared else ""
         )
@@ -118,21 +138,29 @@ class Estimate:
         self.trained("linear parameters", self.costs.linear, self.processes)
         self.working()
         self.kept(self.kept_transfer, ", all layers")
-        self.total(2 if self.shared else 1)
+        return self.total(2 if self.shared else 1)
 
-    def transfer_by_blocks(self) -> None:
+    def transfer_by_blocks(self) -> float:
         c = self.costs
         self.section = f"on the device, transfer by blocks (recover.transfer.block_layers {self.size})"
-        self.add("weights outside the layers", "embeddings, norms, head", c.bytes - sum(c.layers))
+        outside, what = c.bytes - sum(c.layers), "weights outside the layers"
+        if self.device == "cpu":  # the blocks are copies there
+            outside, what = c.bytes, "weights"
+        self.add(what, "of the checkpoint" if self.device == "cpu" else "embeddings, norms, head", outside)
         largest = max(sum(c.layers[i] for i in block) for block in self.blocks)
         self.add("weights of a block", f"{self.size} of {len(c.layers)} layers, the largest block", largest)
         learning = sum(layer.trained for layer in c.kept)
         self.trained("its linear parameters", -(-c.linear * self.size // max(1, learning)))
         self.working()
         self.kept(max(([self.kept_transfer[i] for i in block] for block in self.blocks), key=sum))
-        self.total(2)
+        return self.total(2)
 
-    def distillation(self) -> None:
+    def distillation(self) -> tuple[float, float]:
+        """Add the lines of distillation.
+
+        Returns:
+            the bytes without and with gradient checkpointing.
+        """
         self.section = "on the device, distillation" + (", each process" if self.shared else "")
         c = self.costs
         self.weights()
@@ -147,14 +175,31 @@ class Estimate:
         )
         self.working()
         kept = self.kept(self.kept_distill, ", all layers")
-        total = self.total(1 + bool(self.shared) + bool(c.copied))
+        less = total = self.total(1 + bool(self.shared) + bool(c.copied))
         if self.blocks:
             most, layers = max(self.kept_distill), len(self.kept_distill)
-            less = self.tokens * (layers * c.width * self.itemsize + most)
+            inputs = self.tokens * (layers * c.width * self.itemsize + most)
             arithmetic = f"{self.batch} x ({layers} layers x {c.width} x {self.itemsize} B + one layer's {most:,.0f} B)"
-            self.add("kept, gradient checkpointing", arithmetic, less)
-            saved = (kept - less) * (1 + ALLOCATOR if self.device == "cpu" else 1)
-            self.add("in all, gradient checkpointing", "with that in its place", total - saved)
+            self.add("kept, gradient checkpointing", arithmetic, inputs)
+            saved = (kept - inputs) * (1 + ALLOCATOR if self.device == "cpu" else 1)
+            less = self.add("in all, gradient checkpointing", "with that in its place", total - saved)
+        return total, less
+
+    def measuring(self) -> float:
+        self.section, c = "on the device, measuring" + (", each process" if self.shared else ""), self.costs
+        if (
+            self.job.recipe.recover.transfer.block_layers
+            and self.device != "cpu"
+            and not self.budget["distill"]
+        ):
+            largest = c.bytes - sum(c.layers) + max(c.layers)
+            self.add("weights", "outside the layers, and the largest layer", largest)
+        else:
+            self.weights()
+        logits = min(self.tokens * c.vocabulary, LOGITS)
+        self.add("head and loss", f"{MEASURED} x {logits:,} logits x {FP32} B", MEASURED * logits * FP32)
+        self.working()
+        return self.total(2 if self.shared else 1)
 
     def weights(self) -> None:
         c = self.costs
@@ -211,6 +256,12 @@ class Estimate:
                 f"{tokens:,} tokens x {per_token:.4g} FLOP / ({self.processes} x {self.flops:.3g} FLOP/s)"
             )
             seconds += self.add(f"{stage} time", arithmetic, tokens * per_token / speed, "s")
+        forwards = len(MEASUREMENTS) if self.job.train else len(MEASUREMENTS) - 2
+        per_token = forward + c.softmax + c.stays
+        arithmetic = f"{forwards} x at most {self.job.eval_tokens:,} tokens x {per_token:.4g} FLOP"
+        seconds += self.add(
+            "measuring time", arithmetic, forwards * self.job.eval_tokens * per_token / speed, "s"
+        )
         again = self.budget["distill"] * (forward + linear + c.stays) / speed
         self.add("more with gradient checkpointing", "the student's forward again", again, "s")
         self.add("in all", "the sum without it", seconds, "s")

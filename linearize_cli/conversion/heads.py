@@ -20,12 +20,13 @@ from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.models.device import chosen_device
 from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.engine import Engine
-from linearize_cli.training.job import Job
+from linearize_cli.training.job import EVAL_TOKENS, Job
 from linearize_cli.training.medusa import LOG, train_heads
 from linearize_cli.training.text import NamedText
 
@@ -76,9 +77,9 @@ def heads(
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
-    asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed)
+    asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed, (), EVAL_TOKENS)
     job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
-    engine = Engine(device)
+    engine = Engine(chosen_device(device))
     terminal = terminal if terminal and engine.main else Terminal(quiet=True)
     workspace = Workspace(folder.with_name(f"{folder.name}.heads.partial"))
     with engine.together():

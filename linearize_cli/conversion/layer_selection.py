@@ -33,6 +33,7 @@ from linearize_cli.models.layer import Layer
 from linearize_cli.models.tasks import task_class
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.adapters import Indexed
+from linearize_cli.training.job import Job
 
 # Cache layers that a converted layer's own can replace (see `runtime.places.cache_layer`).
 CACHE_LAYERS = (
@@ -173,6 +174,20 @@ def copy_biases(model: PreTrainedModel, layers: list[Layer]) -> None:
             width = attention.distance_bias.shape[1]
             first = 0 if layer.causal else (layer.bias.shape[1] - width) // 2
             attention.distance_bias.copy_(layer.bias[:, first : first + width])
+
+
+def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers that become linear, and those that stay softmax.
+
+    Raises:
+        UserError: no layer can be converted, `--keep-softmax` is invalid, or a softmax layer needs the
+            position biases of a converted one.
+    """
+    attention = job.recipe.attention
+    reach = attention.local.size if attention.local else 1
+    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
+    check_biases(model, linear, softmax, job.keep_softmax)
+    return linear, softmax
 
 
 def choose_layers(layers: list[Layer], keep: str | None = None) -> tuple[list[Layer], list[Layer]]:

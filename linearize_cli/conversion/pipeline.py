@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from linearize_cli.artifact.checksums import checksums
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.artifact.save import save_artifact, save_report
-from linearize_cli.conversion.layer_selection import check_biases, choose_layers, plan_layers
-from linearize_cli.conversion.preflight import (
-    check_blocks,
-    check_budget,
-    check_checkpointing,
-    check_length,
-    check_space,
-    check_task,
-    hidden_bytes,
-    with_batch_size,
-)
+from linearize_cli.conversion.layer_selection import chosen_layers
+from linearize_cli.conversion.plan import HEADROOM, planned
+from linearize_cli.conversion.preflight import check_blocks, check_space, hidden_bytes
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
-from linearize_cli.models.layer import Layer
-from linearize_cli.models.load import load_teacher
+from linearize_cli.models.device import checked_dtype, free_memory, in_working_dtype
+from linearize_cli.models.load import load_stored
+from linearize_cli.models.stored import dtypes, in_stored_dtypes
 from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.speculative.medusa import MedusaHeads
 from linearize_cli.terminal import Terminal
@@ -53,12 +46,18 @@ class Place:
         partial: the workspace in the same parent folder. The artifact is written to `partial/artifact`.
         engine: the training processes.
         terminal: the output to the user.
+        memory: the bytes that the conversion may use. None: what the device has free.
     """
 
     output: Path
     partial: Path
     engine: Engine
     terminal: Terminal
+    memory: int | None = None
+
+    def budget(self) -> int:
+        """Return the bytes that the conversion may use on the device of a process."""
+        return self.memory or round(HEADROOM * free_memory(self.engine.device))
 
 
 def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, Any]:
@@ -92,48 +91,43 @@ def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, 
 
 
 def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) -> Conversion:
-    """Load the teacher and its tokenizer, choose the layers, and check the job. Sample the text of a `self`
-    source.
+    """Plan the conversion, load the teacher and its tokenizer, choose the layers, and check the job. Sample the
+    text of a `self` source.
 
     Raises:
         UserError: the job, the model or the text cannot be used.
     """
     engine, terminal = place.engine, place.terminal
-    size = job.recipe.recover.transfer.block_layers
-    home = "cpu" if size else engine.home
-    model, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
+    session = Session.open(engine, terminal, place.partial)
+    known = planned(
+        job,
+        engine.device,
+        engine.processes,
+        place.budget(),
+        trust_remote_code,
+        session.checkpoint.results.get("plan", {}),
+    )
+    job, plan, length = known.job, known.plan, known.length
+    terminal.note(plan.line(job, length))
+    session.checkpoint.results["plan"] = plan.to_dict()
+    session.micro.rows = plan.rows
+    model, tokenizer = load_stored(
+        job.model, job.dtype, "cpu" if plan.block_layers else engine.home, trust_remote_code
+    )
+    stored = dtypes(model)
+    if checked_dtype(job.dtype) is None:
+        model = in_working_dtype(model, engine.device)
     linear, softmax = chosen_layers(job, model)
     task = task_of(model, tokenizer)
-    check_task(job, type(model).__name__, type(task), linear)
     text.read_through(tokenizer, task, terminal)
-    check_checkpointing(job, model)
-    length = check_length(job.seq_len, job.recipe, model)
-    job = with_batch_size(job, length)
-    check_budget(job, length, engine.processes)
     by_block = None
-    if size:
-        by_block = LayerBlocks.of(model, [layer.name for layer in linear], size, engine.device)
+    if plan.block_layers:
+        by_block = LayerBlocks.of(model, [layer.name for layer in linear], plan.block_layers, engine.device)
         check_blocks(job, model, by_block, engine)
     engine.on_main(check_space, place.output, model, hidden_bytes(job, model, by_block))
     text.write_own(model, tokenizer, place.partial / "self.jsonl", length, terminal, engine)
-    session = Session.open(engine, terminal, place.partial)
-    return Conversion(
-        job, model, linear, softmax, text.blocks(job, tokenizer, task, length), session, by_block
-    )
-
-
-def chosen_layers(job: Job, model: PreTrainedModel) -> tuple[list[Layer], list[Layer]]:
-    """Return the layers that become linear, and those that stay softmax.
-
-    Raises:
-        UserError: no layer can be converted, `--keep-softmax` is invalid, or a softmax layer needs the
-            position biases of a converted one.
-    """
-    attention = job.recipe.attention
-    reach = attention.local.size if attention.local else 1
-    linear, softmax = choose_layers(plan_layers(model, reach, attention.cross == "linear"), job.keep_softmax)
-    check_biases(model, linear, softmax, job.keep_softmax)
-    return linear, softmax
+    blocks = text.blocks(job, tokenizer, task, length)
+    return Conversion(job, model, linear, softmax, blocks, session, stored, by_block)
 
 
 def warn_short_blocks(conversion: Conversion) -> None:
@@ -183,9 +177,10 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         "ablation": dict.fromkeys(ablations) if by_kl else conversion.selected(*ablations),
         "keep_softmax": results.get("keep_softmax"),
         "self_check": {},
-        "state_bytes": state_bytes(conversion.model),
-        "kv_bytes_per_token": kv_bytes_per_token(conversion.linear, conversion.model.dtype),
+        "state_bytes": state_bytes(conversion.model, conversion.dtype),
+        "kv_bytes_per_token": kv_bytes_per_token(conversion.linear, conversion.dtype),
         "seconds": results.get("seconds", {}),
+        "plan": results["plan"],
         "versions": versions(),
     }
     if medusa is not None:
@@ -212,20 +207,32 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
     """
     started, partial, text = time.monotonic(), conversion.session.folder, conversion.text
     model, folder = conversion.model.eval(), partial / "artifact"
+    dtype, place = model.dtype, model.device
     shutil.rmtree(folder, ignore_errors=True)
-    save_artifact(folder, model, text.tokenizer, conversion.job.recipe)
+    with in_stored_dtypes(model, conversion.stored):
+        stored = model.dtype
+        save_artifact(folder, model, text.tokenizer, conversion.job.recipe)
     if (partial / "adapter").exists():
         (partial / "adapter").rename(folder / "adapter")
     if heads is not None:
         heads.save(folder, model.dtype)
         shutil.copy(partial / "heads" / LOG, folder)
     auto_class = getattr(transformers, text.task.auto_class)
-    loaded = auto_class.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    with conversion.on_device(model), conversion.on_device(loaded):
-        ids = check_tokens(model, text.held_out).to(model.device)
-        differences, limit = self_check(text.task, model, loaded, ids)
-        require_same(differences, limit)
-        report["self_check"] = differences
+    loaded = auto_class.from_pretrained(folder, dtype=stored).to(dtype).eval()
+
+    def read_again(rows: list[Tensor]) -> list[Tensor]:
+        if not conversion.by_block:
+            model.to("cpu")  # a device may not hold two models
+            loaded.to(place)
+        with conversion.on_device(loaded):
+            return text.task.read(loaded, rows)
+
+    with conversion.on_device(model):
+        ids = check_tokens(model, text.held_out).to(place)
+        differences, limit = self_check(text.task, model, read_again, ids)
+    require_same(differences, limit)
+    report["self_check"] = differences
+    with conversion.on_device(loaded):
         # Streamed layers keep their dtype: the host might not hold a copy in fp32.
         exact = loaded if conversion.by_block else in_float32(loaded) or loaded
         report["fingerprint"] = fingerprint(text.task, exact, text.tokenizer)

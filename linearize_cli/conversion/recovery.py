@@ -7,6 +7,7 @@ from functools import partial
 
 from linearize_cli.conversion.stages import Conversion
 from linearize_cli.methods.recipe import learning_rates, transfer_rate
+from linearize_cli.models.stored import round_weights
 from linearize_cli.runtime.model import linear_parameters
 from linearize_cli.training.attention_transfer import Transfer, WindowDropout
 from linearize_cli.training.distillation import Distillation
@@ -58,6 +59,7 @@ def recover(conversion: Conversion, steps: Steps) -> None:
     if steps.distill:
         distill(conversion, steps)
     conversion.model.requires_grad_(False)
+    round_weights(conversion.model, conversion.stored)  # what is measured is what is saved
     conversion.measure("recovered")
 
 

@@ -35,6 +35,7 @@ class Conversion:
         linear, softmax: the layers that become linear, and those that stay softmax.
         text: the training text and the held-out text.
         session: the processes, the checkpoint and the log.
+        stored: the dtype in which each weight of the checkpoint is stored, by name. The artifact keeps it.
         by_block: the blocks of layers that are copied to the device one by one. None if the whole model is on
             the device.
         teacher: the teacher's log-probabilities `[N, classes]` on the held-out blocks, if the task has no
@@ -47,6 +48,7 @@ class Conversion:
     softmax: list[Layer]
     text: TextBlocks
     session: Session
+    stored: dict[str, torch.dtype]
     by_block: LayerBlocks | None = None
     teacher: Tensor | None = field(default=None, init=False)
 
@@ -54,6 +56,11 @@ class Conversion:
         names = [layer.name for layer in self.linear]
         self.restorer = Restorer(self.model, names, self.text.task.batch)
         self.results = self.session.checkpoint.results
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the checkpoint is stored in."""
+        return next(dtype for dtype in self.stored.values() if dtype.is_floating_point)
 
     @property
     def native(self) -> str:

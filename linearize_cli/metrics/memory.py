@@ -11,12 +11,16 @@ from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.dispatch import converted
 
 
-def state_bytes(model: PreTrainedModel) -> int:
+def state_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of the states of all causal linear layers for one sequence. They do not depend on its
     length.
+
+    Args:
+        dtype: the dtype of keys and values. None: the model's.
     """
     layers = (module.linear_attention for module in converted(model).values())
-    return sum(layer.empty_state(1, "cpu", model.dtype).nbytes() for layer in layers if layer.equation.causal)
+    states = (x.empty_state(1, "cpu", dtype or model.dtype) for x in layers if x.equation.causal)
+    return sum(state.nbytes() for state in states)
 
 
 def saved_bytes_per_token(model: PreTrainedModel) -> int:

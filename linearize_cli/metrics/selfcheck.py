@@ -1,5 +1,7 @@
 """The self-check of every conversion before it is saved: all ways to compute the logits must agree."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,20 +20,21 @@ PADS, LAST = 11, 8  # pads before a row, and single tokens at the end of a row
 
 @torch.no_grad()
 def self_check(
-    task: Task, model: PreTrainedModel, again: PreTrainedModel, ids: Tensor
+    task: Task, model: PreTrainedModel, read_again: Callable[[list[Tensor]], list[Tensor]], ids: Tensor
 ) -> tuple[dict[str, float | None], float]:
     """Compare the ways in which a model can compute logits.
 
     Args:
         model: the converted model.
-        again: the same model after it was saved and loaded.
+        read_again: computes the logits of rows of token ids with the model after it was saved and loaded. It
+            is called last, so that a device need not hold both models.
         ids: token ids `[2, L]`.
 
     Returns:
         The largest logit differences, and the limit for all of them. The differences are:
             incremental: one forward against decoding with single tokens and chunks. None for an encoder.
             padded: a row alone against the same row with pads. Decoding with a cache is included.
-            reload: the model against `again`.
+            reload: the model in memory against the saved one.
     """
     rows, row = list(ids), ids[0, PADS:]
     logits = torch.stack(task.read(model, rows))
@@ -39,7 +42,6 @@ def self_check(
     differences = {
         "incremental": None,
         "padded": largest(task.read(model, [row], extra=PADS)[0], task.read_alone(model, row, PADS)),
-        "reload": largest(torch.stack(task.read(again, rows)), logits),
     }
     if task.decodes:
         decoder, _, _ = task.start(model, rows[:1])
@@ -48,6 +50,7 @@ def self_check(
         behind_pads = Comparison(1.0, size)
         compare_padded_decoding(task, model, ids, edge, behind_pads)
         differences["padded"] = max(differences["padded"], behind_pads.diff)
+    differences["reload"] = largest(torch.stack(read_again(rows)), logits)
     return differences, TOLERANCE[logits.dtype] * size
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from linearize_cli.methods.recipe import Recipe
 
+EVAL_TOKENS = 100_000
+
 
 @dataclass(frozen=True)
 class Job:
@@ -20,6 +22,8 @@ class Job:
         train: False for a conversion without training.
         keep_adapter: True to save the LoRA adapter beside the merged model.
         dtype: the name of the model's dtype. None: that of the checkpoint.
+        overrides: the recipe's keys that were set by hand, as `KEY=VALUE`. The recipe has them already.
+        eval_tokens: the largest number of tokens that quality is measured on.
         medusa_heads: the number of Medusa heads to train. 0 for none.
         medusa_lr: the learning rate of the heads.
         skip_bad_rows: the number of rows of text that cannot be used and may be skipped.
@@ -36,10 +40,17 @@ class Job:
     keep_adapter: bool
     dtype: str | None
     seed: int
+    overrides: tuple[str, ...] = ()
+    eval_tokens: int = EVAL_TOKENS
     medusa_heads: int = 0
     medusa_lr: float | str = "auto"
     skip_bad_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON data."""
-        return {**self.__dict__, "recipe": self.recipe.to_dict(), "data": list(self.data)}
+        return {
+            **self.__dict__,
+            "recipe": self.recipe.to_dict(),
+            "data": list(self.data),
+            "overrides": list(self.overrides),
+        }

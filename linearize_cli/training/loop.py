@@ -195,7 +195,9 @@ def add_gradients(
 
 def added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Return the sums of two dicts of numbers that have the same keys. Both may contain dicts."""
-    return {key: added(x, second[key]) if isinstance(x, dict) else x + second[key] for key, x in first.items()}
+    return {
+        key: added(x, second[key]) if isinstance(x, dict) else x + second[key] for key, x in first.items()
+    }
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

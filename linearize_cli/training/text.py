@@ -105,8 +105,7 @@ class NamedText:
         """
         held_out = None
         if self.evaluation is not None:
-            limit = None if job.eval_data else text.HELD_OUT_LIMIT
-            held_out = text.evaluation_blocks(self.evaluation, tokenizer, length, limit)
+            held_out = text.evaluation_blocks(self.evaluation, tokenizer, length, job.eval_tokens)
         return TextBlocks(job, tokenizer, task, length, self.train, held_out)
 
 

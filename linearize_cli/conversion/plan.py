@@ -1,0 +1,201 @@
+"""The plan of a conversion: how much of a training step is in memory at a time, so that it fits the machine."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from linearize_cli.conversion.costs import costs
+from linearize_cli.conversion.estimate import Estimate
+from linearize_cli.conversion.layer_selection import chosen_layers
+from linearize_cli.conversion.phantom import Phantom
+from linearize_cli.conversion.preflight import (
+    check_budget,
+    check_checkpointing,
+    check_length,
+    check_task,
+    with_batch_size,
+)
+from linearize_cli.errors import UserError
+from linearize_cli.models.device import checked_dtype, working_dtype
+from linearize_cli.models.layer import Layer
+from linearize_cli.models.load import load_shape
+from linearize_cli.models.tasks import task_class
+from linearize_cli.tables import size
+from linearize_cli.training.job import Job
+from linearize_cli.training.student import checkpointable
+
+HEADROOM = 0.9  # share of the free memory that a plan uses, because other programs need some too
+BLOCKS = (32, 16, 8, 4, 2, 1)  # layers on the device at a time, to choose from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion keeps in memory at a time. None of it changes the result, except `transfer_only`.
+
+    Attributes:
+        device, dtype: the torch device and the dtype that the work is done in.
+        memory: the bytes that the plan may use. None: no limit is known.
+        rows: the blocks that are in memory of a process at a time. The gradients of a step are added up.
+        checkpointing: True for gradient checkpointing in distillation.
+        block_layers: the number of layers on the device at a time in transfer. 0: all.
+        transfer_only: True if distillation does not fit, so that all tokens are used for transfer.
+        peak: the estimated largest number of bytes.
+    """
+
+    device: str
+    dtype: str
+    memory: int | None
+    rows: int
+    checkpointing: bool
+    block_layers: int
+    transfer_only: bool
+    peak: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data."""
+        return asdict(self)
+
+    def applied(self, job: Job) -> Job:
+        """Return a run configuration whose recipe has the plan's choices."""
+        recover = job.recipe.recover
+        transfer = recover.transfer.model_copy(
+            update={"block_layers": self.block_layers} | ({"share": 1.0} if self.transfer_only else {})
+        )
+        distill = recover.distill.model_copy(update={"checkpointing": self.checkpointing})
+        recover = recover.model_copy(update={"transfer": transfer, "distill": distill})
+        return replace(job, recipe=job.recipe.model_copy(update={"recover": recover}))
+
+    def line(self, job: Job, length: int) -> str:
+        """Return the plan as a line of text.
+
+        Args:
+            job: the run configuration, with its batch size resolved.
+            length: the number of tokens of a block.
+        """
+        parts = [f"{self.device}, {self.dtype}", f"{job.batch_size} blocks of {length} tokens a step"]
+        if self.rows < job.batch_size:
+            parts.append(f"{self.rows} at a time")
+        if self.checkpointing:
+            parts.append("gradient checkpointing")
+        if self.block_layers:
+            parts.append(f"transfer of {self.block_layers} layers at a time")
+        if self.transfer_only:
+            parts.append("no distillation, because the whole model does not fit")
+        limit = "" if self.memory is None else f" of {size(self.memory)}"
+        return f"plan: {', '.join(parts)}; at most {size(self.peak)}{limit}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a conversion from its model's config alone.
+
+    Attributes:
+        job: the run configuration, with its batch size resolved, and with the plan's choices in its recipe.
+        length: the number of tokens of a block.
+        plan: what is in memory at a time.
+        linear, softmax: the layers that become linear, and those that stay softmax.
+        estimate: the arithmetic of the plan.
+    """
+
+    job: Job
+    length: int
+    plan: Plan
+    linear: list[Layer]
+    softmax: list[Layer]
+    estimate: Estimate
+
+
+def planned(
+    job: Job, device: str, processes: int, memory: int | None, trust_remote_code: bool, before: dict[str, Any]
+) -> Planned:
+    """Check a run configuration with the shapes of its model, and plan the conversion. No weights are read.
+
+    Args:
+        device: the torch device to plan for. It need not exist.
+        processes: the number of training processes.
+        memory: the bytes that the conversion may use on the device. None: no limit is known.
+        before: the plan of an interrupted run that is resumed, as JSON data. Empty for a new run. What it
+            does in blocks of layers stays.
+
+    Raises:
+        UserError: the model cannot be converted with this configuration, or no plan fits the memory.
+    """
+    name = job.dtype
+    shape = load_shape(job.model, name, trust_remote_code)
+    if checked_dtype(name) is None:
+        name = str(working_dtype(shape.dtype, device)).removeprefix("torch.")
+        shape = load_shape(job.model, name, trust_remote_code)
+    with Phantom():
+        linear, softmax = chosen_layers(job, shape)
+    check_task(job, type(shape).__name__, task_class(shape), linear)
+    check_checkpointing(job, shape)
+    length = check_length(job.seq_len, job.recipe, shape)
+    job = with_batch_size(job, length)
+    check_budget(job, length, processes)
+    counted = costs(shape, linear, softmax, job.recipe, length, device)
+    estimate = Estimate(counted, job, length, shape.dtype.itemsize, processes, 1, device)
+    plan = fitting(estimate, name, memory, bool(checkpointable(shape)), before)
+    job = plan.applied(job)
+    return Planned(job, length, plan, linear, softmax, replace(estimate, job=job, rows=plan.rows))
+
+
+def fitting(
+    estimate: Estimate, dtype: str, memory: int | None, checkpointable: bool, before: dict[str, Any]
+) -> Plan:
+    """Return the first plan that fits into `memory` bytes, from the fastest to the smallest.
+
+    Args:
+        estimate: the arithmetic, whose rows and recipe are replaced by those of each plan.
+        dtype: the name of the dtype that the work is done in.
+        checkpointable: True if the model supports gradient checkpointing.
+        before: the plan of the run that is resumed.
+
+    Raises:
+        UserError: no plan fits.
+    """
+    plans = []
+    for plan in candidates(estimate, dtype, memory, checkpointable, before):
+        own = replace(estimate, job=plan.applied(estimate.job), rows=plan.rows)
+        plans.append(replace(plan, peak=round(max(own.peaks()))))
+        if memory is None or plans[-1].peak <= memory:
+            return plans[-1]
+    smallest = min(plan.peak for plan in plans)
+    raise UserError(
+        f"the smallest plan takes {size(smallest)}, and the memory for it is {size(memory)}",
+        "Pass a smaller --seq-len, --dtype bfloat16, or another --device. --dry-run without --memory shows "
+        "what takes the memory.",
+    )
+
+
+def candidates(
+    estimate: Estimate, dtype: str, memory: int | None, checkpointable: bool, before: dict[str, Any]
+) -> Iterator[Plan]:
+    """Yield plans without their peaks, the fastest first: fewer rows at a time, then gradient checkpointing,
+    then blocks of layers, then no distillation.
+
+    Keys of the recipe that the user has set are kept, and blocks of layers need a device other than the CPU.
+    """
+    transfer, distill = estimate.job.recipe.recover.transfer, estimate.job.recipe.recover.distill
+    layers = len(estimate.costs.layers)
+    blocks, shares = [transfer.block_layers or 0], [False]
+    if before:
+        blocks, shares = [before["block_layers"]], [before["transfer_only"]]
+    elif (
+        "block_layers" not in transfer.model_fields_set
+        and estimate.device != "cpu"
+        and estimate.processes == 1
+    ):
+        blocks += [n for n in BLOCKS if n < layers]
+        by_hand = any(x.startswith("recover.transfer.share=") for x in estimate.job.overrides)
+        shares += [] if by_hand else [True]
+    again = [distill.checkpointing]
+    if "checkpointing" not in distill.model_fields_set and checkpointable and layers:
+        again = [False, True]
+    rows = -(-estimate.job.batch_size // estimate.processes)
+    halves = [-(-rows // 2**n) for n in range(rows.bit_length())]
+    for transfer_only, checkpointing, block_layers in product(shares, again, blocks):
+        if transfer_only and not block_layers:
+            continue
+        for rows in dict.fromkeys(halves):
+            yield Plan(estimate.device, dtype, memory, rows, checkpointing, block_layers, transfer_only, 0)
