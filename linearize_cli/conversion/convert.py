@@ -84,7 +84,7 @@ def convert(
         batch_size,
         train,
         keep_adapter,
-        dtype,
+        None if dtype == AUTO else dtype,
         seed,
         tuple(overrides),
         eval_tokens or EVAL_TOKENS,

@@ -20,7 +20,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, replacing, write_json, write_text
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import Recipe
-from linearize_cli.models.device import chosen_device
+from linearize_cli.models.device import AUTO, chosen_device
 from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
@@ -77,6 +77,7 @@ def heads(
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
     data = data or tuple(recipe.recover.data.split(", "))
     length = seq_len or report.get("seq_len")
+    dtype = None if dtype == AUTO else dtype
     asked = (recipe, data, eval_data, None, length, batch_size, True, False, dtype, seed, (), EVAL_TOKENS)
     job = Job(str(folder), *asked, heads, "auto" if lr is None else lr, skip_bad_rows)
     engine = Engine(chosen_device(device))
@@ -120,7 +121,7 @@ def train(
     job = with_batch_size(job, length)
     check_budget(job, length, engine.processes)
     text.write_own(model, tokenizer, partial / "self.jsonl", length, terminal, engine)
-    blocks = text.blocks(job, tokenizer, task, length)
+    blocks = text.blocks(job, tokenizer, task, length, terminal)
     heads, facts = train_heads(job, model, blocks, Session.open(engine, terminal, partial, LOG))
     text.bad.report(terminal)
     return heads, model.dtype, facts

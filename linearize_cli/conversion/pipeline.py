@@ -126,7 +126,7 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
         check_blocks(job, model, by_block, engine)
     engine.on_main(check_space, place.output, model, hidden_bytes(job, model, by_block))
     text.write_own(model, tokenizer, place.partial / "self.jsonl", length, terminal, engine)
-    blocks = text.blocks(job, tokenizer, task, length)
+    blocks = text.blocks(job, tokenizer, task, length, terminal)
     return Conversion(job, model, linear, softmax, blocks, session, stored, by_block)
 
 
@@ -215,10 +215,12 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
     if (partial / "adapter").exists():
         (partial / "adapter").rename(folder / "adapter")
     if heads is not None:
-        heads.save(folder, model.dtype)
+        heads.save(folder, stored)
         shutil.copy(partial / "heads" / LOG, folder)
     auto_class = getattr(transformers, text.task.auto_class)
-    loaded = auto_class.from_pretrained(folder, dtype=stored).to(dtype).eval()
+    loaded = auto_class.from_pretrained(folder, dtype=stored).eval()
+    if dtype != stored:
+        loaded.to(dtype)
 
     def read_again(rows: list[Tensor]) -> list[Tensor]:
         if not conversion.by_block:

@@ -39,7 +39,7 @@ class Plan:
         rows: the blocks that are in memory of a process at a time. The gradients of a step are added up.
         checkpointing: True for gradient checkpointing in distillation.
         block_layers: the number of layers on the device at a time in transfer. 0: all.
-        transfer_only: True if distillation does not fit, so that all tokens are used for transfer.
+        transfer_only: True if distillation does not fit and is left out.
         peak: the estimated largest number of bytes.
     """
 
@@ -59,11 +59,13 @@ class Plan:
     def applied(self, job: Job) -> Job:
         """Return a run configuration whose recipe has the plan's choices."""
         recover = job.recipe.recover
-        transfer = recover.transfer.model_copy(
-            update={"block_layers": self.block_layers} | ({"share": 1.0} if self.transfer_only else {})
-        )
+        chosen, tokens = {"block_layers": self.block_layers}, recover.tokens
+        if self.transfer_only:  # as many tokens of transfer as with distillation after it
+            chosen, tokens = chosen | {"share": 1.0}, round(tokens * recover.transfer.share)
+        transfer = recover.transfer.model_copy(update=chosen)
         distill = recover.distill.model_copy(update={"checkpointing": self.checkpointing})
-        recover = recover.model_copy(update={"transfer": transfer, "distill": distill})
+        update = {"transfer": transfer, "distill": distill, "tokens": tokens}
+        recover = recover.model_copy(update=update)
         return replace(job, recipe=job.recipe.model_copy(update={"recover": recover}))
 
     def line(self, job: Job, length: int) -> str:
@@ -188,14 +190,18 @@ def candidates(
     ):
         blocks += [n for n in BLOCKS if n < layers]
         by_hand = any(x.startswith("recover.transfer.share=") for x in estimate.job.overrides)
-        shares += [] if by_hand else [True]
+        shares += [True] if transfer.share and not by_hand else []
     again = [distill.checkpointing]
     if "checkpointing" not in distill.model_fields_set and checkpointable and layers:
         again = [False, True]
     rows = -(-estimate.job.batch_size // estimate.processes)
-    halves = [-(-rows // 2**n) for n in range(rows.bit_length())]
     for transfer_only, checkpointing, block_layers in product(shares, again, blocks):
         if transfer_only and not block_layers:
             continue
-        for rows in dict.fromkeys(halves):
-            yield Plan(estimate.device, dtype, memory, rows, checkpointing, block_layers, transfer_only, 0)
+        for own in halves(rows):
+            yield Plan(estimate.device, dtype, memory, own, checkpointing, block_layers, transfer_only, 0)
+
+
+def halves(rows: int) -> list[int]:
+    """Return a number of rows, its half, and so on down to 1."""
+    return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]

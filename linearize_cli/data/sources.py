@@ -1,5 +1,6 @@
 """Text sources: streams of documents, and blocks of tokens made from them."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -35,6 +36,7 @@ class Source:
         count: the number of documents. None if it is not known.
         bad: counts the rows of the run that were skipped. All sources of a run share it.
         local: True if the data is on this machine, so that it can be checked before training.
+        first, end: the blocks of tokens to use, from `first` to `end` (exclusive). None: to the last one.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Source:
     count: int | None = None
     bad: BadRows = field(default_factory=BadRows)
     local: bool = False
+    first: int = 0
+    end: int | None = None
 
 
 def open_source(name: str, bad: BadRows | None = None) -> Source:
@@ -169,17 +173,15 @@ def joined(sources: Iterable[Source]) -> Source:
     return Source(names, read, total, sources[0].bad, local)
 
 
-def hold_out(source: Source) -> tuple[Source, Source]:
+def hold_out(source: Source) -> tuple[Source, Source | None]:
     """Split a source into training text and evaluation text.
 
     The last 1% of the documents (at least one) is held out. If the number of documents is unknown and at
     least 1,000, the first 500 are held out.
 
     Returns:
-        the training source and the evaluation source.
-
-    Raises:
-        UserError: the source has a single document.
+        the training source and the evaluation source. The latter is None if the source has a single document,
+            which `hold_out_blocks` divides.
     """
     total, limit = source.count, 2 * HELD_OUT_OF_STREAM
     if total is None:
@@ -187,12 +189,30 @@ def hold_out(source: Source) -> tuple[Source, Source]:
         if total == limit:
             return part(source, HELD_OUT_OF_STREAM, None), part(source, 0, HELD_OUT_OF_STREAM)
     if total < 2:
-        raise UserError(
-            f"{source.name} holds a single document, so no part of it can be held out for evaluation",
-            "Pass --eval-data with text to measure on.",
-        )
+        return source, None
     kept = total - max(1, round(total * HELD_OUT_SHARE))
     return part(source, 0, kept), part(source, kept, total)
+
+
+def hold_out_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Source, Source]:
+    """Split a single document into training text and evaluation text: its last 1% of blocks of `length` tokens,
+    at least two, are held out.
+
+    Returns:
+        the training source and the evaluation source.
+
+    Raises:
+        UserError: the document has fewer than three blocks.
+    """
+    total = sum(piece.shape[1] for piece in encoded(source, tokenizer)) // length
+    held_out = max(2, math.ceil(total * HELD_OUT_SHARE))
+    if total <= held_out:
+        raise UserError(
+            f"{source.name} holds {total} blocks of {length} tokens, and two of them are needed for evaluation",
+            "Pass a longer text, --eval-data with text to measure on, or a smaller --seq-len.",
+        )
+    name = f"the last {held_out} blocks of {source.name}"
+    return replace(source, end=total - held_out), replace(source, name=name, first=total - held_out)
 
 
 def part(source: Source, first: int, end: int | None) -> Source:
@@ -253,18 +273,22 @@ def read_through(source: Source, tokenizer: PreTrainedTokenizerBase, task: Task)
 
 
 def encoded_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
-    """Yield consecutive blocks of the joined documents, without the incomplete last one.
+    """Return consecutive blocks of the joined documents, without the incomplete last one.
 
     Returns:
         blocks `[3, length]`: token ids, 1 at training targets, and 1 at a document's first token.
     """
-    pending = torch.empty(3, 0, dtype=torch.long)
-    for piece in encoded(source, tokenizer):
-        pending = torch.cat([pending, piece], 1)
-        whole = pending.shape[1] // length * length
-        for first in range(0, whole, length):
-            yield pending[:, first : first + length]
-        pending = pending[:, whole:]
+
+    def every() -> Iterator[Tensor]:
+        pending = torch.empty(3, 0, dtype=torch.long)
+        for piece in encoded(source, tokenizer):
+            pending = torch.cat([pending, piece], 1)
+            whole = pending.shape[1] // length * length
+            for first in range(0, whole, length):
+                yield pending[:, first : first + length]
+            pending = pending[:, whole:]
+
+    return islice(every(), source.first, source.end)
 
 
 def blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:

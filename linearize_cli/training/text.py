@@ -40,7 +40,8 @@ class NamedText:
         sources: the training texts. None stands for `self`, which is not sampled yet.
         train: the joined training text. None without training, or before `self` is sampled.
         evaluation: the evaluation text: the named one, or a part that is held out of the training text. None
-            if there is no text, or before `self` is sampled.
+            if there is no text, before `self` is sampled, or if the training text is a single document, which
+            `blocks` divides.
     """
 
     def __init__(self, job: Job):
@@ -53,10 +54,10 @@ class NamedText:
 
     def split(self) -> None:
         """Join the training sources into one, and hold out a part of it if no evaluation text is named."""
-        train, self.evaluation = text.joined(self.sources) if self.sources else None, self.named_evaluation
-        if train is not None and self.evaluation is None:
-            train, self.evaluation = text.hold_out(train)
-        self.train = train if self.job.train else None
+        self.train = text.joined(self.sources) if self.sources else None
+        self.evaluation = self.named_evaluation
+        if self.train is not None and self.evaluation is None:
+            self.train, self.evaluation = text.hold_out(self.train)
 
     def read_through(self, tokenizer: PreTrainedTokenizerBase, task: Task, terminal: Terminal) -> None:
         """Read every local text once, so that an unusable row stops the run before training starts.
@@ -94,7 +95,9 @@ class NamedText:
         self.sources = [source or text.open_source(str(corpus), self.bad) for source in self.sources]
         self.split()
 
-    def blocks(self, job: Job, tokenizer: PreTrainedTokenizerBase, task: Task, length: int) -> "TextBlocks":
+    def blocks(
+        self, job: Job, tokenizer: PreTrainedTokenizerBase, task: Task, length: int, terminal: Terminal
+    ) -> "TextBlocks":
         """Return the text cut into blocks of `length` tokens.
 
         Args:
@@ -103,10 +106,13 @@ class NamedText:
         Raises:
             UserError: the evaluation text does not fill one block.
         """
-        held_out = None
-        if self.evaluation is not None:
-            held_out = text.evaluation_blocks(self.evaluation, tokenizer, length, job.eval_tokens)
-        return TextBlocks(job, tokenizer, task, length, self.train, held_out)
+        train, evaluation, held_out = self.train, self.evaluation, None
+        if train is not None and evaluation is None:
+            train, evaluation = text.hold_out_blocks(train, tokenizer, length)
+            terminal.note(f"held out for evaluation: {evaluation.name}")
+        if evaluation is not None:
+            held_out = text.evaluation_blocks(evaluation, tokenizer, length, job.eval_tokens)
+        return TextBlocks(job, tokenizer, task, length, train if job.train else None, held_out)
 
 
 @dataclass(frozen=True)

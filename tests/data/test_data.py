@@ -240,8 +240,9 @@ def test_what_is_no_data_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="not UTF-8 text"):
         data.open_source(str(tmp_path / "late.txt"))
     one = data.open_source(str(tmp_path / "one.jsonl"))
-    with pytest.raises(UserError, match="single document"):
-        data.hold_out(one)
+    assert data.hold_out(one) == (one, None)
+    with pytest.raises(UserError, match="holds 0 blocks of 64 tokens"):
+        data.hold_out_blocks(one, tokenizer, 64)
     with pytest.raises(UserError, match="shorter than one block of 64"):
         data.evaluation_blocks(one, tokenizer, 64)
     with pytest.raises(UserError, match="shorter than one block of 64"):
@@ -378,3 +379,18 @@ def test_a_token_beyond_that_no_text_has_is_no_fault(tmp_path, tokenizer):
     task = task_of(tiny_model(), tokenizer)
     data.read_through(data.open_source(str(jsonl(tmp_path / "a.jsonl", ["a fox"]))), tokenizer, task)
     task.batch(torch.tensor([[FOX, A]]))
+
+
+@pytest.mark.parametrize("words, held_out", [(100, 2), (3000, 3), (3016, 4)])
+def test_the_end_of_a_single_document_is_held_out(tmp_path, tokenizer, words, held_out):
+    (tmp_path / "book.txt").write_text("a fox sat sat " * (words // 4))
+    book = data.open_source(str(tmp_path / "book.txt"))
+    train, held = data.hold_out_blocks(book, tokenizer, 10)
+    every = list(data.blocks(book, tokenizer, 10))
+    found = [*data.blocks(train, tokenizer, 10), *data.evaluation_blocks(held, tokenizer, 10)]
+    assert len(every) == (words + 1) // 10 and torch.equal(torch.stack(every), torch.stack(found))
+    assert len(data.evaluation_blocks(held, tokenizer, 10)) == held_out
+    assert held.name == f"the last {held_out} blocks of {book.name}"
+    again = data.batches(train, tokenizer, 10, 1)  # an exhausted text is read again, without its held-out end
+    ids = [next(again).ids[0] for _ in range(len(every))]
+    assert torch.equal(ids[len(every) - held_out], every[0])

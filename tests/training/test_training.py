@@ -14,8 +14,10 @@ from linearize_cli import load
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Distill, Lora
 from linearize_cli.methods.registry import load_recipe
+from linearize_cli.models.batch import Batch
 from linearize_cli.training import loop as training
 from linearize_cli.training.distillation import Distillation
+from linearize_cli.training.micro_batches import MicroBatches
 from linearize_cli.training.objective import Best
 from linearize_cli.training.student import add_lora
 
@@ -111,31 +113,51 @@ class Valley(nn.Module):
 
     def forward(self, batch):
         assert self.step is None and not torch.is_grad_enabled()
-        return (self.weight - 3).abs().sum() + batch, {}
+        return (self.weight - 3).abs().sum() + batch.inputs["x"].sum(), {}
+
+
+def held_out(*values):
+    return [Batch({"x": torch.tensor([value])}, None) for value in values]
 
 
 def test_the_best_parameters_are_kept_and_the_stage_ends():
     objective, record = Valley(), {}
     options = Distill(evaluate=0.1, early_stop=2)
-    best = Best(objective, dict(objective.named_parameters()), lambda: [0.0, 1.0], 20, options, record)
+    best = Best(
+        objective,
+        dict(objective.named_parameters()),
+        lambda: held_out(0.0, 1.0),
+        20,
+        options,
+        record,
+        MicroBatches(),
+    )
     seen = {}
     for step in range(1, 21):
         objective.weight.data.fill_(step)
-        held_out = best.evaluate(step)
-        if held_out:
-            seen[step] = held_out["held_out"]
+        if found := best.evaluate(step):
+            seen[step] = found["held_out"]
         if best.stopped:
             break
     assert seen == {2: 1.5, 4: 1.5, 6: 3.5}  # the first of equals is the best
     best.restore()
     assert objective.weight.item() == 2 and record["step"] == 2
-    again = Best(objective, dict(objective.named_parameters()), lambda: [0.0], 20, options, record)
+    again = Best(
+        objective,
+        dict(objective.named_parameters()),
+        lambda: held_out(0.0),
+        20,
+        options,
+        record,
+        MicroBatches(),
+    )
     assert again.stopped  # a resumed run does not go on
 
 
 def test_the_last_step_is_evaluated_too():
     objective = Valley()
-    best = Best(objective, dict(objective.named_parameters()), lambda: [0.0], 7, Distill(evaluate=0.4), {})
+    named, options = dict(objective.named_parameters()), Distill(evaluate=0.4)
+    best = Best(objective, named, lambda: held_out(0.0), 7, options, {}, MicroBatches())
     evaluated = [step for step in range(1, 8) if best.evaluate(step)]
     assert evaluated == [3, 6, 7]
 
@@ -145,7 +167,7 @@ def test_a_run_keeps_the_best_of_its_evaluations(teacher, monkeypatch):
     the best; a run that is stopped goes on to the same.
     """
     options = (
-        "recover.distill.lr=5",
+        "recover.distill.lr=20",
         "recover.distill.evaluate=0.08",
         "recover.distill.early_stop=3",
         "recover.transfer.evaluate=0.5",
