@@ -167,7 +167,7 @@ def test_a_run_keeps_the_best_of_its_evaluations(teacher, monkeypatch):
     the best; a run that is stopped goes on to the same.
     """
     options = (
-        "recover.distill.lr=20",
+        "recover.distill.lr=7",
         "recover.distill.evaluate=0.08",
         "recover.distill.early_stop=3",
         "recover.transfer.evaluate=0.5",
