@@ -268,7 +268,7 @@ def _load_hugging_face(
     from transformers import AutoTokenizer
 
     from linearize_cli.models.gguf import OTHER, check_all_used
-    from linearize_cli.models.quantised import announce, method_of
+    from linearize_cli.models.quantised import announce, make_ordinary, method_of
 
     file = {"gguf_file": header.file.name} if header else {}
     with explained(model, "its header" if header else "its config.json", CONFIG_FILE):
@@ -283,7 +283,8 @@ def _load_hugging_face(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **file)
     _check_tokenizer(model, tokenizer)
     kind = header.quantised if header else method_of(config)
-    announce(header.file.name if header else model, kind, dtype or config.dtype)
+    if kind:
+        announce(header.file.name if header else model, kind, dtype or config.dtype)
     with explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
         loaded, info = getattr(transformers, auto_class).from_pretrained(
             source,
@@ -301,6 +302,8 @@ def _load_hugging_face(
     check_loaded(model, loaded, info)
     if header:
         check_all_used(header, loaded)
+    if kind:
+        make_ordinary(loaded, dtype or config.dtype)
     return loaded.eval(), tokenizer
 
 

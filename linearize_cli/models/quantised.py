@@ -9,16 +9,22 @@ from linearize_cli.errors import Notice, UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-# The values of `quant_method` that transformers dequantises while it loads, on every device.
-DEQUANTISED = ("fp8", "mxfp4")
+# The values of `quant_method` that transformers dequantises on every device: the last one after it has loaded
+# the model, with the package of that name.
+DEQUANTISED = ("fp8", "mxfp4", "bitsandbytes")
 
 
 def method_of(config: PreTrainedConfig) -> str:
-    """Return the quantisation method of a checkpoint (`fp8`). Empty if it is not quantised."""
-    settings = getattr(config, "quantization_config", None) or {}
-    return str(settings.get("quant_method", "of an unknown kind")) if settings else ""
+    """Return the quantisation method of a checkpoint (`fp8`).
+
+    Return an empty string if it is not quantised, or if it is an artifact, which is used as it is.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if not settings or config.model_type == "linearized":
+        return ""
+    return str(settings.get("quant_method", "unknown method"))
 
 
 def request_dequantisation(model: str, config: PreTrainedConfig) -> None:
@@ -38,13 +44,25 @@ def request_dequantisation(model: str, config: PreTrainedConfig) -> None:
 
 
 def announce(name: str, kind: str, dtype: torch.dtype) -> None:
-    """Tell the user that the weights are dequantised. Do nothing if they are not quantised.
+    """Tell the user that the weights are dequantised.
 
     Args:
         name: the model or its file.
-        kind: the quantisation method or types. Empty if there is none.
+        kind: the quantisation method or types.
         dtype: the dtype of the dequantised weights.
     """
-    if kind:
-        text = f"{name} is quantised ({kind}): its weights are dequantised to {str(dtype).removeprefix('torch.')}"
-        warnings.warn(f"{text}, and an artifact made from it is not quantised", Notice, stacklevel=2)
+    text = f"{name} is quantised ({kind}): its weights are dequantised to {str(dtype).removeprefix('torch.')}"
+    warnings.warn(f"{text}, and an artifact made from it is not quantised", Notice, stacklevel=2)
+
+
+def make_ordinary(loaded: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn a dequantised model into one that is saved as if it had never been quantised.
+
+    Args:
+        dtype: the dtype of its parameters. transformers casts only those that were quantised.
+    """
+    if loaded.is_quantized:
+        loaded.dequantize()
+    loaded._weight_conversions = None  # saving would reverse them, and write scales again
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.to(dtype)
