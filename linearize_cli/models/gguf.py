@@ -6,9 +6,12 @@ transformers fills what is missing, and leaves out what it does not know, withou
 
 from __future__ import annotations
 
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -83,6 +86,14 @@ class Header:
 
         tensor = self.tensors[name]
         return np.fromfile(self.file, "<f4", tensor.size, offset=tensor.start)
+
+
+def split_name(model: str) -> tuple[str, str]:
+    """Return the Hub id and the file of `owner/name:FILE.gguf`. Of any other name, return the name and an
+    empty string.
+    """
+    repo, _, file = model.partition(":") if model.endswith(SUFFIX) else (model, "", "")
+    return repo, file
 
 
 def one_of(model: str | Path, names: list[str], separator: str) -> str:
@@ -189,9 +200,6 @@ def read_header(file: Path) -> Header:
 
 def _parsed(file: Path) -> Header:
     """Return the header of a GGUF file. transformers' reader takes milliseconds, that of gguf seconds."""
-    import struct
-    from math import prod
-
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from transformers.integrations.gguf import reader
 
@@ -222,11 +230,14 @@ def read_config(header: Header, raw: dict[str, Any]) -> PreTrainedConfig:
         UserError: transformers does not read the file's RoPE scaling.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     raw = {key: value for key, value in raw.items() if key != "_model_name_or_path"}
     config = AutoConfig.for_model(**dict.fromkeys(IDS) | raw)
     config.dtype = header.dtype
     _set_rope(header, config)
+    if loader := sys.modules.get("transformers.modeling_gguf_pytorch_utils"):
+        loader.tqdm = logging.tqdm  # its own progress bar cannot be switched off
     return config
 
 

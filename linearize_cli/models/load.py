@@ -90,11 +90,11 @@ def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = F
     Raises:
         UserError: the checkpoint is missing, not accessible or of an unsupported kind.
     """
-    from linearize_cli.models.gguf import opened
+    from linearize_cli.models.gguf import OTHER, opened
     from linearize_cli.models.meta_llama import is_meta_folder, meta_llama_config
 
-    opening, wanted = opened(resolve_model(model, weights=False)), checked_dtype(dtype)
-    with opening as (source, header), explained(model, "its config", CONFIG_FILE):
+    found, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
+    with opened(found) as (source, header), explained(model, "its config", OTHER if header else CONFIG_FILE):
         if is_meta_folder(source):
             config, auto_class = meta_llama_config(source), "AutoModelForCausalLM"
         else:
@@ -181,7 +181,9 @@ def resolve_model(model: str, weights: bool = True) -> str:
         return str(path)
     if path.exists():
         raise UserError(f"{path} is a file.", f"Pass the folder that contains it. {NAMES}")
-    repo, _, file = model.partition(":") if model.endswith(gguf.SUFFIX) else (model, "", "")
+    repo, file = gguf.split_name(model)
+    if file and user_path(repo, NAMES).is_dir():
+        return resolve_model(f"{repo}/{file}", weights)
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or repo.endswith(gguf.SUFFIX):
         raise UserError(f"{path}: no such {'file' if repo.endswith(gguf.SUFFIX) else 'folder'}.", NAMES)
     from linearize_cli.hub import limited_waits
@@ -271,7 +273,8 @@ def _load_hugging_face(
     from linearize_cli.models.quantised import announce, make_ordinary, method_of
 
     file = {"gguf_file": header.file.name} if header else {}
-    with explained(model, "its header" if header else "its config.json", CONFIG_FILE):
+    part, hint = ("its config", OTHER) if header else ("its config.json", CONFIG_FILE)
+    with explained(model, part, hint):
         config, auto_class = _load_config(model, source, header, trust_remote_code)
         if not header:
             check_files(model, source)
@@ -285,7 +288,7 @@ def _load_hugging_face(
     kind = header.quantised if header else method_of(config)
     if kind:
         announce(header.file.name if header else model, kind, dtype or config.dtype)
-    with explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
+    with explained(model, "its weights", OTHER if header else WEIGHT_FILES, source), _without_load_report():
         loaded, info = getattr(transformers, auto_class).from_pretrained(
             source,
             config=config,

@@ -24,7 +24,7 @@ def method_of(config: PreTrainedConfig) -> str:
     settings = getattr(config, "quantization_config", None)
     if not settings or config.model_type == "linearized":
         return ""
-    return str(settings.get("quant_method", "unknown method"))
+    return settings.get("quant_method") or "unknown method"
 
 
 def request_dequantisation(model: str, config: PreTrainedConfig) -> None:

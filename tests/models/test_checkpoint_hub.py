@@ -94,6 +94,8 @@ def hub(tmp_path_factory):
         hub.repos["maker/pickled"] = repo(contents(pickled))
         hub.repos["maker/gated"] = repo(contents(meta), gated=True)
         hub.repos["maker/private"] = repo(contents(hugging_face), private=True)
+        hub.repos["maker/gguf"] = repo({"README.md": b"", "Q8/tiny.gguf": b"GGUF, but damaged"})
+        hub.repos["maker/ggufs"] = repo({"one.gguf": b"one", "two.gguf": b"two"})
         hub.repos["maker/notes"] = repo({"README.md": b"No model."})
         hub.repos["maker/barred"] = repo(contents(hugging_face))
         hub.faults.append(Fault("HEAD", "maker/barred", 403, times=1000, message=f"barred for {TOKEN}"))
