@@ -128,20 +128,18 @@ def download(repo: str, file: str = "", commit: str | None = None) -> str | None
         UserError: there is no such file, or there are several and none is named.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if not file:
         found = snapshot_download(repo, revision=commit, allow_patterns=f"*{SUFFIX}", dry_run=True)
         if not found:
             return None
         file = one_of(repo, [info.filename for info in found], ":")
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
     try:
         return hf_hub_download(repo, file, revision=commit)
     except RemoteEntryNotFoundError as error:
-        raise UserError(
-            f"{repo} has no file {file}.", f"See https://huggingface.co/{repo}/tree/main"
-        ) from error
+        raise UserError(f"{repo} has no file {file}.", f"See {ENDPOINT}/{repo}/tree/main") from error
 
 
 @contextmanager
