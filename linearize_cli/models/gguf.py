@@ -62,12 +62,12 @@ class Header:
 
     @property
     def types(self) -> set[str]:
-        """The ggml types of the tensors."""
+        """Return the ggml types of the tensors."""
         return {tensor.type for tensor in self.tensors.values()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights have in the file, or float32 if they are quantised."""
+        """Return the dtype of the weights in the file, or float32 if they are quantised."""
         import torch
 
         # Norms are float32 in a file of half precision.
@@ -77,7 +77,7 @@ class Header:
 
     @property
     def quantised(self) -> str:
-        """The quantised types, separated by commas. Empty if there are none."""
+        """Return the quantised types, separated by commas. Return an empty string if there are none."""
         return first_five(self.types - {"F64", "F32", "F16", "BF16"})
 
     def values(self, name: str) -> np.ndarray:
