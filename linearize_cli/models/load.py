@@ -182,8 +182,8 @@ def resolve_model(model: str, weights: bool = True) -> str:
     if path.exists():
         raise UserError(f"{path} is a file.", f"Pass the folder that contains it. {NAMES}")
     repo, file = gguf.split_name(model)
-    if file and user_path(repo, NAMES).is_dir():
-        return resolve_model(f"{repo}/{file}", weights)
+    if file and (folder := user_path(repo, NAMES)).is_dir():
+        return resolve_model(str(folder / file), weights)
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or repo.endswith(gguf.SUFFIX):
         raise UserError(f"{path}: no such {'file' if repo.endswith(gguf.SUFFIX) else 'folder'}.", NAMES)
     from linearize_cli.hub import limited_waits

@@ -75,7 +75,8 @@ def check_files(model: str, folder: str | Path) -> None:
         others = first_five(file.name for file in folder.glob("*.safetensors"))
         raise UserError(
             f"{model} has no weights: no model.safetensors, no pytorch_model.bin and no index.",
-            f"Download them into it{f', or rename them (it holds {others})' if others else ''}.",
+            f"Download them into it{f', or rename them (it holds {others})' if others else ''}.\n"
+            "A GGUF file beside config.json must be named: FOLDER/FILE.gguf, or owner/name:FILE.gguf on the Hub.",
         )
 
 
@@ -123,7 +124,7 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
     if info["mismatched_keys"]:
         shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
         raise UserError(
-            f"{model} has weights whose shapes do not match config.json: {first_five(shapes)}.", ONE_MODEL
+            f"{model} has weights whose shapes do not match its config: {first_five(shapes)}.", ONE_MODEL
         )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"{model} contains a LoRA adapter.", "Merge it with peft's merge_and_unload().")
