@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from linearize_cli.models.gguf import SUFFIX, split_name
 from linearize_cli.models.tasks import TASKS, CausalLM
 
 NOT_MEASURED = "not measured"
@@ -74,12 +75,14 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
 
 
 def _hub_id(base_model: str) -> str | None:
-    """Return a base model's name if it is a Hub id, or None for `demo` and local folders."""
+    """Return the Hub id of a base model, without the name of a GGUF file, or None for `demo` and a local one."""
+    repo, _ = split_name(base_model)
     try:
-        validate_repo_id(base_model)
+        validate_repo_id(repo)
     except HFValidationError:
         return None
-    return None if base_model == "demo" or Path(base_model).exists() else base_model
+    local = repo == "demo" or repo.endswith(SUFFIX) or Path(base_model).exists() or Path(repo).exists()
+    return None if local else repo
 
 
 def _base_name(base_model: str) -> str:

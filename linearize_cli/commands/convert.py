@@ -83,9 +83,9 @@ from linearize_cli.terminal import Terminal
 def convert(terminal: Terminal, no_train: bool, tracker: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
     """Convert MODEL: swap its attention, recover the quality, check and save.
 
-    MODEL is a Hub id, a folder (Hugging Face's or Meta's Llama format), or `demo`. SRC is a text, JSONL or
-    parquet file, a folder of them, a Hub dataset NAME[:CONFIG][:SPLIT], or `self` (text sampled from the
-    model).
+    MODEL is a Hub id, a folder (Hugging Face's or Meta's Llama format), a GGUF file (FILE.gguf, or
+    OWNER/NAME:FILE.gguf on the Hub), or `demo`. SRC is a text, JSONL or parquet file, a folder of them, a Hub
+    dataset NAME[:CONFIG][:SPLIT], or `self` (text sampled from the model).
     """
     from linearize_cli.conversion.convert import convert as run
     from linearize_cli.tables import conversion, plan

@@ -16,6 +16,7 @@ from linearize_cli.data.readers import BadRows
 from linearize_cli.errors import UserError
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, free_memory
+from linearize_cli.models.gguf import SUFFIX, split_name
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import EVAL_TOKENS, Job
@@ -23,9 +24,11 @@ from linearize_cli.training.text import open_sources
 
 
 def default_output(model: str, method: str) -> Path:
-    """Return the default output folder, `MODEL-METHOD` in the working directory."""
+    """Return the default output folder, `MODEL-METHOD` in the working directory. MODEL has no `.gguf`."""
+    repo, file = split_name(model)
+    name = Path(file or repo).name.removesuffix(SUFFIX)
     method = Path(method).stem if method.endswith((".yaml", ".yml")) else method
-    return Path(f"{Path(model).name or 'model'}-{method.replace(':', '-')}")
+    return Path(f"{name or 'model'}-{method.replace(':', '-')}")
 
 
 def convert(

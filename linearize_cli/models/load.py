@@ -14,17 +14,19 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, in_working_dtype
 from linearize_cli.models.load_errors import NAMES, explained
-from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total
+from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from linearize_cli.models.gguf import Header
+
 # Below this number of parameters, threads spend more time on synchronization than on work.
 SMALL = 20_000_000
 FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"
-    "and consolidated.*.pth (Meta). A LoRA adapter must first be merged into its base model."
+    "and consolidated.*.pth (Meta), or is a GGUF file. A LoRA adapter must first be merged into its base model."
 )
 CONFIG_FILE = "Correct it, or download it again."
 WEIGHT_FILES = (
@@ -62,8 +64,8 @@ def load_stored(
     """Load a base model in eval mode, in the dtype that its checkpoint is stored in, and its tokenizer.
 
     Args:
-        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), or `demo` (the embedded
-            teacher).
+        model: a Hub id, a local folder (Hugging Face or Meta's Llama format), a GGUF file (`FILE.gguf`, or
+            `owner/name:FILE.gguf` on the Hub), or `demo` (the embedded teacher).
         dtype: the name of the weights' torch dtype (`bfloat16`). None and `auto` keep the checkpoint's.
         device: the name of the weights' torch device (`cuda:0`). `auto` is CUDA if there is one, then MPS,
             then the CPU.
@@ -76,16 +78,17 @@ def load_stored(
     """
     import torch
 
+    from linearize_cli.models.gguf import opened
     from linearize_cli.models.meta_llama import is_meta_folder
 
     torch_dtype, device = checked_dtype(dtype), chosen_device(device)
-    source = resolve_model(model)
-    if is_meta_folder(source):
-        loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
-    else:
-        loaded, tokenizer = _load_hugging_face(
-            model, source, torch_dtype, device, trust_remote_code, own_code
-        )
+    with opened(resolve_model(model)) as (source, header):
+        if is_meta_folder(source):
+            loaded, tokenizer = _load_meta(model, source, torch_dtype, device)
+        else:
+            loaded, tokenizer = _load_hugging_face(
+                model, source, header, torch_dtype, device, trust_remote_code, own_code
+            )
     # The model and its adapters are saved with the user's name for it, not with the cache's folder.
     loaded.name_or_path = loaded.config.name_or_path = tokenizer.name_or_path = model
     if device == "cpu" and loaded.num_parameters() < SMALL:
@@ -99,21 +102,22 @@ def load_shape(model: str, dtype: str | None = None, trust_remote_code: bool = F
     A folder in Meta's format needs its weights too, because they determine the sizes.
 
     Args:
-        model: a Hub id, a local folder or `demo`.
+        model: a Hub id, a local folder, a GGUF file or `demo`.
         dtype: the name of the weights' torch dtype. None uses the config's.
         trust_remote_code: True if Python code in the checkpoint may run.
 
     Raises:
         UserError: the checkpoint is missing, not accessible or of an unsupported kind.
     """
+    from linearize_cli.models.gguf import OTHER, opened
     from linearize_cli.models.meta_llama import is_meta_folder, meta_llama_config
 
-    source, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
-    with explained(model, "its config", CONFIG_FILE):
+    found, wanted = resolve_model(model, weights=False), checked_dtype(dtype)
+    with opened(found) as (source, header), explained(model, "its config", OTHER if header else CONFIG_FILE):
         if is_meta_folder(source):
             config, auto_class = meta_llama_config(source), "AutoModelForCausalLM"
         else:
-            config, auto_class = _load_config(model, source, trust_remote_code)
+            config, auto_class = _load_config(model, source, header, trust_remote_code)
         return _shape(config, auto_class, wanted, trust_remote_code)
 
 
@@ -136,17 +140,19 @@ def _shape(
 
 
 def resolve_model(model: str, weights: bool = True) -> str:
-    """Return the local folder of a checkpoint. A checkpoint on the Hub is downloaded first.
+    """Return the local folder of a checkpoint, or its GGUF file. One on the Hub is downloaded first.
 
     An existing folder takes precedence over a Hub id. `demo` is the embedded teacher, and `./demo` a folder.
 
     Args:
-        model: a Hub id, a local folder or `demo`.
-        weights: False to download everything except the weights.
+        model: a Hub id, a local folder, a GGUF file or `demo`.
+        weights: False to download everything except the weights. A GGUF file is always downloaded whole.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or the download fails.
     """
+    from linearize_cli.models import gguf
+
     if not model.strip():
         raise UserError("MODEL is empty.", NAMES)
     if model == "demo":
@@ -155,26 +161,41 @@ def resolve_model(model: str, weights: bool = True) -> str:
         return str(teacher_path())
     path = user_path(model, NAMES)
     if path.is_dir():
+        files = [file.name for file in path.glob(f"*{gguf.SUFFIX}") if file.is_file()]
+        if files and not _has_config(path):
+            return str(path / gguf.one_of(path, files, "/"))
         _require_checkpoint(path, path)
+        return str(path)
+    if path.is_file() and path.suffix == gguf.SUFFIX:
         return str(path)
     if path.exists():
         raise UserError(f"{path} is a file.", f"Pass the folder that contains it. {NAMES}")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"{path}: no such folder.", NAMES)
+    repo, file = gguf.split_name(model)
+    if file and (folder := user_path(repo, NAMES)).is_dir():
+        return resolve_model(str(folder / file), weights)
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or repo.endswith(gguf.SUFFIX):
+        raise UserError(f"{path}: no such {'file' if repo.endswith(gguf.SUFFIX) else 'folder'}.", NAMES)
     from linearize_cli.hub import limited_waits
 
-    with limited_waits(), explained(model, "the checkpoint", FORMATS):
-        return _download(model, weights)
+    with limited_waits(), explained(repo, "the checkpoint", FORMATS):
+        return gguf.download(repo, file) if file else _download(repo, weights)
 
 
 def _download(model: str, weights: bool) -> str:
-    """Download the small files of a Hub repository, and one format of its weights if requested."""
+    """Download the small files of a Hub repository, and one format of its weights if requested.
+
+    Return the folder, or the repository's GGUF file if it has no other checkpoint.
+    """
     from huggingface_hub import snapshot_download
+
+    from linearize_cli.models import gguf
 
     def fetch(*patterns: str, commit: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns="*/*"))
 
     folder = fetch("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken")
+    if not _has_config(folder) and (file := gguf.download(model, commit=folder.name)):
+        return file
     _require_checkpoint(model, folder)
     if not weights:
         pass
@@ -187,9 +208,14 @@ def _download(model: str, weights: bool) -> str:
     return str(folder)
 
 
+def _has_config(folder: Path) -> bool:
+    """Return True if a folder holds config.json or params.json."""
+    return any((folder / name).is_file() for name in ("config.json", "params.json"))
+
+
 def _require_checkpoint(model: str | Path, folder: Path) -> None:
     """Check that a folder holds config.json or params.json."""
-    if not any((folder / name).is_file() for name in ("config.json", "params.json")):
+    if not _has_config(folder):
         raise UserError(f"{model} has neither config.json nor params.json.", FORMATS)
 
 
@@ -215,31 +241,43 @@ def _load_meta(
 def _load_hugging_face(
     model: str,
     source: str,
+    header: Header | None,
     dtype: torch.dtype | None,
     device: str,
     trust_remote_code: bool,
     own_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in Hugging Face's format, and check its files and its tokenizer.
+    """Load a checkpoint in Hugging Face's format or a GGUF file, and check its files and its tokenizer.
 
     Args:
         model: the model's name in messages.
         source: the checkpoint's folder.
+        header: the header of the GGUF file. None for another checkpoint.
         own_code: True if an artifact runs the code that it carries instead of this package's code.
     """
     import transformers
     from transformers import AutoTokenizer
 
-    with explained(model, "its config.json", CONFIG_FILE):
-        config, auto_class = _load_config(model, source, trust_remote_code)
-        check_files(model, source)
-        check_total(model, _shape(config, auto_class, dtype, trust_remote_code), source)
+    from linearize_cli.models.gguf import OTHER, check_all_used
+    from linearize_cli.models.quantised import announce, make_ordinary, method_of
+
+    file = {"gguf_file": header.file.name} if header else {}
+    part, hint = ("its config", OTHER) if header else ("its config.json", CONFIG_FILE)
+    with explained(model, part, hint):
+        config, auto_class = _load_config(model, source, header, trust_remote_code)
+        if not header:
+            check_files(model, source)
+        files = [header.file] if header else weight_files(source)
+        check_total(model, _shape(config, auto_class, dtype, trust_remote_code), files)
         if own_code:
             config = _own_config(config, source)
-    with explained(model, "its tokenizer", TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with explained(model, "its tokenizer", OTHER if header else TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **file)
     _check_tokenizer(model, tokenizer)
-    with explained(model, "its weights", WEIGHT_FILES, source), _without_load_report():
+    kind = header.quantised if header else method_of(config)
+    if kind:
+        announce(header.file.name if header else model, kind, dtype or config.dtype)
+    with explained(model, "its weights", OTHER if header else WEIGHT_FILES, source), _without_load_report():
         loaded, info = getattr(transformers, auto_class).from_pretrained(
             source,
             config=config,
@@ -250,24 +288,44 @@ def _load_hugging_face(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_loaded refuses them
+            quantization_config=transformers.GgufConfig(dequantize=True) if header else None,
+            **file,
         )
     check_loaded(model, loaded, info)
+    if header:
+        check_all_used(header, loaded)
+    if kind:
+        make_ordinary(loaded, dtype or config.dtype)
     return loaded.eval(), tokenizer
 
 
-def _load_config(model: str, source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
-    """Return the config of a checkpoint, and the name of the Auto class that loads its model."""
+def _load_config(
+    model: str, source: str, header: Header | None, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, str]:
+    """Return the config of a checkpoint, and the name of the Auto class that loads its model.
+
+    Args:
+        header: the header of the GGUF file. None for another checkpoint.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    raw, _ = PreTrainedConfig.get_config_dict(source)
-    check_sizes(model, raw)
+    from linearize_cli.models.gguf import read_config
+    from linearize_cli.models.quantised import request_dequantisation
+
+    file = header.file.name if header else None
+    raw, _ = PreTrainedConfig.get_config_dict(source, gguf_file=file)
+    check_sizes(model, raw, file or "config.json")
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind is None and not own_code:
         raise UserError(f"{model}: config.json has no model_type.", FORMATS)
     if kind not in CONFIG_MAPPING and not own_code:
         what = f"{model}: the installed transformers does not support model_type `{kind}` of config.json."
         raise UserError(what, "Update it: pip install --upgrade transformers")
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if header:
+        config = read_config(header, raw)
+    else:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        request_dequantisation(model, config)
     name = _auto_class(config, own_code)
     if name is None:
         what = f"{model}: `{kind}` in config.json is not a causal LM, encoder-decoder or encoder."

@@ -8,7 +8,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.hub import brief, hub_error, redacted_chain
 from linearize_cli.models.weights import weight_files
 
-NAMES = "MODEL is a folder, a Hub id such as `owner/name`, or `demo`."
+NAMES = "MODEL is a folder, a Hub id such as `owner/name`, a GGUF file, or `demo`."
 
 
 @contextmanager

@@ -19,7 +19,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 COUNTS = {re.compile(r"(layers?|blocks?|depth)$"): 2048, re.compile(r"experts?$"): 1 << 15}
 PER_BYTE = 8  # largest number of weights in a byte, at one bit each
 FEW = 1 << 28  # number of weights that fit on any machine
-ONE_MODEL = "config.json and the weight files must belong to one model, and no weight file may be missing."
+ONE_MODEL = "The config and the weight files must belong to one model, and no weight file may be missing."
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -28,22 +28,23 @@ def weight_files(folder: str | Path) -> list[Path]:
     return sorted(file for name in names for file in Path(folder).glob(name))
 
 
-def check_sizes(model: str, config: dict[str, Any]) -> None:
+def check_sizes(model: str, config: dict[str, Any], file: str = "config.json") -> None:
     """Refuse a config with more layers or experts than any known model has. Building such a model would take
     hours.
 
     Args:
-        config: the contents of config.json.
+        config: the contents of config.json, or what transformers reads from a GGUF file.
+        file: the file's name.
 
     Raises:
         UserError: a count is too large.
     """
     for key, value in config.items():
         if isinstance(value, dict):
-            check_sizes(model, value)
+            check_sizes(model, value, file)
         most = next((most for name, most in COUNTS.items() if name.search(key)), None)
         if most and type(value) is int and value > most:
-            raise UserError(f"{model}: {key} in config.json is {value:,}, more than {most:,}.", "Correct it.")
+            raise UserError(f"{model}: {key} in {file} is {value:,}, more than {most:,}.", "Correct it.")
 
 
 def check_files(model: str, folder: str | Path) -> None:
@@ -74,7 +75,8 @@ def check_files(model: str, folder: str | Path) -> None:
         others = first_five(file.name for file in folder.glob("*.safetensors"))
         raise UserError(
             f"{model} has no weights: no model.safetensors, no pytorch_model.bin and no index.",
-            f"Download them into it{f', or rename them (it holds {others})' if others else ''}.",
+            f"Download them into it{f', or rename them (it holds {others})' if others else ''}.\n"
+            "A GGUF file beside config.json must be named: FOLDER/FILE.gguf, or owner/name:FILE.gguf on the Hub.",
         )
 
 
@@ -83,21 +85,22 @@ def hashable(value: Any) -> bool:
     return isinstance(value, str | int | float | None)
 
 
-def check_total(model: str, shape: PreTrainedModel, folder: str | Path) -> None:
+def check_total(model: str, shape: PreTrainedModel, files: list[Path]) -> None:
     """Refuse a model that is far larger than its weight files, before memory is allocated for it.
 
     Args:
         model: the model's name in messages.
         shape: the model on the meta device.
-        folder: the folder of the weight files.
+        files: the weight files, or the GGUF file.
 
     Raises:
-        UserError: config.json describes far more weights than the files hold.
+        UserError: the config describes far more weights than the files hold.
     """
-    held, wanted = sum(file.stat().st_size for file in weight_files(folder)), shape.num_parameters()
+    held, wanted = sum(file.stat().st_size for file in files), shape.num_parameters()
     if wanted > max(PER_BYTE * held, FEW):
+        config = files[0].name if files[0].suffix == ".gguf" else "config.json"
         raise UserError(
-            f"{model}: config.json describes {wanted:,} weights, but the weight files hold {held:,} bytes.",
+            f"{model}: {config} describes {wanted:,} weights, but the weight files hold {held:,} bytes.",
             ONE_MODEL,
         )
 
@@ -121,7 +124,7 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
     if info["mismatched_keys"]:
         shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
         raise UserError(
-            f"{model} has weights whose shapes do not match config.json: {first_five(shapes)}.", ONE_MODEL
+            f"{model} has weights whose shapes do not match its config: {first_five(shapes)}.", ONE_MODEL
         )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"{model} contains a LoRA adapter.", "Merge it with peft's merge_and_unload().")

@@ -179,3 +179,33 @@ def test_a_hub_that_does_not_answer(hub, tmp_path):
     (said,) = load(hub.url, tmp_path, ("maker/tiny", TOKEN), stalled=True)
     hub.faults.remove(fault)
     assert f"maker/tiny needs the Hub, and {hub.url} does not answer" in said["what"]
+
+
+def test_gguf(hub, tmp_path):
+    """A GGUF file of a repository loads by its name, or by the repository's if it is the only checkpoint."""
+    pytest.importorskip("gguf", reason="GGUF files are read with the extra `gguf`")
+    from tiny_gguf import TOKENS, tiny_llama, write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama()).read_bytes()
+    hub.repos["maker/gguf"] = repo({"README.md": b"", "Q8/tiny.gguf": file})
+    hub.repos["maker/ggufs"] = repo({"one.gguf": file, "two.gguf": b"", "notes.txt": b""})
+    names = "maker/gguf", "maker/ggufs:one.gguf"
+    cache = tmp_path / "cache"
+    *loaded, several, absent, misspelt = load(
+        hub.url,
+        cache,
+        *((name, "") for name in names),
+        ("maker/ggufs", ""),
+        ("maker/ggufs:three.gguf", ""),
+        ("maker/gugf:one.gguf", ""),
+    )
+    expected = [{"name": name, "ids": [TOKENS.index("h"), TOKENS.index("i")]} for name in names]
+    assert loaded == expected
+    assert several["what"] == "maker/ggufs holds several GGUF files: one.gguf, two.gguf."
+    assert several["hint"] == "Name one of them: maker/ggufs:one.gguf"
+    assert absent["what"] == "maker/ggufs has no file three.gguf."
+    assert "no repository maker/gugf" in misspelt["what"]
+    assert not [path for path in cache.rglob("two.gguf")], "only the named file is downloaded"
+    for offline in (False, True):
+        again = load("http://127.0.0.1:9", cache, *((name, "") for name in names), offline=offline)
+        assert again == expected
