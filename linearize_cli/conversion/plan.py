@@ -123,11 +123,10 @@ def planned(
     Raises:
         UserError: the model cannot be converted with this configuration, or no plan fits the memory.
     """
-    name = job.dtype
-    shape = load_shape(job.model, name, trust_remote_code)
-    if checked_dtype(name) is None:
-        name = str(working_dtype(shape.dtype, device)).removeprefix("torch.")
-        shape = load_shape(job.model, name, trust_remote_code)
+    shape = load_shape(job.model, job.dtype, trust_remote_code)
+    if checked_dtype(job.dtype) is None:
+        shape.to(working_dtype(shape.dtype, device))
+    dtype = str(shape.dtype).removeprefix("torch.")
     with Phantom():
         linear, softmax = chosen_layers(job, shape)
     check_task(job, type(shape).__name__, task_class(shape), linear)
@@ -137,7 +136,7 @@ def planned(
     check_budget(job, length, processes)
     counted = costs(shape, linear, softmax, job.recipe, length, device)
     estimate = Estimate(counted, job, length, shape.dtype.itemsize, processes, 1, device)
-    plan = fitting(estimate, name, memory, bool(checkpointable(shape)), before)
+    plan = fitting(estimate, dtype, memory, bool(checkpointable(shape)), before)
     job = plan.applied(job)
     return Planned(job, length, plan, linear, softmax, replace(estimate, job=job, rows=plan.rows))
 
