@@ -6,13 +6,13 @@ import shutil
 import statistics
 
 import pytest
-from convert_case import SMALL, losses, make_teacher, run
+from convert_case import METHODS, SMALL, losses, make_teacher, run
 
 from linearize_cli import convert, load
 from linearize_cli.conversion.workspace import Workspace
 from linearize_cli.data import sources as data
 from linearize_cli.errors import CheckFailed, UserError
-from linearize_cli.methods.registry import load_recipe, method_names
+from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.perplexity import perplexity
 from linearize_cli.verification.verify import verify_model
 
@@ -96,7 +96,7 @@ def test_without_training_only_the_swap_is_measured(teacher):
     assert set(bare["perplexity"].values()) == {None}
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_converts_reloads_and_verifies(method, teacher):
     output = teacher.folder / method.replace(":", "-over-")
     overrides = ("attention.local.size=4",) if load_recipe(method).attention.local else ()
