@@ -7,6 +7,7 @@ the artifact, and imports between them become relative ones. When such a copy ru
 import ast
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -83,13 +84,15 @@ def text_of(name: str, spec: ModuleSpec | None) -> str:
     return Path(spec.origin).read_text()
 
 
-def our_imports(source: str) -> list[tuple[int, str]]:
+@cache
+def our_imports(source: str) -> tuple[tuple[int, str], ...]:
     """Return the line number and the module name of each `from linearize_... import` statement in a source
     text.
     """
     nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
     imports = [(node.lineno, node.module or "") for node in nodes]
-    return [(i, name) for i, name in imports if name.split(".")[0] in ("linearize_cli", "linearize_kernels")]
+    ours = ("linearize_cli", "linearize_kernels")
+    return tuple((line, name) for line, name in imports if name.split(".")[0] in ours)
 
 
 def flatten(source: str) -> str:

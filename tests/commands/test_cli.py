@@ -1,23 +1,54 @@
-"""The command line as a user meets it: a process, its output, its exit code."""
+"""The command line as a user meets it: its output and its exit code.
 
+Most commands run in this process, which has loaded torch and transformers. A few run as a process of their own,
+for what only a process shows: what libraries print, tracebacks, and what is imported.
+"""
+
+import io
 import json
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_tokenizer, tiny_model
+from transformers.utils import logging
 
-from linearize_cli.cli import cli
+from linearize_cli.cli import cli, main
 from linearize_cli.methods.registry import method_names
 
 COMMANDS = {"convert", "eval", "verify", "bench", "push", "generate", "heads", "inspect", "methods", "demo"}
 
 
-def linearize(*arguments, cwd=None):
+Result = namedtuple("Result", "returncode stdout stderr")
+
+
+def linearize(*arguments, cwd="."):
+    """Run a command in this process, in the folder `cwd`."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.chdir(cwd)
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+    return Result(end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def process(*arguments, cwd):
+    """Run a command as a process of its own, in the folder `cwd`."""
     command = [sys.executable, "-m", "linearize_cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_logging():
+    """Commands set the verbosity of transformers for the rest of the process: restore it."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +105,15 @@ def test_inspect_shows_layers_and_memory(folder):
     assert len({row["state_bytes"] for row in report["memory"]}) == 1
 
 
-@pytest.mark.parametrize("options", [(), ("--temperature", "0.8"), ("--speculative", "lookup")])
-def test_generate_prints_text_and_repeats_itself(folder, options):
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [((), linearize), (("--temperature", "0.8"), process), (("--speculative", "lookup"), linearize)],
+)
+def test_generate_prints_text_and_repeats_itself(folder, options, again):
     first = linearize(
         "generate", "tiny-augmented", "a fox", "--max-new", "20", "--json", "g.json", *options, cwd=folder
     )
-    second = linearize("generate", "tiny-augmented", "a fox", "--max-new", "20", *options, cwd=folder)
+    second = again("generate", "tiny-augmented", "a fox", "--max-new", "20", *options, cwd=folder)
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout and "fox" in first.stdout
     report = json.loads((folder / "g.json").read_text())
@@ -120,7 +154,6 @@ def test_verify_by_other_drafters_and_trees(folder):
 
 
 def test_a_failed_verification_ends_with_1(folder, monkeypatch, tmp_path):
-    from linearize_cli.cli import main
     from linearize_cli.verification import verify as verification
 
     report = json.loads((folder / "tiny-augmented" / "verify.json").read_text())
@@ -182,8 +215,21 @@ def test_bad_input_ends_with_2_and_says_what_to_do(arguments, words, folder):
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["convert", "tiny"], "--force"),
+        (["verify", "tiny-augmented", "--draft", "medusa"], "Medusa heads"),
+        (["sing"], "sing"),
+    ],
+)
+def test_a_process_that_fails_prints_its_error_alone(arguments, word, folder):
+    result = process(*arguments, cwd=folder)
+    assert result.returncode == 2 and word in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) < 12
+
+
 def test_an_internal_error_ends_with_3_and_debug_shows_it(folder, monkeypatch, capsys):
-    from linearize_cli.cli import main
     from linearize_cli.methods import registry as methods
 
     def broken(*arguments):
@@ -205,6 +251,6 @@ def test_the_python_api_is_there_whatever_was_imported_first():
 
 
 def test_results_go_to_standard_output_and_progress_does_not(folder):
-    result = linearize("convert", "tiny", "-o", "quiet", "--no-train", "-q", cwd=folder)
+    result = process("convert", "tiny", "-o", "quiet", "--no-train", "-q", cwd=folder)
     assert result.returncode == 0 and result.stderr == "" and "quiet" in result.stdout
     assert Path(folder / "quiet" / "README.md").exists()

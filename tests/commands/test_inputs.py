@@ -110,10 +110,11 @@ def test_what_is_no_json(content, tmp_path):
 )
 def test_what_is_no_plain_yaml_is_refused_at_once(text, tmp_path):
     (tmp_path / "file.yaml").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError, match=r"file\.yaml is not valid YAML") as refused:
         read_yaml(tmp_path / "file.yaml")
-    assert time.monotonic() - started < 1 and len(str(refused.value).splitlines()) <= LINES
+    assert time.process_time() - started < 5, "it is refused before it is expanded"
+    assert len(str(refused.value).splitlines()) <= LINES
 
 
 def test_dates_are_text(tmp_path):

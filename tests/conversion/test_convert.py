@@ -6,7 +6,7 @@ import shutil
 import statistics
 
 import pytest
-from convert_case import SMALL, losses, make_teacher, run
+from convert_case import METHODS, SMALL, losses, make_teacher, run
 
 from linearize_cli import convert, load
 from linearize_cli.conversion.workspace import Workspace
@@ -14,6 +14,7 @@ from linearize_cli.data import sources as data
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.methods.registry import load_recipe, method_names
 from linearize_cli.metrics.perplexity import perplexity
+from linearize_cli.verification import verify as verification
 from linearize_cli.verification.verify import verify_model
 
 
@@ -96,15 +97,33 @@ def test_without_training_only_the_swap_is_measured(teacher):
     assert set(bare["perplexity"].values()) == {None}
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_every_method_converts_reloads_and_verifies(method, teacher):
-    output = teacher.folder / method.replace(":", "-over-")
+def converted(teacher, method, name, **changes):
+    """Convert the teacher to a method with a small window, and return the folder and the report."""
+    output = teacher.folder / f"{name}-{method.replace(':', '-over-')}"
     overrides = ("attention.local.size=4",) if load_recipe(method).attention.local else ()
-    report = run(teacher, output, method=method, overrides=overrides, tokens=16 * 4 * 10)
+    return output, run(teacher, output, method=method, overrides=overrides, **changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_converts_reloads_and_verifies(method, teacher, monkeypatch):
+    """Without the statistics of sampling, which no method changes: they follow from the logits of trees."""
+    output, report = converted(teacher, method, "trained", tokens=16 * 4 * 10)
+    monkeypatch.setattr(verification, "MEASURING", {})
     assert max(report["self_check"].values()) < 1e-4
     assert math.isfinite(report["perplexity"]["recovered"])
     model, tokenizer = load(output)
     assert verify_model(model, tokenizer, prompts=["a fox", "sat"], max_new=12)["verdict"] == "EXACT"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_samples_from_its_distribution(method, teacher, monkeypatch):
+    output, _ = converted(teacher, method, "sampled", train=False)
+    for checks in ("DECODING", "THOROUGH"):
+        monkeypatch.setattr(verification, checks, {})
+    model, tokenizer = load(output)
+    report = verify_model(model, tokenizer, prompts=["a fox", "sat"], max_new=12)
+    assert report["failed"] == [] and report["sampling"]["tokens"] >= 1024 and report["speed"]["ratio"] > 0
 
 
 def test_layers_are_kept_and_the_adapter_too(teacher):

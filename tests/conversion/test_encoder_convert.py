@@ -296,5 +296,5 @@ def test_context_of_positions_that_count_from_the_pad():
 def test_pads_that_count_as_tokens_are_found(converted, monkeypatch):
     family, output, _ = converted
     monkeypatch.setattr(runtime_layer, "valid_tokens", lambda *args: None)
-    report = verify(output, max_new=2, write=False)
+    report = verify(output, max_new=2, quick=True, write=False)
     assert report["verdict"] == "FAIL" and "padding" in report["failed"]

@@ -14,6 +14,8 @@ import torch
 from convert_case import losses, make_teacher, run
 from safetensors.torch import load_file
 
+from linearize_cli.cli import main
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
@@ -27,14 +29,15 @@ def whole(teacher):
     return output, run(teacher, output)
 
 
-RUN = """
-import sys, os, signal
+# Runs that are killed, each in a fork of one process that has imported all they need.
+RUNS = """
+import json, os, signal, sys
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 from convert_case import Teacher, run
 from linearize_cli.training import loop as train
 train.SAVE_EVERY = train.SAVE_PAUSE = 0.0
-path, text, output, moment, *keep = sys.argv[1:]
+path, text, runs = sys.argv[1:]
 save, count = train.torch.save, 0
 def killing_save(*arguments, **keywords):
     global count
@@ -64,26 +67,43 @@ def killing_divergence(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return divergence(*arguments)
 keep_softmax.divergence = killing_divergence
-run(Teacher(path, text, None), Path(output), keep_softmax=keep[0] if keep else None)
+for output, moment, keep in json.loads(runs):
+    child = os.fork()
+    if not child:
+        run(Teacher(path, text, None), Path(output), keep_softmax=keep)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
 """
+MOMENTS = [
+    "in-measure-1",
+    "after-save-3",
+    "in-save-5",
+    "after-save-9",
+    "in-measure-4",
+    "after-save-14",
+    "in-save-21",
+]
+# Before and while the layers are measured, after the first step that follows, and in the last save.
+HYBRID_MOMENTS = ["after-save-9", "in-divergence-8", "after-save-10", "in-save-22"]
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "in-measure-1",
-        "after-save-3",
-        "in-save-5",
-        "after-save-9",
-        "in-measure-4",
-        "after-save-14",
-        "in-save-21",
-    ],
-)
-def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher):
-    output = teacher.folder / f"killed-{moment}"
-    arguments = [teacher.path, teacher.text, str(output)]
-    kill(output, [*arguments, moment])
+@pytest.fixture(scope="module")
+def killed(teacher):
+    """Kill a conversion at each moment, and return the folders that were to be written, by name."""
+    runs = [(f"killed-{moment}", moment, None) for moment in MOMENTS]
+    runs += [(f"hybrid-{moment}", moment, "auto:1") for moment in HYBRID_MOMENTS]
+    outputs = {name: teacher.folder / name for name, _, _ in runs}
+    orders = json.dumps([(str(outputs[name]), *how) for name, *how in runs])
+    done = child(RUNS, teacher.path, teacher.text, orders)
+    assert done.returncode == 0, done.stderr.decode()[-800:]
+    for output in outputs.values():
+        assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
+    return outputs
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_result(moment, whole, teacher, killed):
+    output = killed[f"killed-{moment}"]
     report = run(teacher, output, resume=True)
     expected = losses(whole[0])
     resumed = losses(output)
@@ -102,12 +122,6 @@ def child(script, *arguments):
     return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, env=paths)
 
 
-def kill(output, arguments):
-    killed = child(RUN, *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-800:]
-    assert not output.exists() and output.with_name(output.name + ".partial").is_dir()
-
-
 @pytest.fixture(scope="module")
 def hybrid(teacher):
     """A conversion that keeps a layer, and that nothing interrupted."""
@@ -115,11 +129,9 @@ def hybrid(teacher):
     return output, run(teacher, output, keep_softmax="auto:1")
 
 
-# Before and while the layers are measured, after the first step that follows, and in the last save.
-@pytest.mark.parametrize("moment", ["after-save-9", "in-divergence-8", "after-save-10", "in-save-22"])
-def test_a_killed_run_keeps_the_same_layers(moment, hybrid, teacher):
-    output = teacher.folder / f"hybrid-{moment}"
-    kill(output, [teacher.path, teacher.text, str(output), moment, "auto:1"])
+@pytest.mark.parametrize("moment", HYBRID_MOMENTS)
+def test_a_killed_run_keeps_the_same_layers(moment, hybrid, teacher, killed):
+    output = killed[f"hybrid-{moment}"]
     report = run(teacher, output, keep_softmax="auto:1", resume=True)
     for key in ("keep_softmax", "layers", "perplexity", "ablation"):
         assert report[key] == hybrid[1][key], key
@@ -177,15 +189,11 @@ def test_kills_at_random_moments_change_no_weight(kills, long, teacher):
     assert losses(output) == losses(long)
 
 
-def command(*arguments, **keywords):
-    return [sys.executable, "-m", "linearize_cli", *arguments]
-
-
-def test_ctrl_c_leaves_only_what_resume_needs(teacher):
+def test_ctrl_c_leaves_only_what_resume_needs(teacher, capsys):
     output = teacher.folder / "stopped"
-    arguments = command("convert", teacher.path, "-o", str(output), "--data", teacher.text, "--seq-len", "16")
+    arguments = ["convert", teacher.path, "-o", str(output), "--data", teacher.text, "--seq-len", "16"]
     process = subprocess.Popen(
-        [*arguments, "--tokens", "50M"],
+        [sys.executable, "-m", "linearize_cli", *arguments, "--tokens", "50M"],
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
@@ -199,7 +207,7 @@ def test_ctrl_c_leaves_only_what_resume_needs(teacher):
     assert process.returncode == 130, errors.decode()
     assert b"--resume" in errors and b"Traceback" not in errors
     assert not output.exists() and log.parent.is_dir()
-    again = subprocess.run(arguments + ["--tokens", "50M"], capture_output=True)
-    assert again.returncode == 2 and b"--resume" in again.stderr
-    other = subprocess.run(arguments + ["--tokens", "40M", "--resume"], capture_output=True)
-    assert other.returncode == 2 and b"recipe" in other.stderr
+    for options, word in ((["--tokens", "50M"], "--resume"), (["--tokens", "40M", "--resume"], "recipe")):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *options])
+        assert end.value.code == 2 and word in capsys.readouterr().err

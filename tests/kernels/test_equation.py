@@ -3,7 +3,7 @@
 import dense
 import pytest
 import torch
-from equation_case import BASE, FORMS, FORWARD_ONLY, chain, close, make, tokens
+from equation_case import BASE, FORMS, FORWARD_ONLY, branches, chain, close, make, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linearize_kernels import (
@@ -59,14 +59,13 @@ def test_a_tree_equals_its_paths(name, data):
     position = prefix + visible.sum(-1)[None] - 1
     before = state.fork()
     out = block(attention, state, *(x[..., prefix:, :] for x in (q, k, v)), position, visible)
-    for node in range(nodes):
-        path = list(range(prefix)) + [prefix + j for j in range(nodes) if visible[node, j]]
-        expected, last = chain(attention, q[0][:, path], k[0][:, path], v[0][:, path])
-        close(out[0, :, node], expected[:, -1])
+    chained = [*range(-1, prefix - 1), *(prefix + parent for parent in parents)]
+    expected, states = branches(attention, q[0], k[0], v[0], chained)
+    close(out[0], expected[:, prefix:])
     assert all(torch.equal(getattr(state, f), getattr(before, f)) for f in vars(before))
     accepted = [j for j in range(nodes) if visible[-1, j]]
     after = commit(attention, state, *(x[..., prefix:, :][..., accepted, :] for x in (k, v)))
-    more = tokens(1, 3)
+    more, last = tokens(1, 3), states[-1]
     for t in range(3):
         out, after = chunked(attention, after, *(x[..., t : t + 1, :] for x in more))
         expected, last = step(attention, last, *(x[0, :, t] for x in more))
@@ -91,11 +90,10 @@ def test_one_tree_on_rows_of_different_lengths(name, lengths):
     position = torch.tensor(lengths)[:, None] + visible.sum(-1) - 1
     out = block(attention, state, *(x[..., tree, :] for x in (q, k, v)), position, visible)
     for row, length in enumerate(lengths):
-        for node in range(nodes):
-            ancestors = [prefix + j for j in range(nodes) if visible[node, j]]
-            path = [*range(prefix - length, prefix), *ancestors]
-            expected, _ = chain(attention, q[row][:, path], k[row][:, path], v[row][:, path])
-            close(out[row, :, node], expected[:, -1])
+        own = [x[row, :, prefix - length :] for x in (q, k, v)]
+        chained = [*range(-1, length - 1), *(length + parent for parent in parents)]
+        expected, _ = branches(attention, *own, chained)
+        close(out[row], expected[:, length:])
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from convert_case import make_teacher, run
+from convert_case import METHODS, make_teacher, run
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 from torch.nn.functional import kl_div
 
@@ -85,8 +85,16 @@ def check_trees(model) -> None:
                     close(tree.logits[:, node], model(text, use_cache=False).logits[:, -1])
 
 
-@pytest.mark.parametrize("keep", [None, "at:1"], ids=["all linear", "one softmax layer"])
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    [
+        *(pytest.param(name, None, id=f"{name}-all linear") for name in method_names()),
+        *(
+            pytest.param(*x.values, "at:1", id=f"{x.values[0]}-one softmax layer", marks=x.marks)
+            for x in METHODS
+        ),
+    ],
+)
 def test_every_method_from_swap_to_tree(method, keep, teacher, tmp_path):
     # The loss that is looked at below and a rate for a small model, whichever are the method's own.
     rates = ("recover.distill.kl=1", "recover.distill.ce=0", "recover.distill.lr=auto")

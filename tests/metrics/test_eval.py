@@ -17,6 +17,7 @@ from families import tiny_model as tiny_family
 from transformers import AutoTokenizer
 
 from linearize_cli import convert, evaluate, load
+from linearize_cli.cli import main
 from linearize_cli.errors import UserError
 from linearize_cli.metrics import predictions as measure
 from linearize_cli.metrics.perplexity import perplexity
@@ -225,17 +226,19 @@ def test_bad_input_is_refused(teacher, artifact, tmp_path, monkeypatch):
     assert before == {file.name: file.read_bytes() for file in artifact.iterdir() if file.is_file()}
 
 
-def test_command_line(teacher, artifact, tmp_path):
-    command = [sys.executable, "-m", "linearize_cli", "eval", str(artifact), "--data", teacher.text, "-q"]
-    good = [*command, "--context", "16,0.3k", "--json", str(tmp_path / "out.json")]
+def test_command_line(teacher, artifact, tmp_path, capsys):
+    command = ["eval", str(artifact), "--data", teacher.text, "-q"]
+    good = [sys.executable, "-m", "linearize_cli", *command]
+    good += ["--context", "16,0.3k", "--json", str(tmp_path / "out.json")]
     result = subprocess.run(good, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report == json.loads((artifact / "eval.json").read_text())
     assert report["contexts"]["measured"] == [16, 300]
     assert f"{report['perplexity']['teacher']:.3f}" in result.stdout and "local only" in result.stdout
-    result = subprocess.run([*command, "--context", "16,x"], capture_output=True, text=True)
-    assert result.returncode == 2 and "'x' should be a number of tokens" in result.stderr
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--context", "16,x"])
+    assert end.value.code == 2 and "'x' should be a number of tokens" in capsys.readouterr().err
 
 
 def test_lm_eval_task_of_ones_own(teacher, artifact, tmp_path):

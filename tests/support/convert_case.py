@@ -10,6 +10,7 @@ import torch
 from tiny_checkpoint import WORDS, save_tokenizer, tiny_model
 
 from linearize_cli import convert
+from linearize_cli.methods.registry import method_names
 from linearize_cli.training import loop as train
 from linearize_cli.training.checkpoint import Checkpoint
 
@@ -17,6 +18,14 @@ from linearize_cli.training.checkpoint import Checkpoint
 SIZES = ("attention.local.size=4", "attention.conv.width=3", "recover.transfer.share=0.4")
 SMALL = dict(overrides=SIZES, seq_len=16, tokens=16 * 4 * 20)
 Teacher = namedtuple("Teacher", "path text folder")
+# The augmented methods with every scope, memory and combination. The others differ from these and from their base
+# only in a feature map or a score.
+AUGMENTED = [f"augmented:{base}" for base in ("flash", "gated-delta", "linformer", "lolcats", "retention")]
+# Every method for pytest.mark.parametrize. The other augmented ones are slow.
+METHODS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (":" in name and name not in AUGMENTED))
+    for name in method_names()
+]
 
 
 def make_teacher(folder, layers=2):

@@ -77,9 +77,24 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def chain(attention, q, k, v, sink_logits=None):
-    """One row's tokens through `step`: `[heads, T, Dv]` and the last state."""
-    state, outputs = step_state(attention), []
-    for t in range(q.shape[-2]):
-        out, state = step(attention, state, q[:, t], k[:, t], v[:, t], sink_logits)
+    """Return the outputs `[heads, T, Dv]` of `step` for one row's tokens, and the last state."""
+    outputs, states = branches(attention, q, k, v, range(-1, q.shape[-2] - 1), sink_logits)
+    return outputs, states[-1]
+
+
+def branches(attention, q, k, v, parents, sink_logits=None):
+    """Run `step` on one row's tokens `[heads, T, D]`, each from the state of its parent.
+
+    Args:
+        parents: the index of each token's parent, -1 for the empty state.
+
+    Returns:
+        The outputs `[heads, T, Dv]` and the state after each token.
+    """
+    states, outputs = [], []
+    for t, parent in enumerate(parents):
+        before = step_state(attention) if parent < 0 else states[parent]
+        out, state = step(attention, before, q[:, t], k[:, t], v[:, t], sink_logits)
         outputs.append(out)
-    return torch.stack(outputs, 1), state
+        states.append(state)
+    return torch.stack(outputs, 1), states

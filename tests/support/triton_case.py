@@ -25,8 +25,8 @@ CASES = {
         chunk=64, chunks=2, recent=24, size=20, skip=4, heads=1, tiles=(16, 32, 16)
     ),
     "segments of chunks": dict(chunks=10, recent=8, size=7, heads=1, features=16),
-    "bfloat16": dict(dtype=torch.bfloat16, group=2),
-    "float16": dict(dtype=torch.float16, recent=24, size=20),
+    "bfloat16": dict(dtype=torch.bfloat16, group=2, heads=1),
+    "float16": dict(dtype=torch.float16, heads=1, recent=24, size=20),
     "ahead": dict(ahead=16, start=2),
     "ahead, group of two, odd widths": dict(
         ahead=28,
@@ -50,7 +50,7 @@ CASES = {
         ahead=44, chunk=32, chunks=2, recent=20, size=18, width=31, start=2, heads=1, tiles=(16, 16, 16)
     ),
     "ahead, segments of chunks": dict(ahead=8, chunks=10, recent=8, size=7, start=2, heads=1, features=16),
-    "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2),
+    "ahead, bfloat16": dict(ahead=16, start=2, dtype=torch.bfloat16, group=2, heads=1),
 }
 GROUP_CASES = {
     "plain": dict(),

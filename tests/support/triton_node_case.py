@@ -13,8 +13,8 @@ NODE_SLIDING = dict(
 NODE_GROUP = dict(scope="group", size=6, score="relu2", feature_map="identity", combine="none", conv_width=4)
 # `counts`: tokens in each row before. `steps`: decoded tokens. `nodes`: nodes of each tree.
 NODE_CASES = {
-    "sliding": dict(parts=NODE_SLIDING, counts=(0, 5), steps=40),
-    "group": dict(parts=NODE_GROUP, counts=(0, 9), steps=40),
+    "sliding": dict(parts=NODE_SLIDING, counts=(0, 5), steps=15),
+    "group": dict(parts=NODE_GROUP, counts=(0, 9), steps=15),
     "queries in groups": dict(parts=NODE_SLIDING, heads=4, kv_heads=2, counts=(3, 8)),
     "groups of queries, in groups": dict(
         parts=NODE_GROUP | dict(feature_map="relu"), heads=4, kv_heads=2, counts=(5, 1)

@@ -206,8 +206,17 @@ def test_one_changed_line(fault: Fault, tokenizer, monkeypatch):
     assert report["verdict"] == "FAIL" and report["failed"]
 
 
+ALSO_CONVERTED = (
+    "augmented:flash",
+    "augmented:linformer",
+    "lolcats",
+    "retention",
+)  # and verified, by convert's tests
+
+
 @pytest.mark.parametrize(
-    "method", ["augmented", "augmented:flash", "augmented:linformer", "lolcats", "retention", "gated-delta"]
+    "method",
+    ["augmented", "gated-delta", *(pytest.param(name, marks=pytest.mark.slow) for name in ALSO_CONVERTED)],
 )
 def test_untouched_methods_are_exact(method, tokenizer, monkeypatch):
     """Under every check but the speed's."""
