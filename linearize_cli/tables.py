@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from linearize_cli.artifact.record import DISTANCES
 from linearize_cli.methods.recipe import Recipe
 
 WEAK_RECALL = 0.1  # below this recall of the teacher, the student's recall means nothing
@@ -51,20 +52,27 @@ def perplexities(report: dict[str, Any]) -> Table:
 
 
 def kept(report: dict[str, Any]) -> Table:
-    """Return a table of the KL with each layer alone softmax, which `--keep-softmax auto:N` measured.
+    """Return a table of the distance from the teacher with each layer alone softmax, which `--keep-softmax
+    auto:N` measured.
 
     The layers that stay softmax are marked "kept".
     """
-    rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
-    for name, value in chosen["kl"].items():
+    chosen = report["keep_softmax"]
+    metric = next(name for name in DISTANCES if name in chosen)
+    rows = table("layer as softmax", f">{DISTANCES[metric]}", "")
+    for name, value in chosen[metric].items():
         rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
     return rows
 
 
-def divergences(report: dict[str, Any]) -> Table:
-    """Return a table of the KL from the teacher after each stage."""
-    rows = table("", ">KL from the teacher, nats")
-    for name, value in report["kl"].items():
+def distances(report: dict[str, Any], metric: str) -> Table:
+    """Return a table of the distance from the teacher after each stage.
+
+    Args:
+        metric: a key of DISTANCES.
+    """
+    rows = table("", f">{DISTANCES[metric]}")
+    for name, value in report[metric].items():
         rows.add_row(name.replace("_", " "), number(value, ".4f"))
     return rows
 
@@ -86,8 +94,7 @@ def conversion(report: dict[str, Any]) -> RenderableType:
             f"{size(per_token)} per token, which is more from {state // per_token + 1:,} tokens"
         )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
-    if report.get("kl"):
-        measured.append(divergences(report))
+    measured += [distances(report, metric) for metric in DISTANCES if report.get(metric)]
     if report["keep_softmax"]:
         measured += ["", kept(report)]
     if report.get("medusa"):

@@ -18,6 +18,7 @@ from linearize_cli.conversion.preflight import (
     check_length,
     check_task,
     with_batch_size,
+    with_loss_weights,
 )
 from linearize_cli.data.readers import BadRows
 from linearize_cli.methods.registry import load_recipe
@@ -127,6 +128,7 @@ def plan_report(
     model = load_shape(job.model, job.dtype, trust_remote_code)
     with Phantom():
         linear, softmax = chosen_layers(job, model)
+    job = with_loss_weights(job, task_class(model))
     check_task(job, type(model).__name__, task_class(model), linear)
     check_checkpointing(job, model)
     length = check_length(job.seq_len, job.recipe, model)

@@ -23,6 +23,7 @@ from linearize_cli.conversion.preflight import (
     check_task,
     hidden_bytes,
     with_batch_size,
+    with_loss_weights,
 )
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
@@ -105,6 +106,7 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
     model, tokenizer = load_teacher(job.model, job.dtype, home, trust_remote_code)
     linear, softmax = chosen_layers(job, model)
     task = task_of(model, tokenizer)
+    job = with_loss_weights(job, type(task))
     check_task(job, type(model).__name__, type(task), linear)
     text.read_through(tokenizer, task, terminal)
     check_checkpointing(job, model)
@@ -172,7 +174,7 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
     done = {"transfer": steps.transfer, "distill": steps.distill} | results.get("steps", {})
     perplexities = ("teacher", "swapped", "transferred", "recovered")
     ablations = ("full", "local_only", "linear_only")
-    by_kl = conversion.teacher is not None
+    compared = conversion.teacher is not None
     report = {
         "schema": SCHEMA,
         "base_model": job.model,
@@ -180,8 +182,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
         "seq_len": text.length,
         "tokens": {stage: count * text.tokens_per_step or None for stage, count in done.items()},
-        "perplexity": dict.fromkeys(perplexities) if by_kl else conversion.selected(*perplexities),
-        "ablation": dict.fromkeys(ablations) if by_kl else conversion.selected(*ablations),
+        "perplexity": dict.fromkeys(perplexities) if compared else conversion.selected(*perplexities),
+        "ablation": dict.fromkeys(ablations) if compared else conversion.selected(*ablations),
         "keep_softmax": results.get("keep_softmax"),
         "self_check": {},
         "state_bytes": state_bytes(conversion.model),
@@ -193,8 +195,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         report["medusa"] = medusa
     if not isinstance(text.task, CausalLM):
         report["task"] = text.task.pipeline
-    if by_kl:
-        report["kl"] = conversion.selected(*perplexities[1:], *ablations[1:])
+    if compared:
+        report[text.task.metric] = conversion.selected(*perplexities[1:], *ablations[1:])
     return report
 
 
@@ -215,6 +217,7 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
     model, folder = conversion.model.eval(), partial / "artifact"
     shutil.rmtree(folder, ignore_errors=True)
     save_artifact(folder, model, text.tokenizer, conversion.job.recipe)
+    text.task.save(folder)
     if (partial / "adapter").exists():
         (partial / "adapter").rename(folder / "adapter")
     if heads is not None:
