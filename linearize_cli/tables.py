@@ -207,9 +207,11 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
 
 
 def evaluation(report: dict[str, Any]) -> RenderableType:
-    """Return the report of `eval`: perplexity by context, then ablation, recall, generated text and lm_eval's
-    tasks.
+    """Return the report of `eval`: perplexity or embeddings by context, then ablation, recall, generated text
+    and lm_eval's tasks.
     """
+    if report["embeddings"]:
+        return embeddings(report["embeddings"])
     texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
     for row in report["perplexity"]["by_context"]:
         teacher, student = row["teacher"], row["student"]
@@ -223,6 +225,17 @@ def evaluation(report: dict[str, Any]) -> RenderableType:
             number(row["top1_agreement"], ".1%"),
         )
     return Group("perplexity", texts, *ablation(report), *recall(report), *written(report), *harness(report))
+
+
+def embeddings(measured: list[dict[str, Any]]) -> Table:
+    """Return a table of the agreement of both models' embeddings by context."""
+    rows = table(
+        ">context", ">blocks", f">{DISTANCES['embedding_distance']}", ">rank correlation of similarities"
+    )
+    for row in measured:
+        numbers = (number(row[key], ".4f") for key in ("distance", "rank_correlation"))
+        rows.add_row(f"{row['context']:,}", f"{row['blocks']:,}", *numbers)
+    return rows
 
 
 def ablation(report: dict[str, Any]) -> list[RenderableType]:

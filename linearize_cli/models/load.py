@@ -313,9 +313,7 @@ def _auto_class(config: PreTrainedConfig, source: str, own_code: dict) -> str | 
     """
     from linearize_cli.runtime.config import AUTO_CLASSES, PREFIX, auto_class
 
-    known = [
-        name for name, kinds in AUTO_CLASSES.items() if name in own_code or config.model_type in kinds
-    ]
+    known = [name for name, kinds in AUTO_CLASSES.items() if name in own_code or config.model_type in kinds]
     named = [auto_class(name.removeprefix(PREFIX)) for name in config.architectures or ()]
     if config.model_type in AUTO_CLASSES["AutoModel"] and SentenceFolder.read(source):
         return "AutoModel"

@@ -106,5 +106,7 @@ def read_pooling(folder: Path) -> str:
         named = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
         found = LEGACY.get(named[0], named[0]) if len(named) == 1 else named or "mean"
     if found not in POOLINGS:
-        raise UserError(f"{file}: the pooling {found} cannot be recovered, only {' or '.join(POOLINGS)}", HINT)
+        raise UserError(
+            f"{file}: the pooling {found} cannot be recovered, only {' or '.join(POOLINGS)}", HINT
+        )
     return found

@@ -53,6 +53,7 @@ class Task:
         encodes: True if its attention may be bidirectional.
         decodes: True if it can continue rows of tokens. Otherwise it has no `start`.
         answers: True if text gives labels. Otherwise a model is measured by its distance from the teacher.
+        embeds: True if its models give an embedding of each text, and no logits.
         metric: the name of that distance in reports (see `distance`).
         pooling: how hidden states become the embedding of a text, `mean` or `cls`.
         without_embedding: the tokens that the model has no embedding for, as names by token id.
@@ -63,6 +64,7 @@ class Task:
     encodes = True
     decodes = False
     answers = True
+    embeds = False
     metric = "kl"
     pooling = "mean"
 
@@ -305,7 +307,7 @@ class Embedding(Encoder):
     """
 
     auto_class, pipeline = "AutoModel", "feature-extraction"
-    answers = False
+    answers, embeds = False, True
     metric = "embedding_distance"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
