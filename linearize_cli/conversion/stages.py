@@ -93,10 +93,8 @@ class Conversion:
         model = session.engine.inference(self.model)
         with self.on_device(self.model), session.terminal.progress(title, blocks.numel()) as advance:
             inputs = (model, blocks, self.job.batch_size, advance, task)
-            if self.teacher is None:
-                value = perplexity(*inputs)
-            else:
-                value = task.distance(self.teacher, observations(*inputs))
+            teacher = self.teacher
+            value = perplexity(*inputs) if teacher is None else task.distance(teacher, observations(*inputs))
         self.results[name] = value
         self.add_seconds("measure", started)
         session.log.write("measure", name, **{metric: value})
