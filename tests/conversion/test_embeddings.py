@@ -209,7 +209,7 @@ def test_rank_correlation():
 
 @pytest.mark.parametrize("name", ["plain", "mean", "cls"])
 def test_sentence_transformers_gives_the_same_embeddings(name, folder):
-    library = pytest.importorskip("sentence_transformers")
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     run(folder, name, f"{name}-library", train=False)
     model = library.SentenceTransformer(str(folder / f"{name}-library"), trust_remote_code=True)
     own, tokens = load(folder / f"{name}-library")
