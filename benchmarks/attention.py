@@ -40,7 +40,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Ready(NamedTuple):
-    """A form of attention after its warm-up, and its peak memory in bytes if the device reports it."""
+    """A function that runs one form of attention after its warm-up, and its peak memory in bytes (None if not
+    reported).
+    """
 
     run: Run
     peak: int | None
@@ -87,7 +89,7 @@ class Ready(NamedTuple):
 def main(
     device: str | None, dtype: str | None, threads: int, seconds: float, out: Path, **asked: Any
 ) -> None:
-    """Measure all forms and write the results."""
+    """Measure all forms of attention and write the results."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:
@@ -146,15 +148,17 @@ def command(options: dict[str, Any]) -> str:
 def measure(
     several: Sequence[Sizes], phase: str, rates: Rates, device: torch.device, budget: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Measure all forms of attention in one phase, at several sizes.
+    """Time all forms of attention (linearize, softmax, flash-linear-attention) in one phase, at several
+    sizes.
 
     Args:
         several: the sizes, all with the same batch, heads and dtype.
-        rates: the device's bandwidth and peak, for the lower bound.
+        phase: forward, forward and backward, or decode.
+        rates: the device's measured bandwidth and peak FLOP/s, for the lower bound.
         budget: seconds for all repeats.
 
     Returns:
-        A row for each form and size. Where a form failed, its row has the `reason` and no time.
+        A JSON row for each form and size. Where a form failed, its row has the `reason` and no time.
     """
     found, failed, ready = {}, {}, {}
     for sizes in several:
@@ -201,7 +205,9 @@ def measure(
 
 
 def warm(form: Form, phase: str, tensors: list[Tensor], device: torch.device) -> Ready:
-    """Prepare a form for a phase, run it once, and measure the peak memory of a second run."""
+    """Prepare a form of attention for a phase (such as decode), run it once, and measure the peak memory of a
+    second run.
+    """
 
     def prepare() -> Run:
         run = form.ready(phase, *tensors)

@@ -78,11 +78,11 @@ def input_output_bytes(sizes: Sizes, phase: str) -> int:
 
 
 def softmax_work(sizes: Sizes, phase: str) -> Work:
-    """Return the work of softmax attention.
+    """Return the FLOPs and bytes of softmax attention.
 
-    Each of the T (T + 1) / 2 causal pairs takes a score and a weighted value, D multiply-adds each. A backward that
-    recomputes the scores takes five more such products (FlashAttention, arXiv 2205.14135). A decoded token attends to
-    T keys and values and reads them all.
+    Each of the T (T + 1) / 2 causal pairs takes a score and a weighted value, D multiply-adds each. A
+    backward that recomputes the scores takes five more such products (FlashAttention, arXiv 2205.14135). A
+    decoded token attends to T keys and values and reads them all.
     """
     length = sizes.tokens
     pairs = length if phase == DECODE else length * (length + 1) / 2
@@ -92,7 +92,8 @@ def softmax_work(sizes: Sizes, phase: str) -> Work:
 
 
 def recurrent_work(sizes: Sizes, phase: str, flops: float, read: int, written: int) -> Work:
-    """Return the work of a recurrent form, whose cost per token does not depend on the context.
+    """Return the FLOPs and bytes of a recurrent attention, whose cost per token does not depend on the
+    context.
 
     Args:
         flops: FLOPs per token and head in the forward. A backward takes twice as many more.
@@ -106,7 +107,7 @@ def recurrent_work(sizes: Sizes, phase: str, flops: float, read: int, written: i
 
 
 def linear_work(attention: LinearAttention, sizes: Sizes, phase: str) -> Work:
-    """Return the work of linearize's attention, computed token by token.
+    """Return the FLOPs and bytes of linearize's attention, computed token by token.
 
     FLOPs per token and head, with F features:
 
@@ -132,7 +133,7 @@ def linear_work(attention: LinearAttention, sizes: Sizes, phase: str) -> Work:
 def local_tokens(scope: str, size: int, length: int, phase: str) -> float:
     """Return how many tokens of its window or group a token attends to, including itself.
 
-    It is the mean over a row of `length` tokens. For decoding, it is the number of the next token after the row.
+    It is the mean over a row of `length` tokens. For decoding, it is that of the next token after the row.
     """
     position = torch.arange(length, length + 1) if phase == DECODE else torch.arange(length)
     seen = position % size + 1 if scope == "group" else (position + 1).clamp(max=size)
@@ -140,18 +141,19 @@ def local_tokens(scope: str, size: int, length: int, phase: str) -> float:
 
 
 def simple_gla_work(sizes: Sizes, phase: str) -> Work:
-    """Return the work of a decay for each head and token (GLA, arXiv 2312.06635; Mamba-2, arXiv 2405.21060).
+    """Return the FLOPs and bytes of a decay for each head and token (GLA, arXiv 2312.06635; Mamba-2, arXiv
+    2405.21060).
 
-    It takes D² to decay S, 2 D² to add a token and 2 D² to read S. S is in fp32.
+    Per token and head, it takes D² FLOPs to decay S, 2 D² to add a token and 2 D² to read S. S is in fp32.
     """
     state = 4 * sizes.rows * sizes.dim**2
     return recurrent_work(sizes, phase, 5 * sizes.dim**2, state, state)
 
 
 def gated_delta_work(sizes: Sizes, phase: str) -> Work:
-    """Return the work of the gated delta rule (arXiv 2412.06464).
+    """Return the FLOPs and bytes of the gated delta rule (arXiv 2412.06464).
 
-    It is that of `simple_gla_work` plus 2 D² to read the value that S holds for the key.
+    They are those of `simple_gla_work`, plus 2 D² FLOPs to read the value that S holds for the key.
     """
     state = 4 * sizes.rows * sizes.dim**2
     return recurrent_work(sizes, phase, 7 * sizes.dim**2, state, state)

@@ -23,12 +23,12 @@ SDPA = "sdpa"  # prefix of the names of softmax attention
 
 
 class Form(NamedTuple):
-    """One form of attention.
+    """One form of attention, such as softmax or a method of linearize.
 
     Attributes:
         attend: (q, k, v) -> out, causal.
-        decoder: (q, k, v) -> a function that decodes one more token after these T. It uses q, k and v of the last
-            token as those of the next one.
+        decoder: (q, k, v) -> a function that decodes one more token after these T. It uses q, k and v of the
+            last token as those of the next one.
         work: (sizes, phase) -> the form's FLOPs and bytes.
         parameters: the tensors besides q, k and v that receive gradients.
     """
@@ -39,9 +39,9 @@ class Form(NamedTuple):
     parameters: Sequence[Tensor] = ()
 
     def ready(self, phase: str, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Run:
-        """Return a function that runs a phase once.
+        """Return a function that runs one phase (forward, forward and backward, or decode) once.
 
-        A run of decoding is `STEPS` steps in a row, so that the caches are in the state that they have in a real
+        A decode run is `STEPS` tokens in a row, so that the caches are in the state that they have in a real
         text.
         """
         if phase == DECODE:
@@ -78,7 +78,9 @@ def forms(sizes: Sizes, device: torch.device, generator: torch.Generator) -> dic
 
 
 def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Generator) -> Form:
-    """Return the form of a method of linearize. Its parameters are moved away from their initial values."""
+    """Return linearize's attention by one method. Its parameters are moved at random from their initial
+    values.
+    """
     geometry = dict(
         heads=sizes.heads,
         kv_heads=sizes.heads,
@@ -105,7 +107,9 @@ def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Gener
 
 
 def softmax(backend: SDPBackend | None) -> Form:
-    """Return the form of torch's scaled_dot_product_attention. None lets torch choose the backend."""
+    """Return softmax attention by torch's scaled_dot_product_attention. With the backend None, torch chooses
+    one.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
         with nullcontext() if backend is None else sdpa_kernel(backend):
@@ -118,7 +122,9 @@ def softmax(backend: SDPBackend | None) -> Form:
 
 
 def fla_forms(sizes: Sizes, device: torch.device) -> dict[str, Form]:
-    """Return two forms of flash-linear-attention, with random gates."""
+    """Return two layers of flash-linear-attention by name (simple GLA and gated delta rule), with random
+    gates.
+    """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
@@ -140,11 +146,12 @@ def fla_forms(sizes: Sizes, device: torch.device) -> dict[str, Form]:
 def fla_form(
     chunk: Callable, recurrent: Callable, work: Callable[[Sizes, str], Work], **gates: Tensor
 ) -> Form:
-    """Return a form of flash-linear-attention, whose tensors are `[B, T, heads, D]`.
+    """Return the form of a function of flash-linear-attention, whose tensors are `[B, T, heads, D]`.
 
     Args:
         chunk: its function for a whole row.
         recurrent: its function for one token.
+        work: (sizes, phase) -> the form's FLOPs and bytes.
         gates: `[B, T, heads]` each.
     """
 

@@ -61,7 +61,9 @@ def build(config: LlamaConfig, method: str, device: torch.device, dtype: torch.d
 
 
 def step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Run:
-    """Return a function that decodes `STEPS` tokens for every row, each time the tokens `[B, 1]`."""
+    """Return a function that runs `STEPS` decoding steps, one token for every row each. All steps read the
+    tokens `ids [B, 1]`.
+    """
 
     def run() -> None:
         for _ in range(STEPS):
@@ -71,7 +73,7 @@ def step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Run:
 
 
 def as_softmax(model: PreTrainedModel, run: Run) -> Run:
-    """Return a function that runs another one while the model uses softmax attention."""
+    """Return a function that calls `run` with the model switched to softmax attention."""
 
     def switched() -> None:
         with attention_implementation(model, "sdpa"):
@@ -81,7 +83,11 @@ def as_softmax(model: PreTrainedModel, run: Run) -> Run:
 
 
 def decoders(model: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], Run]]:
-    """Return, by form of attention, a function that reads a prefix `[1, T]` and returns a run of `STEPS` steps."""
+    """Return a dict from a way to decode ("linear", "softmax, static cache", ...) to a function that prepares
+    it.
+
+    The function prefills a prefix `[1, T]`, and returns a function that decodes `STEPS` tokens after it.
+    """
     ids = prefix[:, -1:]
 
     def linear() -> Run:
@@ -115,12 +121,16 @@ def decoders(model: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], R
 
 
 def tree_of(nodes: int) -> list[int]:
-    """Return the parents of a tree of `BRANCHES` chains below one root."""
+    """Return the parent of each node in a tree of `BRANCHES` chains below one root, -1 for the root."""
     return [-1] + [max(0, i - BRANCHES) for i in range(1, nodes)]
 
 
 def trees(model: PreTrainedModel, prefix: Tensor, nodes: list[int]) -> dict[str, Callable[[], Run]]:
-    """Return, for each number of nodes, a function that reads a prefix and returns a run of `STEPS` trees."""
+    """Return a dict from "tree of N" to a function that prepares the verification of a token tree of N nodes.
+
+    The function prefills a prefix `[1, T]`, and returns a function that verifies `STEPS` trees after it and
+    commits a path of each.
+    """
 
     def prepare(parents: list[int]) -> Run:
         cache = DynamicCache(config=model.config)
@@ -139,7 +149,9 @@ def trees(model: PreTrainedModel, prefix: Tensor, nodes: list[int]) -> dict[str,
 
 
 def many_sequences(model: PreTrainedModel, prefix: Tensor, sequences: int) -> Run:
-    """Read a prefix `[1, T]`, repeat its cache for many sequences, and return a run of `STEPS` steps."""
+    """Prefill a prefix `[1, T]`, repeat its cache for many sequences, and return a function that decodes
+    `STEPS` tokens of each.
+    """
     cache = DynamicCache(config=model.config)
     forward(model, prefix, cache, last=True)
     cache.batch_repeat_interleave(sequences)
@@ -150,15 +162,15 @@ def many_sequences(model: PreTrainedModel, prefix: Tensor, sequences: int) -> Ru
 def timed(
     prepared: dict[str, Callable[[], Run]], device: torch.device, budget: float, runs: int
 ) -> dict[str, float | str]:
-    """Time prepared runs in turn.
+    """Time several functions in turn.
 
     Args:
-        prepared: functions that prepare a run, by name.
+        prepared: by name, functions that prepare a run and return the function to time.
         budget: seconds for all repeats.
         runs: steps in each run.
 
     Returns:
-        The median seconds of one step, by name, or the reason why the run failed.
+        By name, the median seconds of one step, or the reason why the run failed.
     """
     ready: dict[str, Run] = {}
     found: dict[str, float | str] = {}

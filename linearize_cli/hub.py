@@ -44,13 +44,14 @@ def limited_waits() -> Iterator[None]:
 
 
 def persistent(call: Callable[[], T], paths: tuple[str, ...] = ("",)) -> T:
-    """Return the result of a call. If the Hub does not answer, call again up to two times, after a pause.
+    """Make a call of the Hub. If it does not answer, repeat the call up to two times, after a pause.
 
     An error that the Hub answers is raised at once.
 
     Args:
-        paths: parts of addresses. Only requests to an address with one of them are sent again. By default,
-            all are. Most requests of an upload are sent again by `huggingface_hub` itself.
+        call: the function to call. Its result is returned.
+        paths: parts of URLs. The call is repeated only if the failed request's URL contains one of them. By
+            default it always is. Most requests of an upload are repeated by `huggingface_hub` itself.
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 

@@ -38,8 +38,8 @@ def size(count: int) -> str:
 
 
 def perplexities(report: dict[str, Any]) -> Table:
-    """Return a table of the perplexities of a conversion: after each stage, and of each part of the attention
-    alone.
+    """Return a table of a conversion's perplexities: after each stage, and with the local or the linear part
+    of the attention alone.
     """
     rows = table("", ">perplexity", ">x teacher")
     teacher = report["perplexity"]["teacher"]
@@ -52,8 +52,8 @@ def perplexities(report: dict[str, Any]) -> Table:
 
 
 def kept(report: dict[str, Any]) -> Table:
-    """Return a table of the distance from the teacher with each layer alone softmax, which `--keep-softmax
-    auto:N` measured.
+    """Return the table of `--keep-softmax auto:N`: the distance from the teacher with each layer alone returned
+    to softmax.
 
     The layers that stay softmax are marked "kept".
     """
@@ -239,8 +239,8 @@ def embeddings(measured: list[dict[str, Any]]) -> Table:
 
 
 def ablation(report: dict[str, Any]) -> list[RenderableType]:
-    """Return a line with the student's perplexity with one part of its attention only. Empty if it was not
-    measured.
+    """Return a line with the student's perplexity if only its local or only its linear part is used. Empty if
+    it was not measured.
     """
     parts = {name: value for name, value in report["ablation"].items() if name != "full" and value}
     said = "    ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in parts.items())

@@ -22,11 +22,12 @@ class Equation:
         near(i, j): |p_i - p_j| < size (sliding), or p_i div size == p_j div size (group)
         o_i = combine( Σ_{L(i)} κ_ij v_j, φ(q_i)ᵀ Σ_{F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ ) + Σ_τ c_τ v_{anc(i,τ)}
 
-    L(i) is the local part, with weights κ (the scores under the combine's normaliser). F(i) is the far part,
-    read through the features φ; D_ij is the decay between j and i, and ω a learned weight of key j. The last
-    sum is the conv over values: anc(i, τ) is the token τ positions before i. τ runs over the last W tokens,
-    or over the W tokens around i if the equation is not causal. There is no local part if size and sinks are
-    0, no far part if feature_map is None, and no conv if conv_width is 0. Without key_weight, ω is 1.
+    L(i) is the local part, with weights κ (the scores under the combine's normaliser). F(i) is the linear
+    part, read through the features φ; D_ij is the decay between j and i, and ω a learned weight of key j. The
+    last sum is the conv over values: anc(i, τ) is the token τ positions before i. τ runs over the last W
+    tokens, or over the W tokens around i if the equation is not causal. There is no local part if size and
+    sinks are 0, no linear part if feature_map is None, and no conv if conv_width is 0. Without key_weight, ω
+    is 1.
 
     Attributes:
         heads, kv_heads: the numbers of query heads and of key-value heads.
@@ -85,7 +86,9 @@ class Equation:
 
     @property
     def far_heads(self) -> int:
-        """Return the number of heads of S and z, called `far` in shapes: query heads or KV heads."""
+        """Return the number of heads of the running state (S, z), called `far` in shapes: that of query heads
+        or KV heads.
+        """
         return self.heads if self.per_query_head else self.kv_heads
 
     def near(self, query_position: Tensor, key_position: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class Equation:
 
 
 class LinearAttention(nn.Module):
-    """The parameters of one layer's equation: far part, combine, conv and position bias.
+    """The parameters of one layer's equation: linear part, combine, conv and position bias.
 
     Functions compute its outputs: `chunked` over a long sequence, `varlen` over packed sequences,
     `bidirectional` in an encoder, `block` for any equation, and `step` (the definition) for one token.
@@ -139,9 +142,9 @@ class LinearAttention(nn.Module):
             run, else torch), "torch" or "triton". "triton" raises ValueError where no kernel can run.
         ran: the implementation that was used last: "triton", "torch", "block" (the slow reference, which
             computes any equation), or None before the first call.
-        far: the far part, or None if the equation has none. It is a `FeatureMemory` or a class in
+        far: the linear part, or None if the equation has none. It is a `FeatureMemory` or a class in
             `far.FAR_PARTS`.
-        combine: the module that joins the local and the far part.
+        combine: the module that joins the local and the linear part.
         conv: the conv's weights `[heads, W]`, or None.
         distance_bias: the bias that is added to the local score of tokens i and j, or None. It is
             `[heads, size]`, read at p_i - p_j. If the equation is not causal, it is `[heads, 2 size - 1]`,

@@ -133,7 +133,11 @@ def _pipeline(report: dict) -> str:
 
 
 def _gain(decodes: bool) -> str:
-    """Return the sentence that states the benefit of linear attention."""
+    """Return the sentence that states the benefit of linear attention.
+
+    Args:
+        decodes: True if the model generates text, False for an encoder.
+    """
     if decodes:
         return "Their memory for decoding does not grow with the context."
     return "Their cost is linear in the context."
@@ -167,8 +171,8 @@ def _table(subject: str, measure: str, labels: dict[str, str], values: dict | No
 
 
 def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
-    """Return the table of the state's size, the KV cache's size, and the context at which the state becomes
-    smaller.
+    """Return a Markdown table: bytes of the linear layers' state, bytes of the KV cache that it replaces, and
+    the context length at which the state becomes smaller.
     """
     values = {"state": state_bytes, "kv": kv_bytes_per_token}
     labels = {

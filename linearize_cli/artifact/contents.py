@@ -83,8 +83,9 @@ def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
 
 
 def recorded(folder: Path) -> set[str]:
-    """Return the file names under `checksums` in `linearize.json`, or an empty set if it has none or cannot
-    be read.
+    """Return the paths of the files that `linearize.json` lists under `checksums`.
+
+    The set is empty if there are none, or if `linearize.json` cannot be read.
     """
     try:
         checksums = json.loads((folder / "linearize.json").read_text())["checksums"]

@@ -74,7 +74,8 @@ def differences(
 
 
 def lengths(task: Task, model: PreTrainedModel) -> list[int]:
-    """Return the lengths of the sequences: 32 tokens, one and a half windows, and 5,120 tokens.
+    """Return the lengths of the token sequences in a fingerprint: 32 tokens, one and a half windows, and
+    5,120 tokens.
 
     The last is 1,024 tokens if the model is not a causal language model. Each is at most the number of
     positions of the model.
@@ -86,7 +87,9 @@ def lengths(task: Task, model: PreTrainedModel) -> list[int]:
 
 
 def sequence(model: PreTrainedModel, length: int, seed: int = SEED) -> Tensor:
-    """Return random token ids `[length]` int64 that follow from the vocabulary, the length and the seed."""
+    """Return random token ids `[length]` int64. They depend only on the vocabulary's size, the length and the
+    seed.
+    """
     generator = torch.Generator().manual_seed(seed + length)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (length,), generator=generator).to(model.device)

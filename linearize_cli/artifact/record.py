@@ -128,19 +128,19 @@ def conversion_faults(config: dict[str, Any]) -> list[str]:
 
 
 def misfits(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    """Return a phrase for each field whose value has the wrong type.
+    """Return a phrase for each field of `data` whose value has the wrong type.
 
     Args:
-        kinds: the type of each field.
+        kinds: the type of each field, by key.
     """
     return [f"{key} is {data[key]!r:.60}" for key in kinds if key in data and not fits(data[key], kinds[key])]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return True if a value is None or has a type.
+    """Return True if a value is None or has the given type.
 
     Args:
-        kind: the type, as in FIELDS.
+        kind: a type that pydantic can check, such as `int` or `dict[str, float]`.
     """
     try:
         TypeAdapter(kind | None, config=ConfigDict(strict=True)).validate_python(value)

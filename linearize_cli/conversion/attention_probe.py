@@ -26,7 +26,7 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Call:
-    """The arguments of a module's call of the attention interface.
+    """The arguments with which an attention module called transformers' attention interface.
 
     Attributes:
         query, key, value: the shapes of the three tensors, `[B, heads, T, D]`.
@@ -45,7 +45,9 @@ class Call:
 
 @dataclass
 class Probe:
-    """An attention function that records the last call of each module, in `calls`, and returns zeros."""
+    """An attention function that records the last call of each attention module, in `calls`, and returns
+    zeros.
+    """
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)
 
@@ -82,12 +84,11 @@ def recording(model: PreTrainedModel, recorder: Callable) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> dict[nn.Module, Call]:
-    """Run three tokens through a model and record the attention call of each module. The model may have no
-    such call.
+    """Run three tokens through a model, and return the recorded attention call of each module that makes one.
 
     The first forward finds the modules. The second one has a cache and shows which modules can receive a
-    state, by a marker in their keyword arguments. A model that does not return its cache loses the states, so
-    its markers are removed.
+    linear attention's state: they get a marker in their keyword arguments. A model that does not return its
+    cache loses the states, so its markers are removed.
 
     Raises:
         UserError: the model does not run with a `DynamicCache`.
@@ -143,8 +144,9 @@ def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 
 def own_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
-    """Return the cache argument: a `DynamicCache`, or nothing if the model takes none or is an
-    encoder-decoder.
+    """Return the cache argument of a model's forward, as a dict: a `DynamicCache`.
+
+    The dict is empty if the model takes no cache or is an encoder-decoder.
     """
     takes = "past_key_values" in signature(model.forward).parameters
     return (

@@ -94,8 +94,8 @@ def plan_layers(model: PreTrainedModel, reach: int = 64, cross: bool = False) ->
 
 
 def geometry(module: nn.Module, call: Call) -> dict[str, Any]:
-    """Return the geometry of a layer: the keyword arguments of `runtime.layer.equation`, such as heads and
-    head sizes.
+    """Return the sizes of an attention layer (heads, head sizes, ...), as keyword arguments of
+    `runtime.layer.equation`.
     """
     scale = call.extra.get("scaling")
     softcap = call.extra.get("softcap")

@@ -59,7 +59,7 @@ class Output(Workspace):
         self.folder = folder
 
     def restore(self) -> None:
-        """Move the old artifact back if a run was killed between the two renames."""
+        """Move the old artifact back if a run was killed while it replaced the artifact by the new one."""
         if (self.path / OLD).is_dir() and not os.path.lexists(self.folder):
             os.rename(self.path / OLD, self.folder)
 

@@ -29,11 +29,14 @@ def best(distances: dict[str, float], count: int) -> list[str]:
 
 
 class Restorer:
-    """The return of converted layers to softmax attention: for a measurement (`restored`), or for good (`restore`).
+    """A switch that returns converted layers to softmax attention: for a measurement (`restored`), or
+    permanently (`restore`).
+
+    It must be created before the conversion, because it remembers the config that each layer has then.
 
     Args:
-        model: the model before its conversion, when every layer still has the shared config.
-        names: the names of the layers to convert.
+        model: the model, which is not converted yet.
+        names: the names of the attention modules that will be converted.
     """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]):
@@ -45,9 +48,9 @@ class Restorer:
     def restored(self, name: str) -> Iterator[None]:
         """Let one layer attend by softmax while the context is open.
 
-        A converted layer has its own config, and other layers share one. The shared config is set to softmax
-        attention too, because the model makes its masks by it. Linear layers accept any mask, softmax layers
-        only their own.
+        The base model's layers share one config, and a converted layer has its own. Both are set to softmax
+        attention, because the model chooses its masks by the shared one. Linear layers accept any mask,
+        softmax layers only their own.
 
         Args:
             name: the name of the layer.
@@ -63,7 +66,7 @@ class Restorer:
                 config._attn_implementation_internal = implementation
 
     def restore(self, names: Sequence[str]) -> None:
-        """Make layers softmax permanently, as if they had never been converted. The model's record is
+        """Make layers softmax permanently, as if they had never been converted. `config.linearize` is
         updated.
         """
         record = self.model.config.linearize

@@ -27,7 +27,7 @@ CONTENTS = {
 
 
 class Workspace:
-    """The working folder of one run. Its `job.json` marks it as made by linearize and is deleted last.
+    """The working folder of one run. Its file `job.json` marks it as made by linearize and is deleted last.
 
     Attributes:
         path: the folder.
@@ -48,8 +48,8 @@ class Workspace:
             artifact: identifies the artifact that the run adds to. Empty if it makes a new one.
 
         Returns:
-            the report of the interrupted run if only the deletion of this folder was missing. Otherwise None:
-                the run must be done.
+            the report of the interrupted run if that run had finished all its work, and only this folder was
+            left. None in all other cases: the run must be done.
 
         Raises:
             UserError: the run cannot start. Nothing has changed.
@@ -160,11 +160,10 @@ class Workspace:
         """
 
     def finished(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the report of a run that was killed after its result was in place. Return None if it was not
-        finished.
+        """Return the report of an interrupted run if its result was already in place, else None.
 
         Args:
-            before: the `job.json` of that run, or None.
+            before: the contents of that run's `job.json`, or None.
         """
         return before and before.get("report")
 
@@ -208,13 +207,12 @@ class Workspace:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the work of a run in this context, and delete the folder when it ends.
-
-        The folder is kept if the run is interrupted, or if it fails when a checkpoint exists.
+        """Delete the folder when the context ends. Keep it for a resume if the code inside was interrupted,
+        or failed when a checkpoint exists.
 
         Raises:
             KeyboardInterrupt: the run was interrupted. The message says what was kept.
-            UserError: the disk is full, or the run raised it. The hint says what was kept.
+            UserError: the disk is full, or the code inside raised it. The hint says what was kept.
         """
         try:
             yield

@@ -62,7 +62,7 @@ class BadRows:
 
 
 class Row(list):
-    """A document that comes from one row: the parts of its text.
+    """A document that was read from one row of a file or dataset: a list of strings (its text in parts).
 
     Attributes:
         where: the file and line, or the dataset and row.
@@ -152,7 +152,10 @@ def documents(rows: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Documen
 
 
 def read_text(file: Path, bad: BadRows) -> Iterator[Document]:
-    """Yield the only document of a text file, or nothing if the file is empty. No row of it can be bad.
+    """Yield the text of a file as one document, or nothing if the file is empty.
+
+    Args:
+        bad: not used, because a text file has no rows.
 
     Raises:
         UserError: the file cannot be read, or is not UTF-8.

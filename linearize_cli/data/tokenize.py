@@ -24,11 +24,13 @@ Tokens = tuple[list[int], list[int]]
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield the tokens of a document in parts, starting with BOS if the tokenizer has one.
+    """Yield the tokens of a document in parts, so that a long text is never in memory as a whole.
 
-    Returns:
+    The first token is BOS if the tokenizer has one.
+
+    Yields:
         tensors `[3, n]` int64. Row 0 holds the token ids. Row 1 is 1 where a token is a training target. Row
-            2 is 1 at the first token of the document.
+        2 is 1 at the first token of the document.
 
     Raises:
         UserError: the document is a chat, and the tokenizer has no chat template or it does not finish in
@@ -43,7 +45,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
 
 
 def text_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Yield the token ids of a text's parts with a 1 for each, because all of them are training targets."""
+    """Yield the token ids of a text, part by part, with a list of ones: every token is a training target."""
     if tokenizer.bos_token_id is not None:
         yield [tokenizer.bos_token_id], [1]
     for piece in document:

@@ -69,7 +69,7 @@ Dimension = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Part(BaseModel):
-    """A group of keys of a recipe. Unknown keys and values of another type are errors."""
+    """A group of keys of a recipe, such as `attention`. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -106,7 +106,11 @@ class Part(BaseModel):
 
     @classmethod
     def _kinds(cls, path: tuple) -> tuple:
-        """Return the types that the value at a path below this group may have."""
+        """Return the types that a value of this group may have.
+
+        Args:
+            path: the keys that lead from the group to the value.
+        """
         kinds = (cls,)
         for key in path:
             kind = kinds[0].model_fields[key].annotation
@@ -318,8 +322,8 @@ class Recipe(Part):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def with_budget(self, tokens: int | None = None, data: str | None = None) -> "Recipe":
-        """Return the recipe with the tokens and the data of the command line. What is None or empty there
-        stays the recipe's.
+        """Return the recipe with the number of tokens and the data of the command line. None or empty keeps
+        the recipe's own.
         """
         given = {key: value for key, value in (("tokens", tokens), ("data", data)) if value}
         return self.model_copy(update={"recover": self.recover.model_copy(update=given)})
@@ -351,6 +355,6 @@ def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
 def head_rate(stage: HeadStage, width: int) -> float:
     """Return the learning rate of Medusa heads for a model with hidden states of `width` entries.
 
-    `auto` is Medusa's 1e-3 at width 4096, and 6.5e-3 at width 96.
+    If the recipe says `auto`, it is 1e-3 (Medusa's) at width 4096, and scales with 1 / sqrt(width).
     """
     return 1e-3 * (4096 / width) ** 0.5 if stage.lr == "auto" else stage.lr

@@ -72,7 +72,7 @@ def read_data(method: str, overrides: Iterable[str]) -> tuple[dict, str]:
 
 
 def checked(data: dict, where: str) -> Recipe:
-    """Return the recipe of plain data.
+    """Check a recipe that was read as plain data (dicts and lists), and return it as a `Recipe`.
 
     Args:
         where: the recipe's name in messages.

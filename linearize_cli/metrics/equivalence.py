@@ -133,11 +133,12 @@ def compare_forms(
     """Compare the ways to compute logits with decoding one token at a time.
 
     They are one forward without a cache, prefills of many lengths, and a prefill in uneven chunks. Some
-    prefills are shorter than the convolution, some end at a window or group boundary.
+    prefills are shorter than the convolution, some end where a window or group ends.
 
     Args:
+        decoder: the model.
         rows: token ids `[B, T]`.
-        size: tokens between two boundaries of a window or group.
+        size: the largest window or group of the model's layers, in tokens.
         prefill: collects the differences of full forwards and prefills.
         chunked: collects the differences of the chunked prefill.
     """
@@ -163,8 +164,10 @@ def uneven(length: int) -> Iterator[int]:
 
 
 def lengths_around(size: int, most: int) -> list[int]:
-    """Return lengths of rows around the boundaries of windows and groups of `size` tokens, between 1 and
-    `most`.
+    """Return lengths of texts to test: very short ones, and those around one and two windows (or groups) of
+    `size` tokens.
+
+    All are between 1 and `most`.
     """
     return [n for n in (1, 3, size - 1, size, size + 5, 2 * size + 1) if 1 <= n <= most]
 
@@ -177,7 +180,7 @@ def compare_padding(
 
     Args:
         rows: token ids `[2, T]` that the texts are taken from.
-        size: tokens between two boundaries of a window or group.
+        size: the largest window or group of the model's layers, in tokens.
         worst: collects the differences.
     """
     lengths = lengths_around(size, rows.shape[1] - steps)
@@ -197,8 +200,8 @@ def compare_batch(
     """Compare a padded batch, decoded with a cache, with a forward of each text alone without a cache.
 
     Args:
-        texts: the rows' texts, token ids `[T_i]` each.
-        turns: tokens that follow the texts, `[B, n]` each. One forward reads each of them.
+        texts: the texts of the batch, token ids `[T_i]` each.
+        turns: tokens that follow the texts. Each `[B, n]` is read in one forward.
         worst: collects the differences.
         cache: an empty cache to use. None makes a new one.
     """
@@ -221,7 +224,7 @@ def compare_reading(task: Task, model: PreTrainedModel, rows: Tensor, size: int,
 
     Args:
         rows: token ids `[2, T]` that the texts are taken from.
-        size: tokens between two boundaries of a window or group.
+        size: the largest window or group of the model's layers, in tokens.
         worst: collects the differences.
     """
     texts = [rows[i % 2, :n] for i, n in enumerate(lengths_around(size, rows.shape[1]))]

@@ -24,15 +24,17 @@ LOGITS = 1 << 26  # the most logits in one forward
 
 @dataclass
 class Predictions:
-    """Sums over blocks of the predictions at each of T positions. A causal language model predicts the next
-    token there.
+    """The predictions of several models at each of T positions, summed over blocks of text.
+
+    A causal language model predicts the next token at each position.
 
     Attributes:
         count: `[T]` fp64, the number of predictions with a right answer. A classifier's predictions all
             count.
         loss: `[models, T]`, the negative log-likelihood of the right answers, in nats.
         kl: `[models - 1, T]`, KL(first model ‖ this model) in nats, for each model after the first.
-        same: `[models - 1, T]`, the number of predictions where both have the same most probable token.
+        same: `[models - 1, T]`, the number of predictions where this and the first model have the same most
+            probable token.
     """
 
     count: Tensor
@@ -50,10 +52,10 @@ class Predictions:
         return math.exp(self.loss[model, start:end].sum().item() / count) if count else None
 
     def mean(self, sums: Tensor) -> float:
-        """Return the mean of `kl` or `same` over all predictions of two models.
+        """Return `kl` or `same` of the second model, per prediction. There must be two models.
 
         Args:
-            sums: `kl` or `same`, `[1, T]`.
+            sums: the attribute `kl` or `same`, `[1, T]`.
         """
         return (sums.sum() / self.count.sum()).item()
 
@@ -106,10 +108,10 @@ def tokens_at_once(model: PreTrainedModel) -> int:
 
 
 def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
-    """Yield the logits `[B, n, vocab]` of a causal language model on ids `[B, T]`, in chunks.
+    """Yield the logits `[B, n, vocab]` of a causal language model on ids `[B, T]`, n tokens at a time.
 
     Args:
-        tokens: the length of a chunk. Longer rows are read with a cache.
+        tokens: n, the length of a chunk. Longer rows are read with a cache.
     """
     if ids.shape[1] <= tokens:
         yield model(input_ids=ids, use_cache=False).logits
@@ -121,15 +123,16 @@ def read(model: PreTrainedModel, ids: Tensor, tokens: int) -> Iterator[Tensor]:
 
 
 def score(answers: Tensor, *logits: Tensor) -> Tensor:
-    """Sum the losses, the KL divergences and the agreements of one or more models over the rows of a batch.
+    """Compare the predictions of one or more models with the right tokens and with those of the first model.
 
     Args:
-        answers: `[B, T]`, the right tokens, or `IGNORED` where there is none.
+        answers: `[B, T]`, the right tokens, or `IGNORED` where there is none. T is 1 for a classifier.
         logits: one tensor for each model, `[B, T, vocab]`, or `[B, vocab]` of a classifier.
 
     Returns:
-        `[3 * models - 1, T]`, in fp64 on the CPU: one row of count, `models` rows of loss, and `models - 1`
-            rows each of kl and same.
+        `[3 * models - 1, T]`, sums over the batch in fp64 on the CPU. The rows are: the number of answers,
+        each model's loss, KL(first model ‖ model) of each further model, and how often each further model
+        agrees with the first.
     """
     counted = answers != IGNORED
     first, *others = (x.float().log_softmax(-1).reshape(*answers.shape, -1) for x in logits)

@@ -75,5 +75,9 @@ def _in_bin(distance: int, lo: int, hi: int) -> bool:
 
 
 def _score(rights: list[bool]) -> dict:
-    """Return the accuracy and the count of some recalls. The accuracy of an empty list is None."""
+    """Return the accuracy and the number of recalled words. The accuracy of an empty list is None.
+
+    Args:
+        rights: for each word, True if the model recalled it.
+    """
     return {"accuracy": sum(rights) / len(rights) if rights else None, "count": len(rights)}

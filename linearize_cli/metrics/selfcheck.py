@@ -52,8 +52,10 @@ def self_check(
 
 
 def first_edge(model: PreTrainedModel, length: int) -> int:
-    """Return the number of tokens that fill the sinks and 4/3 of the first window or group of every layer, at
-    most `length`.
+    """Return a number of tokens after which every layer has filled its sinks and first window or group, with
+    a third to spare.
+
+    It is at most `length`.
     """
     equations = [module.linear_attention.equation for module in converted(model).values()]
     return min(length, max(eq.sinks + eq.recent + eq.recent // 3 for eq in equations) + 5)
@@ -96,8 +98,12 @@ def incremental_difference(decoder: Decoder, ids: Tensor, edge: int) -> float:
 def compare_padded_decoding(
     task: Task, model: PreTrainedModel, ids: Tensor, edge: int, worst: Comparison
 ) -> None:
-    """Compare a padded batch, followed by `edge` single tokens with a cache, with each row alone. `worst`
-    collects the differences.
+    """Compare a padded batch, followed by single tokens with a cache, with each row alone.
+
+    Args:
+        ids: token ids `[B, L]` that the rows are taken from.
+        edge: the number of single tokens: enough to fill the first window or group.
+        worst: collects the differences.
     """
     first, last = [ids[0, :PADS], ids[1, :2]], ids[:, PADS : PADS + edge]
     compare_batch(task, model, first, last.split(1, 1), worst)

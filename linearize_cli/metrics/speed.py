@@ -57,7 +57,7 @@ class Phase:
         raise NotImplementedError
 
     def prefilled(self, ids: Tensor) -> tuple[Decoder, Cache]:
-        """Read ids `[B, T]` and return the decoder with its filled cache."""
+        """Read ids `[B, T]` into a new cache, and return the model's decoder and the cache."""
         decoder, first, _ = self.task.start(self.model, list(ids))
         cache = decoder.new_cache()
         decoder.begin(first, cache)
@@ -150,7 +150,7 @@ def measure(
 
 
 def warm(phase: str, task: Task, model: PreTrainedModel, ids: Tensor) -> Phase:
-    """Return a phase of a model after one warm-up run.
+    """Prepare a phase of a model, run it once as a warm-up, and return it.
 
     Args:
         phase: `prefill`, `decode` or `train`.
@@ -183,7 +183,7 @@ def skip_if_out_of_memory(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def row(model: str, phase: str, context: int, batch: int) -> dict[str, Any]:
-    """Return the keys that identify a row of `bench.json`."""
+    """Return the fields that identify a row of `bench.json`: model, phase, context length and batch size."""
     return {"model": model, "phase": phase, "context": context, "batch": batch}
 
 

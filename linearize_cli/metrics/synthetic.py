@@ -30,7 +30,7 @@ class Probe:
 
 
 def distances(window: int, longest: int) -> list[int]:
-    """Return the distances of recall tests, in tokens: half the window (at least 8), then always twice the
+    """Return the distances in tokens to test recall at: half the window (at least 8), then always twice the
     one before.
 
     All are below `longest`.

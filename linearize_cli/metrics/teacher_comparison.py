@@ -59,7 +59,8 @@ class Pair:
 
 
 def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
-    """Measure `perplexity`, `kl`, `top1_agreement` and `ablation` of models with logits.
+    """Measure how well a student with logits and its teacher predict a text: the keys `perplexity`, `kl`,
+    `top1_agreement` and `ablation`.
 
     Args:
         contexts: block lengths in tokens. The first is used for the overall numbers.
@@ -142,7 +143,7 @@ def measure_embeddings(pair: Pair, contexts: list[int]) -> dict[str, Any]:
 
 
 def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, float | None]:
-    """Measure the student's perplexity without its local part, and without its global part.
+    """Measure the student's perplexity without its local part, and without its linear part.
 
     Args:
         length: the block length in tokens.
@@ -165,7 +166,7 @@ def measure_ablation(pair: Pair, length: int, full: float | None) -> dict[str, f
 
 
 def measure_recall(pair: Pair, longest: int, demo: bool) -> dict[str, Any]:
-    """Measure `recall` and `passkey` by distance.
+    """Measure how well both models recall earlier tokens, by distance: the keys `recall` and `passkey`.
 
     The demo's models are measured on the demo's documents, other causal language models on synthetic probes.
 
@@ -228,7 +229,7 @@ def demo_recall(pair: Pair) -> dict[str, Any]:
 
 
 def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
-    """Compare the continuations of a few prompts that are spread over the text.
+    """Compare how the student and its teacher continue a few prompts, which are spread over the text.
 
     Args:
         length: the largest number of tokens of a prompt and its continuation.

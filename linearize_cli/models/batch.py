@@ -63,8 +63,11 @@ class Batch:
 def causal_batch(blocks: Blocks | Tensor) -> Batch:
     """Return the batch of a causal language model. The label of each token is the next token of its document.
 
+    The labels are shifted already: `labels[b, t]` is `ids[b, t + 1]`, or IGNORED.
+
     Args:
-        blocks: blocks, or ids `[B, L]` that are one document each and trained on as a whole.
+        blocks: blocks of token ids. A plain tensor `[B, L]` means that each row is one document and all its
+            tokens are trained on.
     """
     if not isinstance(blocks, Blocks):
         blocks = Blocks(blocks)

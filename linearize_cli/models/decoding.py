@@ -41,7 +41,7 @@ def forward(
 
 
 class Decoder:
-    """A model that decodes rows of tokens, with or without a cache."""
+    """A model, to be called on token ids `[B, T]` for logits, with or without a cache."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -60,13 +60,16 @@ class Decoder:
         return DynamicCache(config=self.model.config)
 
     def own(self, cache: Cache) -> Cache:
-        """Return the cache of the decoder's own tokens, without that of an encoder's."""
+        """Return the part of the cache for the generated tokens. An encoder-decoder's cache also has one for
+        the source text.
+        """
         return cache
 
 
 class SourceDecoder(Decoder):
-    """The decoder of an encoder-decoder for an encoded source text. A source of one row serves all rows of a
-    batch.
+    """The decoder of an encoder-decoder, for a fixed source text that the encoder reads once.
+
+    A source of one row serves all rows of a batch.
 
     Args:
         source, source_mask: token ids and mask `[B, T]` of the encoder's input.
@@ -108,12 +111,13 @@ def counts_pads(model: PreTrainedModel) -> bool:
 
 
 def alone(model: PreTrainedModel, row: Tensor, pads: int) -> tuple[Tensor, Tensor]:
-    """Return a row of tokens for which the model must give the same logits as for `row` behind pads.
+    """Return the input for which the model must give the same logits for a row of tokens as in a left-padded
+    batch.
 
     Args:
         row: token ids `[T]`.
-        pads: the number of pads. A model whose positions count pads gets as many pads, with another token id.
-            Any other model gets the row without pads.
+        pads: the number of pads before the row in the batch. If the model's positions count pads
+            (`counts_pads`), the result has as many pads, with another token id. Otherwise it has none.
 
     Returns:
         ids and mask, `[1, T]` or `[1, pads + T]`.
@@ -123,7 +127,9 @@ def alone(model: PreTrainedModel, row: Tensor, pads: int) -> tuple[Tensor, Tenso
 
 
 def unpadded(model: PreTrainedModel, row: Tensor, pads: int) -> Tensor:
-    """Return the logits `[T, vocab]` that a row `[T]` behind `pads` pads must have in a batch."""
+    """Return the logits `[T, vocab]` of a row `[T]` on its own, to compare with the row behind `pads` pads in
+    a batch.
+    """
     ids, mask = alone(model, row, pads)
     return marked(forward(model, ids, None, mask), mask)[0]
 
@@ -145,6 +151,11 @@ def pad_left(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[T
 def pad_right(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids `[T_i]` on the right to the longest plus `extra`.
 
+    Args:
+        rows: token ids `[T_i]`.
+        pad_id: the token id of pads.
+        extra: the number of pads beyond the longest row.
+
     Returns:
         ids `[B, T]` and a mask `[B, T]` that is 0 at the pads.
     """
@@ -154,9 +165,11 @@ def pad_right(rows: Sequence[Tensor], pad_id: int = 0, extra: int = 0) -> tuple[
 def padded(
     rows: Sequence[Tensor], pad_id: int, extra: int, sides: Callable[[int], tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Pad rows to one length.
+    """Pad rows of token ids `[T_i]` to the longest plus `extra`.
 
     Args:
+        pad_id: the token id of pads.
+        extra: the number of pads beyond the longest row.
         sides: a function that takes the number of pads of a row, and returns how many go to the left and to
             the right.
 

@@ -16,15 +16,15 @@ def row_generator(row: Tensor) -> torch.Generator:
 
 
 def spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Draw the gaps (start, end) of a text, in tokens. They cover 15% of its tokens, in spans of 3 tokens on
-    average.
+    """Choose random spans of a text to mask (gaps). They cover 15% of its tokens, 3 tokens each on average.
 
     Args:
         length: the number of tokens in the text.
         most: the largest number of gaps.
 
     Returns:
-        the gaps in order. Their number does not depend on the generator. The last gap ends the text.
+        the gaps as (start, end) in tokens, in order. Their number does not depend on the generator. The last
+        gap ends the text.
     """
     noise = max(1, round(NOISE * length))
     gaps = max(1, min(round(noise / SPAN), length - noise, most))

@@ -73,8 +73,10 @@ def __getattr__(name: str) -> type:
 
 
 def key_of(cls: type) -> str:
-    """Return the key in ADAPTERS of a class in transformers' models (`bloom.BloomAttention`), or an empty
-    string.
+    """Return the name of a transformers class by which ADAPTERS lists its adapter, such as
+    `bloom.BloomAttention`.
+
+    It is empty for classes outside transformers' models.
     """
     path = cls.__module__.split(".")
     return f"{path[2]}.{cls.__name__}" if path[:2] == ["transformers", "models"] else ""

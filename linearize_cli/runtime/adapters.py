@@ -21,7 +21,8 @@ _state: ContextVar = ContextVar("linearize_state", default=None)
 
 
 class Adapter:
-    """The base class of adapters.
+    """The base class of adapters, which send a module's queries, keys and values to transformers' attention
+    interface.
 
     Attributes:
         config: the module's config.
@@ -69,7 +70,7 @@ class Adapter:
 
 
 class Method(Adapter):
-    """The adapter of GPT-J and similar models, which compute attention in a method `_attn`."""
+    """The adapter of GPT-J and similar models, which compute attention in a method `_attn` of their own."""
 
     scale_attn: Tensor | float
 
@@ -92,8 +93,10 @@ class Method(Adapter):
         return 1.0 / float(self.scale_attn)
 
     def extra(self, queries: int, keys: int) -> dict[str, Tensor]:
-        """Return more arguments for the attention implementation, for numbers of queries and keys. The
-        default is none.
+        """Return more keyword arguments for the attention function, such as masks. The base class has none.
+
+        Args:
+            queries, keys: the numbers of queries and keys.
         """
         return {}
 
@@ -278,19 +281,19 @@ class DiffLlama(Adapter):
 
 
 class Indexed(Adapter):
-    """The adapter of DeepSeek's sparse attention, whose indexer chooses the keys that a query sees.
+    """The adapter of DeepSeek's sparse attention, in which an indexer chooses the keys that a query sees.
 
-    The module calls the attention interface itself, so only its mask has to be kept. `Indexer` adapts the
-    choice of keys.
+    The attention module already calls transformers' attention interface, so its forward stays. The model must
+    only keep making its own mask (`native_mask`). `Indexer` replaces the choice of keys.
     """
 
     native_mask = True
 
 
 class Indexer(Adapter):
-    """The adapter of the module that selects the keys which sparse attention reads.
+    """The adapter of the module that chooses which keys DeepSeek's sparse attention reads.
 
-    It selects all keys, because a linear layer sees all of them, and it stores no index keys in the cache.
+    It chooses all keys, because a linear layer sees all of them, and it stores no index keys in the cache.
     The softmax teacher then sees all keys too. That equals the original attention up to `index_topk` tokens,
     and differs beyond.
     """
@@ -305,7 +308,7 @@ class Indexer(Adapter):
 
 
 def modeling(module: Adapter):
-    """Return the module of transformers that defines an adapted module's original class."""
+    """Return transformers' Python module that defines the original class of an adapted attention module."""
     return sys.modules[module.original.__module__]
 
 

@@ -41,8 +41,9 @@ def auto_map(*model_classes: type[Any]) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """Return the flat name of a module: `linearize_kernels_reference_block` for
-    `linearize_kernels.reference.block`.
+    """Return the name of a module's file in an artifact, where all modules are in one folder.
+
+    For example, `linearize_kernels.reference.block` becomes `linearize_kernels_reference_block`.
     """
     if module in FLAT:
         return FLAT[module]
@@ -92,8 +93,9 @@ def our_imports(source: str) -> list[tuple[int, str]]:
 
 
 def flatten(source: str) -> str:
-    """Rewrite the imports of a source text for the flat copy: `linearize_kernels.state` to
-    `.linearize_kernels_state`.
+    """Rewrite the imports of a source text for an artifact, where all modules are files of one folder.
+
+    For example, `linearize_kernels.state` becomes `.linearize_kernels_state`.
     """
     lines = source.splitlines(keepends=True)
     for number, module in our_imports(source):

@@ -26,7 +26,9 @@ ROLLBACK = 256
 
 
 class MappedRows:
-    """The operations of transformers on the rows of a cache layer (reorder, repeat, select), built on `map`."""
+    """The operations that transformers runs on the batch of a cache layer (reorder, repeat, select), built on
+    `map`.
+    """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the layer by the function's result for it. The tensors' first dimension is
@@ -88,7 +90,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.forget()
 
     def forget(self) -> None:
-        """Delete the recorded tokens. A later crop cannot remove tokens from before this call."""
+        """Delete what was recorded for a crop. Tokens from before this call cannot be removed afterwards."""
         self.snapshot: State | None = None
         self.trail: tuple[Tensor, ...] | None = None  # k, v and which tokens are no pads
 
@@ -123,7 +125,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         return out
 
     def decodes(self, attention: LinearAttention, q: Tensor) -> bool:
-        """Return True if the torch decoding step (`Decoding`) computes the next token.
+        """Return True if the next token is computed by `Decoding`, the fast decoding step in plain torch.
 
         That is the case on a CPU, without gradients, outside compiled code, and after at least one token.
         """
@@ -134,13 +136,16 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def decode(
         self, attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
     ) -> Tensor:
-        """Append one token of every row to the state by the torch decoding step, and return the outputs
-        `[B, heads, 1, Dv]`.
+        """Append one token of every row to the state by `Decoding`, the fast decoding step in plain torch.
 
         Args:
+            attention: the layer's parameters.
             q: `[B, heads, 1, D]`.
             k, v: `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
             sink_logits: `[heads]`, learned logits without a value, or None.
+
+        Returns:
+            The outputs `[B, heads, 1, Dv]`.
         """
         if self.record_past:
             self.record(attention, k, v, None)
@@ -176,11 +181,11 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def state_to_write(
         self, attention: LinearAttention, q: Tensor, sink_logits: Tensor | None
     ) -> State | None:
-        """Return the state to write into if Triton's kernels can compute the new tokens, or None if they
-        cannot.
+        """Return the state, for Triton kernels that write new tokens into it, or None if they cannot compute
+        them.
 
-        It is None, too, before the first token, while the past is recorded, and with sink logits. A state
-        whose tensors something else may hold is replaced by a copy first.
+        It is None, too, before the first token, while the past is recorded for a crop, and with sink logits.
+        If something else may hold the state's tensors, it is copied first.
 
         Args:
             q: `[B, heads, T, D]`, the queries (or keys) of the new tokens.
@@ -203,10 +208,11 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     def append(
         self, attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None
     ) -> None:
-        """Store the state after new tokens, and record the tokens if the past is recorded.
+        """Store the state after new tokens. If the layer records its past for a crop, record the tokens too.
 
         Args:
-            state: the state after them.
+            attention: the layer's parameters.
+            state: the state after the new tokens.
             k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
             valid: `[B, T]` bool, False for pads, or None if there are none.
         """
@@ -217,12 +223,14 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         self.begin()
 
     def begin(self) -> None:
-        """Mark the layer as holding tokens, for transformers."""
+        """Set the flag `is_initialized`, by which transformers knows that the layer holds tokens."""
         self.has_previous_state[0] = self.is_initialized = True
 
     def record(self, attention: LinearAttention, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        """Append new tokens to the trail. Tokens beyond the last ROLLBACK are moved from the trail into the
-        snapshot.
+        """Record new tokens, so that a later crop can remove them.
+
+        They are appended to the trail (the recorded keys and values). Tokens beyond the last ROLLBACK are
+        moved from the trail into the snapshot (the state before the trail).
 
         Args:
             k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
@@ -249,7 +257,8 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
             self.trail = k[..., excess:, :], v[..., excess:, :], valid[:, excess:]
 
     def replay(self, attention: LinearAttention | None, length: int) -> State:
-        """Compute the state after the snapshot and the first `length` tokens of the trail.
+        """Compute an earlier state: the recorded snapshot, plus the first `length` tokens recorded after it
+        (the trail).
 
         Raises:
             RuntimeError: nothing was recorded.

@@ -1,6 +1,6 @@
 """Linear cross-attention of a decoder to an encoder (arXiv 2406.07368).
 
-All tokens of the source belong to the global part, which reads them through a feature map.
+All tokens of the source belong to the linear part, which reads them through a feature map.
 """
 
 from collections.abc import Callable

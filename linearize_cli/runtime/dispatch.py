@@ -69,10 +69,10 @@ AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
 
 
 def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Add the module's cache layer to its arguments, as `linearize_state`. A forward pre-hook of converted
-    modules.
+    """Add the module's cache layer to its keyword arguments, as `linearize_state`.
 
-    Nothing is added without a cache, or while another attention implementation is selected.
+    It is a forward pre-hook of converted attention modules. Nothing is added without a cache, or while
+    another attention implementation is selected.
     """
     if module.config._attn_implementation != IMPLEMENTATION:
         return None
@@ -83,13 +83,12 @@ def pass_state(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
 
 
 def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pass packed documents, which begin where `position_ids` start again, to the layers. A forward pre-hook
-    of the model.
+    """Find packed documents in a model's inputs, and pass them to the layers as an attention mask.
 
-    Not all models pass positions on to their layers, so the documents are passed as an attention mask. Models
-    with kept softmax layers make such a mask themselves. Compiled code cannot read masks and would treat a
-    row as one document. If a row may hold several, `linearize_eagerly` makes the layers run outside compiled
-    code.
+    A document begins where `position_ids` start again. Not all models pass these on to their layers, so this
+    is a forward pre-hook of the model. Models with kept softmax layers make such a mask themselves. Under
+    torch.compile the values of masks cannot be read. If a row may hold several documents there,
+    `linearize_eagerly` makes the layers run outside compiled code.
     """
     mask, positions, cache = (
         kwargs.get("attention_mask"),
@@ -111,7 +110,7 @@ def examine(module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
 
 
 def is_custom(mask: Tensor | None) -> bool:
-    """Return True if the user passed a 4-D mask for several new tokens."""
+    """Return True for a 4-D attention mask for several new tokens, which only the user can have passed."""
     return isinstance(mask, Tensor) and mask.dim() == 4 and not is_compact(mask) and mask.shape[-2] > 1
 
 
@@ -174,12 +173,11 @@ def attach(model: Module, layers: dict[str, Module]) -> None:
 
 
 def mask_limit(model: Module, module: Module, beside_softmax: bool) -> float:
-    """Return up to how many columns the base model's 4-D masks for a module hide only pads, documents and
+    """Return the largest number of columns at which a module's 4-D masks only hide pads, other documents and
     later tokens.
 
-    Larger masks hide or bias tokens in ways that only the base model uses. Masks with biases, and those of
-    models with images, always do (0). Masks of chunked attention do beyond one chunk. For all others the
-    result is infinite.
+    Larger masks hide or bias tokens in ways that a linear layer must ignore. The limit is 0 for masks with
+    biases and for models with images, the chunk's size for chunked attention, and infinite otherwise.
 
     Args:
         beside_softmax: True if the module shares its config, and so its masks, with kept softmax layers.

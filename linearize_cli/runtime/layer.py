@@ -37,7 +37,7 @@ def equation(attention: dict, geometry: dict) -> Equation:
 
     Args:
         attention: the `attention` section of a recipe.
-        geometry: the sizes of the base model's layer (`heads` to `causal` of `Equation`).
+        geometry: the sizes of the base model's layer, as the arguments `heads` to `causal` of `Equation`.
     """
     local, far = attention.get("local") or {}, attention.get("far") or {}
     return Equation(

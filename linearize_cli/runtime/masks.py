@@ -14,8 +14,9 @@ exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 
 
 
 def is_compact(mask: Tensor) -> bool:
-    """Return True if a mask is not a T x N matrix: `[B, T]`, or `[B, 1, T, 1]` int8 (pads) or int32
-    (documents).
+    """Return True if a mask says something about each token only, not about each pair of tokens.
+
+    Such masks are `[B, T]`, and `[B, 1, T, 1]` int8 (pads) or int32 (documents).
     """
     return mask.dim() == 2 or (mask.dtype in (torch.int8, torch.int32) and mask.shape[-1] == 1)
 
@@ -70,22 +71,22 @@ def valid_tokens(mask: Tensor | None, batch: int, length: int, past: int) -> Ten
 
 
 def unless_all(valid: Tensor) -> Tensor | None:
-    """Return the mask, or None if it is True everywhere. Compiled code cannot read values, and always gets
-    the mask.
+    """Return a bool mask, or None if it is True everywhere. Compiled code cannot read values, so there it is
+    always returned.
     """
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
 def shown(mask: Tensor) -> Tensor:
-    """Convert a boolean or additive mask to a boolean one: True where a token may be seen."""
+    """Convert an attention mask, boolean or additive, to a boolean one: True where a query may see a key."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def first_column(mask: Tensor, length: int, past: int) -> int:
-    """Return the column of a mask that belongs to the first new token.
+    """Return the column of an attention mask that belongs to the first new token.
 
     Args:
-        mask: `[..., N]`. N is the number of tokens in the cache and new ones, or only that of new ones.
+        mask: `[..., N]`. Its columns are the tokens in the cache and the new ones, or the new ones only.
         length: the number of new tokens.
         past: the number of tokens in the cache.
     """
@@ -152,8 +153,8 @@ def masked_documents(
 
 
 def first_tokens(own: Tensor, there: Tensor, window: int | None) -> Tensor:
-    """Return the tokens that begin a document, `[B, T]` bool: those that do not see the last token before
-    them.
+    """Find where documents begin in a mask: at the tokens that do not see the token before them, `[B, T]`
+    bool.
 
     Pads are skipped and begin no document.
 

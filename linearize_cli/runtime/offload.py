@@ -36,7 +36,11 @@ def loaded(layer: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def kept_loaded(parts: list[Any]) -> Iterator[None]:
-    """Load modules that have a hook of accelerate, and unload them when the context closes."""
+    """Load modules whose weights accelerate has offloaded, and unload them when the context closes.
+
+    Args:
+        parts: the modules, each with a hook of accelerate.
+    """
     calls = [part.forward for part in parts]
     for part in parts:
         part._hf_hook.pre_forward(part)

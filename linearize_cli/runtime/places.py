@@ -27,9 +27,7 @@ def cache_layer(cache: Cache, index: int) -> LinearCacheLayer:
 
 
 def grown(cache: Cache, index: int) -> Any:
-    """Return the cache's layer `index`. If the cache creates layers on demand, missing ones are created
-    first.
-    """
+    """Return layer `index` of a cache. A cache that creates layers on demand creates the missing ones first."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())

@@ -46,7 +46,10 @@ class Shape:
 
 
 class LinearBranch(LinearCacheLayer):
-    """The branch of a converted layer. Its prefix is a cache layer that holds a state."""
+    """A temporary cache layer of a converted attention layer, used while a token tree is read.
+
+    It reads the state of the real cache layer (`prefix`) and keeps the tree's keys and values apart from it.
+    """
 
     def __init__(self, prefix: LinearCacheLayer, shape: Shape):
         super().__init__()
@@ -78,7 +81,8 @@ class LinearBranch(LinearCacheLayer):
             self.append_path(k, v, valid)
 
     def append_path(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        """Append an accepted path's tokens to the state of the prefix.
+        """Append the tokens of an accepted path (a chain of tree nodes from a root on) to the state of the
+        real cache layer.
 
         Args:
             k, v: the path's keys and values, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
@@ -96,7 +100,10 @@ class LinearBranch(LinearCacheLayer):
 
 
 class SoftmaxBranch(DynamicLayer):
-    """The branch of a layer that was kept softmax. Its prefix is a cache layer that holds keys and values."""
+    """A temporary cache layer of a kept softmax layer, used while a token tree is read.
+
+    It reads the keys and values of the real cache layer (`prefix`) and keeps the tree's own apart from them.
+    """
 
     def __init__(self, prefix: DynamicLayer, shape: Shape):
         super().__init__()
@@ -126,7 +133,11 @@ class SoftmaxBranch(DynamicLayer):
 
 
 class DummyBranch(DummyLayer):
-    """The branch of a layer that has no cache of its own, because it reads another layer's keys and values."""
+    """A temporary cache layer, used while a token tree is read, of an attention layer that has no cache of
+    its own.
+
+    Such a layer reads another layer's keys and values, so there is nothing to keep.
+    """
 
     def __init__(self, prefix: DummyLayer, shape: Shape):
         super().__init__()
@@ -144,7 +155,7 @@ BRANCHES: dict[type, Callable[..., Any]] = {
 
 @dataclass
 class Tree:
-    """The logits of a tree, and what is needed to commit a path.
+    """The logits of a token tree's nodes, and what is needed to append an accepted path to the cache.
 
     Attributes:
         logits: `[B, N, vocab]`. A node's logits are those after its path from the root, decoded token by
@@ -152,7 +163,7 @@ class Tree:
         hidden: `[B, N, width]`, the last hidden states, which the LM head reads.
         shape: the tree's parents, depths, ancestors and positions.
         parents: the index of each node's parent, -1 for a root.
-        branches: the branch of each cache layer, which holds the nodes' keys and values.
+        branches: a temporary cache layer for each layer of the cache, which holds the nodes' keys and values.
     """
 
     logits: Tensor
@@ -162,7 +173,7 @@ class Tree:
     branches: list[LinearBranch | SoftmaxBranch | DummyBranch]
 
     def path(self, node: int) -> list[int]:
-        """Return the nodes from a root to the given node, both included."""
+        """Return the indices of the nodes from a root to the given node, both included."""
         path: list[int] = []
         while node >= 0:
             path, node = [node, *path], self.parents[node]
@@ -265,10 +276,9 @@ def read_tree(model: PreTrainedModel, cache: Cache, ids: Tensor, parents: Sequen
 
 @contextmanager
 def read_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states while the context is open.
+    """Collect the last hidden states of every forward while the context is open.
 
-    The context's value is a list. Each forward of the model appends the LM head's input, `[B, T, width]`, to
-    it.
+    The context yields a list. Each forward of the model appends the LM head's input, `[B, T, width]`, to it.
     """
     seen: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -14,7 +14,7 @@ from transformers import TopPLogitsWarper
 
 
 class Rule(Protocol):
-    """An acceptance rule.
+    """An acceptance rule of speculative decoding: it decides which drafted tokens are kept.
 
     Attributes:
         lossless: True if the generated tokens follow the target's own distribution, as without a drafter.
@@ -127,7 +127,7 @@ class Typical(Sampling):
     lossless = False
 
     def __call__(self, logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept the children that are probable enough.
+        """Accept the children that are probable enough under the target's distribution.
 
         Args:
             logits: `[B, N, vocab]`, the target's logits of the nodes.

@@ -24,12 +24,13 @@ DRAFTED = 5  # tokens that the drafter proposes for each forward of the target
 
 class Steps(BaseStreamer):
     """A streamer that turns the output of transformers' `generate` into a `Step` for each forward of the
-    target.
+    target model.
 
     Attributes:
         report: called with each step.
-        drafted: the number of drafted tokens that the current forward reads.
-        known: the number of other tokens that the next forward reads. None before the prompt was seen.
+        drafted: the number of drafted tokens among the tokens that the current forward reads.
+        known: the number of tokens that the next forward reads before the drafted ones: the prompt, then 1.
+            None before the prompt was seen.
     """
 
     def __init__(self, report: Callable[[Step], None]):
@@ -51,7 +52,7 @@ class Steps(BaseStreamer):
         self.report(Step([tokens], [len(tokens) - 1], self.drafted + 1))
 
     def end(self) -> None:
-        """Accept the end of the text. All steps are reported already."""
+        """Do nothing at the end of the text, because all steps are reported already."""
 
 
 def assisted(
@@ -136,10 +137,10 @@ def with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def by_depth(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """Count the drafted tokens by depth. The first drafted token of a step has depth 1.
+    """Count the drafted tokens of steps by depth. The first drafted token of a step has depth 1.
 
     Args:
-        steps: steps whose drafts are chains.
+        steps: results of the target's forwards, each of which verified a chain of drafted tokens.
 
     Returns:
         Two lists with an entry for each depth: the number of drafted tokens whose predecessors were all

@@ -39,7 +39,7 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """The interface of drafters."""
+    """The interface of drafters, which propose tokens for speculative decoding."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
         """Propose a token tree for each row.
@@ -52,7 +52,7 @@ class Drafter(Protocol):
 
 
 class NoDraft:
-    """The drafter of plain decoding. Its tree is the root alone."""
+    """A drafter that proposes nothing, for plain decoding. Its token tree is the root alone."""
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
         """Return trees of one node, the last token of each row. `hidden` `[B, width]` gives the device only."""
@@ -91,7 +91,8 @@ class Lookup:
     def continuation(self, row: Sequence[int]) -> Sequence[int]:
         """Return up to `length` tokens after the latest earlier occurrence of the row's last tokens.
 
-        The result is empty if the last `least` tokens do not occur earlier.
+        `ngram` last tokens are searched for, then fewer, down to `least`. The result is empty if none occur
+        earlier.
         """
         for size in range(min(self.ngram, len(row) - 1), self.least - 1, -1):
             ngram = row[-size:]

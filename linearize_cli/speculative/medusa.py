@@ -122,11 +122,11 @@ class Medusa:
         return self.tree.parents
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Fill the tree with each row's best candidates.
+        """Fill the tree's nodes with the most probable candidate tokens of each head, for each row.
 
         Args:
-            rows: all tokens of each row so far. The last one becomes the root.
-            hidden: `[B, width]`, the last hidden states of the last position of each row.
+            rows: all token ids of each row so far. The last one becomes the root.
+            hidden: `[B, width]`, the hidden states from which the LM head predicted each row's last token.
         """
         root = torch.tensor([row[-1:] for row in rows], device=hidden.device)
         if not self.tree.paths:
@@ -136,7 +136,11 @@ class Medusa:
         return Draft(torch.cat([root, nodes], 1), self.parents)
 
     def candidate_indices(self, device: torch.device) -> Tensor:
-        """Return the index `[N - 1]` of each node's token among a row's candidates, ordered by head and rank."""
+        """Return the index `[N - 1]` of each node's token (without the root) in the list of all heads'
+        candidates.
+
+        The list is ordered by head, then by rank.
+        """
         if device not in self.buffers:
             indices = [(len(path) - 1) * self.tree.width + path[-1] for path in self.tree.paths]
             self.buffers[device] = torch.tensor(indices, device=device)

@@ -25,7 +25,8 @@ TRANSFER = "linearize_transfer"
 
 
 def softmax_attention(module: nn.Module, native: str):
-    """Return the attention function that the base model runs in a module.
+    """Return the softmax attention function that transformers calls for an attention module of the base
+    model.
 
     Args:
         native: the name of the base model's attention implementation (`sdpa`, `eager`).
@@ -71,7 +72,8 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
 
 
 class Transfer(Objective):
-    """The objective of attention transfer: the sum of the layers' losses, with each layer's loss as a record.
+    """The training objective of attention transfer: the sum of the linear layers' losses. Each loss is also
+    recorded alone.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
@@ -83,7 +85,9 @@ class Transfer(Objective):
         self.model, self.native, self.windows = model, native, windows
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """Return the trained parameters of each layer. Their gradients are clipped layer by layer."""
+        """Return the trained parameters of each layer, as one list per layer. The gradients of a list are
+        clipped together.
+        """
         return [list(module.linear_attention.parameters()) for module in converted(self.model).values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -97,8 +101,8 @@ class Transfer(Objective):
 class WindowDropout:
     """Random training steps in which the local part sees a shorter window.
 
-    In these steps the linear (global) part takes over the tokens that the window loses, so it learns them
-    too. The idea is from arXiv 2510.05901, which drops the whole window.
+    In these steps the linear part takes over the tokens that the window loses, so it learns them too. The
+    idea is from arXiv 2510.05901, which drops the whole window.
 
     Attributes:
         probability: the probability of such a step at step 0. It falls linearly to 0 at the last step.

@@ -50,9 +50,10 @@ class Checkpoint:
 
 
 class Log:
-    """A file with one JSON record per line. The numbers of each record are also sent to the trackers.
+    """A file with one JSON record per line. The numbers of each record are also sent to the experiment
+    trackers.
 
-    Only the main process writes. In the others nothing happens.
+    Only the main process of a distributed run writes. In the others nothing happens.
 
     Args:
         path: the file.
@@ -91,13 +92,14 @@ class Log:
 
 @dataclass(frozen=True)
 class Session:
-    """A training run: its processes, its output to the user, its folder and its progress.
+    """What a training run needs besides the model: the processes, the terminal, the folder, and the progress
+    so far.
 
     Attributes:
-        engine: the processes.
+        engine: the processes that train together.
         terminal: the output to the user.
         folder: the folder of the checkpoint and the log.
-        checkpoint: the progress.
+        checkpoint: the progress, from which an interrupted run continues.
         log: the log of steps and results.
     """
 
@@ -109,7 +111,7 @@ class Session:
 
     @classmethod
     def open(cls, engine: Engine, terminal: Terminal, folder: Path, log: str = "log.jsonl") -> "Session":
-        """Continue the run whose checkpoint is in a folder, or start a new one if there is none.
+        """Return a session that continues the checkpoint in a folder, or starts a new one if there is none.
 
         Args:
             log: the file name of the log.

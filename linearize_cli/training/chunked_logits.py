@@ -19,11 +19,10 @@ class Decoded:
 
     Attributes:
         model, inputs: the model and its keyword inputs.
-        output: the model's output. If `parts` is empty, it has all logits, else those of the first token
-            only.
-        parts: the outputs of the models inside the model (such as encoder and decoder), by name, in module
-            order. The last one's last hidden states are the input of the LM head. Empty if the model cannot
-            be split before its head.
+        output: the model's output, with the logits of the first token only. It has all logits if `parts` is
+            empty.
+        parts: the outputs of the submodels (such as encoder and decoder) by name, in order. The LM head reads
+            the last hidden states of the last one. Empty if the model cannot be split before its head.
     """
 
     model: PreTrainedModel
@@ -32,27 +31,26 @@ class Decoded:
     parts: Mapping[str, ModelOutput]
 
     def rows(self, counted: Tensor | None = None) -> Tensor:
-        """Return one row per token, to be passed to `logits`: its last hidden state.
+        """Return one vector per token, to be passed to `logits` a few at a time: the last hidden states.
 
-        If the model cannot be split before its head (`parts` is empty), the rows are the logits, which
-        `logits` returns unchanged.
+        If the model cannot be split before its LM head, the vectors are the logits themselves.
 
         Args:
             counted: `[B, T]` bool, the tokens to return. None means all.
 
         Returns:
-            `[N, X]` for N tokens. X is the width of the hidden states, or the vocabulary size if the rows are
-                logits.
+            `[N, X]` for N tokens. X is the width of the hidden states, or the vocabulary size if the vectors
+            are logits.
         """
         *_, output = self.output, *self.parts.values()
         found = output[STATES if self.parts else "logits"]
         return found.flatten(0, -2) if counted is None else found[counted]
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Compute the logits `[n, vocab]` of n of the rows that `rows` returned, `[n, X]`.
+        """Compute the logits `[n, vocab]` of n of the vectors that `rows` returned, `[n, X]`.
 
-        The model's own forward does it, because it may scale, cap or shift logits. The stored outputs replace
-        the forwards of the models inside it. Rows that are logits already are returned unchanged.
+        The model's own forward is used, because it may scale, cap or shift logits. Its submodels do not run
+        again: their stored outputs are used. Vectors that are logits already are returned unchanged.
         """
         if not self.parts:
             return rows
@@ -62,17 +60,21 @@ class Decoded:
 
 
 def decode_all(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model and return its logits, all computed at once: its `parts` are empty."""
+    """Run a model's forward with all its logits computed at once.
+
+    The result has the same interface as that of `decode`: its `rows` are the logits, and its `logits` returns
+    them unchanged.
+    """
     return Decoded(model, inputs, model(**inputs), {})
 
 
 def decode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Decoded:
-    """Run a model, but compute the logits of one token only. The others can be computed from the result
+    """Run a model's forward, but apply the LM head to one token only. The result can compute other logits
     later.
 
-    Some children of the model are models themselves (such as a decoder). They contain everything but the LM
-    head, and the head reads the output of the last one. If a model is built differently (OPT's head reads a
-    grandchild), all logits are computed, as by `decode_all`.
+    This works if the model consists of submodels (such as a decoder) and an LM head that reads the last
+    submodel's output. If it is built differently (OPT's head reads a grandchild), all logits are computed, as
+    by `decode_all`.
     """
     children = {name: child for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
     last, parts = next(reversed(children), None), {}

@@ -35,10 +35,12 @@ def transfer_by_blocks(
     steps: int,
     session: Session,
 ) -> Iterator["BlockTransfer"]:
-    """Yield the objective of each block in turn. The caller trains it while the block is on the device.
+    """Yield a training objective for each block of consecutive layers in turn. The caller trains it before it
+    asks for the next.
 
-    The session's checkpoint counts the finished blocks. Its folder keeps their hidden states and parameters.
-    An interrupted run continues with the first unfinished block.
+    While a block is trained, only its layers are on the device. The session's checkpoint counts the finished
+    blocks, and its folder keeps their outputs and parameters. An interrupted run continues with the first
+    unfinished block.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
@@ -46,6 +48,7 @@ def transfer_by_blocks(
         blocks: the blocks of layers and their device.
         batches: a function that takes a number of batches to skip, and returns the batches that follow.
         steps: the number of batches on which each block is trained.
+        session: the run's processes, folder and progress.
 
     Raises:
         UserError: the layers of this model cannot run in blocks.
@@ -81,7 +84,7 @@ def transfer_by_blocks(
 
 
 class HiddenStates:
-    """Files with the teacher's hidden states `[T, width]` at the input of a block, one file per row of
+    """Files with the teacher's hidden states between two blocks of layers, `[T, width]` for each row of
     tokens.
 
     A file is named by a hash of the row's inputs, and is either complete or absent. A row that occurs again
@@ -93,26 +96,28 @@ class HiddenStates:
         self.folder = folder
 
     def files(self, index: int, batch: Batch) -> list[Path]:
-        """Return the path of each row's file at the input of the block whose first layer is `index`."""
+        """Return the path of each row's file, with the hidden states at the input of the block whose first
+        layer is `index`.
+        """
         rows = [x.cpu() for x in batch.inputs.values() if isinstance(x, Tensor)]
         names = (hashlib.sha1(b"".join(x[i].numpy().tobytes() for x in rows)) for i in range(len(rows[0])))
         return [self.folder / str(index) / f"{name.hexdigest()}.safetensors" for name in names]
 
     def read(self, index: int, batch: Batch, device: str) -> Tensor:
-        """Read the hidden states `[B, T, width]` of a batch at the input of the block with first layer
-        `index`.
+        """Read the hidden states `[B, T, width]` of a batch at the input of the block of layers that begins
+        with layer `index`.
         """
         return torch.stack([load_file(file)["hidden"] for file in self.files(index, batch)]).to(device)
 
     def write(self, index: int, batch: Batch, hidden: Tensor) -> None:
-        """Write the hidden states `[B, T, width]` of a batch at the input of the block with first layer
-        `index`.
+        """Write the hidden states `[B, T, width]` of a batch at the input of the block of layers that begins
+        with layer `index`.
         """
         for file, row in zip(self.files(index, batch), hidden.cpu(), strict=True):
             save_whole({"hidden": row}, file)
 
     def drop(self, index: int) -> None:
-        """Delete the hidden states at the input of the block with first layer `index`."""
+        """Delete the hidden states at the input of the block of layers that begins with layer `index`."""
         shutil.rmtree(self.folder / str(index), ignore_errors=True)
 
 
@@ -124,17 +129,18 @@ def save_whole(content: dict[str, Tensor], file: Path) -> None:
 
 
 class BlockTransfer(Objective):
-    """The objective of attention transfer for one block of layers: the sum of its linear layers' losses.
+    """The training objective of attention transfer for one block of layers: the sum of its linear layers'
+    losses.
 
-    Each loss is the error against the output of the softmax attention, as in `attention_transfer.Transfer`.
-    The forward runs the block only, and writes its outputs as the inputs of the next block. The objective's
-    submodules are only the trained ones, because most of the model is not on the device.
+    Each loss is the error of a linear layer's output against that of the softmax attention it replaces. The
+    forward runs the block only, and stores its outputs as the inputs of the next block. Only the trained
+    modules are registered as submodules, because most of the model is not on the device.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
         windows: chooses the training steps with a shorter window.
         blocks: all blocks of layers, and their device.
-        returns: the length of each layer's output tuple, 0 for a plain tensor.
+        returns: the length of each layer's output tuple, 0 for a layer that returns a plain tensor.
         block: the layer indices of this block.
         hidden: the files of the hidden states between blocks.
     """
@@ -168,7 +174,9 @@ class BlockTransfer(Objective):
         )
 
     def independent(self) -> list[list[nn.Parameter]]:
-        """Return the trained parameters of each layer. Their gradients are clipped layer by layer."""
+        """Return the trained parameters of each layer, as one list per layer. The gradients of a list are
+        clipped together.
+        """
         return [list(module.parameters()) for module in self.learning.values()]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

@@ -26,8 +26,8 @@ LOG = "medusa.jsonl"  # in the folder of the heads
 
 
 class HeadTraining(Objective):
-    """The objective of Medusa heads: `Σ_k decay^k · cross entropy of head k`, with each head's loss as a
-    record.
+    """The training objective of Medusa heads: `Σ_k decay^k · cross entropy of head k`. Each head's loss is
+    also recorded alone.
 
     The target of a head is the model's own most probable token at that position of the text, because greedy
     decoding verifies drafts against it. A batch with more than `limit` logits is processed a few tokens at a
@@ -61,7 +61,7 @@ class HeadTraining(Objective):
         return (weights * losses).sum(), {"heads": {str(k): loss for k, loss in enumerate(losses, 1)}}
 
     def part(self, rows: Tensor, answers: Tensor) -> Tensor:
-        """Return each head's summed loss `[K]`.
+        """Return each head's loss `[K]`, summed over n of a batch's tokens.
 
         Args:
             rows: last hidden states `[n, width]`.
@@ -73,9 +73,9 @@ class HeadTraining(Objective):
 
     @torch.no_grad()
     def answers(self, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
-        """Return the targets `[K, B, T]` of the K heads.
+        """Return the target token of each of the K heads at each position, `[K, B, T]`.
 
-        They are IGNORED where the document ends before the target, and at tokens that are not trained on.
+        It is IGNORED where the document ends before the target, and at tokens that are not trained on.
 
         Args:
             hidden: last hidden states `[B, T, width]`.

@@ -17,8 +17,8 @@ def process_mean(value: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes, without gradient. With one process, return it
     unchanged.
 
-    The divisors of a loss are averaged with it. The mean of the processes' losses, and of their gradients, is
-    then that of the whole batch.
+    It is used for the number of tokens that a loss is divided by. The mean of the processes' losses, and of
+    their gradients, is then that of the whole batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -85,11 +85,12 @@ def layers(module: nn.Module) -> list[nn.Module]:
 
 
 def own(unit: nn.Module, device: torch.device, seen: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Replace the parameters of a unit that are not sharded yet by copies on the device. Tied parameters are
-    copied once.
+    """Replace the parameters of a module (one FSDP unit) that are not sharded yet by copies on the device.
+
+    Tied parameters are copied once.
 
     Args:
-        seen: the parameters of the units before. A trained one cannot be shared with them.
+        seen: the parameters of earlier units. A trained one cannot be shared with them.
 
     Returns:
         the original parameters.

@@ -23,7 +23,9 @@ KEY = "recover.transfer.block_layers"
 
 
 class Finished(Exception):
-    """The exception that ends a forward after a block's last layer. `hidden` is the output of that layer."""
+    """The exception that ends a model's forward after the last layer of a block. `hidden` is the output of
+    that layer.
+    """
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
@@ -99,8 +101,9 @@ class LayerBlocks:
 
     @contextmanager
     def resident(self, model: PreTrainedModel, block: range) -> Iterator[None]:
-        """Keep a block on the device while the context is open, with everything that a forward up to its last
-        layer needs.
+        """Keep a block of layers on the device while the context is open.
+
+        Everything else that a forward up to the block's last layer needs (such as embeddings) is there too.
 
         Args:
             block: the layer indices of the block.
@@ -113,7 +116,9 @@ class LayerBlocks:
             yield
 
     def others(self, model: PreTrainedModel) -> list[Tensor]:
-        """Return the parameters and buffers outside the layers."""
+        """Return the model's parameters and buffers that are not in its list of layers (embeddings, norms, LM
+        head).
+        """
         inside = {id(x) for x in tensors(self.layers(model))}
         return [x for x in tensors(model) if id(x) not in inside]
 
@@ -145,17 +150,17 @@ def moved(some: Iterable[Tensor], device: str) -> Iterator[None]:
 def only_block(
     layers: nn.ModuleList, block: range, entering: Tensor | None, returns: list[int]
 ) -> Iterator[None]:
-    """Make a forward of the model run the layers of `block` only, while the context is open, and then raise
-    Finished.
+    """Make a forward of the model run only the layers of `block`, while the context is open.
 
-    The model's own code computes embeddings, positions and masks.
+    The model's own code computes embeddings, positions and masks. The layers before the block are skipped.
+    After the block the forward ends with the exception Finished, which holds the block's output.
 
     Args:
         layers: the model's list of layers.
         block: the layer indices of the block.
         entering: the hidden states `[B, T, width]` at the input of the block. None for the first block, which
             starts from the embeddings.
-        returns: the length of each layer's output tuple, 0 for a plain tensor.
+        returns: the length of each layer's output tuple, 0 for a layer that returns a plain tensor.
     """
     skipped = [layers[i] for i in range(block.start)]
     try:
@@ -182,7 +187,9 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def hidden_after(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """Run a forward in the context of `only_block` and return the hidden states after the block."""
+    """Run a forward in the context of `only_block`, and return the hidden states `[B, T, width]` after the
+    block.
+    """
     try:
         model(**inputs)
     except Finished as finished:
@@ -192,8 +199,8 @@ def hidden_after(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def output_lengths(blocks: LayerBlocks, model: PreTrainedModel, native: str, batch: Batch) -> list[int]:
-    """Return the length of each layer's output tuple, 0 for a plain tensor. It is measured on the batch's
-    first row.
+    """Measure, on the first row of a batch, the length of each layer's output tuple. It is 0 for a layer that
+    returns a plain tensor.
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).

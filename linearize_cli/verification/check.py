@@ -24,13 +24,13 @@ NOISES = 4  # in half precision, forms may differ by this many times the measure
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, with its test inputs and the settings that all checks share.
+    """The model under test, with its test inputs and the settings that all checks of `verify` share.
 
     Attributes:
         task, model: the model and its task.
         texts: the prompts as token ids.
         rows: test tokens `[2, L]`. They span more than three windows or groups if the context is long enough.
-        size: tokens between two boundaries of a window or group.
+        size: the largest window or group of the model's layers, in tokens.
         context: the model's context length in tokens.
         max_new: tokens to generate for each prompt.
         seed: the seed of all random inputs.
@@ -94,7 +94,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the printed table.
+    """A line of the table that `verify` prints.
 
     Attributes:
         name: the check's name, the same as in `failed`.
@@ -125,16 +125,16 @@ class Finding:
 
 
 def is_linear(layer: object) -> bool:
-    """Return True for the cache of a converted layer, whether its class is this package's or the artifact's
-    own.
+    """Return True for a cache layer that belongs to a converted layer, whether its class is this package's or
+    the artifact's.
     """
     return hasattr(layer, "trail")
 
 
 def is_plain(layer: object) -> bool:
-    """Return True for the cache of a converted layer that holds only the linear attention's state.
+    """Return True for a cache layer of a converted layer that holds only the linear attention's state.
 
-    A base model with convolutions keeps their inputs in the cache too. Then return False.
+    Return False if it also keeps the inputs of the base model's convolutions.
     """
     return is_linear(layer) and all(x is None for x in getattr(layer, "conv_states", {}).values())
 
@@ -161,8 +161,8 @@ def not_checked(name: str, why: str) -> Finding:
 def refused(subject: Subject, name: str, why: str) -> Finding:
     """Return the finding of a check that the model cannot run, for the reason `why`.
 
-    A causal model whose cache holds linear states alone, and whose forward takes positions, must support
-    every check. For such a model this is a failure, for any other the check counts as not run.
+    It is a failure for a causal model whose cache holds linear states alone and whose forward takes
+    positions, because such a model must support every check. For any other model the check counts as not run.
     """
     if not isinstance(subject.task, CausalLM):
         return not_checked(name, why)

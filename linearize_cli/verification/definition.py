@@ -16,8 +16,9 @@ from linearize_cli.verification.check import Finding, Subject, compared, not_che
 
 
 def definition(subject: Subject) -> Finding:
-    """Compare one layer of each distinct equation with the reference `step`, on the q, k and v that it
-    receives for a row.
+    """Compare the outputs of converted layers with the reference `step`, which computes one token at a time.
+
+    One layer of each distinct equation is compared, on the q, k and v that it receives for a row of tokens.
     """
     layers = {x.equation: x for x in causal_layers(subject)}
     if not layers:
@@ -38,7 +39,7 @@ def causal_layers(subject: Subject) -> list[nn.Module]:
 
 
 def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ...], dict, Tensor]:
-    """Run the model on the rows and record one layer's call for the first row.
+    """Run the model on the test rows, and record the call of one layer's attention for the first row.
 
     Returns:
         q, k and v `[heads, T, D]`, the keyword arguments, and the output `[T, heads, Dv]`.
@@ -58,8 +59,8 @@ def layer_call(subject: Subject, attention: nn.Module) -> tuple[tuple[Tensor, ..
 
 
 def layer_inputs(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the model on the test rows and return one layer's q, k and v `[1, heads, T, D]`. All rows are
-    joined into one.
+    """Run the model on the test rows, and return one layer's q, k and v, with all rows joined into one:
+    `[1, heads, T, D]`.
     """
     seen: list[tuple[Tensor, ...]] = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))

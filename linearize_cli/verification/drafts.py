@@ -20,11 +20,12 @@ DEPTH, ROWS, NEW = 4, 4, 32  # tokens of a drafted chain, number of prompts, new
 
 @dataclass
 class Oracle:
-    """A drafter of chains that begin with the model's own next tokens, followed by a wrong one.
+    """A drafter for tests. It knows the model's own next tokens, and drafts some of them followed by a wrong
+    one.
 
     Attributes:
-        texts: each row's prompt and greedy continuation.
-        right: numbers of right tokens. Each step uses the next number, in a cycle.
+        texts: each row's prompt and greedy continuation, as token ids.
+        right: how many drafted tokens are right. Each step uses the next number, in a cycle.
         vocabulary: the size of the model's vocabulary.
         asked: the number of right tokens of each step so far.
     """
@@ -35,7 +36,7 @@ class Oracle:
     asked: list[int] = field(default_factory=list)
 
     def draft(self, rows: Sequence[Sequence[int]], hidden: Tensor) -> Draft:
-        """Return a chain of `DEPTH` tokens for each row.
+        """Draft a chain of `DEPTH` tokens for each row, with a wrong token after the right ones.
 
         Args:
             rows: the token ids of each row so far.
@@ -53,7 +54,7 @@ class Oracle:
 
 
 def drafts(subject: Subject) -> Finding:
-    """Compare speculative with plain greedy decoding, for drafts with 0 to 4 right tokens.
+    """Compare the texts of speculative and plain greedy decoding, for drafts with 0 to 4 right tokens.
 
     Two more runs end within a draft: one at a stop token, one at the end of the context.
     """
@@ -108,12 +109,13 @@ def differing(rows: list[list[int]], expected: list[list[int]], margins: Tensor)
 
 
 def count_wrong_depths(steps: Sequence, oracle: Oracle, new: int) -> int:
-    """Count the steps and rows in which another number of draft tokens was accepted than are right.
+    """Count the cases (a step and a row) in which the model accepted another number of drafted tokens than
+    are right.
 
     Rows with too few tokens left for the whole draft are not counted.
 
     Args:
-        steps: the steps of the speculation.
+        steps: the results of the model's forwards.
         oracle: the drafter, which knows the numbers of right tokens.
         new: the number of new tokens for each prompt.
     """

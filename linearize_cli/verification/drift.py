@@ -23,7 +23,10 @@ LIMITS = {torch.float64: 1e-10}
 
 
 def drift(subject: Subject) -> Finding:
-    """Compare the state of the first causal layer that has a global part with the same sums in fp64."""
+    """Measure the rounding error of the running sums S and z of one layer, against the same sums in fp64.
+
+    It is the first causal layer that has a linear part.
+    """
     modules = (module.linear_attention for module in converted(subject.model).values())
     attention = next((x for x in modules if x.far is not None and x.equation.causal), None)
     if attention is None:

@@ -7,7 +7,9 @@ from linearize_cli.verification.check import Finding, Subject, compared
 
 
 def forms(subject: Subject) -> Finding:
-    """Compare prefills of many lengths, and a chunked prefill, with decoding one token at a time."""
+    """Compare the logits of prefills of many lengths, and of a chunked prefill, with those of decoding token
+    by token.
+    """
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
     prefill, chunked = subject.comparison(), subject.comparison()
     compare_forms(decoder, subject.rows, subject.size, prefill, chunked)
@@ -23,8 +25,7 @@ def forms(subject: Subject) -> Finding:
 def padding(subject: Subject) -> Finding:
     """Compare the logits of each row of a padded batch with those of the same row alone.
 
-    A model that decodes also decodes a few
-    tokens.
+    If the model decodes, a few single tokens after the batch are compared too.
     """
     worst = subject.comparison()
     compare = compare_padding if subject.task.decodes else compare_reading

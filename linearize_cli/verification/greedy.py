@@ -20,8 +20,10 @@ TIES = 10  # the top two logits tie if they are closer than this many times the 
 
 
 def greedy(subject: Subject) -> Finding:
-    """Compare the greedy tokens of all prompts. The check passes as TIE if every token that differs is at a
-    tie of logits.
+    """Compare the greedy tokens of cached decoding with those of a forward without a cache, and of
+    speculative decoding.
+
+    The check passes as TIE if every token that differs is at a tie of logits.
     """
     speculation, cached, drafted = subject.speculation, [], []
     for first in range(0, len(subject.texts), BATCH):
@@ -49,10 +51,12 @@ def greedy(subject: Subject) -> Finding:
 
 
 def line(said: str, mismatches: list[dict[str, Any]], limit: float) -> Line:
-    """Return the table line: OK without mismatches, TIE if all margins are below the limit, else FAIL.
+    """Return a line of the printed table: OK without mismatches, TIE if all are at tied logits, else FAIL.
 
     Args:
-        mismatches: the records of `mismatch`. The margin is the gap between two logits.
+        said: the text of the line.
+        mismatches: the records of tokens that differ (see `mismatch`). Their margin is the gap between two
+            logits.
         limit: the gap below which two logits count as tied.
     """
     tied = all(mismatch["margin"] < limit for mismatch in mismatches)

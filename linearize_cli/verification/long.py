@@ -1,6 +1,6 @@
-"""The check `long`: a prefill of several segments against chunks of odd lengths that end in single tokens.
+"""The check `long`: one long prefill against the same tokens in chunks of odd lengths, the last ones single.
 
-The kernels compute a long prefill in segments.
+The kernels compute a long prefill in segments (a fixed number of tokens), with a state carried between them.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,10 @@ TOKENS = 5_300  # tokens of the row for the whole model, well beyond position 2,
 
 
 def long(subject: Subject) -> Finding:
-    """Compare the whole model on a long row, and one layer of each distinct equation on a row of 2.5
-    segments.
+    """Compare a long prefill with chunks and single tokens: of the whole model, and of one layer of each
+    distinct equation.
+
+    The layer's row has 2.5 segments. Kernels compute a long prefill segment by segment.
     """
     if not isinstance(subject.task, CausalLM):
         return not_checked("long", f"{subject.task.kind} is not a causal language model")
@@ -40,8 +42,10 @@ def long(subject: Subject) -> Finding:
 
 
 def compare_model(subject: Subject, length: int, worst: Comparison) -> None:
-    """Compare one prefill of the whole model, with and without a cache, with chunks followed by single
-    tokens.
+    """Read a long row by one prefill, and again in chunks followed by single tokens, and compare the model's
+    logits.
+
+    The prefill runs once with and once without a cache.
 
     Args:
         length: the number of tokens.
@@ -68,9 +72,14 @@ def chunk_lengths(length: int) -> Iterator[int]:
 
 @torch.inference_mode()
 def compare_layer(subject: Subject, attention: nn.Module, worst: Comparison) -> int:
-    """Compare one layer over 2.5 segments with chunks and single tokens: its outputs and its final state.
+    """Compare a prefill of one layer with chunks followed by single tokens: its outputs and its final state.
 
-    The row is sampled from the q, k and v that the layer receives. `worst` collects the differences.
+    The row has 2.5 segments, the pieces in which kernels compute a prefill. It is sampled from the q, k and v
+    that the layer receives.
+
+    Args:
+        attention: the layer.
+        worst: collects the differences.
 
     Returns:
         The length of the row in tokens.

@@ -21,8 +21,10 @@ STEPS = 3  # single tokens that are decoded after an accepted path
 
 
 def rollback(subject: Subject) -> Finding:
-    """Compare caches after crops and partly accepted token trees with fresh runs over the tokens that were
-    kept.
+    """Check that tokens which are removed from a cache leave no trace, by a crop or by a partly accepted
+    token tree.
+
+    The cache must equal that of a fresh run over the tokens that were kept.
     """
     worst, data = subject.comparison(), {}
     decoder, _, _ = subject.task.start(subject.model, list(subject.rows[:1]))
@@ -44,21 +46,20 @@ def rollback(subject: Subject) -> Finding:
 
 
 def starts_around(size: int) -> list[int]:
-    """Return lengths of prefixes that end just before a window or group boundary. `size` tokens are between
-    two boundaries.
-    """
+    """Return lengths of prefixes that end just before the end of a window or group of `size` tokens."""
     return sorted({max(1, start) for start in (1, size - 2, 2 * size - 3)})
 
 
 def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) -> bool:
-    """Compare cropped caches with fresh ones, for drafts that cross window and group boundaries.
+    """Compare caches that were cropped with fresh ones, for drafted tokens that cross the end of a window or
+    group.
 
     Each case drafts tokens, crops some, drafts again, crops one, and decodes one more token. The fresh cache
     reads only the tokens that were kept.
 
     Args:
         rows: token ids `[B, L]`.
-        size: tokens between two boundaries of a window or group.
+        size: the largest window or group of the model's layers, in tokens.
         worst: collects the differences.
 
     Returns:
@@ -93,9 +94,14 @@ def compare_crops(decoder: Decoder, rows: Tensor, size: int, worst: Comparison) 
 
 
 def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -> None:
-    """Draft more tokens than a cache can take back, in several forwards, and crop some of the last ones.
+    """Read more drafted tokens than a cache can remove again, in several forwards, and crop some of the last
+    ones.
 
-    A crop of more tokens than the cache can take back must raise. `worst` collects the differences.
+    The cache must equal a fresh one over the tokens that were kept. A crop of more tokens than it can remove
+    must raise.
+
+    Args:
+        worst: collects the differences.
     """
     length = min(ROLLBACK + subject.size + 24, reach(subject.model) or 1 << 30)
     if length < ROLLBACK + 12:
@@ -122,10 +128,13 @@ def compare_long_drafts(subject: Subject, decoder: Decoder, worst: Comparison) -
 
 
 def compare_padded_drafts(subject: Subject, worst: Comparison) -> None:
-    """Draft after a left-padded prompt, reorder the rows, and crop some tokens. A crop after a reset must
-    raise.
+    """Read drafted tokens after left-padded prompts, reorder the rows, crop some tokens, and compare with
+    fresh caches.
 
-    `worst` collects the differences.
+    A crop after a reset of the cache must raise.
+
+    Args:
+        worst: collects the differences.
     """
     lengths, order, drafted, rejected = (subject.size + 2, 3, 9), [2, 0, 1, 0], 6, 2
     if max(lengths) + drafted > subject.context:
@@ -156,7 +165,8 @@ def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
     difference.
 
     Args:
-        tokens: the argument of `crop`: minus the number of tokens to take back.
+        tokens: the argument of `crop`: minus the number of tokens to remove.
+        worst: collects the differences.
     """
     try:
         cache.crop(tokens)
@@ -166,9 +176,13 @@ def must_raise(cache: Cache, tokens: int, worst: Comparison) -> None:
 
 
 def compare_single_trees(subject: Subject, worst: Comparison) -> None:
-    """Accept one path of a token tree for two rows of the same length, then decode single tokens.
+    """Accept one path of a token tree for two rows of the same length, decode single tokens, and compare with
+    fresh runs.
 
-    The path is the first 0, 1, ... nodes of the tree's deepest path. `worst` collects the differences.
+    The path is the first 0, 1, ... nodes of the tree's deepest path.
+
+    Args:
+        worst: collects the differences.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
@@ -187,10 +201,14 @@ def compare_single_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def compare_trees(subject: Subject, worst: Comparison) -> None:
-    """Verify two token trees one after the other, with rows of different lengths, then decode single tokens.
+    """Verify two token trees one after the other, with rows of different lengths, and compare with fresh
+    runs.
 
     Row i accepts the first i nodes of the first tree's deepest path. In the second tree the numbers are
-    reversed. `worst` collects the differences.
+    reversed. Single tokens are decoded at the end.
+
+    Args:
+        worst: collects the differences.
     """
     visible, depth = ancestors(tuple(subject.parents))
     deepest = visible[depth.argmax()].nonzero()[:, 0].tolist()
@@ -219,13 +237,16 @@ def compare_trees(subject: Subject, worst: Comparison) -> None:
 
 
 def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Comparison) -> Cache:
-    """Read a text `[T]` alone with a new cache, compare that cache with one row of a batch's cache, and
-    return it.
+    """Read a text `[T]` alone into a new cache, and compare it with the text's row in the cache of a batch.
 
     Args:
+        text: token ids `[T]`.
         cache: the batch's cache.
         row: the text's row in the batch.
         worst: collects the differences.
+
+    Returns:
+        The new cache.
     """
     fresh = DynamicCache(config=subject.model.config)
     forward(subject.model, text[None], fresh)
@@ -234,12 +255,13 @@ def fresh_run(subject: Subject, text: Tensor, cache: Cache, row: int, worst: Com
 
 
 def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor], more: int) -> Tensor:
-    """Return the logits of a token `[B, 1]` that follows the texts and `more` further tokens.
+    """Decode one token `[B, 1]` after a cache, and return its logits.
 
     Args:
-        cache: the cache that holds the texts and the further tokens. All its other entries are pads on the
-            left.
+        cache: the cache. It holds each row's text and `more` tokens after it, behind pads on the left.
+        token: the token of each row.
         texts: the token ids of each row, without pads.
+        more: the number of tokens in the cache after the texts.
     """
     slots = torch.arange(cache.get_seq_length() + 1, device=token.device)
     own = torch.tensor([len(text) + more + 1 for text in texts], device=token.device)
@@ -247,8 +269,13 @@ def continued(subject: Subject, cache: Cache, token: Tensor, texts: list[Tensor]
 
 
 def compare_states(cache: Cache, fresh: Cache, rows: int, worst: Comparison) -> None:
-    """Compare two caches of the same `rows` texts, without pads, row by row. `worst` collects the
-    differences.
+    """Compare the caches of two runs over the same texts, row by row, without pads.
+
+    Args:
+        cache: the cache under test.
+        fresh: the cache of a fresh run.
+        rows: the number of texts.
+        worst: collects the differences.
     """
     for row in range(rows):
         compare_row(cache.layers, row, fresh.layers, row, worst)

@@ -22,7 +22,9 @@ MANY = 24  # rows of a wide batch
 
 
 def rows(subject: Subject) -> Finding:
-    """Compare the rows of batches of several shapes, and beam search, with each row alone."""
+    """Compare the logits of each row of a batch, for batches of several shapes and for beam search, with the
+    row alone.
+    """
     worst = subject.comparison()
     for compare in (equal_rows, uneven_rows, long_turns):
         compare(subject, worst)
@@ -35,7 +37,7 @@ def rows(subject: Subject) -> Finding:
 
 
 def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list[Tensor], Tensor]:
-    """Return random texts, and tokens that follow them.
+    """Return random token ids: texts of the given lengths, and tokens that follow each text.
 
     Args:
         lengths: the length of each text. Longer ones are cut to what fits the context.
@@ -51,20 +53,32 @@ def texts_of(subject: Subject, lengths: tuple[int, ...], new: int) -> tuple[list
 
 
 def equal_rows(subject: Subject, worst: Comparison) -> None:
-    """Compare five rows of one length, without pads, followed by single tokens."""
+    """Compare a batch of five equally long rows, followed by single tokens, with each row alone.
+
+    Args:
+        worst: collects the differences.
+    """
     texts, follow = texts_of(subject, (subject.size + 2,) * 5, 4)
     compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
 
 
 def uneven_rows(subject: Subject, worst: Comparison) -> None:
-    """Compare two short rows with a long one between them, followed by single tokens."""
+    """Compare a batch of a short, a long and a short row, followed by single tokens, with each row alone.
+
+    Args:
+        worst: collects the differences.
+    """
     texts, follow = texts_of(subject, (SHORT, subject.size + 22, SHORT), 6)
     compare_batch(subject.task, subject.model, texts, follow.split(1, 1), worst)
 
 
 def long_turns(subject: Subject, worst: Comparison) -> None:
-    """Compare a padded batch followed by a long turn, a single token and a short turn (several forwards, as
-    in a chat).
+    """Compare a padded batch that is continued in several forwards, as a chat is, with each row alone.
+
+    The forwards read many tokens, one token, and a few tokens.
+
+    Args:
+        worst: collects the differences.
     """
     turns = [min(2 * subject.size + 3, max(1, subject.context // 3)), 1, 7]
     texts, follow = texts_of(
@@ -75,7 +89,11 @@ def long_turns(subject: Subject, worst: Comparison) -> None:
 
 
 def many_rows(subject: Subject, worst: Comparison) -> None:
-    """Compare rows of a wide batch in one forward without a cache."""
+    """Compare some rows of a batch with many rows, in one forward without a cache, with the same rows alone.
+
+    Args:
+        worst: collects the differences.
+    """
     ids = subject.random_tokens(MANY, min(9, subject.context))
     together = forward(subject.model, ids)
     for row in (0, MANY // 2, MANY - 1):
@@ -83,7 +101,11 @@ def many_rows(subject: Subject, worst: Comparison) -> None:
 
 
 def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
-    """Compare rows with pads on the right, and rows with pads between their tokens, with the rows alone."""
+    """Compare rows with pads on the right, and rows with pads between their tokens, with the rows alone.
+
+    Args:
+        worst: collects the differences.
+    """
     texts, _ = texts_of(subject, (subject.size + 9, SHORT, 3), 4)
     ids, mask = pad_right(texts, extra=2)
     masks = [mask]
@@ -96,10 +118,14 @@ def pads_elsewhere(subject: Subject, worst: Comparison) -> None:
 
 
 def moved_rows(subject: Subject, worst: Comparison) -> None:
-    """Reorder, repeat and select the rows of a cache, as beam search does, and decode tokens after each
-    change.
+    """Reorder, repeat and select the rows of a cache, as beam search does, and compare each row with the row
+    alone.
 
-    Changes that a layer of the base model does not support are skipped.
+    Two tokens are decoded after each change. Changes that a layer of the base model does not support are
+    skipped.
+
+    Args:
+        worst: collects the differences.
     """
     texts, follow = texts_of(subject, (SHORT, subject.size + 3, 2), 6)
     model = subject.model
@@ -130,8 +156,8 @@ def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tens
     Args:
         text: token ids of the text, without pads.
         more: token ids after it.
-        width: the length of the padded text in the batch. A model that counts pads as positions reads them
-            here too.
+        width: the length of the padded text in the batch. If the model's positions count pads, it gets as
+            many pads here.
     """
     first, mask = alone(subject.model, text, width - len(text))
     whole = torch.cat([first, more[None]], 1)
@@ -140,9 +166,13 @@ def read_alone(subject: Subject, text: Tensor, more: Tensor, width: int) -> Tens
 
 
 def reset_rows(subject: Subject, worst: Comparison) -> None:
-    """Compare a cache that was used and then reset with a new one.
+    """Decode a batch with a cache, reset the cache, decode another batch with it, and compare each row with
+    the row alone.
 
-    Models with softmax layers are not compared, because their caches keep their length when reset.
+    The reset is left out for models with softmax layers, because their caches keep their length when reset.
+
+    Args:
+        worst: collects the differences.
     """
     texts, follow = texts_of(subject, (subject.size + 3, SHORT), 4)
     cache = subject.task.start(subject.model, texts)[0].new_cache()
@@ -170,7 +200,12 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def beams(subject: Subject, worst: Comparison) -> None:
-    """Compare the scores of the best beams that `generate` returns with those of a forward without a cache."""
+    """Run beam search with `generate`, and compare the scores of the best beams with those of a forward
+    without a cache.
+
+    Args:
+        worst: collects the differences.
+    """
     model, length = subject.model, min(subject.size + 4, subject.context - NEW)
     if length < 1:
         return

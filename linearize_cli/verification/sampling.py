@@ -60,9 +60,10 @@ class BestToken:
 
 
 def sampling(subject: Subject) -> Finding:
-    """Test rejection sampling of drafts at several settings: the acceptance rule alone, and whole texts.
+    """Test that tokens sampled by speculative decoding follow the model's distribution, at several settings.
 
-    Typical acceptance is not tested, because it changes the distribution by design.
+    The acceptance rule is tested alone, and with whole texts. Typical acceptance is not tested, because it
+    changes the distribution by design.
     """
     if subject.no_tree:
         return not_checked("sampling", subject.no_tree)
@@ -85,23 +86,27 @@ def sampling(subject: Subject) -> Finding:
 
 
 def worst(values: list[Tensor]) -> dict[str, Any]:
-    """Return the test of uniformity with the smallest p-value, and under `settings` the number of tests.
+    """Test each tensor of values for uniformity, and return the result with the smallest p-value.
 
     Args:
-        values: the values in [0, 1) of each test.
+        values: for each test, values in [0, 1) that should be uniform.
+
+    Returns:
+        The result of `uniformity`, with the number of tests as `settings`.
     """
     tests = [uniformity(x) for x in values]
     return {**min(tests, key=lambda test: test["p_value"]), "settings": len(tests)}
 
 
 def rule_pit(setting: Setting, generator: torch.Generator) -> Tensor:
-    """Sample tokens with the acceptance rule alone, from known distributions whose best token is drafted.
+    """Sample tokens from known distributions with the acceptance rule alone. The most probable token is
+    always drafted.
 
     Args:
         setting: the temperature and `top_p`.
 
     Returns:
-        The probability integral transform of each token, `[M]` in [0, 1) (`integral_transform`).
+        The probability integral transform of each token, `[M]` in [0, 1) (see `integral_transform`).
     """
     best = torch.linspace(0.02, 0.98, DISTRIBUTIONS, dtype=torch.float64)[:, None]
     others = torch.rand(DISTRIBUTIONS, VOCABULARY - 1, generator=generator, dtype=torch.float64) + 0.1
@@ -124,7 +129,7 @@ def text_pit(
     prefix: int,
     new: int,
 ) -> Tensor:
-    """Continue the prompts with speculation, by at least `TOKENS` tokens in all.
+    """Sample continuations of the prompts by speculative decoding, at least `TOKENS` tokens in all.
 
     Args:
         drafter: drafts the tokens.
@@ -133,7 +138,7 @@ def text_pit(
         new: the largest number of new tokens for each prompt.
 
     Returns:
-        The probability integral transform of each new token, `[M]` in [0, 1).
+        The probability integral transform of each new token, `[M]` in [0, 1) (see `integral_transform`).
     """
     new = min(subject.max_new, new)
     rows = [subject.texts[i % len(subject.texts)][:prefix] for i in range(-(-TOKENS // new))]
@@ -155,15 +160,16 @@ def sampled_pit(
     new: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Sample `new` tokens after each row with speculation.
+    """Sample `new` tokens after each prompt by speculative decoding.
 
     Args:
         rows: the prompts as token ids.
+        drafter: drafts the tokens.
         rule: accepts or rejects drafted tokens.
 
     Returns:
-        The probability integral transform of each new token, `[M]` in [0, 1). The distributions are those of
-        a forward without a cache.
+        The probability integral transform of each new token, `[M]` in [0, 1) (see `integral_transform`). The
+        distributions are those of a forward without a cache.
     """
     sampled = written(speculate(model, rows, drafter, new, rule))
     whole = [

@@ -80,7 +80,9 @@ class Clocked:
 
 
 def by_trees(model: PreTrainedModel, drafter: Drafter) -> Speculation:
-    """Return the speculative decoding of a linearized model that verifies token trees of a drafter."""
+    """Return the speculative decoding in which a drafter proposes token trees and a linearized model verifies
+    them.
+    """
     clocked = Clocked(drafter)
     name = type(drafter).__name__.lower()
     return Speculation(name, model, lambda texts, new: speculate(model, texts, clocked, new), clocked.clock)

@@ -88,7 +88,9 @@ def rates(batch: int, new: int, plain: float, speculative: float) -> dict[str, A
 
 
 def lines(acceptance: dict[str, Any], data: dict[str, Any]) -> list[Line]:
-    """Return the table's lines: acceptance, speed by batch size, and memory."""
+    """Return the lines that `verify` prints about speculative decoding: acceptance, speed by batch size, and
+    memory.
+    """
     depths = ", ".join(f"{share:.0%}" for share in acceptance["by_depth"])
     rows = [Line("acceptance", f"{acceptance['mean']:.2f} tokens per step; by depth {depths or '-'}")]
     for row in data["by_batch"]:
@@ -134,7 +136,8 @@ def speculated(subject: Subject, texts: Texts) -> list[Step]:
 
 
 def accepted(steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the acceptance of some steps. The prompt's own forward is not counted.
+    """Return how many drafted tokens some steps of speculative decoding accepted. The prompt's own forward is
+    not counted.
 
     Returns:
         mean: tokens emitted per forward of the target, including the token after the accepted path.

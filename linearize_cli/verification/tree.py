@@ -26,7 +26,10 @@ DEEPEST = 65  # the most nodes of the chain that is deeper than the window
 
 @dataclass
 class Gap:
-    """The differences between the logits of tree nodes and of their paths decoded token by token.
+    """The differences between the logits of tree nodes and of the same tokens decoded one at a time.
+
+    A node crosses a window boundary if its window has lost a token that the window of the token before the
+    tree still contains.
 
     Attributes:
         nodes: the number of nodes compared.
@@ -47,11 +50,12 @@ class Gap:
     flips: int = 0
 
     def add(self, actual: Tensor, expected: Tensor, crossing: Tensor) -> None:
-        """Add a comparison of the logits of M nodes.
+        """Add the differences between the logits of M tree nodes and of the same tokens decoded one at a
+        time.
 
         Args:
             actual: the logits `[M, vocab]` of the tree nodes.
-            expected: the logits `[M, vocab]` of the decoded paths.
+            expected: the logits `[M, vocab]` of the decoded tokens.
             crossing: `[M]` bool, the nodes that cross a window or group boundary.
         """
         self.nodes += len(actual)
@@ -65,12 +69,12 @@ class Gap:
 
 
 def tree(subject: Subject) -> Finding:
-    """Compare a tree's nodes with decoded paths, after prefixes of every offset to a window or group
-    boundary.
+    """Compare the logits of a token tree's nodes with those of the same tokens decoded one at a time.
 
-    A node crosses a boundary if its window no longer contains a token that the window of the row's last token
-    contains. In half precision the limit is twice the rounding noise: the difference between single tokens
-    and the same path as a chunk.
+    The prefixes before the tree have many lengths, so that nodes cross a window or group boundary at every
+    offset. A node crosses one if its window no longer contains a token that the window of the prefix's last
+    token contains. In half precision the limit is twice the rounding noise: the difference between single
+    tokens and the same path as a chunk.
     """
     if subject.no_tree:
         return refused(subject, "tree", subject.no_tree)
@@ -106,8 +110,8 @@ def tree(subject: Subject) -> Finding:
 
 
 def swept(size: int, longest: int) -> list[int]:
-    """Return lengths of prefixes up to `longest`: a few within the first window of `size` tokens, then one of
-    every offset.
+    """Return lengths of prefixes up to `longest`: a few shorter than a window of `size` tokens, then `size`
+    consecutive ones.
     """
     lengths = {1, 3, size // 2, size - 1, *range(size, 2 * size)}
     return sorted(n for n in lengths if 1 <= n <= longest)
@@ -126,10 +130,10 @@ def leaf_paths(visible: Tensor, depth: Tensor) -> Tensor:
 
 
 def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> None:
-    """Compare a tree with its decoded paths after prefixes of these lengths, in one left-padded batch.
+    """Compare a token tree after prefixes of several lengths with its paths decoded token by token.
 
     Args:
-        lengths: the lengths of the prefixes.
+        lengths: the lengths of the prefixes, which make one left-padded batch.
         paths: the nodes on the path to each leaf, `[leaves, depth + 1]`, padded with -1.
         gap: collects the differences.
     """
@@ -159,7 +163,9 @@ def compare(subject: Subject, lengths: list[int], paths: Tensor, gap: Gap) -> No
 
 
 def branched(cache: Cache, row: Tensor) -> Cache:
-    """Return a copy of a cache with the rows of these indices `[M]`. An index may repeat."""
+    """Return a copy of a cache whose rows are the rows `row [M]` (indices) of the given one. An index may
+    repeat.
+    """
     copied = copy.deepcopy(cache)
     copied.batch_select_indices(row)
     return copied

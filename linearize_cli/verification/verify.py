@@ -146,8 +146,9 @@ def noise(subject: Subject) -> Finding:
 
 
 def run(name: str, check: Check, subject: Subject) -> Finding:
-    """Run a check. An error of the model's code fails the check. A UserError or a lack of GPU memory ends the
-    command.
+    """Run a check and return its finding. If the model's code raises an error, the check fails.
+
+    A UserError, or a lack of GPU memory, ends the command instead.
     """
     try:
         return check(subject)
@@ -186,8 +187,8 @@ def strict(subject: Subject, progress: Callable[[str], None]) -> Finding:
 def subject_of(
     task: Task, model: PreTrainedModel, texts: list[list[int]], max_new: int, seed: int
 ) -> Subject:
-    """Return the subject of the checks: the model with its test inputs and measured rounding noise, without
-    speculation.
+    """Return the model with its test inputs, and measure the rounding noise of its logits. Speculation is not
+    set.
 
     Raises:
         UserError: the model's logits are not numbers.

@@ -26,10 +26,11 @@ SEGMENT = 4096  # tokens times heads that a CPU works on together
 
 
 class Form(NamedTuple):
-    """A fast way to compute one kind of equation in chunks.
+    """A fast algorithm that computes one kind of equation chunk by chunk.
 
     Attributes:
-        segment: the function that prepares a segment's inputs and calls an implementation.
+        segment: the function that prepares the inputs of a segment (consecutive tokens) and runs `torch` or
+            `triton`.
         torch, triton: the two implementations, with the same arguments and results.
     """
 
@@ -45,14 +46,15 @@ FORMS = {  # by scope, score and combine
 
 
 class Prefill(NamedTuple):
-    """A chosen chunked form and implementation. Calling it computes a segment of a long sequence.
+    """A chosen algorithm and implementation. Calling it computes one segment (consecutive tokens) of a
+    sequence.
 
     Attributes:
         name: the implementation, "torch" or "triton".
-        form: the chunked form.
+        form: the algorithm.
         chunk: tokens in a chunk.
-        dtype: the dtype of q, k, v and features in the form. It is the inputs' dtype for Triton, which sums
-            products in fp32. For torch it is fp32 (or fp64 for fp64 inputs).
+        dtype: the dtype in which q, k, v and features are passed to the implementation. It is the inputs'
+            dtype for Triton, which sums products in fp32. For torch it is fp32 (or fp64 for fp64 inputs).
     """
 
     name: str
@@ -63,15 +65,17 @@ class Prefill(NamedTuple):
     def __call__(
         self, attention: LinearAttention, state: State, count: int, *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute a segment.
+        """Compute the attention of one segment, T consecutive tokens.
 
         Args:
-            state: the state before the segment.
-            count: the number of earlier tokens, the same in every row.
+            attention: the layer's parameters.
+            state: the state after the tokens before the segment.
+            count: the number of tokens before the segment, the same in every row.
             heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
 
         Returns:
-            The outputs `[B, heads, T, Dv]`, and S and z after the segment.
+            The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the
+            segment.
         """
         attention.ran = self.name
         run = self.form.triton if self.name == "triton" else self.form.torch
@@ -89,14 +93,13 @@ def prefill(
     chunk: int | None = None,
     packed: bool = False,
 ) -> Prefill | None:
-    """Choose the chunked form and the implementation for T tokens: a text's, an encoder's, or packed
-    sequences.
+    """Choose the fast algorithm and the implementation (torch or Triton) that compute T tokens.
 
     Args:
         heads: q, k, v `[..., T, D]`.
-        count: tokens in every row so far, or None if the rows differ or the number is not known without a
-            wait for the device. With None there is no chunked form.
-        has_sink_logits: True if the softmax has learned sink logits, which no chunked form computes.
+        count: tokens in every row so far. None if the rows differ, or if reading the number would wait for
+            the device. Then only the reference `block` can be used.
+        has_sink_logits: True if the softmax has learned sink logits, which no fast algorithm computes.
         chunk: tokens in a chunk. With None a good number is chosen. Groups have their own size.
         packed: True for sequences that are packed into one row.
 
@@ -139,9 +142,9 @@ def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
     """Choose what computes a decoding step or a token tree for q `[B, heads, T, D]`.
 
     Returns:
-        "triton" for the kernels of `triton.nodes` (the caller must also ask `nodes.why_not`), or "torch" for
-        the decoding step of `ops.decode`. None for `chunked` and `block`, which alone have gradients and work
-        in compiled code.
+        "triton" for the kernels of `triton.nodes` (if `nodes.why_not` allows it, too), or "torch" for the
+        decoding step of `ops.decode`. None means the functions of `ops.chunked`, which alone have gradients
+        and work under torch.compile.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -151,8 +154,8 @@ def decoding_backend(attention: LinearAttention, q: Tensor) -> str | None:
 
 
 def form_of(attention: LinearAttention, count: int | None, length: int, has_sink_logits: bool) -> Form | None:
-    """Return the chunked form of an equation for `length` tokens, or None if only the reference `block`
-    computes it.
+    """Return the fast algorithm that computes an equation for `length` tokens, or None if only the reference
+    `block` can.
 
     Args:
         count: tokens in every row so far, or None if the rows differ.
@@ -173,7 +176,7 @@ def form_of(attention: LinearAttention, count: int | None, length: int, has_sink
 def why_not_prefill(
     attention: LinearAttention, q: Tensor, k: Tensor, v: Tensor, chunk: int, packed: bool = False
 ) -> str | None:
-    """Return why Triton cannot compute a chunked form of q, k, v `[..., T, D]`, or None if it can.
+    """Return why Triton cannot compute the attention of q, k, v `[..., T, D]`, or None if it can.
 
     Args:
         chunk: tokens in a chunk.
@@ -189,12 +192,12 @@ def why_not_prefill(
 
 
 def segment_tokens(form: Form | Prefill | None, q: Tensor) -> int:
-    """Return the number of tokens in a segment of q `[B, heads, T, D]`.
+    """Return how many tokens of q `[B, heads, T, D]` to compute at once (a segment).
 
     On a CPU a segment fits the processor's caches. On a GPU it is large enough to keep the kernels busy.
 
     Args:
-        form: the chunked form, or None if the reference `block` computes the segment.
+        form: the chosen algorithm, or None if the reference `block` computes the segment.
     """
     rows = max(q.shape[0] * q.shape[1], 1)
     if form is None:

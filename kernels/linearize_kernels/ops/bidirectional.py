@@ -21,12 +21,11 @@ def bidirectional(
     sink_logits: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute an equation that is not causal: local and far tokens on both sides of a query, and a centred
-    conv.
+    """Compute the attention of whole rows in which every token sees all others, as in encoders.
 
-    A chunk of queries reads its own tokens and R tokens on either side one by one. All other tokens are read
-    through S, the sum over those before plus the sum over those after. No sum is made by subtraction, which
-    would lose precision.
+    Queries are processed in chunks. A chunk reads its own tokens and R tokens on either side by their keys.
+    It reads all other tokens through the running sum S of the tokens before, plus that of the tokens after.
+    No sum is made by subtraction, which would lose precision.
 
     Args:
         q: `[B, heads, T, D]`.
@@ -131,16 +130,19 @@ def by_block(
 def outside(
     attention: LinearAttention, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute, for each chunk, S and z of the tokens that are more than R slots away from it on either side.
+    """Compute, for each chunk of C tokens, the sums S and z over all tokens that are more than R places away
+    from it.
 
     Args:
-        k, v: `[B, kv, R + n C + R, D]` and `[B, kv, R + n C + R, Dv]`, with R empty slots at both ends.
-        position: `[B or 1, R + n C + R]`, -1 in empty slots.
-        chunks: n.
+        k, v: `[B, kv, R + n C + R, D]` and `[B, kv, R + n C + R, Dv]`: the tokens, with R empty places at
+            both ends.
+        position: `[B or 1, R + n C + R]`, each token's position, -1 in empty places.
+        chunks: n, the number of chunks.
         chunk: C.
 
     Returns:
-        S `[n, B, far, F, Dv]` and z `[n, B, far, F]`. Both are zero without a far part.
+        S = Σ φ(k) vᵀ `[n, B, far, F, Dv]` and z = Σ φ(k) `[n, B, far, F]`. Both are zero if the equation has
+        no linear part.
     """
     side, wide = attention.equation.recent, accumulator(k.dtype)
     empty = attention.empty_state(k.shape[0], k.device, k.dtype)

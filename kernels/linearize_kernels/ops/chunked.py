@@ -106,18 +106,18 @@ def advance(
 def timeline(
     state: State, k: Tensor, v: Tensor, valid: Tensor | None, fill: int, in_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put empty slots, the state's R recent tokens and T new tokens in one sequence of slots, the timeline.
+    """Put empty places, the state's R recent tokens and T new tokens in one sequence, the timeline.
 
     Args:
         k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
-        valid: `[B, T]` bool, False for pads, or None. With pads, each row is sorted so that empty slots come
+        valid: `[B, T]` bool, False for pads, or None. With pads, each row is sorted so that empty places come
             first.
-        fill: the number of empty slots at the head.
+        fill: the number of empty places at the head.
         in_step: True if one row of positions serves the whole batch.
 
     Returns:
-        Keys `[B, kv, fill + R + T, D]`, values, and positions `[B or 1, fill + R + T]`, which are -1 in empty
-        slots.
+        Keys `[B, kv, fill + R + T, D]`, values `[B, kv, fill + R + T, Dv]`, and positions
+        `[B or 1, fill + R + T]`, which are -1 in empty places.
     """
     rows = slice(0, 1 if in_step else None)
     position = torch.cat(
@@ -148,19 +148,22 @@ def next_positions(count: Tensor, length: int, valid: Tensor | None) -> Tensor:
 def prefix_sums(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, position: Tensor, chunks: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute S and z before each chunk of a timeline (see `advance`), and after the last chunk.
+    """Compute the running sums S and z of the linear part before each chunk of tokens, and after the last
+    chunk.
 
-    S before a chunk holds all tokens older than the R slots before the chunk, except the attention sinks.
+    The tokens are R recent ones followed by the chunks. S before a chunk holds all tokens older than the R
+    tokens before the chunk, except the attention sinks.
 
     Args:
-        k, v: the slots, `[B, kv, R + chunks * chunk, D]`.
-        position: the slots' positions, -1 in empty ones.
+        state: the state before the tokens.
+        k, v: the tokens, `[B, kv, R + chunks * chunk, D]` and `[.., Dv]`.
+        position: `[B or 1, R + chunks * chunk]`, the tokens' positions, -1 in empty places.
         chunks: the number of chunks.
-        chunk: slots in a chunk.
+        chunk: tokens in a chunk.
 
     Returns:
-        S `[chunks + 1, B, far, F, Dv]` and z `[chunks + 1, B, far, F]`. Without a far part they are the given
-        ones.
+        S `[chunks + 1, B, far, F, Dv]` and z `[chunks + 1, B, far, F]`. If the equation has no linear part,
+        they are those of `state`.
     """
     if attention.far is None:
         S, z = (x.expand(chunks + 1, *x.shape) for x in (state.S, state.z))
@@ -326,11 +329,10 @@ def recompute(
 
 
 def rows_count(state: State | None, valid: Tensor | None) -> int | None:
-    """Return how many tokens every row has had: 0 without a state.
+    """Return the number of earlier tokens if it is the same in all rows. It is 0 without a state.
 
-    The result is None if the rows have different counts, if there are pads among the new tokens (`valid` is
-    not None), in compiled code, or if the count is on another device than the CPU, which would have to be
-    waited for.
+    The result is None if the rows differ, if there are pads among the new tokens (`valid` is not None), in
+    compiled code, or if the count is on another device than the CPU, which would have to be waited for.
     """
     if valid is not None or torch.compiler.is_compiling():
         return None
@@ -354,7 +356,7 @@ def run_segment(
     chunk: int,
     in_step: bool,
 ) -> tuple[Tensor, State]:
-    """Compute one segment of `chunked` by the reference `block`.
+    """Compute one segment (consecutive tokens) by the slow reference `block`.
 
     Args:
         count: tokens that every row has had, or None if the rows differ (see `rows_count`).

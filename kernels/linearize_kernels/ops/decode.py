@@ -19,16 +19,15 @@ from linearize_kernels.state import State
 class Decoding:
     """A layer's state, laid out to decode one token after the other on a CPU.
 
-    The recent tokens are in a ring buffer: a new token takes the slot of the oldest one, which is folded into
-    S and z first. A step writes into all tensors in place, and shares their memory with nothing else. The
-    first dimension is heads and the second rows, because feature maps then treat the rows as tokens of a
-    head.
+    The recent tokens are in a ring buffer: a new token takes the slot of the oldest one, which is added to S
+    and z first. A step writes into all tensors in place, and shares their memory with nothing else. The first
+    dimension is heads and the second rows, because feature maps then treat the rows as tokens of a head.
 
     Attributes:
         equation: the layer's equation.
         dtype: the model's dtype, which `state` returns keys and values in.
-        S: `[far, B, F, Dv]`.
-        z: `[far, B, F]`.
+        S: `[far, B, F, Dv]`, the running sum Σ φ(k) vᵀ of older tokens.
+        z: `[far, B, F]`, the running sum Σ φ(k).
         keys, values: `[kv, B, N, D]` and `[kv, B, N, Dv]`, in the dtype of S. Of the N columns, the sinks
             come first, then the slots of the ring. There is one unused column if the equation keeps no recent
             tokens.
@@ -102,10 +101,11 @@ class Decoding:
         return attend(attention, self, q, view, sink_logits)
 
     def fold_oldest(self, attention: LinearAttention, k: Tensor, v: Tensor) -> None:
-        """Fold into S and z the oldest token of each row, which a new one pushes out of the ring.
+        """Add the oldest token of each row to the running sums S and z, because a new one pushes it out of
+        the ring buffer.
 
-        Rows that are too short to lose a token, and sinks, are not folded. If the equation keeps no recent
-        tokens, the new token itself is folded.
+        Sinks are not added, and nothing is added in rows that are too short to lose a token. If the equation
+        keeps no recent tokens, the new token itself is added.
 
         Args:
             k, v: the new tokens, `[kv, B, D]` and `[kv, B, Dv]`.
@@ -147,16 +147,16 @@ def heads_first(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """Masks of what the last token i of every row attends to among N columns: the sinks, then the slots of
-    the ring.
+    """Masks of what the last token i of every row attends to among N tokens: the sinks, then the slots of a
+    ring buffer.
 
-    The first dimension M of a mask is kv * B, or 1 if all rows see the same.
+    Local tokens are sinks and those in the window or group, all others are far. The first dimension M of a
+    mask is kv * B, or 1 if all rows see the same.
 
     Attributes:
-        local: `[M, 1, N]` bool, True for the local tokens L(i). None if all N are local.
+        local: `[M, 1, N]` bool, True for the local tokens. None if all N are local.
         delay: `[rows, N]`, the distance p_i - p_j to each token j.
-        any_far: `[M, 1, 1]` bool, True if there are far tokens F(i). A plain bool if it is the same in all
-            rows.
+        any_far: `[M, 1, 1]` bool, True if there are far tokens. A plain bool if it is the same in all rows.
         outside: if some far tokens are not in S yet: the layout, and these tokens' columns, oldest first.
             Otherwise None.
         in_conv: `[M, 1, R]` bool, True for slots of the ring that hold a token. None if all do.
@@ -171,14 +171,15 @@ class View:
 
 @remembered(512)
 def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
-    """Return the order of the columns (sinks, then the ring's slots) in time, and its inverse.
+    """Return the order in time of the columns of `Decoding.keys` (the sinks, then the slots of a ring
+    buffer).
 
     Args:
         start: the slot of the oldest token in the ring.
 
     Returns:
-        The columns of the sinks and of the recent tokens, oldest first, and the place of each column in this
-        order.
+        The indices of the columns from the oldest token to the newest, sinks first, and the inverse
+        permutation: each column's place in that order.
     """
     slots = (start + torch.arange(eq.recent)) % max(eq.recent, 1)
     columns = torch.cat([torch.arange(eq.sinks), eq.sinks + slots])
@@ -188,12 +189,12 @@ def ring(eq: Equation, start: int) -> tuple[Tensor, Tensor]:
 
 @remembered(512)
 def view_of_last(eq: Equation, counts: tuple[int, ...], start: int) -> View:
-    """Compute the masks of the last token of every row.
+    """Compute the masks of what the last token of every row attends to.
 
     Args:
         counts: the number of tokens in each row including the last, shortened by `visibility.settled` so that
             equal masks are computed once. One count if all rows have the same.
-        start: the slot of the oldest token in the ring.
+        start: the slot of the oldest token in the ring buffer.
     """
     layout = laid_out(eq, counts, ())
     columns, order = ring(eq, start)
@@ -263,10 +264,10 @@ def attend(
 
 
 def taps_by_age(eq: Equation, conv: Tensor) -> Tensor:
-    """Return the conv's weights of the R recent tokens, oldest first, followed by a copy of them:
-    `[kv, group, 2 R]`.
+    """Return the conv's weights of the R recent tokens, oldest first and twice in a row: `[kv, group, 2 R]`.
 
-    A slice of R entries then gives the weights of the ring's slots, wherever the oldest token is.
+    The recent tokens are in a ring buffer. R entries from the right offset on are the weights of its slots,
+    wherever the oldest token is.
 
     Args:
         conv: `[heads, W]`.
@@ -281,7 +282,7 @@ def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, 
     group is the number of query heads of a KV head.
 
     Args:
-        far: the layer's far part.
+        far: the layer's linear part.
         state: the state, which holds S and z.
         q: `[heads, B, D]`, one query of each row.
     """
@@ -295,14 +296,15 @@ def read_state(far: FeatureMemory, state: Decoding, q: Tensor) -> tuple[Tensor, 
 def read_outside(
     far: FeatureMemory, state: Decoding, q: Tensor, outside: tuple[Layout, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Read S and z, and the recent tokens that are far but not folded yet.
+    """Read the far tokens (outside the window or group): those in S and z, and recent ones that are not added
+    to S yet.
 
-    There are such tokens with scope "group", or with a conv longer than the window.
+    There are such recent tokens with scope "group", or with a conv longer than the window.
 
     Args:
-        far: the layer's far part.
+        far: the layer's linear part.
         q: `[heads, B, D]`, one query of each row.
-        outside: the layout, and the columns of the tokens that may be far but are not in S.
+        outside: the layout, and the columns of the recent tokens that may be far.
 
     Returns:
         The numerator `[kv * B, group, Dv]`, and its normaliser `[kv * B, group, 1]`.

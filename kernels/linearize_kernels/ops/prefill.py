@@ -1,4 +1,5 @@
-"""The inputs of the two chunked forms, made from q, k, v and a state, and the state after a segment.
+"""The inputs of the two fast algorithms (forms), made from q, k, v and a state, and the state after a
+segment.
 
 The sliding form computes a softmax window with far features, and the group form squared ReLU in groups. Each
 is computed by torch or by Triton, from the same inputs (`Tokens` or `Groups`). All that depends on the
@@ -29,19 +30,19 @@ def sliding_segment(
     dtype: torch.dtype,
     run: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a segment of T tokens by the sliding form. If the equation is not causal, the segment is a
-    whole row.
+    """Compute T consecutive tokens of a layer with a sliding softmax window. If the layer is not causal, they
+    are a whole row.
 
     Args:
-        state: the state before the segment.
+        state: the state before the tokens.
         count: the number of earlier tokens, the same in every row.
         heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
         chunk: tokens in a chunk.
-        dtype: the dtype of the form's inputs for each token (q, k, v and features).
+        dtype: the dtype in which q, k, v and features are passed to `run`.
         run: the implementation, `torch_forms.sliding.sliding` or `triton.forms.sliding`.
 
     Returns:
-        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
+        The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the tokens.
     """
     q, k, v = heads
     eq, length = attention.equation, k.shape[-2]
@@ -83,18 +84,18 @@ def grouped_segment(
     dtype: torch.dtype,
     run: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a segment of T tokens by the group form.
+    """Compute T consecutive tokens of a layer whose local part is squared ReLU within groups of tokens.
 
     Args:
-        state: the state before the segment.
+        state: the state before the tokens.
         count: the number of earlier tokens, the same in every row.
         heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
         chunk: tokens in a group.
-        dtype: the dtype of the form's inputs for each token.
+        dtype: the dtype in which q, k, v and features are passed to `run`.
         run: the implementation, `torch_forms.grouped.grouped` or `triton.forms.grouped`.
 
     Returns:
-        The outputs `[B, heads, T, Dv]`, and S and z after the segment.
+        The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the tokens.
     """
     eq, length, wide = attention.equation, heads[0].shape[-2], accumulator(heads[0].dtype)
     q, k, v = (x.to(wide) for x in heads)
@@ -139,22 +140,23 @@ def grouped_segment(
 
 
 def far_read(attention: LinearAttention) -> FeatureMemory | None:
-    """Return the far part, or None if the layer has none or an ablation drops it (`attention.dropped`)."""
+    """Return the layer's linear part (linear attention), or None if it has none or an ablation drops it
+    (`attention.dropped`).
+    """
     return None if attention.dropped == "far" else attention.far
 
 
 def timeline(
     old: Tensor, new: Tensor, count: int, fill: int = 0, ahead: int = 0, pad: Callable = zero_pad
 ) -> Tensor:
-    """Put tokens in a sequence of slots, the timeline: `fill` empty slots, R recent tokens, T new ones,
-    `ahead` empty slots.
+    """Join along T: `fill` empty places, R recent tokens, T new ones, and `ahead` empty places.
 
     Args:
         old: `[B, kv, R, X]`, the keys or values of the recent tokens.
         new: `[B, kv, T, X]`, those of the new tokens.
-        count: the number of earlier tokens. If there are fewer than R, the slots of the missing ones are
+        count: the number of earlier tokens. If there are fewer than R, the places of the missing ones are
             empty too.
-        pad: the function that adds empty slots before and after a tensor, `zero_pad` or `copy_pad`.
+        pad: the function that adds empty places before and after a tensor, `zero_pad` or `copy_pad`.
 
     Returns:
         `[B, kv, fill + R + T + ahead, X]`.
@@ -204,8 +206,8 @@ def taps(attention: LinearAttention, batch: int) -> Tensor | None:
 
 
 def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: int) -> Tensor:
-    """Compute the logit of the far part for each query, `[..., far, g, T]`. It is -inf for a query without
-    far tokens.
+    """Compute the logit of the linear part for each query, `[..., far, g, T]`. It is -inf for a query that it
+    has no tokens for.
 
     This is `mix(q)` of `combine.Shared`, or 0 without that parameter.
 
@@ -242,8 +244,8 @@ def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:
-    """Return the state after new tokens, with given S and z. Sinks, recent tokens and counts are updated
-    here.
+    """Return the state after new tokens, with given S and z. This function updates the sinks, the recent
+    tokens and the count.
 
     Args:
         state: the state before the tokens.

@@ -72,7 +72,7 @@ def packed_plan(
     has_sink_logits: bool = False,
     chunk: int | None = None,
 ) -> Prefill | None:
-    """Return the choice of Triton's kernels for packed q, k, v `[..., T, D]`, or None if they cannot run.
+    """Return how Triton computes packed q, k, v `[..., T, D]`, or None if its kernels cannot run.
 
     Args:
         has_sink_logits: True if the softmax has learned sink logits, which the kernels do not compute.
@@ -83,11 +83,12 @@ def packed_plan(
 
 
 class Layout(NamedTuple):
-    """The places of packed sequences on their timeline of n chunks with C query rows each.
+    """Where the tokens of packed sequences are copied to: n chunks of C places, each sequence starting at a
+    chunk.
 
     Attributes:
-        rows: `[total]`, the query row (0 to n C - 1) of each token.
-        position: `[n C]`, the position of each row in its own sequence.
+        rows: `[total]`, the place (0 to n C - 1) of each token.
+        position: `[n C]`, the position of each place in its own sequence.
         packed: the tables of where sequences begin, which the kernels read.
     """
 
@@ -98,12 +99,12 @@ class Layout(NamedTuple):
 
 @remembered(8)
 def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, device: torch.device) -> Layout:
-    """Compute the places of sequences on a timeline that begins with `recent` empty slots.
+    """Compute where packed sequences are copied to: whole chunks, after `recent` empty places.
 
     Args:
-        bounds: the first token of each sequence, and the number of all tokens. No sequence is empty.
+        bounds: the first token of each sequence, followed by the number of all tokens. No sequence is empty.
         chunk: tokens in a chunk.
-        recent: R, the slots that a chunk reads before its own.
+        recent: R, the places before its own that a chunk reads.
         sinks: the number of attention sinks of each sequence.
         device: the device of the results.
     """
@@ -125,11 +126,12 @@ def laid_out(bounds: tuple[int, ...], chunk: int, recent: int, sinks: int, devic
 
 
 def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
-    """Copy tokens to slots: `x [heads, total, X]` to `[heads, length, X]`. The other slots are zero.
+    """Copy each token of `x [heads, total, X]` to its place in a tensor `[heads, length, X]`. Other places
+    are zero.
 
     Args:
-        places: `[total]`, the slot of each token.
-        length: the number of slots.
+        places: `[total]`, the index of each token in the result.
+        length: the number of places.
     """
     return x.new_zeros(len(x), length, x.shape[-1]).index_copy(1, places, x)
 
@@ -137,11 +139,16 @@ def laid(x: Tensor, places: Tensor, length: int) -> Tensor:
 def sliding_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's sliding form.
+    """Compute packed sequences by the Triton kernels for a sliding softmax window.
 
     Args:
         plan: the choice of the kernels.
-        bounds: the first token of each sequence, and the number of all tokens.
+        q: `[heads, total, D]`.
+        k, v: `[kv, total, D]` and `[kv, total, Dv]`.
+        bounds: the first token of each sequence, followed by `total`.
+
+    Returns:
+        The outputs `[heads, total, Dv]`.
     """
     eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
     shape = Shape(plan.chunk, eq.recent, eq.size, eq.scale, 0, 0)
@@ -164,11 +171,16 @@ def sliding_rows(
 def group_rows(
     attention: LinearAttention, plan: Prefill, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Compute the outputs `[heads, total, Dv]` of packed sequences by Triton's group form.
+    """Compute packed sequences by the Triton kernels for squared ReLU within groups of tokens.
 
     Args:
         plan: the choice of the kernels.
-        bounds: the first token of each sequence, and the number of all tokens.
+        q: `[heads, total, D]`.
+        k, v: `[kv, total, D]` and `[kv, total, Dv]`.
+        bounds: the first token of each sequence, followed by `total`.
+
+    Returns:
+        The outputs `[heads, total, Dv]`.
     """
     eq, narrow, wide = attention.equation, q.dtype, accumulator(q.dtype)
     rows, position, packed = laid_out(bounds, plan.chunk, 0, 0, q.device)

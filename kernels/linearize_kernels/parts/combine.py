@@ -1,9 +1,9 @@
-"""Combines: modules that join the local and the far part of the equation into one output.
+"""Combines: modules that join the local and the linear part of the equation into one output.
 
 A combine has two implementations of the same formula. `define` is the definition, for one token and one head:
 `scores` and `values` are lists over the local tokens L(i), and `far` holds what was read of the far tokens
-F(i), or is None without a far part. `forward` computes whole blocks of T queries and N tokens; the bool mask
-`local` selects L(i):
+F(i), or is None without a linear part. `forward` computes whole blocks of T queries and N tokens; the bool
+mask `local` selects L(i):
 
     q [..., kv, group, T, D], scores and local [..., kv, group, T, N], values [..., kv, N, Dv],
     far.out [..., kv, group, T, Dv], far.mass [..., kv, group, T] -> output [..., kv, group, T, Dv]
@@ -24,7 +24,7 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """The far part that a query reads: its numerator, its mass, and whether any token is far.
+    """What a query has read of its far tokens (outside the window or group).
 
     Attributes:
         out: the numerator, Σ of weight times value. The last dimension is Dv.
@@ -38,12 +38,12 @@ class Far(NamedTuple):
 
 
 class Combine(nn.Module):
-    """The base class of combines.
+    """The base class of combines, modules that join the local and the linear part of an output.
 
     Attributes:
         mix: only in `Shared`: `[heads, D + 1]`, weights and bias of a linear function of q, which gives the
-            logit of the far part. It is None if the equation has only one of the two parts.
-        factor: only in `Unnormalised`: `[heads]`, the far part's factor, or None without a far part.
+            logit of the linear part. It is None if the equation has only one of the two parts.
+        factor: only in `Unnormalised`: `[heads]`, the linear part's factor, or None without a linear part.
     """
 
     mix: nn.Parameter | None
@@ -56,14 +56,15 @@ class Combine(nn.Module):
         """Set all parameters to their values at the start of a conversion."""
 
     def define(self, head: int, q: Tensor, scores: list, values: list, far: Far | None) -> Tensor:
-        """Combine the parts of one token i and one head.
+        """Join the local and the linear part of the output, for one token i and one head. This is the
+        definition.
 
         Args:
             head: the index of the query head.
             q: `[D]`.
-            scores: the local scores, a scalar tensor for each token in L(i).
-            values: the values `[Dv]` of these tokens. It holds one zero vector if L(i) is empty.
-            far: what was read of F(i), or None without a far part.
+            scores: the local scores, a scalar tensor for each local token (in the window or a sink).
+            values: the values `[Dv]` of these tokens. It holds one zero vector if there are none.
+            far: what was read of the other tokens, or None without a linear part.
 
         Returns:
             `[Dv]`.
@@ -79,15 +80,16 @@ class Combine(nn.Module):
         far: Far | None,
         taps: Tensor | None,
     ) -> Tensor:
-        """Combine the parts of one query of each of B rows, and add the conv.
+        """Join the local and the linear part of the output for one query of each of B rows, and add the conv.
 
         Args:
             q: `[heads, B, D]`.
             scores: `[kv * B, group, N]`, the local scores of N tokens.
-            local: bool, broadcasts to scores, True for tokens in L(i). None means all N tokens.
+            local: bool, broadcasts to scores, True for local tokens (in the window or a sink). None means all
+                N tokens.
             values: `[kv * B, N, Dv]`.
             far: the numerator `out` `[kv * B, group, Dv]` and its normaliser `mass` `[kv * B, group, 1]`.
-                `any` is a bool tensor that broadcasts to the mass, or True. None without a far part.
+                `any` is a bool tensor that broadcasts to the mass, or True. None without a linear part.
             taps: `[kv * B, group, R]`, the conv's weights of the last R values, or None without a conv.
 
         Returns:
@@ -109,11 +111,11 @@ class Combine(nn.Module):
 
 
 class Shared(Combine):
-    """One normaliser for both parts: local weights `exp(s - m)` of scores s, far weights
-    `exp(mix(q) - m) φ(q)·φ(k)`.
+    """One normaliser for both parts: weights `exp(s - m)` of local tokens with scores s, and
+    `exp(mix(q) - m) φ(q)·φ(k)` of all others.
 
     `mix` is a learned linear function of q per head. m is the maximum of the local scores, and of mix(q) too
-    if the query has a far token.
+    if the query has tokens that are not local.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -175,11 +177,11 @@ class Shared(Combine):
 
 
 class Lolcats(Combine):
-    """LoLCATs' combine (arXiv 2410.10254): one normaliser, local weights `γ exp(s - max s)`, far weights
-    `φ(q)·φ(k)`.
+    """LoLCATs' combine (arXiv 2410.10254): one normaliser, with weights `γ exp(s - max s)` of local tokens
+    with scores s, and `φ(q)·φ(k)` of all others.
 
     γ is learned per head and starts at 0.1. The maximum is that of the local scores alone. It changes the
-    result, because the far weights are not divided by its exponential.
+    result, because the other weights are not divided by its exponential.
     """
 
     start = 0.1
@@ -210,7 +212,8 @@ class Lolcats(Combine):
 class Unnormalised(Combine):
     """A sum without a normaliser (arXiv 2406.07368): the scores are the weights of the local values.
 
-    The far numerator is multiplied by a learned factor per head, which is 0 at the start, and added.
+    The linear part's numerator is multiplied by a learned factor per head, which is 0 at the start, and
+    added.
     """
 
     def __init__(self, heads: int, key_dim: int, value_dim: int, has_local: bool, has_far: bool):
@@ -267,11 +270,11 @@ class RootMeanSquare(Combine):
 
 
 class Gate(RootMeanSquare):
-    """A gated sum of two normalised outputs:
-    `(1 - g) softmax over L(i) + g · far numerator over its RMS, times the gain`.
+    """A gated sum of two outputs, with gate g:
+    `(1 - g) softmax of the local part + g · gain · linear part / RMS(linear part)`.
 
-    The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if the query has no
-    far token. This combine suits far parts whose weights may be negative, or which are normalised already.
+    The gate `g = sigmoid(w·q + b)` is learned per head. It is near 0 at the start, and 0 if all tokens are
+    local. This combine suits linear parts whose weights may be negative, or which are normalised already.
     """
 
     start, closed = 1.0, -3.0  # the gain, and the gate's b
@@ -309,8 +312,11 @@ COMBINES = {"shared": Shared, "lolcats": Lolcats, "none": Unnormalised, "rms": R
 
 
 def weighted(weights: list, values: list) -> Tensor:
-    """Compute Σ weight · value of one token, `[Dv]`. `values` has at least one entry: a zero vector if L(i)
-    is empty.
+    """Compute Σ weight · value over the local tokens of one query, `[Dv]`.
+
+    Args:
+        weights: a scalar tensor for each token.
+        values: `[Dv]` for each token. Without tokens, a list of one zero vector.
     """
     return sum((w * v for w, v in zip(weights, values, strict=False)), torch.zeros_like(values[0]))
 
@@ -324,10 +330,10 @@ def attend(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def by_read_head(x: Tensor, kv: int) -> Tensor:
-    """Group query heads by the KV head (or head of S) that they read:
+    """Group query heads by the KV head (or head of S) that they share:
     `[heads, B, X] -> [kv * B, heads / kv, X]`.
 
-    `kv` is the number of heads that are read.
+    `kv` is the number of shared heads.
     """
     heads, batch, width = x.shape
     if batch == 1:
@@ -361,10 +367,10 @@ def softmax(scores: Tensor, local: Tensor, values: Tensor) -> Tensor:
 
 
 def finite(ceiling: Tensor) -> Tensor:
-    """Replace a row maximum of -inf, which a row that sees nothing (a pad) has, by 0."""
+    """Replace -inf in a tensor of row maxima by 0. A row that sees nothing (a pad) has the maximum -inf."""
     return ceiling.masked_fill(ceiling == float("-inf"), 0.0)
 
 
 def positive(normaliser: Tensor) -> Tensor:
-    """Return the normaliser `[..., T]` as `[..., T, 1]`, at least TINY, so that it can be divided by."""
+    """Return a normaliser `[..., T]` as `[..., T, 1]`, raised to at least TINY so that it can be divided by."""
     return normaliser.clamp_min(TINY)[..., None]

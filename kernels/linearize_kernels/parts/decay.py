@@ -21,12 +21,13 @@ from torch.nn.functional import softplus
 
 
 class Sum(nn.Module):
-    """The memory that forgets nothing. It is also the base class of the other memories.
+    """The memory that forgets nothing: S and z are plain sums. It is also the base class of the other
+    memories.
 
     Attributes:
-        forward_in_time: True if the state depends on the order of the tokens, so that they must be folded in
-            order. False if their sum is enough.
-        unit_keys: True if the keys' features are scaled to unit norm before they are written.
+        forward_in_time: True if the sums depend on the order of the tokens, so that tokens must be added in
+            order.
+        unit_keys: True if the keys' features are scaled to unit norm before they are added.
     """
 
     forward_in_time = False
@@ -39,21 +40,25 @@ class Sum(nn.Module):
         """Do nothing: there are no parameters."""
 
     def log_decay(self, v: Tensor) -> Tensor | None:
-        """Return log a of N tokens, `[..., heads, N]`, from their values `[..., heads, N, Dv]`, or None
-        without decay.
+        """Return the logarithm of the decay of N tokens, `[..., heads, N]`, or None without decay.
 
-        `heads` are the heads of S.
+        Args:
+            v: the tokens' values, `[..., heads, N, Dv]`. `heads` are the heads of S.
         """
         return None
 
     def strength(self, v: Tensor) -> Tensor | None:
-        """Return β of the delta rule for N tokens, `[..., heads, N]`, from their values. Other memories
+        """Return how strongly N tokens are written (β of the delta rule), `[..., heads, N]`. Other memories
         return None.
+
+        Args:
+            v: the tokens' values, `[..., heads, N, Dv]`.
         """
         return None
 
     def fold_one(self, S: Tensor, z: Tensor, phi: Tensor, v: Tensor) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the running sums S and z, in place. Other memories let the sums
+        decay first.
 
         Args:
             S: `[heads, B, F, Dv]`, where `heads` are the heads of S.

@@ -1,4 +1,4 @@
-"""The far part: modules that write tokens into the state S, z and read it.
+"""The linear part: modules that write tokens into the state S, z and read it.
 
 There are two. `FeatureMemory` reads φ(q)ᵀS, with a feature map φ and a memory (see `decay`).
 `linformer.Projection` computes a softmax over k slots. Each has two implementations: `fold_one` and
@@ -26,7 +26,7 @@ CEILING = 8.0  # of a key's logarithmic weight, in size: S adds up weights of up
 
 
 class FeatureMemory(nn.Module):
-    """Linear attention to the far tokens F(i), with a feature map φ.
+    """Linear attention to the far tokens F(i) (outside the window) of each query i, with a feature map φ.
 
     The numerator is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j) v_jᵀ`. Its normaliser, which the code calls mass,
     is `φ(q_i)ᵀ Σ_{j∈F(i)} D_ij ω(k_j) φ(k_j)`. D_ij is the memory's decay.
@@ -80,12 +80,15 @@ class FeatureMemory(nn.Module):
         return self.q_map(q.flatten(-4, -3)).unflatten(-3, q.shape[-4:-2])
 
     def keys(self, k: Tensor) -> Tensor:
-        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z, from keys `[..., kv, T, D]`."""
+        """Compute the weighted features ω(k) φ(k) `[..., far, T, F]` of keys `[..., kv, T, D]`, which are
+        added to S and z.
+        """
         return self.written(self.equation.to_far_heads(k))
 
     def written(self, k: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute ω(k) φ(k) `[..., far, T, F]`, which is written to S and z. φ has unit norm under the delta
-        rule.
+        """Compute the weighted features ω(k) φ(k) `[..., far, T, F]` of keys, which are added to S and z.
+
+        φ has unit norm under the delta rule.
 
         Args:
             k: `[..., far, T, D]`, keys that are repeated to the heads of S already.
@@ -104,13 +107,15 @@ class FeatureMemory(nn.Module):
         return self.q_map if self.k_map is None else self.k_map
 
     def weights(self, k: Tensor) -> Tensor:
-        """Compute the key weights ω(k) `[..., far, T, 1]` from keys `[..., far, T, D]`."""
+        """Compute the learned weights ω(k) `[..., far, T, 1]` of keys `[..., far, T, D]`. `key_weight` must
+        not be None.
+        """
         weight = self.key_weight.to(k.dtype)[:, None] / CEILING
         logarithm = CEILING * (weight[..., :-1] @ k.mT + weight[..., -1:]).tanh()
         return logarithm.exp().mT
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the running sums S and z, in place, after their decay.
 
         Args:
             S: `[far, B, F, Dv]`.
@@ -156,15 +161,16 @@ class FeatureMemory(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Read the far tokens of T queries: those folded into S and z, and those among N given tokens.
+        """Read the far tokens (outside the window) of T queries: those already in S and z, and those among N
+        given tokens.
 
         Args:
             q: `[..., heads, T, D]`.
-            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not folded yet. The first N - new
-                of them follow one another; then come the queries' own tokens, each after its ancestors.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not in S yet. The first N - new of
+                them follow one another; then come the queries' own tokens, each after its ancestors.
             position: `[..., N]`. A token whose position is -1 or that of a sink is ignored.
             seen: `[..., T, N]` bool, True for the ancestors of each query and its own token.
-            far: `[..., T, N]` bool, True for the tokens in F(i).
+            far: `[..., T, N]` bool, True for the far tokens of each query.
             new: the number of the queries' own tokens in k, v: T, or 0 if none of them can be far.
             S: `[..., far, F, Dv]`.
             z: `[..., far, F]`.
@@ -202,7 +208,7 @@ class FeatureMemory(nn.Module):
         return own + read, products.sum(-1) + mass
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold N tokens that follow one another into S and z, and return the new S and z.
+        """Add N tokens that follow one another to the running sums S and z, and return the new S and z.
 
         Args:
             S: `[B, far, F, Dv]`.
@@ -218,13 +224,13 @@ class FeatureMemory(nn.Module):
         return S + phi.mT @ self.equation.to_far_heads(v), z + phi.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute S and z before each of n chunks of tokens, and after the last chunk.
+        """Compute the running sums S and z before each of n chunks of tokens, and after the last chunk.
 
         Args:
             S: `[B, far, F, Dv]`, before the first chunk.
             z: `[B, far, F]`.
             k, v: `[B, kv, n, C, D]` and `[B, kv, n, C, Dv]`.
-            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not folded.
+            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not added.
 
         Returns:
             S `[n + 1, B, far, F, Dv]` and z `[n + 1, B, far, F]`.
@@ -266,12 +272,14 @@ class FeatureMemory(nn.Module):
 
 
 def before_cap(key_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w and b of `log ω / CEILING` before its tanh (the soft cap): `[far, D, 1]` and `[far, 1, 1]`."""
+    """Return the weights `[far, D, 1]` and biases `[far, 1, 1]` of the argument of tanh in
+    `log ω(k) = CEILING tanh(w·k + b)`.
+    """
     return as_affine(key_weight / CEILING)
 
 
 def far_part(equation) -> FeatureMemory:
-    """Build the far part of an equation: a class in FAR_PARTS if its `feature_map` is listed there, or
+    """Build the linear part of an equation: a class in FAR_PARTS if its `feature_map` is listed there, or
     FeatureMemory.
     """
     return FAR_PARTS.get(equation.feature_map, FeatureMemory)(equation)
@@ -282,8 +290,8 @@ FAR_PARTS: dict[str, Any] = {"linformer": Projection}
 
 
 def chain(counts: Tensor) -> Tensor:
-    """Return which of N tokens in a row are before which: `[..., N, N]` bool, `[i, j]` is True if j is before
-    i.
+    """Return the order of N tokens that follow one another: `[..., N, N]` bool, `[i, j]` is True if j is
+    before i.
 
     Args:
         counts: `[..., N]` bool, False for pads and sinks. Pairs with such a token are False.
@@ -294,8 +302,7 @@ def chain(counts: Tensor) -> Tensor:
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Return which of N tokens are before which, `[..., N, N]` bool, if the last T of them are the nodes of a
-    tree.
+    """Return the order of N tokens, the last T of which are the nodes of a token tree: `[..., N, N]` bool.
 
     `[i, j]` is True if token j is before token i in the text, or on the node's path.
 

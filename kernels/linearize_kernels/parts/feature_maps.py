@@ -1,4 +1,4 @@
-"""Feature maps φ of the far part: `φ(q)ᵀ φ(k)` replaces softmax's `exp(scale q·k)`.
+"""Feature maps φ of the linear part: `φ(q)ᵀ φ(k)` replaces softmax's `exp(scale q·k)`.
 
 A feature map is a module that maps `[..., heads, T, D]` to `[..., heads, T, feature_dim]`. A new one is a
 subclass of `FeatureMap` with the decorator `@feature_map(name)`. Maps with random directions are in
@@ -42,8 +42,8 @@ class FeatureMap(nn.Module):
     Attributes:
         feature_dim: width of the output.
         name: its name in recipes.
-        positive: True if `φ(q)ᵀ φ(k)` is never negative. A normaliser shared by the local and far part needs
-            that.
+        positive: True if `φ(q)ᵀ φ(k)` is never negative. A normaliser shared by the local and linear part
+            needs that.
         shared: True if queries and keys must use one map with the same parameters.
     """
 

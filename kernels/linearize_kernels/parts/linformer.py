@@ -1,4 +1,4 @@
-"""Linformer's far part: softmax over k slots, onto which the tokens' keys and values are projected."""
+"""Linformer's linear part: softmax over k slots, onto which the tokens' keys and values are projected."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ class Projection(nn.Module):
         return table[:, :, position % table.shape[-1]].movedim((0, 1), (-3, -1))
 
     def fold_one(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Sequence[int]) -> None:
-        """Fold one token of each of B rows into S and z, in place.
+        """Add one token of each of B rows to the sums S and z, in place.
 
         Args:
             S: `[far, B, slots, D + Dv]`.
@@ -61,7 +61,7 @@ class Projection(nn.Module):
         z.add_(share)
 
     def read_one(self, q: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the slots with one query of each of B rows.
+        """Attend to the slots (the projected keys and values) with one query of each of B rows.
 
         Args:
             q: `[heads, B, D]`.
@@ -69,8 +69,8 @@ class Projection(nn.Module):
             z: `[far, B, slots]`.
 
         Returns:
-            The softmax output `[far * B, heads / far, Dv]`, which is 0 without far tokens, and the normaliser
-            that the combine divides it by, `[far * B, heads / far, 1]`: 1, or 0 for a row without far tokens.
+            The softmax output `[far * B, heads / far, Dv]`, and the normaliser that the combine divides it
+            by, `[far * B, heads / far, 1]`, which is 1. Both are 0 for a row whose slots hold no token.
         """
         eq, total = self.equation, z.flatten(0, 1)[:, None]  # [far * B, 1, slots]
         q, S = by_read_head(q, eq.far_heads), S.flatten(0, 1)
@@ -91,22 +91,23 @@ class Projection(nn.Module):
         S: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Attend to the slots with T queries. The slots hold the folded tokens and the far ones among N given
-        tokens.
+        """Attend to the slots (the projected keys and values) with T queries.
+
+        The slots hold the tokens that are summed in S and z, and those of N given tokens that are far
+        (outside the window).
 
         Args:
             q: `[..., heads, T, D]`.
-            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not folded yet.
+            k, v: `[..., kv, N, D]` and `[..., kv, N, Dv]`, tokens that are not in S yet.
             position: `[..., N]`.
             seen, new: not used (see `far.FeatureMemory.forward`).
-            far: `[..., T, N]` bool, True for the tokens in F(i).
+            far: `[..., T, N]` bool, True for the far tokens of each query.
             S: `[..., far, slots, D + Dv]`.
             z: `[..., far, slots]`.
 
         Returns:
-            The softmax output `[..., far, heads / far, T, Dv]`, which is 0 without far tokens, and the
-            normaliser that the combine divides it by, `[..., far, heads / far, T]`: 1, or 0 for a query
-            without far tokens.
+            The softmax output `[..., far, heads / far, T, Dv]`, and the normaliser that the combine divides
+            it by, `[..., far, heads / far, T]`, which is 1. Both are 0 for a query whose slots hold no token.
         """
         eq, length, far = self.equation, q.shape[-2], far[..., None, None, :, :].to(q.dtype)
         share = self.weights(position, q.dtype)
@@ -123,7 +124,7 @@ class Projection(nn.Module):
         return out, (total > 0).any(-1).to(q.dtype).expand(out.shape[:-1])
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold N tokens that follow one another into S and z, and return the new S and z.
+        """Add N tokens that follow one another to the sums S and z, and return the new S and z.
 
         Args:
             S: `[B, far, slots, D + Dv]`.
@@ -135,14 +136,14 @@ class Projection(nn.Module):
         return S + share.mT @ self.equation.to_far_heads(torch.cat([k, v], -1)), z + share.sum(-2)
 
     def fold(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute S and z before each of n chunks of tokens and after the last:
+        """Compute the running sums S and z before each of n chunks of tokens and after the last:
         `[n + 1, B, far, slots, ...]`.
 
         Args:
             S: `[B, far, slots, D + Dv]`, before the first chunk.
             z: `[B, far, slots]`.
             k, v: `[B, kv, n, C, D]` and `[B, kv, n, C, Dv]`.
-            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not folded.
+            position: `[B or 1, n, C]`. Tokens whose position is -1 or that of a sink are not added.
         """
         counts = position.movedim(-2, 0)[:, :, None, :, None] >= self.equation.sinks
         share = self.weights(position.movedim(-2, 0), k.dtype).masked_fill(~counts, 0.0)

@@ -22,9 +22,9 @@ def block(
 ) -> Tensor:
     """Compute the outputs of T new tokens: a text, a token tree or a single token. The state is only read.
 
-    Local tokens are read by their scores. Far tokens that are in the state are read through S and z. Far
-    tokens that are not, because they are recent or new, are read one by one, with weights φ(q)·φ(k) under a
-    mask.
+    Local tokens (sinks, and those in the window or group) are read by their scores. Far tokens (all others)
+    are read through S and z if they are in the state. Otherwise they are read one by one, with weights
+    φ(q)·φ(k) under a mask.
 
     Args:
         state: the state before the new tokens.
@@ -52,7 +52,7 @@ def evaluate(
     layout: Layout,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Compute the outputs `[..., heads, T, Dv]` of T new tokens with a given layout. The state is only read.
+    """Compute the outputs `[..., heads, T, Dv]` of T new tokens with given masks. The state is only read.
 
     Args:
         q, k, v: `[..., heads or kv, T, D]`, as in `block`.

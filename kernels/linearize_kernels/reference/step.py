@@ -18,10 +18,10 @@ class StepState:
     """The state between two calls of `step`, for one sequence.
 
     Attributes:
-        S: `[far, F, Dv]`, Σ φ(k) vᵀ of the folded tokens.
-        z: `[far, F]`, Σ φ(k) of the folded tokens.
+        S: `[far, F, Dv]`, the sum Σ φ(k) vᵀ over the tokens that have left the window or group.
+        z: `[far, F]`, the sum Σ φ(k) over them.
         count: the number of tokens so far.
-        folded: the number of tokens that were folded.
+        folded: the number of tokens in S.
         sinks, near: the attention sinks and the tokens in the window or group, as
             `(position, k [kv, D], v [kv, Dv])`, oldest first.
         past_v: the values `[kv, Dv]` of the tokens that the conv reads, newest first.
@@ -37,7 +37,7 @@ class StepState:
 
 
 def step_state(attention: LinearAttention, dtype: torch.dtype = torch.float64) -> StepState:
-    """Make the state of `step` before the first token, in a dtype."""
+    """Return the empty state of `step` (the reference that computes one token) in a dtype."""
     eq = attention.equation
     features, width = (0, eq.value_dim) if attention.far is None else attention.far.state_width
     S = torch.zeros(eq.far_heads, features, width, dtype=dtype)

@@ -22,20 +22,21 @@ LAST = torch.empty(1, 0, dtype=torch.bool), torch.tensor([-1])
 
 @dataclass(frozen=True)
 class Layout:
-    """The masks of T queries over N tokens.
+    """The masks of T queries over N tokens: which they see, and which of these are local or far.
 
-    The N tokens (columns) are the state's sinks, then its recent tokens, then the queries' own T tokens. The
-    last are missing if the queries' tokens are in the state already.
+    Local tokens are sinks and those in the window or group, all others are far. The N tokens (columns) are
+    the state's sinks, then its recent tokens, then the queries' own T tokens. The last are missing if the
+    queries' tokens are in the state already.
 
     Attributes:
-        local: `[..., T, N]` bool, True for the tokens in L(i).
+        local: `[..., T, N]` bool, True for the local tokens.
         old: the slice of the M columns that may hold far tokens. The next four attributes are about these M
             tokens.
         new: the number of the queries' own tokens among the M: T, or 0 if none of them can be far.
         old_position: `[..., M]`. A token whose position is -1 or that of a sink is ignored.
         seen: `[..., T, M]` bool, True for the ancestors of each query and its own token.
-        far: `[..., T, M]` bool, True for the tokens in F(i).
-        any_far: `[..., T]` bool, True if the query has a far token, folded into S or not.
+        far: `[..., T, M]` bool, True for the far tokens.
+        any_far: `[..., T]` bool, True if the query has a far token, among the M or in S.
         delay: `[..., T, N]`, the distance `p_i - p_j`.
         tap: `[..., T, N]`, the index of the conv's weight for each token, or W if the conv does not read it.
     """
@@ -61,7 +62,7 @@ def lay_out(
     old: int | None = None,
     far_apart: bool = True,
 ) -> Layout:
-    """Compute the layout of T queries from positions.
+    """Compute the masks (`Layout`) of T queries from the positions of all tokens.
 
     Args:
         recent_position: `[..., R]`, positions of the recent tokens. -1 marks one to ignore.
@@ -71,7 +72,8 @@ def lay_out(
         sink_position: `[..., sinks]`. -1 marks a sink that does not exist yet or is among the queries'
             tokens.
         folded: `[...]` bool, True if S holds a token.
-        old: how many of the recent tokens, counted from the oldest, may be far. None means all.
+        old: how many of the recent tokens, counted from the oldest, may be far (outside the window). None
+            means all.
         far_apart: True if one of the queries' tokens may be far from another one. Then `old` is not used: all
             recent tokens may be far.
     """
@@ -93,13 +95,16 @@ def lay_out(
 
 
 def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Layout:
-    """Return the `Layout` of T new tokens after a state: what each of them sees locally, and what through the state.
+    """Compute the masks (`Layout`) of T new tokens: which tokens each of them sees as local, and which as
+    far.
 
-    The rows of the state may have seen different numbers of tokens.
-
-    A recent token that is also a sink is treated as a sink only.
+    Each new token sees the state's sinks and recent tokens, and those new tokens that `visible` names. A
+    recent token that is also a sink is treated as a sink only. Rows may have different numbers of earlier
+    tokens.
 
     Args:
+        eq: the layer's equation.
+        state: the state before the new tokens.
         position: `[..., T]`, positions of the new tokens, -1 for pads.
         visible: `[..., T, T]` bool, True where token j is token i or its ancestor.
     """
@@ -112,9 +117,9 @@ def behind(eq: Equation, state: State, position: Tensor, visible: Tensor) -> Lay
 
 
 def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...]) -> Layout:
-    """Return the layout of a token tree after rows of known lengths, on a CPU.
+    """Return the masks (`Layout`) of the nodes of a token tree that follows rows of known lengths, on a CPU.
 
-    The layout is cached, and shared by all layers with the same equation. Its leading dimension is 1 if all
+    The result is cached, and shared by all layers with the same equation. Its leading dimension is 1 if all
     rows see the same.
 
     Args:
@@ -126,14 +131,14 @@ def shared_layout(eq: Equation, counts: Sequence[int], parents: tuple[int, ...])
 
 
 def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
-    """Replace the rows' lengths by the smallest ones that have the same layout, so that the layout is
-    computed once.
+    """Replace the lengths of rows by the smallest lengths that have the same masks, so that the masks can be
+    cached.
 
     Args:
         counts: the number of tokens in each row.
 
     Returns:
-        One count for each row, or a single one if all rows have the same.
+        One length for each row, or a single one if all rows have the same.
     """
     if eq.feature_map not in FAR_PARTS:  # beyond this length only those still depend on positions
         begun, cycle = eq.recent + eq.sinks + 1, eq.size if eq.scope == "group" else 1
@@ -143,11 +148,12 @@ def settled(eq: Equation, counts: Sequence[int]) -> tuple[int, ...]:
 
 @remembered(512)
 def laid_out(eq: Equation, counts: tuple[int, ...], parents: tuple[int, ...]) -> Layout:
-    """Compute the layout of `shared_layout`, and cache it.
+    """Compute the masks (`Layout`) of the nodes of a token tree, for `shared_layout`. The result is cached.
 
     Args:
-        counts: the result of `settled` for the rows' lengths.
-        parents: the index of each node's parent, or an empty tuple for the query of the last token.
+        counts: the rows' lengths, shortened by `settled`.
+        parents: the index of each node's parent, -1 for a root. An empty tuple for the query of the last
+            token.
     """
     visible, depth = ancestors(parents) if parents else LAST
     count = torch.tensor(counts)[:, None]

@@ -20,13 +20,13 @@ NARROW = 48  # columns of a product
 
 @dataclass(frozen=True)
 class Tiling:
-    """The sizes by which a timeline is cut into chunks.
+    """The sizes by which the sequence of keys is cut into chunks. A slot is the place of one key and value.
 
     Attributes:
         chunk: C, tokens in a chunk.
         recent: R, slots before a chunk that it reads.
-        ahead: A, slots after a chunk that it reads. It is 0 if rows do not see later tokens. Otherwise it is
-            at least R, and R + A is a multiple of C.
+        ahead: A, slots after a chunk that it reads. It is 0 if queries do not see later tokens. Otherwise it
+            is at least R, and R + A is a multiple of C.
     """
 
     chunk: int
@@ -35,20 +35,20 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Return R + C + A, the number of slots that a chunk reads one by one."""
+        """Return R + C + A, the number of keys that a chunk of queries reads directly, not through the state."""
         return self.recent + self.chunk + self.ahead
 
     @property
     def around(self) -> int:
-        """Return (R + A) / C, the number of chunks of slots in a chunk's columns besides its own. 0 if A is
-        0.
+        """Return (R + A) / C, the length in chunks of the keys around a chunk that it reads directly. 0 if A
+        is 0.
         """
         return (self.recent + self.ahead) // self.chunk if self.ahead else 0
 
 
 def by_chunk(x: Tensor, chunk: int) -> Tensor:
-    """Group query rows by chunk: `[N, g, n C, X] -> [N, n, g C, X]`. The g query heads of a chunk become its
-    rows.
+    """Group queries by chunk: `[N, g, n C, X] -> [N, n, g C, X]`. A chunk's rows are its C tokens in all g
+    query heads.
     """
     return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(2, 3)
 
@@ -71,13 +71,17 @@ def zero_pad(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 
 def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
-    """Copy, for each of n chunks, the slots that it reads: `[N, slots, X] -> [N, n, R + C + A, X]`.
+    """Copy, for each of n chunks of C queries, the keys (or values) that it reads: R before it, its own C,
+    and A after it.
 
     The gradient of this is faster than that of `unfold`, because only slices of whole chunks are used.
 
     Args:
-        x: the keys, values or features of all slots of the timeline.
-        stop: the number of columns to copy, from the first on. None means all R + C + A.
+        x: `[N, R + n C + A, X]`, the keys, values or features of all tokens.
+        stop: the number of keys to copy for each chunk, from the first on. None means all R + C + A.
+
+    Returns:
+        `[N, n, R + C + A, X]`.
     """
     C, chunks = tiling.chunk, (x.shape[1] - tiling.recent - tiling.ahead) // tiling.chunk
     before = -tiling.recent % C
@@ -89,23 +93,24 @@ def columns(x: Tensor, tiling: Tiling, stop: int | None = None) -> Tensor:
 
 
 def delays(tiling: Tiling, device: torch.device) -> Tensor:
-    """Compute the distance p_i - p_j from each row i of a chunk to each of its columns j, `[C, R + C + A]`.
+    """Compute how many tokens before each query i of a chunk each key j is, p_i - p_j: `[C, R + C + A]`.
 
-    It is negative for a column after the row.
+    A chunk has C queries and reads R + C + A keys. The number is negative for a key after the query.
     """
     row = torch.arange(tiling.chunk, device=device)[:, None]
     return tiling.recent + row - torch.arange(tiling.columns, device=device)
 
 
 def outside(tiling: Tiling, chunks: int, like: Tensor) -> Tensor:
-    """Compute which chunks of slots each chunk of rows reads through the state: 1 if so, 0 if not,
-    `[n, n + around]`.
+    """Return a 0/1 matrix `[n, n + around]`: 1 where a chunk of queries reads a chunk of keys only through
+    the state S.
 
-    These are the chunks of slots before the row chunk's columns. If rows see ahead, also those after the
-    columns.
+    These are the chunks of keys before all keys that the queries read directly. If queries see later tokens,
+    they are also the chunks after those keys.
 
     Args:
-        chunks: n, the number of chunks of rows. There are `tiling.around` more chunks of slots.
+        tiling: the sizes of the chunks.
+        chunks: n, the number of chunks of queries. There are `around` = `tiling.around` more chunks of keys.
         like: a tensor with the dtype and device of the result.
     """
     row = torch.arange(chunks, device=like.device)[:, None]
@@ -115,27 +120,29 @@ def outside(tiling: Tiling, chunks: int, like: Tensor) -> Tensor:
 
 
 def sums_outside(first: Tensor, sums: Tensor, tiling: Tiling, chunks: int) -> tuple[Tensor, Tensor]:
-    """Compute S (or z) as each of n chunks reads it, and S (or z) after the segment.
+    """Compute S (or z) for each of n chunks of queries, and S (or z) after all n chunks.
 
-    A chunk reads the sum of `first` and of all chunks of slots outside its columns, the slots that it reads
-    one by one.
+    A chunk reads its nearest keys directly. For the others it reads `first` plus the sums over their chunks
+    of keys, which this function adds up.
 
     Args:
-        first: `[N, X]`, S or z before the segment, with the last dimensions flattened.
-        sums: `[N, n + around, X]`, the sum of φ(k) vᵀ (or φ(k)) over each chunk of slots. `around` is
+        first: `[N, X]`, S or z before the first chunk, with the last dimensions flattened.
+        sums: `[N, n + around, X]`, the sum of φ(k) vᵀ (or φ(k)) over each chunk of keys. `around` is
             `tiling.around`.
         tiling: the sizes of the chunks.
         chunks: n.
 
     Returns:
-        `[N, n, X]`, which each chunk reads, and `[N, X]`, the sum of `first` and the first n chunks of slots.
+        `[N, n, X]`, S (or z) for each chunk, and `[N, X]`, `first` plus the first n chunks of keys.
     """
     weights = outside(tiling, chunks, sums).expand(len(sums), -1, -1)
     return torch.baddbmm(first[:, None], weights, sums), first + sums[:, :chunks].sum(1)
 
 
 def band(conv: Tensor, tiling: Tiling) -> Tensor:
-    """Return the conv's weight of each column for each row of a chunk, `[N, 1, g C, R + C + A]`.
+    """Return the conv's weight of each key for each query of a chunk, `[N, 1, g C, R + C + A]`.
+
+    A chunk has C queries in g heads, and reads R + C + A keys.
 
     Args:
         conv: `[N, g, W]`, the weight of each distance.

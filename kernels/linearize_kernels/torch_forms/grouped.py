@@ -14,7 +14,8 @@ from linearize_kernels.torch_forms.chunks import Tiling, band, by_chunk, by_head
 
 
 class Groups(NamedTuple):
-    """The inputs of the group form: n whole groups of C tokens.
+    """The inputs of squared ReLU in groups with linear attention to earlier groups: n whole groups of C
+    tokens.
 
     N is batch x heads of S, and g is the number of query heads that read one head of S. Slots without a token
     are zero.
@@ -23,8 +24,8 @@ class Groups(NamedTuple):
         q, k: `[N, g, n C, D]` and `[N, n C, D]`, at unit norm.
         v: `[N, R + n C, Dv]`. The first R slots hold older values, which only the conv reads.
         phi_q, phi_k: `[N, g, n C, F]` and `[N, n C, F]`, the features of queries and keys, or None without a
-            far part.
-        factor: `[N, g]`, the factor of the far part, or None without a far part.
+            linear part.
+        factor: `[N, g]`, the factor of the linear part, or None without a linear part.
         conv: the conv's weights `[N, g, W]`, or None.
         S: `[N, F, Dv]`, the state before the first group. Triton takes None for packed sequences, where it is
             zero.
@@ -41,12 +42,16 @@ class Groups(NamedTuple):
 
 
 def grouped(shape: Tiling, folds: int, tokens: Groups) -> tuple[Tensor, Tensor]:
-    """Compute the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
+    """Compute squared ReLU within groups of C tokens, plus linear attention to all earlier groups.
 
     Args:
         shape: the sizes C and R.
-        folds: the number of groups to add to S.
-        tokens: the inputs. If they have no far part, S is returned as it is.
+        folds: the number of groups to add to the returned S.
+        tokens: the inputs.
+
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`. Without a linear
+        part, S is the given one.
     """
     C, R = shape.chunk, shape.recent
     q, k = by_chunk(tokens.q, C), tokens.k.unflatten(1, (-1, C))

@@ -2,9 +2,9 @@
 conv.
 
 A chunk of C query rows reads R + C slots one by one (its columns): its own tokens and the R slots before
-them. Each column is local or far for each row. Older tokens are read through S and z. The whole far part of a
-row enters the softmax as one more score, `mix + log(φ(q) z)`. So a single softmax normalises the local
-scores, the sinks and the far part.
+them. Each column is local or far for each row. Older tokens are read through S and z. The whole linear part
+of a row enters the softmax as one more score, `mix + log(φ(q) z)`. So a single softmax normalises the local
+scores, the sinks and the linear part.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ NOTHING, FAR = 0, 1
 
 @dataclass(frozen=True)
 class Shape(Tiling):
-    """The numbers that describe a timeline (see `chunks`) of the sliding form.
+    """The sizes of the sliding form's inputs, a sequence of keys (the timeline) and chunks of queries.
 
     R (`recent`) is at least the window's size and the conv's reach.
 
@@ -53,20 +53,22 @@ class Shape(Tiling):
 
 
 class Tokens(NamedTuple):
-    """The inputs of the sliding form: a timeline of `s = R + n C + A` slots for keys, and n C query rows.
+    """The inputs of softmax in a sliding window with linear attention to older tokens: `s = R + n C + A`
+    keys, n C queries.
 
-    N is batch x heads of S, and g is the number of query heads that read one head of S.
+    N is batch x heads of S, and g is the number of query heads that read one head of S. Row t is a query, and
+    its token's key is in slot R + t.
 
     Attributes:
         q: `[N, g, n C, D]`.
         k, v: `[N, s, D]` and `[N, s, Dv]`. The slots in `Shape.skip` and the last A are not read.
         phi_q, phi_k: `[N, g, n C, F]` and `[N, s, F]`, the features of queries and keys, or None without a
-            far part. phi_k is zero in empty slots and for sinks.
-        mix: `[N, g, n C]`, the logit of the far part, -inf in rows without far tokens. None without a far
-            part.
-        conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or τ - W //
-            2 before it if rows see ahead.
-        S, z: `[N, F, Dv]` and `[N, F]`, the state before the timeline. Triton takes None for packed
+            linear part. phi_k is zero in empty slots and for sinks.
+        mix: `[N, g, n C]`, the logit of the linear part, -inf in rows for which it has no tokens. None
+            without a linear part.
+        conv: the conv's weights `[N, g, W]`, or None. Weight τ is for the slot τ before the row, or
+            `τ - W // 2` before it if rows see ahead.
+        S, z: `[N, F, Dv]` and `[N, F]`, the state before the first slot. Triton takes None for packed
             sequences.
         sink_k, sink_v: `[N, sinks, D]` and `[N, sinks, Dv]`. Triton takes None for packed sequences.
     """
@@ -85,10 +87,12 @@ class Tokens(NamedTuple):
 
 
 def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the sliding form: the outputs `[N, g, n C, Dv]`, and S and z after the first n C slots of the
-    timeline.
+    """Compute softmax in a sliding window joined with linear attention to older tokens, for n chunks of C
+    queries.
 
-    If the inputs have no far part, S and z are returned as they are.
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S and z after the first n C keys. Without a linear part, S and z
+        are the given ones.
     """
     values = with_front(tokens.sink_v, columns(tokens.v, shape))
     phi_q, phi_k, far = tokens.phi_q, tokens.phi_k, None
@@ -106,12 +110,13 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FarPart(NamedTuple):
-    """The far part of all query rows, and the state after them.
+    """What all queries have read through the linear part, and the state after them. A chunk has C queries in
+    g heads.
 
     Attributes:
         out: the numerator, `[N, n, g C, Dv]`.
         mass: its normaliser, `[N, n, g C]`.
-        S, z: the state after the first n C slots, `[N, F, Dv]` and `[N, F]`.
+        S, z: the state after the n chunks, `[N, F, Dv]` and `[N, F]`.
     """
 
     out: Tensor
@@ -121,11 +126,12 @@ class FarPart(NamedTuple):
 
 
 def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> FarPart:
-    """Read the far tokens: one by one if they are in a chunk's columns, or else through S and z.
+    """Read the linear part: tokens outside the window by their keys if the chunk reads these anyway, all
+    older ones by S and z.
 
     Args:
         phi_q, phi_k: the features in `tokens`, which are not None here.
-        values: `[N, n, R + C + A, Dv]`, the values of every chunk's columns.
+        values: `[N, n, R + C + A, Dv]`, the values that each chunk reads.
     """
     phi_q = by_chunk(phi_q, shape.chunk)
     chunks, groups = phi_q.shape[1], tokens.q.shape[1]
@@ -149,10 +155,11 @@ def read_far(shape: Shape, tokens: Tokens, phi_q: Tensor, phi_k: Tensor, values:
 
 
 def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
-    """Compute the softmax weights of every row, `[N, n, g C, 2 + sinks + R + C + A]`.
+    """Compute the softmax weights of every query, `[N, n, g C, 2 + sinks + R + C + A]`.
 
-    The columns are NOTHING, FAR, the sinks, and the slots that the chunk reads one by one. Far slots have
-    weight 0: their weight is in FAR. Without a far part (`far` is None), FAR has weight 0 as well.
+    The last dimension has: a column NOTHING for queries that see no token, a column FAR for the whole linear
+    part, the sinks, and the R + C + A keys that the chunk reads directly. Keys outside the window have weight
+    0, because FAR holds their weight. If `far` is None, FAR has weight 0 as well.
     """
     q = by_chunk(shape.scale * tokens.q, shape.chunk)
     keys = with_front(tokens.sink_k, columns(tokens.k, shape))
@@ -169,27 +176,33 @@ def local_weights(shape: Shape, tokens: Tokens, far: FarPart | None) -> Tensor:
 
 
 def with_front(sinks: Tensor, columns: Tensor) -> Tensor:
-    """Put two zero columns and the sinks before the columns of every chunk: `[N, n, 2 + sinks + columns, X]`.
+    """Put two zero columns and the sinks in front of the keys (or values) that each chunk reads.
 
-    The zero columns are at the indices NOTHING and FAR. The caller computes what they stand for separately.
+    The two columns have no key: NOTHING (0) is for rows that see no token, and FAR (1) for the linear part as
+    a whole. The caller sets their scores.
 
     Args:
         sinks: `[N, sinks, X]`, the sinks' keys or values.
-        columns: `[N, n, columns, X]`, the keys or values of the slots that each chunk reads.
+        columns: `[N, n, columns, X]`, the keys or values that each chunk reads.
+
+    Returns:
+        `[N, n, 2 + sinks + columns, X]`.
     """
     front = pad(sinks, (0, 0, 2, 0))[:, None]
     return torch.cat([front.expand(-1, columns.shape[1], -1, -1), columns], 2)
 
 
 def visible(shape: Shape, chunks: int, sinks: int, device: torch.device) -> Tensor:
-    """Compute which columns have a local score for each row of a chunk, `[n, C, 2 + sinks + R + C + A]` bool.
-
-    The first dimension is 1 if all chunks are alike. NOTHING and FAR are False, because the caller sets their
-    scores.
+    """Compute which keys are local (a sink or in the window) for each of the C queries of n chunks.
 
     Args:
         chunks: n.
         sinks: the number of sinks.
+
+    Returns:
+        `[n or 1, C, 2 + sinks + R + C + A]` bool. It is 1 if all chunks are alike. The last dimension begins
+        with two columns that are no keys (see `with_front`) and False. Then come the sinks, and the R + C + A
+        keys that each chunk reads.
     """
     delay = delays(shape, device)
     near = delay.abs() < shape.size if shape.ahead else (delay >= 0) & (delay < shape.size)

@@ -55,8 +55,8 @@ def dot(a, b):
 
 @triton.jit
 def load_taps(conv, delay, W: tl.constexpr):
-    """Load the conv's weights `conv [W]` of one head for a tile of distances in tokens, zero outside 0 to W -
-    1.
+    """Load the conv's weights of one head for a tile of distances in tokens. Distances outside 0 to W - 1
+    give zero.
     """
     return tl.load(conv + delay, mask=(delay >= 0) & (delay < W), other=0.0).to(tl.float32)
 
@@ -159,13 +159,14 @@ def fold(
 
 @triton.jit(do_not_specialize=("segments",))
 def carry(sums, totals, firsts, segments, SIZE: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
-    """Replace the sum of each segment of one packed sequence by the sum of all segments before it.
+    """Replace the sum of each segment of one packed sequence by the sum of all segments before it (an
+    exclusive prefix sum).
 
     Args:
         sums: `[N, s, SIZE]`, replaced in place.
         totals: `[N, sequences, SIZE]`, receives the sum of each sequence, or None.
         firsts: `[sequences + 1]`, the first segment of each sequence, and s.
-        REVERSE: take the segments after it instead.
+        REVERSE: sum the segments after it instead.
     """
     state_head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -231,13 +232,14 @@ def chunk_states(
     mean: Tensor | None = None, reverse: bool = False, folds: int | None = None, empty: int = 0,
     onto: tuple[Tensor, Tensor | None] | None = None, start: int = 0, to: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """Compute S and z before each chunk, and after the first `folds` chunks.
+    """Compute the running sums S = Σ aᵀ b and z = Σ a before each chunk, and after the first `folds` chunks.
 
     Args:
         a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those.
         S, z: `[N, F, Dv]` and `[N, F]`, before the first chunk. z may be None.
         chunks, chunk: number of chunks, and rows in each.
-        factor, mean: `[N, g, length]` or None, as in `fold`.
+        factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
+        mean: `[N, g, length]` or None. With it, z is the sum of `-mean factor a`.
         reverse: sum from the last chunk to the first. S and z then join the sums after the first `folds`
             chunks.
         folds: number of chunks in the returned state, or None for all.
@@ -284,7 +286,8 @@ def packed_states(
     a: Tensor, b: Tensor, chunk: int, packed: Packed, begins: Tensor | None = None, with_z: bool = False,
     factor: Tensor | None = None, mean: Tensor | None = None, reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute S and z before each chunk of packed sequences, each of which starts from zero.
+    """Compute the running sums S = Σ aᵀ b and z = Σ a before each chunk of packed sequences. Each sequence
+    starts from zero.
 
     Args:
         a, b: `[N, g, length, F]` and `[N, g, length, Dv]`. b may have more rows before those.
@@ -292,7 +295,8 @@ def packed_states(
         packed: the tables of where sequences begin.
         begins: `[chunks]`, the first row of a that is summed in each chunk, or None for all rows.
         with_z: compute z too.
-        factor, mean: `[N, g, length]` or None, as in `fold`.
+        factor: `[N, g, length]`, by which the rows of a are multiplied, or None.
+        mean: `[N, g, length]` or None. With it, z is the sum of `-mean factor a`.
         reverse: compute the sums after each chunk instead.
 
     Returns:
@@ -332,13 +336,14 @@ def packed_sums(a: Tensor, b: Tensor, chunk: int, packed: Packed) -> Tensor:
 
 
 def carry_segments(sums: Tensor, totals: Tensor | None, packed: Packed, reverse: bool = False) -> None:
-    """Replace the sum of each segment by that of the segments before it in its packed sequence. It runs
-    `carry`.
+    """Replace the sum of each segment by the sum of all earlier segments of its packed sequence, by the
+    kernel `carry`.
 
     Args:
-        sums: `[N, s, ...]`, replaced in place.
+        sums: `[N, s, ...]`, one entry for each of s segments, replaced in place.
         totals: `[N, sequences, ...]`, receives the sum of each sequence, or None.
-        reverse: True to take the segments after it instead.
+        packed: the tables of where sequences begin.
+        reverse: True to sum the segments after it instead.
     """
     heads, segments = sums.shape[:2]
     size = sums[0, 0].numel()

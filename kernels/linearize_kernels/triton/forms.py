@@ -16,17 +16,20 @@ from linearize_kernels.triton.tuning import Packed
 def sliding(
     shape: Shape, tokens: Tokens, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute the sliding form in Triton: the outputs `[N, g, n C, Dv]`, and S and z after the timeline.
+    """Compute softmax in a sliding window joined with linear attention to older tokens, in Triton.
 
-    The results are those of `torch_forms.sliding.sliding`. Sums are in fp32. q, k, v, the features and the
-    sinks must have one dtype. S, z, mix and conv may have a wider one.
+    It is `torch_forms.sliding.sliding` with sums in fp32. q, k, v, the features and the sinks must have one
+    dtype. S, z, mix and conv may have a wider one.
 
     Args:
-        shape: the numbers that describe the timeline.
+        shape: the sizes of chunks, window and sequence.
         tokens: the inputs.
         packed: the layout of packed sequences, or None. With it, `tokens` has None for S, z and the sinks,
-            which are in the timeline. The results for S and z are None, and `start` and `skip` of `shape` are
-            ignored.
+            which are among the keys. `start` and `skip` of `shape` are ignored.
+
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S `[N, F, Dv]` and z `[N, F]` after all tokens (None for packed
+        sequences).
     """
     return Sliding.apply(shape, packed, *tokens)
 
@@ -34,10 +37,10 @@ def sliding(
 def grouped(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the group form in Triton: the outputs `[N, g, n C, Dv]`, and S after the first `folds` groups.
+    """Compute squared ReLU within groups of tokens, plus linear attention to earlier groups, in Triton.
 
-    The results are those of `torch_forms.grouped.grouped`. Sums are in fp32. q, k, v and the features must
-    have one dtype. S, factor and conv may have a wider one.
+    It is `torch_forms.grouped.grouped` with sums in fp32. q, k, v and the features must have one dtype. S,
+    factor and conv may have a wider one.
 
     Args:
         shape: the sizes C and R.
@@ -45,12 +48,15 @@ def grouped(
         tokens: the inputs.
         packed: the layout of packed sequences, or None. With it, S is None in `tokens` and in the result, R
             must be 0, and `folds` is ignored.
+
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
     """
     return Grouped.apply(shape, folds, packed, *tokens)
 
 
 class Sliding(torch.autograd.Function):
-    """The sliding form as a function of autograd."""
+    """The autograd function of `sliding`: its forward and backward run the Triton kernels."""
 
     @staticmethod
     def forward(ctx, shape: Shape, packed: Packed | None, *tensors: Tensor | None):
@@ -76,7 +82,7 @@ class Sliding(torch.autograd.Function):
 
 
 class Grouped(torch.autograd.Function):
-    """The group form as a function of autograd."""
+    """The autograd function of `grouped`: its forward and backward run the Triton kernels."""
 
     @staticmethod
     def forward(ctx, shape: Tiling, folds: int, packed: Packed | None, *tensors: Tensor | None):

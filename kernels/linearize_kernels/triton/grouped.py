@@ -39,8 +39,9 @@ def relu_scores(a, b, seen):
 
 @triton.jit
 def first_tap(row, begins, C: tl.constexpr, W: tl.constexpr):
-    """Return the index of the first key whose value the conv reads for rows from `row` on. It is in the same
-    sequence.
+    """Return the index of the earliest key whose value the conv reads for query `row` and the rows after it.
+
+    It is W - 1 before `row`, but not before the start of a packed sequence.
     """
     first = row - W + 1
     if begins is not None:
@@ -55,9 +56,10 @@ def group_attend(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows of one query head.
+    """Compute the outputs of BM query rows of one query head.
 
-    An output is the sum of three parts: the tokens of the row's own group, S before the group, and the conv.
+    An output is the sum of three parts: the tokens of the row's own group, the running sum S of all earlier
+    groups, and the conv.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
@@ -250,9 +252,10 @@ def sizes(kernel: str, shape: Tiling, tokens: Groups) -> dict[str, Any]:
 def group_states(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute S before each group, `[N, n, F, Dv]`, and S after the first `folds` groups, `[N, F, Dv]`.
+    """Compute the running sum S before each group, `[N, n, F, Dv]`, and after the first `folds` groups,
+    `[N, F, Dv]`.
 
-    Without a far part the first result is None, and the second a copy of the given S. For packed sequences
+    Without a linear part the first result is None, and the second a copy of the given S. For packed sequences
     the second is None.
     """
     if tokens.phi_k is None:
@@ -268,9 +271,16 @@ def group_states(
 def forward(
     shape: Tiling, folds: int, tokens: Groups, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the outputs `[N, g, n C, Dv]` of the group form, and S after the first `folds` groups.
+    """Run the forward kernels of `forms.grouped`.
 
-    For packed sequences the second result is None.
+    Args:
+        shape: the sizes C and R.
+        folds: the number of groups to add to the returned S.
+        tokens: the inputs.
+        packed: the layout of packed sequences, or None.
+
+    Returns:
+        The outputs `[N, g, n C, Dv]`, and S after the first `folds` groups (None for packed sequences).
     """
     q, k, v, phi_q, _, factor, conv, _ = tokens
     heads, group, rows = q.shape[:3]
@@ -287,7 +297,7 @@ def forward(
 def backward(
     shape: Tiling, folds: int, tokens: Groups, d_out: Tensor, d_S: Tensor | None, packed: Packed | None = None
 ) -> Groups:
-    """Compute the gradients of all inputs of the group form.
+    """Run the backward kernels of `forms.grouped`, and return the gradients of all inputs.
 
     Args:
         folds: the number of groups in the S that the forward returned.

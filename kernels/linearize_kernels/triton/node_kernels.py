@@ -58,17 +58,17 @@ def attend_slots(
     SIZE: tl.constexpr, SOFTMAX: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to a running softmax (or sum, without SOFTMAX) what rows read of the tokens in some slots of k and
-    v.
+    """Add the attention of some queries (rows) to a tile of keys (slots) to running sums.
 
-    The conv's output is summed separately, in `conv_out`.
+    The sums are those of an online softmax, or plain sums without SOFTMAX. The conv's output is summed
+    separately, in `conv_out`.
 
     Args:
         running_max, total, acc: the running maximum, normaliser and numerator.
-        q_position, key_position: positions of the rows and of the slots.
-        mix: the logit of the far part of each row, or its factor without SOFTMAX.
-        seen: True where a row may see a slot.
-        phi_k: `[far_end, F]`, features of the slots, or None if no slot is far.
+        q_position, key_position: positions of the queries and of the keys.
+        mix: the logit of the linear part of each query, or its factor without SOFTMAX.
+        seen: True where a query may see a key.
+        phi_k: `[far_end, F]`, features of the keys, or None if no key is outside the window of a query.
 
     Returns:
         The updated `running_max`, `total`, `acc` and `conv_out`.
@@ -120,7 +120,7 @@ def attend_nodes(
     W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BSINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows (queries) of one state head, for a slice of the values' dimensions.
+    """Compute the outputs of BM queries of one head of S, for a slice of the values' dimensions.
 
     For a tree, `k` and `v` are those of its nodes, with `position [B, T]` and `visible [T, T]`. Only `out` is
     written.
@@ -231,17 +231,18 @@ def attend(
     tree: tuple[Tensor | None, ...] | None = None,
     left: tuple[Tensor | None, Tensor] | None = None,
 ) -> None:
-    """Attend to nodes or to one decoded token, and write `out [B, heads, T, Dv]`.
+    """Run `attend_nodes` for the nodes of a token tree or for one decoded token, and write `out`.
 
     Args:
+        attention: the layer's parameters.
+        state: the state before the tree, or after `node_state.join` has stored the decoded token.
         q: `[B, heads, T, D]`.
-        phi_q: `[B, far, g, T, F]`, or None without a far part.
+        phi_q: `[B, far, g, T, F]`, the features of q, or None without a linear part.
         phi_recent: `[B, far, P, F]`, features of the P oldest recent tokens, or None if none of them can be
             far.
         out: `[B, heads, T, Dv]`, is written.
-        tree: k, v, phi_k, position and visible of the nodes. None if q is of one token that `join` has
-            stored.
-        left: with `tree` None, the features and the value of the token that left the recent ones.
+        tree: k, v, phi_k, position and visible of the nodes. None for a decoded token.
+        left: for a decoded token, the features and the value of the token that left the recent ones.
     """
     eq, sizes = attention.equation, geometry(attention, state)
     nodes, group, softmax = q.shape[-2], eq.heads // eq.far_heads, eq.score == "softmax"

@@ -46,7 +46,7 @@ def count_arrived(valid, batch, T, BT: tl.constexpr):
 def fold_tokens(
     old, phi, v, oldest, arrived, f, e, T, SINKS: tl.constexpr, F: tl.constexpr, DV: tl.constexpr
 ):
-    """Add to a slice of S the tokens that left the recent ones, and return the slice.
+    """Add the tokens that have left the recent ones to a slice of the running sum S, and return the slice.
 
     These are the oldest recent tokens, as many as new ones arrived. Sinks and empty slots are not added.
 
@@ -55,7 +55,7 @@ def fold_tokens(
         phi, v: `[T, F]` and `[T, Dv]`, the features and values of the T oldest recent tokens.
         oldest: the position of the first of them.
         arrived: the number of new tokens that are not pads.
-        f, e: the features and the dimensions of the values in the slice.
+        f, e: the indices of the slice in F and in Dv.
     """
     for t in range(T):
         folds = (oldest + t >= SINKS) & (oldest + t < oldest + arrived)
@@ -73,7 +73,8 @@ def fold_path(
     FAR: tl.constexpr, REPEATS: tl.constexpr, R: tl.constexpr, SINKS: tl.constexpr,
     DV: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens that left the recent ones, after an accepted path, to a slice of one state head's S.
+    """Add the tokens that T new ones have dropped from the recent tokens to a slice of one head's running sum
+    S.
 
     One program of each row of the batch also writes the row's count.
 
@@ -81,7 +82,7 @@ def fold_path(
         phi_left, left_v: `[B, far, T, F]` and `[B, kv, T, Dv]`, the features and values of the T tokens that
             were the oldest recent ones.
         valid: `[B, T]` bool, False for pads among the T new tokens, or None.
-        recent_position: `[B, R]`, positions of the recent tokens after the path.
+        recent_position: `[B, R]`, positions of the recent tokens now.
     """
     state_head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
     batch, f = state_head // FAR, tl.arange(0, BF)
@@ -101,9 +102,9 @@ def shift(
     recent, new, sink, tokens, arrived, column, T,
     R: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Append new tokens to the recent tokens of one KV head, in place, and store those that are sinks.
+    """Append new tokens to the recent tokens of one KV head, in place: the oldest ones drop out.
 
-    All threads read a slot before any of them writes it.
+    New tokens that are sinks are also stored as such. All threads read a slot before any of them writes it.
 
     Args:
         recent: `[R, WIDTH]`, the keys or values of the recent tokens.
@@ -140,8 +141,9 @@ def hedgehog(
 
     Args:
         x: `[D]`, a query or key.
-        weight: `[D, HALF]`.
-        key_weight: `[D + 1]`, to multiply the features by ω of `far.FeatureMemory`, or None.
+        weight: `[D, HALF]`, W.
+        key_weight: `[D + 1]`, the parameters of a learned weight of the key that multiplies the features, or
+            None.
         out: `[2 HALF]`, is written.
     """
     h = tl.arange(0, BH)
@@ -174,7 +176,7 @@ def take_in(
     BF: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Append T new tokens to the recent tokens of one KV head.
+    """Append T new tokens to the recent tokens of one KV head. The oldest ones drop out, and are added to z.
 
     The second axis of the grid splits the work: 0 handles keys and z, 1 handles values. With Hedgehog's
     weights and one token, each further index computes the features of one query head.
@@ -182,9 +184,9 @@ def take_in(
     Args:
         phi_left: `[B, far, T, F]`, features of the T oldest recent tokens. With Hedgehog's weights they are
             written here.
-        left_v: `[B, kv, T, Dv]`, is written: the values of these tokens before the shift.
-        query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of ω, or
-            None.
+        left_v: `[B, kv, T, Dv]`, is written: the values of these tokens.
+        query_weight, map_weight, key_weight: Hedgehog's weights for queries and keys, and those of the key
+            weight ω, or None.
     """
     kv_head, task = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = kv_head // KV
@@ -251,14 +253,18 @@ def join(
     left_v: Tensor,
     queries: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store k, v `[B, kv, T, D]` in the state, except for S and the count.
+    """Write T new tokens into a state, in place, as its most recent ones. The oldest recent tokens drop out.
+
+    The dropped tokens, one for each new token that is not a pad, are added to z. S and the count are written
+    later, by `fold` or `attend_nodes`.
 
     Args:
+        k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, or None.
-        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a far part.
-        left_v: `[B, kv, T, Dv]`, is written.
+        phi_left: `[B, far, T, F]`, features of the T oldest recent tokens, or None without a linear part.
+        left_v: `[B, kv, T, Dv]`, receives the values of these tokens.
         queries: q and phi_q of one token. With them, the kernel also computes Hedgehog's features of q and of
-            the oldest recent key.
+            the dropped key.
     """
     eq, sizes, new = attention.equation, geometry(attention, state), k.shape[-2]
     q = phi_q = query_weight = map_weight = key_weight = None
@@ -281,12 +287,12 @@ def join(
 def fold(
     attention: LinearAttention, state: State, valid: Tensor | None, phi_left: Tensor | None, left_v: Tensor
 ) -> None:
-    """Write S and the count, which `join` does not write, after an accepted path.
+    """Add the tokens that `join` has dropped from the recent ones to the running sum S, and write the count.
 
     Args:
-        valid: `[B, T]` bool, False for pads, or None if there are none.
+        valid: `[B, T]` bool, False for pads among the T new tokens, or None if there are none.
         phi_left: `[B, far, T, F]`, features of the T tokens that were the oldest recent ones, or None without
-            a far part.
+            a linear part.
         left_v: `[B, kv, T, Dv]`, the values of these tokens.
     """
     eq, sizes = attention.equation, geometry(attention, state)

@@ -73,7 +73,7 @@ def tree(
         `[B, heads, T, Dv]` in fp32.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
@@ -92,18 +92,18 @@ def tree(
 def commit_(
     attention: LinearAttention, state: State, k: Tensor, v: Tensor, valid: Tensor | None = None
 ) -> None:
-    """Append the T tokens of an accepted path to a state, in place. `ops.chunked.commit` computes the
-    same, and returns a new state instead.
+    """Append T tokens to a state, in place, such as those accepted by speculative decoding.
 
-    Keys and values in empty slots are undefined afterwards.
+    `ops.chunked.commit` computes the same, and returns a new state instead. Keys and values in empty slots
+    are undefined afterwards.
 
     Args:
-        state: the state before the path, which is written to.
+        state: the state before the tokens, which is written to.
         k, v: `[B, kv, T, D]` and `[B, kv, T, Dv]`.
         valid: `[B, T]` bool, False for pads, which must precede a row's tokens, or None.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, k)
     from linearize_kernels.triton.node_state import fold, join
@@ -120,8 +120,8 @@ def commit_(
 def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Append one token of every row to a state, in place, and compute the token's output.
 
-    The token that leaves the recent ones is added to S before S is read, so S is read and written once.
-    Hedgehog's features are computed in the kernels, other feature maps in torch.
+    The token that leaves the window is added to S before S is read, so S is read and written once. Hedgehog's
+    features are computed in the kernels, other feature maps in torch.
 
     Args:
         q, k, v: `[B, heads, 1, D]`, `[B, kv, 1, D]` and `[B, kv, 1, Dv]`.
@@ -130,7 +130,7 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
         `[B, heads, 1, Dv]` in q's dtype.
 
     Raises:
-        ValueError: `why_not` returns a reason.
+        ValueError: Triton cannot compute these tokens (see `why_not`).
     """
     refuse(attention, state, q)
     from linearize_kernels.triton.node_kernels import attend
@@ -156,14 +156,14 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
 
 
 def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:
-    """Raise ValueError if `why_not` returns a reason."""
+    """Raise ValueError if Triton cannot compute these new tokens (see `why_not`)."""
     reason = why_not(attention, state, q)
     if reason is not None:
         raise ValueError(f"Triton's kernels for nodes cannot run: {reason}. Use block and commit.")
 
 
 def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
-    """Compute the features `[B, far, g, T, F]` of queries `[B, heads, T, D]`, or return None without a far
+    """Compute the features `[B, far, g, T, F]` of queries `[B, heads, T, D]`, or return None without a linear
     part.
     """
     far: Any = attention.far
@@ -173,16 +173,16 @@ def queries(attention: LinearAttention, q: Tensor) -> Tensor | None:
 
 
 def keys(attention: LinearAttention, k: Tensor) -> Tensor | None:
-    """Compute the features `[B, far, T, F]` of keys `[B, kv, T, D]`, or return None without a far part."""
+    """Compute the features `[B, far, T, F]` of keys `[B, kv, T, D]`, or return None without a linear part."""
     far: Any = attention.far
     return None if far is None else far.keys(k.float()).contiguous()
 
 
 def oldest(attention: LinearAttention, state: State, nodes: int) -> Tensor | None:
-    """Compute the features of those recent tokens that can be far from a new one, `[B, far, P, F]`.
+    """Compute the features of those recent tokens that can be outside a new token's window: the P oldest,
+    `[B, far, P, F]`.
 
-    They are the P oldest recent tokens. The result is None if no recent token can be far, or without a far
-    part.
+    The result is None if there are none, or if the layer has no linear part.
 
     Args:
         nodes: the number of new tokens, or 0 if the new token is already the last recent one.

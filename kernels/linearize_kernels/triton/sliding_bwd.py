@@ -55,16 +55,18 @@ def query_means(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the terms that the other backward kernels read, for BM rows of one query head.
+    """Compute the per-row terms that the other backward kernels read, for BM query rows of one query head.
 
-    For packed sequences, `taps` is not written for tokens before the start of the sequence.
+    With the weights w_i of a row and the gradient d_out of its output, the row's mean is
+    `Σ_i w_i d_out · v_i`.
 
     Args:
-        mean: `[N, g, n C]`, is written: the weighted mean of `d_out · v` in the module docstring.
+        mean: `[N, g, n C]`, is written: the mean of each row.
         factor: `[N, g, n C]`, is written: `exp(mix)` divided by the row's normaliser.
-        taps: `[N, g, n C, W]`, is written: `d_out · v` for the token that each weight of the conv reads.
-        sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks, and `d_out · v`
-            of each.
+        taps: `[N, g, n C, W]`, is written: `d_out · v` for the token that each weight of the conv reads. Not
+            written for tokens before a packed sequence.
+        sink_weights, d_sinks: `[N, g, n C, sinks]`, are written: the weights of the sinks, and `d_out · v` of
+            each.
     """
     head = tl.program_id(0).to(tl.int64)
     state_head, first = head // GROUP, tl.program_id(1) * BM
@@ -131,7 +133,7 @@ def query_gradients(
     """Compute d_q of BM rows of one query head.
 
     Args:
-        mean: `[N, g, n C]`, from `query_means`.
+        mean: `[N, g, n C]`, the per-row mean that `query_means` computes.
         d_sinks: `[N, g, n C, sinks]`, the gradients of the sinks' scores, times the scale.
         d_q: `[N, g, n C, D]`, is written.
     """
@@ -168,12 +170,13 @@ def query_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of φ(q) and mix for BM rows of one query head.
+    """Compute the gradients of the features φ(q), and of `mix` (the logit of the linear part), for BM rows of
+    one query head.
 
     Args:
-        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the sums over all tokens that each chunk does not read one by
-            one.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, for each chunk the sums over the tokens that it reads through
+            the state.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_phi: `[N, g, n C, F]`, is written.
         d_mix: `[N, g, n C]`, is written. It is `φ(q) · d_phi`.
     """
@@ -218,14 +221,14 @@ def slot_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_k and d_v of BS slots of one chunk.
+    """Compute d_k and d_v of BS slots (keys and values) of one chunk.
 
-    Rows that read the slots one by one contribute directly. Rows of other chunks read them through S, and
+    Query rows that read the keys directly contribute directly. Rows of other chunks read them through S, and
     contribute through `d_S`.
 
     Args:
         d_S: `[N, chunks, F, Dv]`, for each chunk of slots the gradient of S that its tokens get.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_k, d_v: the gradients of k and v, are written.
     """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
@@ -284,12 +287,12 @@ def slot_feature_gradients(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of φ(k) for BS slots of one chunk and BF features.
+    """Compute the gradient of φ(k) for BS slots (keys) of one chunk and BF features.
 
     Args:
         d_S, d_z: `[N, chunks, F, Dv]` and `[N, chunks, F]`, for each chunk of slots the gradients of S and z
             that its tokens get.
-        mean, factor: `[N, g, n C]`, from `query_means`.
+        mean, factor: `[N, g, n C]`, the per-row terms that `query_means` computes.
         d_phi: the gradient of phi_k, is written.
     """
     state_head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS
@@ -324,7 +327,7 @@ def backward(
     shape: Shape, tokens: Tokens, log_total: Tensor, d_out: Tensor, d_S: Tensor | None, d_z: Tensor | None,
     packed: Packed | None = None,
 ) -> Tokens:  # fmt: skip
-    """Compute the gradients of all inputs of the sliding form.
+    """Run the backward kernels of `forms.sliding`, and return the gradients of all inputs.
 
     Args:
         tokens: the inputs.

@@ -46,17 +46,21 @@ def scores(a, b, seen, scale):
 
 @triton.jit
 def is_local(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays (tokens that a slot is before a row) are within the window."""
+    """Return True where a key is inside the window: its delay (how many tokens it is before the query) is
+    from 0 to SIZE - 1.
+
+    With AHEAD > 0 (queries see later tokens), the delay may also be negative, down to -(SIZE - 1).
+    """
     least = 0 if AHEAD == 0 else 1 - SIZE
     return (delay >= least) & (delay < SIZE)
 
 
 @triton.jit
 def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """Determine which delays (tokens that a slot is before a row) are outside the window. Later tokens are
-    not far.
+    """Return True where a key is outside the window: its delay (how many tokens it is before the query) is
+    SIZE or more.
 
-    With AHEAD > 0, later tokens at a distance of SIZE or more are far too.
+    With AHEAD > 0 (queries see later tokens), so is a key SIZE or more tokens after the query.
     """
     far = delay >= SIZE
     if AHEAD > 0:
@@ -68,7 +72,9 @@ def is_far(delay, SIZE: tl.constexpr, AHEAD: tl.constexpr):
 def any_far(
     row, slot, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr
 ):
-    """Determine if any of BM rows, from `row` on, is far from any of BS slots, from `slot` on."""
+    """Return True if any of the BM queries from `row` on has any of the BS keys from `slot` on outside its
+    window.
+    """
     has_far = R + row + BM - slot > SIZE
     if AHEAD > 0:
         has_far = has_far | (slot + BS - R - row > SIZE)
@@ -77,12 +83,12 @@ def any_far(
 
 @triton.jit
 def holds_key(slot, skip, end, AHEAD: tl.constexpr):
-    """Determine which slots hold a key that is not a sink.
+    """Return True for each slot that holds a key which is neither missing nor a sink.
 
     Args:
-        skip: the first slot after empty ones and sinks.
-        end: the end of the slots with keys. It is checked only with AHEAD > 0, because otherwise no row reads
-            past it.
+        slot: indices in the sequence of keys.
+        skip: the first index after the empty slots and the sinks.
+        end: the end of the keys. It is checked only with AHEAD > 0, because otherwise no query reads past it.
     """
     present = slot >= skip
     if AHEAD > 0:
@@ -94,19 +100,19 @@ def holds_key(slot, skip, end, AHEAD: tl.constexpr):
 def local_scores(
     q, k, row, slot, skip, rows, scale, R: tl.constexpr, SIZE: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """Compute the scores of local keys, -inf for all other keys."""
+    """Compute the scores of a tile of queries and keys. They are -inf for keys outside the window."""
     local = is_local(R + row[:, None] - slot[None, :], SIZE, AHEAD)
     return scores(q, k, local & holds_key(slot, skip, R + rows, AHEAD)[None, :], scale)
 
 
 @triton.jit
 def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
-    """Compute how many tokens each slot is before each row of one chunk, `[slots, rows]`.
+    """Compute how many tokens before each query (row) of a chunk each key (slot) is, `[slots, rows]`.
 
-    Slots of earlier packed sequences get -1, which is neither local nor far.
+    Keys of earlier packed sequences get -1, which is neither inside nor before the window.
 
     Args:
-        begins: a table for packed sequences, or None for a single one.
+        begins: a table for packed sequences, or None for a single sequence.
         skip: the first slot of the rows' sequence after its sinks.
     """
     delay = R + row[None, :] - slot[:, None]
@@ -117,7 +123,7 @@ def delays(slot, row, begins, skip, R: tl.constexpr, SINKS: tl.constexpr):
 
 @triton.jit
 def first_key(begins, skip, row, C: tl.constexpr):
-    """Return the first slot whose key is not a sink, in the sequence of a row.
+    """Return the index of the first key that is not a sink, in the sequence that query `row` belongs to.
 
     For packed sequences it is read from the table `begins`. Otherwise (None) it is `skip`.
     """
@@ -128,10 +134,11 @@ def first_key(begins, skip, row, C: tl.constexpr):
 
 @triton.jit
 def sink_start(begins, skip, start, state_head, slots, R: tl.constexpr, SINKS: tl.constexpr):
-    """Return the index of the first sink's row in the tensors that hold the sinks, and the position of row 0.
+    """Return where the sinks' keys begin in the tensor that holds them, and the position of query row 0 in
+    its text.
 
-    The sinks of a packed sequence are in its first slots, so the tensors are k and v. Otherwise (`begins` is
-    None) they are sink_k and sink_v, and the position is `start`.
+    The tensor is k itself for packed sequences, whose sinks are their first keys. Otherwise (`begins` is
+    None) it is sink_k, and the position is `start`.
     """
     index = state_head * SINKS
     if begins is not None:
@@ -148,7 +155,7 @@ def load_vector(x, column, WIDTH: tl.constexpr):
 
 @triton.jit
 def sink_scores(q, key, position, sink, scale):
-    """Compute the scores of one sink for a tile of rows, -inf for rows before the sink.
+    """Compute the scores of one attention sink for a tile of query rows, -inf for rows before the sink.
 
     Args:
         q: `[rows, D]`.
@@ -167,8 +174,8 @@ def far_products(
 
     Args:
         a, b: features `[a_end, F]` and `[b_end, F]`, of which the rows `a_row` and `b_row` are used.
-        has_far: False if no entry of `seen` can be True. Then nothing is loaded.
-        seen: True where row i of a and row j of b are far from each other.
+        has_far: False if `seen` is False everywhere. Then nothing is loaded.
+        seen: True where a and b are a query and a key before its window.
     """
     out = tl.zeros(seen.shape, tl.float32)
     if has_far:
@@ -184,17 +191,19 @@ def far_products(
 def first_column(
     row, begins, skip, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
-    """Return the first key slot that a tile of query rows scores key by key. Older keys are read through the state S.
+    """Return the index of the first key that a tile of queries reads directly. It reads older keys through
+    the sum S.
 
-    `row` is the first row of the tile. C is the chunk's length, R the number of slots before a chunk.
-
-    With a far part (F > 0) it is the first slot that their chunk reads. Without one it is the slot REACH - 1
-    tokens before `row`, where REACH is the size of the window or conv. Rows of a packed sequence read no slot
-    before their sequence.
+    With a linear part (F > 0), it is the first key that the tile's chunk reads, R keys before the chunk.
+    Without one, it is REACH - 1 tokens before the tile's first query. In a packed sequence it is never before
+    the sequence.
 
     Args:
+        row: the tile's first query.
         begins: a table for packed sequences, or None.
-        skip: the first slot of the rows' sequence after its sinks.
+        skip: the index of the sequence's first key after its sinks.
+        C: queries in a chunk.
+        REACH: the size of the window, or of the conv if larger.
     """
     first = row // C * C
     if F == 0:
@@ -208,10 +217,11 @@ def first_column(
 def last_column(
     row, BM: tl.constexpr, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """Return the end (exclusive) of the slots that BM rows read one by one. The first of the rows is `row`.
+    """Return the end (exclusive) of the keys that the BM queries from `row` on read directly.
 
-    If rows do not see later tokens (AHEAD is 0), it is the end of their own slots. Otherwise it is the end of
-    the slots that their chunk reads, or without a far part (F is 0) REACH - 1 slots after the last row's own.
+    If queries do not see later tokens (AHEAD is 0), it is the end of their own keys. Otherwise it is the end
+    of the keys that their chunk reads, or without a linear part (F is 0) REACH - 1 keys after the last
+    query's own.
     """
     last = row + BM + R
     if AHEAD > 0:
@@ -224,12 +234,12 @@ def last_column(
 def first_row(
     slot, C: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, F: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """Return the first row that reads one of some slots one by one. The first of the slots is `slot`, all are
-    in one chunk.
+    """Return the first query that reads directly any key of a tile, which begins at index `slot` in one
+    chunk.
 
-    If rows do not see later tokens (AHEAD is 0), it is the row of that slot's token. Otherwise it is the
-    first row of the first chunk that reads the slot, or without a far part (F is 0) the row REACH - 1 before
-    the slot's token.
+    If queries do not see later tokens (AHEAD is 0), it is the query of the first key's token. Otherwise it is
+    the first query of the first chunk that reads the key, or without a linear part (F is 0) the query REACH -
+    1 before.
     """
     first = slot - R
     if AHEAD > 0:
@@ -271,14 +281,14 @@ def sizes(kernel: str, shape: Shape, tokens: Tokens, packed: Packed | None) -> d
 def states_outside(
     shape: Shape, tokens: Tokens, packed: Packed | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute S and z as each chunk reads them, and S and z after the last chunk.
+    """Compute the sums S and z that each chunk reads, and those after the last chunk.
 
-    A chunk reads the sum over all tokens outside its columns, the slots that it reads one by one.
+    A chunk reads its nearest keys directly, and the sums over all others.
 
     Returns:
-        S `[N, n, F, Dv]` and z `[N, n, F]` for the chunks, which are None without a far part. Then S
-        `[N, F, Dv]` and z `[N, F]` after the last chunk, which are copies of the given ones without a far
-        part, and None for packed sequences.
+        S `[N, n, F, Dv]` and z `[N, n, F]` for the n chunks, which are None without a linear part. Then S
+        `[N, F, Dv]` and z `[N, F]` after the last chunk. These are None for packed sequences, and copies of
+        the given ones without a linear part.
     """
     if tokens.phi_k is None:
         S, z = (None if x is None else x.clone() for x in (tokens.S, tokens.z))
@@ -295,10 +305,11 @@ def states_outside(
 
 
 def sink_tensors(tokens: Tokens, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the tensors that hold the sinks' keys and values, and where each chunk's packed sequence begins.
+    """Return the tensors that hold the sinks' keys and values, and a table of where packed sequences begin.
 
-    For packed sequences these are k and v themselves, and a table `[n]` with the first slot after the sinks
-    of each chunk's sequence. Otherwise they are sink_k and sink_v, and None.
+    The table `[n]` has, for each chunk, the index of its sequence's first key after the sinks. It is None
+    without packing. The tensors are sink_k and sink_v, or k and v for packed sequences, whose sinks are their
+    first keys.
     """
     return (tokens.sink_k, tokens.sink_v, None) if packed is None else (tokens.k, tokens.v, packed.begins)
 
@@ -311,16 +322,16 @@ def attend(
     F: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the outputs of BM rows of one query head, and the logarithm of their normaliser.
+    """Compute the outputs of BM query rows of one query head, and the logarithm of their normaliser.
 
     Args:
-        S, z: `[N, n, F, Dv]` and `[N, n, F]`, the sums over all tokens outside the columns of each chunk.
+        S, z: `[N, n, F, Dv]` and `[N, n, F]`, for each chunk the sums over the tokens that it reads through
+            the state.
         out: `[N, g, n C, Dv]`, is written.
         log_total: `[N, g, n C]`, is written: the logarithm of each row's normaliser.
         start: the position of row 0.
-        skip: the number of slots at the head that are empty or hold sinks. Packed sequences use `begins`
-            instead.
-        begins: `[n]`, the first slot after the sinks of each chunk's sequence, or None.
+        skip: the number of keys at the head that are empty or sinks. Packed sequences use `begins` instead.
+        begins: `[n]`, for each chunk the index of its sequence's first key after the sinks, or None.
         rows: n C.
     """
     head = tl.program_id(0).to(tl.int64)
@@ -391,11 +402,11 @@ def attend(
 def forward(
     shape: Shape, tokens: Tokens, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Compute the forward pass of the sliding form.
+    """Run the forward kernels of `forms.sliding`.
 
     Returns:
-        The outputs `[N, g, n C, Dv]`, S and z after the timeline (None for packed sequences), and the
-        logarithms of the rows' normalisers, `[N, g, n C]`, which the backward needs.
+        The outputs `[N, g, n C, Dv]`, S `[N, F, Dv]` and z `[N, F]` after all tokens (None for packed
+        sequences), and the logarithms of the rows' normalisers, `[N, g, n C]`, which the backward needs.
     """
     q = tokens.q
     heads, group, rows = q.shape[:3]

@@ -15,14 +15,14 @@ SEGMENT = 8  # chunks that a program of `fold` sums
 
 
 class Packed(NamedTuple):
-    """The layout of sequences packed into one timeline.
+    """The layout of sequences packed into one timeline (a sequence of keys).
 
-    Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks.
+    Each sequence starts from an empty state, begins with a chunk, and is padded to whole chunks. The kernels
+    sum S over segments, which are consecutive chunks of one sequence.
 
     Attributes:
-        begins: `[n]` int32, for each chunk the first slot of its sequence after the sinks.
-        segments: `[s + 1]` int32, the first chunk of each segment of S's sums, and n. No segment spans two
-            sequences.
+        begins: `[n]` int32, for each chunk the first key of its sequence after the sinks.
+        segments: `[s + 1]` int32, the first chunk of each segment, and n.
         firsts: `[sequences + 1]` int32, the first segment of each sequence, and s.
         sinks: number of first tokens of each sequence that are sinks, at most a chunk.
     """
@@ -98,17 +98,17 @@ def padded(width: int) -> int:
 def limit(
     q: Tensor, k: Tensor, v: Tensor, features: int = 0, chunk: int | None = None, chunks: str = "chunks"
 ) -> str | None:
-    """Return the reason why no kernel can run these tensors, or None if the limits that all kernels share
-    allow it.
+    """Return the reason why no Triton kernel can run these tensors, or None if the limits that all kernels
+    share allow it.
 
     The limits are a GPU (or the interpreter), the dtype, the size of chunks, and the sizes of heads and
     features.
 
     Args:
         q, k, v: `[..., T, D]`.
-        features: F, or 0 without a far part.
+        features: the number of features, or 0 without a linear part.
         chunk: tokens in each chunk, or None if there are no chunks.
-        chunks: the name of the chunks in error texts.
+        chunks: what the reason calls a chunk, for example "groups".
     """
     try:
         from linearize_kernels.triton.common import INTERPRETED
