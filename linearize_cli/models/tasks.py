@@ -247,6 +247,12 @@ class Encoder(Task):
                 ids[:, place] = mark
         return ids
 
+    def ask(self, blocks: Blocks) -> Batch:
+        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return marked(*self.encode(model, rows, extra))
+
     def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
         """Return the logits and the mask `[B, T]` of rows of token ids, padded on the right to the longest
         plus `extra`.
@@ -275,9 +281,6 @@ class MaskedLM(Encoder):
         hidden = hidden.to(ids.device)
         return Batch({"input_ids": ids.masked_fill(hidden, self.mask_id)}, ids.masked_fill(~hidden, IGNORED))
 
-    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
-        return marked(*self.encode(model, rows, extra))
-
 
 class SequenceClassification(Encoder):
     """Prediction of a text's class, distilled without labels."""
@@ -292,9 +295,6 @@ class SequenceClassification(Encoder):
                 f"{self.kind} with {model.config.num_labels} label(s) cannot be distilled",
                 "Choose an encoder with at least two classes.",
             )
-
-    def ask(self, blocks: Blocks) -> Batch:
-        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
 
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         return list(self.encode(model, rows, extra)[0])
@@ -315,9 +315,6 @@ class Embedding(Encoder):
         self.folder: SentenceFolder | None = getattr(model, "sentence_folder", None)
         if self.folder is not None:
             self.pooling = self.folder.pooling
-
-    def ask(self, blocks: Blocks) -> Batch:
-        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
 
     def result(self, output: ModelOutput) -> Tensor:
         """Return the last hidden states `[B, T, width]`."""
@@ -346,9 +343,6 @@ class Embedding(Encoder):
         """Copy the files of sentence-transformers, if the base model has them."""
         if self.folder is not None:
             self.folder.copy_to(folder)
-
-    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
-        return marked(*self.encode(model, rows, extra))
 
     def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
         """Return the embedding `[width]` of a row."""

@@ -13,6 +13,7 @@ from encoders import BODIES, WORDS, swapped, tiny_model, tokenizer
 from linearize_cli import convert, load, verify
 from linearize_cli.conversion.layer_selection import plan_layers
 from linearize_cli.errors import UserError
+from linearize_cli.metrics.benchmark import bench
 from linearize_cli.metrics.embeddings import rank_correlation
 from linearize_cli.metrics.evaluation import evaluate
 from linearize_cli.models.distances import pool
@@ -98,6 +99,8 @@ def test_verify_and_eval(converted, folder):
     assert found["fingerprint"]["max_abs_diff"] < 1e-5
     (row,) = evaluate(output, data=str(folder / "text.jsonl"))["embeddings"]
     assert 0 < row["distance"] < 0.1 and 0.5 < row["rank_correlation"] < 1
+    timed = bench(output, context=[16], seconds=0, write=False)["rows"]
+    assert {(row["phase"], row["reason"]) for row in timed} == {("prefill", None), ("train", None)}
     with pytest.raises(UserError, match="is an encoder .* cannot generate"):
         generate(str(output), "word1", max_new=4)
 
@@ -115,6 +118,12 @@ def test_layers_are_kept_by_the_distance_of_embeddings(folder):
     found = report["keep_softmax"]["embedding_distance"]
     assert min(found, key=found.get) == report["keep_softmax"]["kept"][0]
     assert verify(folder / "auto", write=False)["verdict"] == "EXACT"
+
+
+def test_the_plan_has_the_weights_of_the_task(folder):
+    plan = convert(str(folder / "mean"), dry_run=True, flops=1e9, seq_len=32)
+    distill = plan["recipe"]["recover"]["distill"]
+    assert (distill["kl"], distill["embedding"]) == (0, 1) and len(plan["layers"]["linear"]) == 3
 
 
 def test_weights_of_the_recipe_stay(folder):
