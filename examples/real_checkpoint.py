@@ -3,7 +3,7 @@
     python examples/real_checkpoint.py MODEL --text wikitext2-valid.txt --out runs
 
 The first 90% of the text is for training, the last 10% for measuring. Each row is a conversion in a process of its own,
-followed by `eval`: recall and pass key by distance. A row whose JSON file is in OUT is not run again, and an interrupted
+followed by `eval`: recall and pass key by distance. A row whose JSON file is in OUT is not run again. An interrupted
 conversion is resumed. A row of 135M parameters and 200k tokens takes about an hour on one core.
 """
 

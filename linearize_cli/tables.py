@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from linearize_cli.artifact.record import DISTANCES
 from linearize_cli.methods.recipe import Recipe
 
 WEAK_RECALL = 0.1  # below this recall of the teacher, the student's recall means nothing
@@ -51,21 +52,27 @@ def perplexities(report: dict[str, Any]) -> Table:
 
 
 def kept(report: dict[str, Any]) -> Table:
-    """Return the table of `--keep-softmax auto:N`: the KL to the teacher with each layer alone returned to
-    softmax.
+    """Return the table of `--keep-softmax auto:N`: the distance from the teacher with each layer alone returned
+    to softmax.
 
     The layers that stay softmax are marked "kept".
     """
-    rows, chosen = table("layer as softmax", ">KL", ""), report["keep_softmax"]
-    for name, value in chosen["kl"].items():
+    chosen = report["keep_softmax"]
+    metric = next(name for name in DISTANCES if name in chosen)
+    rows = table("layer as softmax", f">{DISTANCES[metric]}", "")
+    for name, value in chosen[metric].items():
         rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
     return rows
 
 
-def divergences(report: dict[str, Any]) -> Table:
-    """Return a table of the KL divergence from the teacher after each stage of a conversion."""
-    rows = table("", ">KL from the teacher, nats")
-    for name, value in report["kl"].items():
+def distances(report: dict[str, Any], metric: str) -> Table:
+    """Return a table of the distance from the teacher after each stage.
+
+    Args:
+        metric: a key of DISTANCES.
+    """
+    rows = table("", f">{DISTANCES[metric]}")
+    for name, value in report[metric].items():
         rows.add_row(name.replace("_", " "), number(value, ".4f"))
     return rows
 
@@ -87,8 +94,7 @@ def conversion(report: dict[str, Any]) -> RenderableType:
             f"{size(per_token)} per token, which is more from {state // per_token + 1:,} tokens"
         )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
-    if report.get("kl"):
-        measured.append(divergences(report))
+    measured += [distances(report, metric) for metric in DISTANCES if report.get(metric)]
     if report["keep_softmax"]:
         measured += ["", kept(report)]
     if report.get("medusa"):
@@ -202,9 +208,11 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
 
 
 def evaluation(report: dict[str, Any]) -> RenderableType:
-    """Return the report of `eval`: perplexity by context, then ablation, recall, generated text and lm_eval's
-    tasks.
+    """Return the report of `eval`: perplexity or embeddings by context, then ablation, recall, generated text
+    and lm_eval's tasks.
     """
+    if report["embeddings"]:
+        return embeddings(report["embeddings"])
     texts = table(">context", ">blocks", ">teacher", ">student", ">x teacher", ">KL", ">same top token")
     for row in report["perplexity"]["by_context"]:
         teacher, student = row["teacher"], row["student"]
@@ -218,6 +226,17 @@ def evaluation(report: dict[str, Any]) -> RenderableType:
             number(row["top1_agreement"], ".1%"),
         )
     return Group("perplexity", texts, *ablation(report), *recall(report), *written(report), *harness(report))
+
+
+def embeddings(measured: list[dict[str, Any]]) -> Table:
+    """Return a table of the agreement of both models' embeddings by context."""
+    rows = table(
+        ">context", ">blocks", f">{DISTANCES['embedding_distance']}", ">rank correlation of similarities"
+    )
+    for row in measured:
+        numbers = (number(row[key], ".4f") for key in ("distance", "rank_correlation"))
+        rows.add_row(f"{row['context']:,}", f"{row['blocks']:,}", *numbers)
+    return rows
 
 
 def ablation(report: dict[str, Any]) -> list[RenderableType]:

@@ -9,8 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from linearize_cli.artifact.record import DISTANCES
 from linearize_cli.models.gguf import SUFFIX, split_name
-from linearize_cli.models.tasks import TASKS, CausalLM
+from linearize_cli.models.tasks import TASKS, CausalLM, Embedding
 
 NOT_MEASURED = "not measured"
 
@@ -30,6 +31,10 @@ SELF_CHECK = {
     "padded": "with or without padding",
     "reload": "before or after saving and loading",
 }
+SENTENCES = (
+    " With sentence-transformers: `SentenceTransformer(path, trust_remote_code=True)`. The model's own output "
+    "is a hidden state per token."
+)
 
 
 def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
@@ -59,7 +64,8 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         f"model = {auto_class}.from_pretrained(path, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
         "```",
-        "The folder contains its own code. Only `transformers` and `torch` are needed.",
+        "The folder contains its own code. Only `transformers` and `torch` are needed."
+        + (SENTENCES if auto_class == Embedding.auto_class else ""),
         "## Quality",
         *_quality(report),
         *(["## Memory", _memory(report["state_bytes"], report["kv_bytes_per_token"])] if decodes else []),
@@ -141,12 +147,12 @@ def _gain(decodes: bool) -> str:
 
 
 def _quality(report: dict) -> list[str]:
-    """Return the tables of perplexities. For a task without labels, return the table of the KL from the
-    teacher.
+    """Return the tables of perplexities. For a task without labels, return the table of the distance from
+    the teacher.
     """
-    if kl := report.get("kl"):
-        labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in kl}
-        return [_table("model", "KL from the teacher, nats", labels, kl, "{:.4f}")]
+    if found := next((metric for metric in DISTANCES if report.get(metric)), None):
+        labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in report[found]}
+        return [_table("model", DISTANCES[found], labels, report[found], "{:.4f}")]
     return [
         _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.2f}"),
         "The perplexity of each part of the attention alone:",

@@ -25,12 +25,17 @@ TOKENIZER = (
     *("merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer"),
     *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
 )
+# Files of sentence-transformers, beside the model and in the folders of its other modules.
+SENTENCES = (
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
+    *("[1-9]_*/config.json", "[1-9]_*/model.safetensors", "[1-9]_*/pytorch_model.bin"),
+)
 HEADS = ("medusa.safetensors", "medusa.jsonl")
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png")
 # Files that loading an artifact reads; the checksums cover these.
 LOADED = (
-    *(*WEIGHTS, *CODE, *TOKENIZER, *ADAPTER),
+    *(*WEIGHTS, *CODE, *TOKENIZER, *SENTENCES, *ADAPTER),
     *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),
 )
 # Files that a push publishes.

@@ -17,6 +17,11 @@ Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Texts = dict[str, Text | None]
 Counts = dict[str, int | None]
 Numbers = dict[str, float | None]
+# The distances from the teacher that measure tasks without labels, with the titles of their tables.
+DISTANCES = {
+    "kl": "KL from the teacher, nats",
+    "embedding_distance": "distance from the teacher's embedding, 1 - cosine",
+}
 # The type of each field. Null is always allowed.
 FIELDS: dict[str, Any] = {
     "schema": int,
@@ -27,7 +32,7 @@ FIELDS: dict[str, Any] = {
     "tokens": Counts,
     "perplexity": Numbers,
     "ablation": Numbers,
-    "kl": Numbers,
+    **dict.fromkeys(DISTANCES, Numbers),
     "self_check": Numbers,
     "state_bytes": int,
     "kv_bytes_per_token": float,
@@ -48,7 +53,7 @@ CONVERSION: dict[str, Any] = {
     "softmax": list[Text | None],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
-OPTIONAL = ("kl", "medusa", "task", "checksums", "fingerprint", "card")
+OPTIONAL = (*DISTANCES, "medusa", "task", "checksums", "fingerprint", "card")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
     done = {"transfer": steps.transfer, "distill": steps.distill} | results.get("steps", {})
     perplexities = ("teacher", "swapped", "transferred", "recovered")
     ablations = ("full", "local_only", "linear_only")
-    by_kl = conversion.teacher is not None
+    compared = conversion.teacher is not None
     report = {
         "schema": SCHEMA,
         "base_model": job.model,
@@ -173,8 +173,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         "layers": {"linear": list(record["layers"]), "softmax": record["softmax"]},
         "seq_len": text.length,
         "tokens": {stage: count * text.tokens_per_step or None for stage, count in done.items()},
-        "perplexity": dict.fromkeys(perplexities) if by_kl else conversion.selected(*perplexities),
-        "ablation": dict.fromkeys(ablations) if by_kl else conversion.selected(*ablations),
+        "perplexity": dict.fromkeys(perplexities) if compared else conversion.selected(*perplexities),
+        "ablation": dict.fromkeys(ablations) if compared else conversion.selected(*ablations),
         "keep_softmax": results.get("keep_softmax"),
         "self_check": {},
         "state_bytes": state_bytes(conversion.model, conversion.dtype),
@@ -187,8 +187,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         report["medusa"] = medusa
     if not isinstance(text.task, CausalLM):
         report["task"] = text.task.pipeline
-    if by_kl:
-        report["kl"] = conversion.selected(*perplexities[1:], *ablations[1:])
+    if compared:
+        report[text.task.metric] = conversion.selected(*perplexities[1:], *ablations[1:])
     return report
 
 
@@ -212,6 +212,7 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
     with in_stored_dtypes(model, conversion.stored):
         stored = model.dtype
         save_artifact(folder, model, text.tokenizer, conversion.job.recipe)
+    text.task.save(folder)
     if (partial / "adapter").exists():
         (partial / "adapter").rename(folder / "adapter")
     if heads is not None:

@@ -15,6 +15,7 @@ from linearize_cli.conversion.preflight import (
     check_length,
     check_task,
     with_batch_size,
+    with_loss_weights,
 )
 from linearize_cli.errors import UserError
 from linearize_cli.models.device import checked_dtype, working_dtype
@@ -129,6 +130,7 @@ def planned(
     dtype = str(shape.dtype).removeprefix("torch.")
     with Phantom():
         linear, softmax = chosen_layers(job, shape)
+    job = with_loss_weights(job, task_class(shape))
     check_task(job, type(shape).__name__, task_class(shape), linear)
     check_checkpointing(job, shape)
     length = check_length(job.seq_len, job.recipe, shape)

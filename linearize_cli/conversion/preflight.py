@@ -58,6 +58,14 @@ def with_batch_size(job: Job, length: int) -> Job:
     return replace(job, batch_size=max(1, min(LARGEST, 1 << rows.bit_length() >> 1)))
 
 
+def with_loss_weights(job: Job, task: type[Task]) -> Job:
+    """Return the job with loss weights of distillation that suit the model's task."""
+    recover = job.recipe.recover
+    distill = task.loss_weights(recover.distill)
+    recipe = job.recipe.model_copy(update={"recover": recover.model_copy(update={"distill": distill})})
+    return replace(job, recipe=recipe)
+
+
 def check_task(job: Job, kind: str, task: type[Task], layers: list[Layer]) -> None:
     """Check that a recipe and a job suit the model's task.
 

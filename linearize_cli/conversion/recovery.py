@@ -95,7 +95,9 @@ def distill(conversion: Conversion, steps: Steps) -> None:
     width = conversion.model.config.get_text_config().hidden_size
     student, teacher = student_and_teacher(conversion.model, options.lora)
     lr, linear_lr = learning_rates(options, width)
-    objective = Distillation(student, conversion.native, options, teacher)
+    objective = Distillation(
+        student, conversion.native, options, teacher, pooling=conversion.text.task.pooling
+    )
     plan = StagePlan(
         "distill",
         steps.distill,

@@ -1,4 +1,4 @@
-"""`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the KL to the teacher most."""
+"""`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the distance from the teacher most."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize_cli.models.batch import Batch, Blocks, causal_batch
+from linearize_cli.models.batch import Blocks
+from linearize_cli.models.tasks import Task
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
-from linearize_cli.training.distillation import divergence
 
 NONE = "none"  # the key of the model with all layers linear
 ROWS = 32  # blocks of text to measure on
 
 
-def best(kl: dict[str, float], count: int) -> list[str]:
-    """Return the `count` layers that lower the KL most when they are softmax again, in the model's order.
+def best(distances: dict[str, float], count: int) -> list[str]:
+    """Return the `count` layers that lower the distance most when they are softmax again, in the model's order.
 
     Args:
-        kl: the KL to the teacher under each layer's name, with that layer alone softmax (see
-            `Restorer.divergences`).
+        distances: the distance from the teacher under each layer's name, with that layer alone softmax (see
+            `Restorer.distances`).
     """
-    layers = [name for name in kl if name != NONE]
-    chosen = sorted(layers, key=kl.__getitem__)[:count]
+    layers = [name for name in distances if name != NONE]
+    chosen = sorted(layers, key=distances.__getitem__)[:count]
     return [name for name in layers if name in chosen]
 
 
@@ -37,16 +37,10 @@ class Restorer:
     Args:
         model: the model, which is not converted yet.
         names: the names of the attention modules that will be converted.
-        batch_of: a function that makes the model's inputs from blocks of token ids.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        names: Iterable[str],
-        batch_of: Callable[[Blocks | Tensor], Batch] = causal_batch,
-    ):
-        self.model, self.native, self.batch_of = model, model.config._attn_implementation, batch_of
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]):
+        self.model, self.native = model, model.config._attn_implementation
         with adapted(model):  # it gives a config to modules that have none
             self.shared = {name: model.get_submodule(name).config for name in names}
 
@@ -85,32 +79,34 @@ class Restorer:
         record["softmax"] = [name for name, _ in self.model.named_modules() if name in kept]
 
     @torch.no_grad()
-    def divergences(
-        self, model: nn.Module, batches: Sequence[Blocks | Tensor], progress: Callable[[int], None]
+    def distances(
+        self,
+        task: Task,
+        model: nn.Module,
+        batches: Sequence[Blocks | Tensor],
+        progress: Callable[[int], None],
     ) -> dict[str, float]:
-        """Measure KL(teacher ‖ model) with every layer linear, and with each layer alone softmax.
+        """Measure the distance from the teacher with every layer linear, and with each layer alone softmax.
 
         Args:
+            task: the model's task, which measures the distance.
             model: the converted model, or a sharded copy that shares its configs.
             batches: batches of blocks, or ids `[B, L]`.
             progress: called with the number of tokens after each forward of the model.
 
         Returns:
-            the KL per token: under `none` with every layer linear, and under each layer's name with that
+            the mean distance: under `none` with every layer linear, and under each layer's name with that
                 layer alone softmax.
         """
         model.eval()
-        kl = dict.fromkeys([NONE, *self.shared], 0.0)
+        found = dict.fromkeys([NONE, *self.shared], 0.0)
         tokens = sum(ids.numel() for ids in batches)
         for ids in batches:
             with attention_implementation(model, self.native):
-                teacher = self.logits(model, ids).log_softmax(-1)
-            for name in kl:
+                teacher = task.observe(model, ids)
+            for name in found:
                 with nullcontext() if name == NONE else self.restored(name):
-                    kl[name] += divergence(teacher, self.logits(model, ids)).item() * ids.numel() / tokens
+                    distance = task.distance(teacher, task.observe(model, ids))
+                found[name] += distance * ids.numel() / tokens
                 progress(ids.numel())
-        return kl
-
-    def logits(self, model: nn.Module, ids: Blocks | Tensor) -> Tensor:
-        """Return the model's logits `[B, T, vocab]` on blocks of tokens, in fp32."""
-        return model(**self.batch_of(ids).inputs).logits.float()
+        return found

@@ -14,12 +14,11 @@ from linearize_cli.conversion.layer_selection import conversion_record, copy_bia
 from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
 from linearize_cli.data.tokenize import marks_assistant
 from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
-from linearize_cli.metrics.perplexity import log_probabilities, perplexity
+from linearize_cli.metrics.perplexity import observations, perplexity
 from linearize_cli.models.layer import Layer
 from linearize_cli.runtime import linearize
 from linearize_cli.speculative.medusa import check_heads
 from linearize_cli.training.checkpoint import Session
-from linearize_cli.training.distillation import divergence
 from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import LayerBlocks
 from linearize_cli.training.text import TextBlocks
@@ -38,8 +37,8 @@ class Conversion:
         stored: the dtype in which each weight of the checkpoint is stored, by name. The artifact keeps it.
         by_block: the blocks of layers that are copied to the device one by one. None if the whole model is on
             the device.
-        teacher: the teacher's log-probabilities `[N, classes]` on the held-out blocks, if the task has no
-            labels and quality is measured by KL. Otherwise None.
+        teacher: what the teacher computes on the held-out blocks (`Task.observe`), if the task has no labels
+            and quality is measured by the distance from the teacher. Otherwise None.
     """
 
     job: Job
@@ -54,7 +53,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.linear]
-        self.restorer = Restorer(self.model, names, self.text.task.batch)
+        self.restorer = Restorer(self.model, names)
         self.results = self.session.checkpoint.results
 
     @property
@@ -74,7 +73,7 @@ class Conversion:
         return self.by_block.streamed(model) if self.by_block else nullcontext()
 
     def measure_teacher(self) -> None:
-        """Measure the teacher's perplexity. If the task has no labels, keep its log-probabilities instead."""
+        """Measure the teacher's perplexity. If the task has no labels, keep its outputs instead."""
         blocks, session = self.text.held_out, self.session
         if blocks is None or self.text.task.answers:
             self.measure("teacher")
@@ -82,12 +81,11 @@ class Conversion:
         model = session.engine.inference(self.model)
         with self.on_device(self.model), session.terminal.progress("teacher", blocks.numel()) as advance:
             self.teacher = session.in_memory(
-                lambda rows: log_probabilities(model, blocks, rows, advance, self.text.task),
-                self.job.batch_size,
+                lambda rows: observations(model, blocks, rows, advance, self.text.task), self.job.batch_size
             )
 
     def measure(self, name: str, title: str | None = None) -> None:
-        """Measure the perplexity, or the KL divergence from the teacher, and record it under a name.
+        """Measure the perplexity, or the distance from the teacher, and record it under a name.
 
         It is skipped without held-out text, or if an interrupted run has already measured it.
 
@@ -98,16 +96,18 @@ class Conversion:
         if blocks is None or name in self.results:
             return
         started = time.monotonic()
-        metric = "perplexity" if self.teacher is None else "kl"
-        title = f"{metric}, {title or name}"
+        task = self.text.task
+        metric = "perplexity" if self.teacher is None else task.metric
+        title = f"{metric.replace('_', ' ')}, {title or name}"
         model = session.engine.inference(self.model)
         with self.on_device(self.model), session.terminal.progress(title, blocks.numel()) as advance:
 
             def quality(rows: int) -> float:
-                inputs = (model, blocks, rows, advance, self.text.task)
-                if self.teacher is None:
-                    return perplexity(*inputs)
-                return divergence(self.teacher, log_probabilities(*inputs)).item()
+                inputs = (model, blocks, rows, advance, task)
+                teacher = self.teacher
+                return (
+                    perplexity(*inputs) if teacher is None else task.distance(teacher, observations(*inputs))
+                )
 
             value = session.in_memory(quality, self.job.batch_size)
         self.results[name] = value
@@ -145,14 +145,14 @@ class Conversion:
             )
 
     def keep_softmax(self) -> None:
-        """Choose the layers of `--keep-softmax auto:N` by KL, and give them their softmax attention back. Do
-        nothing otherwise.
+        """Choose the layers of `--keep-softmax auto:N` by their distance from the teacher, and give them their
+        softmax attention back. Do nothing otherwise.
 
         It runs after transfer. A layer just swapped would mostly show what it has not learned yet, while a
         trained layer shows what the linear form cannot compute. It runs before distillation, in which the
         remaining linear layers adapt to those kept softmax.
         """
-        count, session = measured_count(self.job.keep_softmax), self.session
+        count, session, task = measured_count(self.job.keep_softmax), self.session, self.text.task
         if not count:
             return
         if "keep_softmax" not in self.results:
@@ -161,14 +161,16 @@ class Conversion:
             batches = [ids.to(session.engine.device) for ids in islice(stream, -(-ROWS // size))]
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             model = session.engine.inference(self.model)
-            with self.on_device(self.model), session.terminal.progress("KL by layer", total) as advance:
-                kl = self.restorer.divergences(model, batches, advance)
+            with self.on_device(self.model), session.terminal.progress("distance by layer", total) as advance:
+                found = self.restorer.distances(task, model, batches, advance)
             # Rounding may differ between processes, but the choice must not.
-            chosen = session.engine.on_main(lambda: {"kl": kl, "kept": best(kl, count)})
+            chosen = session.engine.on_main(lambda: {task.metric: found, "kept": best(found, count)})
             self.results["keep_softmax"] = chosen
             self.add_seconds("measure", started)
             session.log.write("keep_softmax", **chosen)
-            session.terminal.note(f"layers kept as softmax, by KL: {', '.join(chosen['kept'])}")
+            session.terminal.note(
+                f"layers kept as softmax, by {task.metric.replace('_', ' ')}: {', '.join(chosen['kept'])}"
+            )
         kept = self.results["keep_softmax"]["kept"]
         self.restorer.restore(kept)
         self.linear = [layer for layer in self.linear if layer.name not in kept]

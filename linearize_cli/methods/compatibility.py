@@ -139,7 +139,7 @@ def training_rules(a: Attention, r: Recover) -> Iterator[tuple[object, str, str]
         "it needs a local part to shorten and a far part that learns the rest",
     )
     yield (
-        not (r.distill.kl or r.distill.ce or r.distill.hidden),
+        not (r.distill.kl or r.distill.ce or r.distill.hidden or r.distill.embedding),
         "recover.distill.kl, recover.distill.ce",
         "both are 0: nothing would be learned",
     )

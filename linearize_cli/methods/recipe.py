@@ -252,6 +252,8 @@ class Distill(Stage):
         ce: weight of the cross entropy of the next tokens.
         hidden: weight of the squared error of the last hidden states. Useful for classifiers, which have few
             logits.
+        embedding: weight of the distance of the embeddings, 1 - cosine. Embedding models without weights of
+            their own have 1 for it and for `hidden`.
         lora: the LoRA updates that are trained together with the parameters that the conversion added. None:
             every weight except embeddings and LM head is trained instead, with a frozen copy of the teacher.
         checkpointing: gradient checkpointing, which takes less memory and more time.
@@ -262,6 +264,7 @@ class Distill(Stage):
     kl: Weight = 1.0
     ce: Weight = 0.0
     hidden: Weight = 0.0
+    embedding: Weight = 0.0
     lora: Lora | None = Lora()
     checkpointing: bool = False
     key: ClassVar[str] = "recover.distill.lr"

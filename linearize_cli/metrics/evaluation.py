@@ -21,6 +21,7 @@ from linearize_cli.metrics import plots
 from linearize_cli.metrics.harness import Harness
 from linearize_cli.metrics.teacher_comparison import (
     Pair,
+    measure_embeddings,
     measure_generation,
     measure_recall,
     measure_tasks,
@@ -121,7 +122,7 @@ def evaluate(
         "data": source.name,
         "contexts": {"trained": trained, "teacher": reach, "measured": contexts},
         "window": window(student),
-        **measure_text(pair, contexts),
+        **(measure_embeddings if task.embeds else measure_text)(pair, contexts),
         **measure_recall(pair, max(contexts), demo),
         "generation": measure_generation(pair, contexts[0]) if task.decodes else None,
         "tasks": measure_tasks(pair, harness) if harness else None,

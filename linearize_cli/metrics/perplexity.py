@@ -1,4 +1,4 @@
-"""Perplexity on held-out text."""
+"""Perplexity on held-out text, and the outputs on it that are compared with the teacher's."""
 
 from collections.abc import Callable
 
@@ -34,25 +34,24 @@ def perplexity(
 
 
 @torch.no_grad()
-def log_probabilities(
+def observations(
     model: nn.Module,
     blocks: Tensor,
     batch_size: int,
     progress: Callable[[int], None],
     task: Task,
 ) -> Tensor:
-    """Return a classifier's log-probabilities `[N, classes]` of blocks of token ids `[N, L]`, in fp32 on the
-    CPU.
+    """Return what a model is compared with its teacher by (`Task.observe`), `[N, ...]` in fp32 on the CPU.
 
     Args:
+        blocks: token ids `[N, L]`.
         batch_size: the most blocks in one forward.
         progress: called with the number of tokens just read.
-        task: makes the inputs of a block.
+        task: the model's task.
     """
     parts, device = [], next(model.parameters()).device
     with evaluating(model):
         for ids in blocks.split(batch_size):
-            logits = model(**task.batch(ids.to(device)).inputs).logits
-            parts.append(logits.float().log_softmax(-1).cpu())
+            parts.append(task.observe(model, ids.to(device)).cpu())
             progress(ids.numel())
     return torch.cat(parts)

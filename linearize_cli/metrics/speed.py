@@ -96,13 +96,15 @@ class Decode(Phase):
 
 
 class Train(Phase):
-    """One forward and backward. Plain text has no labels for a classifier, so its label is class 0."""
+    """One forward and backward. Without labels in plain text, every label is 0."""
 
     def once(self) -> None:
         """Compute the gradients of all weights and drop them."""
         batch = self.task.batch(self.ids)
-        logits = self.model(**batch.inputs).logits
-        labels = logits.new_zeros(len(self.ids), dtype=torch.long) if batch.labels is None else batch.labels
+        logits = self.task.result(self.model(**batch.inputs))
+        labels = batch.labels
+        if labels is None:
+            labels = logits.new_zeros(logits.shape[:-1], dtype=torch.long)
         loss = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         self.model.zero_grad()

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.data.demo_corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.metrics import synthetic
 from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
+from linearize_cli.metrics.embeddings import rank_correlation
 from linearize_cli.metrics.generation import generation
 from linearize_cli.metrics.harness import Harness
+from linearize_cli.metrics.perplexity import observations
 from linearize_cli.metrics.predictions import predictions
 from linearize_cli.metrics.recall import recall
 from linearize_cli.models.tasks import CausalLM, Task
@@ -19,6 +21,7 @@ from linearize_cli.runtime.dispatch import converted
 from linearize_cli.terminal import Terminal
 
 BINS = 16  # bins of positions
+BATCH = 8  # blocks in one forward of an embedding model
 DOCUMENTS = 100  # documents of the demo for recall
 PROMPT, NEW, PROMPTS = 32, 64, 8  # generation: prompt tokens, new tokens, number of prompts
 NO_WINDOW = 32  # replaces the window size in recall distances if a method has no window
@@ -56,7 +59,7 @@ class Pair:
 
 
 def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
-    """Measure how well the student and its teacher predict a text: the keys `perplexity`, `kl`,
+    """Measure how well a student with logits and its teacher predict a text: the keys `perplexity`, `kl`,
     `top1_agreement` and `ablation`.
 
     Args:
@@ -101,6 +104,41 @@ def measure_text(pair: Pair, contexts: list[int]) -> dict[str, Any]:
         "kl": first["kl"],
         "top1_agreement": first["top1_agreement"],
         "ablation": measure_ablation(pair, contexts[0], first["student"]),
+        "embeddings": None,
+    }
+
+
+def measure_embeddings(pair: Pair, contexts: list[int]) -> dict[str, Any]:
+    """Measure how far the embeddings of blocks of text agree.
+
+    Args:
+        contexts: block lengths in tokens.
+
+    Returns:
+        The parts of `eval.json` that `measure_text` returns for other models, without numbers, and under
+            `embeddings`, for each length, `distance` (1 - cosine of the two models' embeddings of a block)
+            and `rank_correlation` (between the two models' similarities of all pairs of blocks).
+    """
+    rows = []
+    for length in contexts:
+        blocks, found = pair.blocks(length), {}
+        for name, model in pair.models.items():
+            with pair.terminal.progress(f"{name}, blocks of {length:,}", blocks.numel()) as advance:
+                found[name] = observations(model, blocks, BATCH, advance, pair.task)
+        rows.append(
+            {
+                "context": length,
+                "blocks": len(blocks),
+                "distance": pair.task.distance(**found),
+                "rank_correlation": rank_correlation(**found),
+            }
+        )
+    return {
+        "perplexity": {"teacher": None, "student": None, "by_position": None, "by_context": []},
+        "kl": None,
+        "top1_agreement": None,
+        "ablation": {"full": None, **dict.fromkeys(ABLATIONS)},
+        "embeddings": rows,
     }
 
 

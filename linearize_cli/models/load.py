@@ -14,6 +14,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, in_working_dtype
 from linearize_cli.models.load_errors import NAMES, explained
+from linearize_cli.models.sentence_folder import SentenceFolder, is_module_folder, read_modules
 from linearize_cli.models.weights import check_files, check_loaded, check_sizes, check_total, weight_files
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ def _download(model: str, weights: bool) -> str:
     if not _has_config(folder) and (file := gguf.download(model, commit=folder.name)):
         return file
     _require_checkpoint(model, folder)
+    for name in filter(is_module_folder, (module["path"] for module in read_modules(folder))):
+        snapshot_download(model, revision=folder.name, allow_patterns=f"{name}/*")
     if not weights:
         pass
     elif not (folder / "config.json").is_file():
@@ -296,6 +299,8 @@ def _load_hugging_face(
         check_all_used(header, loaded)
     if kind:
         make_ordinary(loaded, dtype or config.dtype)
+    if auto_class == "AutoModel":
+        loaded.sentence_folder = SentenceFolder.read(source)
     return loaded.eval(), tokenizer
 
 
@@ -326,7 +331,7 @@ def _load_config(
     else:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         request_dequantisation(model, config)
-    name = _auto_class(config, own_code)
+    name = _auto_class(config, source, own_code)
     if name is None:
         what = f"{model}: `{kind}` in config.json is not a causal LM, encoder-decoder or encoder."
         raise UserError(what, "Choose a model that AutoModelForCausalLM loads, for example.")
@@ -342,22 +347,23 @@ def _own_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
     return get_class_from_dynamic_module(config.auto_map["AutoConfig"], source).from_pretrained(source)
 
 
-def _auto_class(config: PreTrainedConfig, own_code: dict) -> str | None:
+def _auto_class(config: PreTrainedConfig, source: str, own_code: dict) -> str | None:
     """Return the name of the Auto class that loads a model, or None if the model is of no supported kind.
 
     It is the Auto class of the architecture in config.json, else the first one that supports the model type
-    or the checkpoint's own code. A model with `is_decoder` false is an encoder.
-    """
-    import transformers
+    or the checkpoint's own code. A model with `is_decoder` false is an encoder. An encoder in a folder of
+    sentence-transformers has no head, whatever architecture it was trained from.
 
+    Args:
+        source: the checkpoint's folder.
+        own_code: the `auto_map` of config.json.
+    """
     from linearize_cli.runtime.config import AUTO_CLASSES, PREFIX, auto_class
 
-    known = [
-        name
-        for name in AUTO_CLASSES
-        if name in own_code or type(config) in getattr(transformers, name)._model_mapping
-    ]
+    known = [name for name, kinds in AUTO_CLASSES.items() if name in own_code or config.model_type in kinds]
     named = [auto_class(name.removeprefix(PREFIX)) for name in config.architectures or ()]
+    if config.model_type in AUTO_CLASSES["AutoModel"] and SentenceFolder.read(source):
+        return "AutoModel"
     if named and named[0] in known:
         return named[0]
     if getattr(config, "is_decoder", None) is False and "AutoModelForMaskedLM" in known:

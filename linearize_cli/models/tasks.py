@@ -1,4 +1,4 @@
-"""The tasks of models: causal LM, masked LM, classification, encoder-decoder.
+"""The tasks of models: causal LM, masked LM, classification, embedding, encoder-decoder.
 
 A task makes inputs and labels from blocks of tokens, computes the logits of rows of tokens, and continues
 them. The Auto class that loads a model determines its task.
@@ -6,14 +6,17 @@ them. The Auto class that loads a model determines its task.
 
 from collections.abc import Sequence
 from itertools import count, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from linearize_cli.errors import UserError
+from linearize_cli.methods.recipe import Distill
 from linearize_cli.models.batch import IGNORED, Batch, Blocks, causal_batch
 from linearize_cli.models.decoding import (
     Decoder,
@@ -25,6 +28,8 @@ from linearize_cli.models.decoding import (
     pad_right,
     unpadded,
 )
+from linearize_cli.models.distances import cosine_distance, divergence, pool
+from linearize_cli.models.sentence_folder import SentenceFolder
 from linearize_cli.models.span_corruption import NOISE, fill, row_generator, spans
 from linearize_cli.runtime.config import PREFIX, auto_class
 
@@ -47,8 +52,10 @@ class Task:
         pipeline: the Hub's name of the task.
         encodes: True if its attention may be bidirectional.
         decodes: True if it can continue rows of tokens. Otherwise it has no `start`.
-        answers: True if text gives labels. Otherwise a model is measured by its KL divergence from the
-            teacher.
+        answers: True if text gives labels. Otherwise a model is measured by its distance from the teacher.
+        embeds: True if its models give an embedding of each text, and no logits.
+        metric: the name of that distance in reports (see `distance`).
+        pooling: how hidden states become the embedding of a text, `mean` or `cls`.
         without_embedding: the tokens that the model has no embedding for, as names by token id.
     """
 
@@ -57,6 +64,9 @@ class Task:
     encodes = True
     decodes = False
     answers = True
+    embeds = False
+    metric = "kl"
+    pooling = "mean"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Read the special tokens.
@@ -105,6 +115,34 @@ class Task:
         """
         raise NotImplementedError
 
+    def result(self, output: ModelOutput) -> Tensor:
+        """Return the tensor that a model computes for its users: the logits `[B, T, vocab]`, or
+        `[B, labels]`.
+        """
+        return output.logits
+
+    def observe(self, model: nn.Module, blocks: Blocks | Tensor) -> Tensor:
+        """Return what a student is compared with its teacher by, on blocks of tokens: the log-probabilities
+        `[B, T, vocab]`, or `[B, labels]`, in fp32.
+        """
+        return self.result(model(**self.batch(blocks).inputs)).float().log_softmax(-1)
+
+    def distance(self, teacher: Tensor, student: Tensor) -> float:
+        """Return the distance of a student from its teacher: KL(teacher ‖ student), in nats.
+
+        Args:
+            teacher, student: the results of `observe`.
+        """
+        return divergence(teacher, student).item()
+
+    @classmethod
+    def loss_weights(cls, distill: Distill) -> Distill:
+        """Return the options of distillation with loss weights that suit the task."""
+        return distill
+
+    def save(self, folder: Path) -> None:
+        """Write the files of an artifact that belong to neither the model nor the tokenizer."""
+
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         """Return the logits of rows of any lengths, computed in one padded batch.
 
@@ -113,7 +151,8 @@ class Task:
             extra: the number of pads beyond the longest row.
 
         Returns:
-            the logits of each row, without those of pads: `[T_i, vocab]`, or `[labels]` of a classifier.
+            the logits of each row, without those of pads: `[T_i, vocab]`, or `[labels]` of a classifier. An
+                embedding model gives its hidden states `[T_i, width]` instead.
         """
         raise NotImplementedError
 
@@ -208,12 +247,18 @@ class Encoder(Task):
                 ids[:, place] = mark
         return ids
 
+    def ask(self, blocks: Blocks) -> Batch:
+        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
+
+    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
+        return marked(*self.encode(model, rows, extra))
+
     def encode(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int) -> tuple[Tensor, Tensor]:
         """Return the logits and the mask `[B, T]` of rows of token ids, padded on the right to the longest
         plus `extra`.
         """
         ids, mask = pad_right(rows, self.pad_id, extra)
-        return model(input_ids=ids, attention_mask=mask).logits, mask
+        return self.result(model(input_ids=ids, attention_mask=mask)), mask
 
 
 class MaskedLM(Encoder):
@@ -236,9 +281,6 @@ class MaskedLM(Encoder):
         hidden = hidden.to(ids.device)
         return Batch({"input_ids": ids.masked_fill(hidden, self.mask_id)}, ids.masked_fill(~hidden, IGNORED))
 
-    def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
-        return marked(*self.encode(model, rows, extra))
-
 
 class SequenceClassification(Encoder):
     """Prediction of a text's class, distilled without labels."""
@@ -254,11 +296,58 @@ class SequenceClassification(Encoder):
                 "Choose an encoder with at least two classes.",
             )
 
-    def ask(self, blocks: Blocks) -> Batch:
-        return Batch({"input_ids": self.with_special_tokens(blocks.ids)}, None)
-
     def read(self, model: PreTrainedModel, rows: Sequence[Tensor], extra: int = 0) -> list[Tensor]:
         return list(self.encode(model, rows, extra)[0])
+
+
+class Embedding(Encoder):
+    """An embedding of a text, pooled from the last hidden states of an encoder without a head.
+
+    It has no logits. Where other tasks have logits, such as in `read`, it has hidden states.
+    """
+
+    auto_class, pipeline = "AutoModel", "feature-extraction"
+    answers, embeds = False, True
+    metric = "embedding_distance"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        self.folder: SentenceFolder | None = getattr(model, "sentence_folder", None)
+        if self.folder is not None:
+            self.pooling = self.folder.pooling
+
+    def result(self, output: ModelOutput) -> Tensor:
+        """Return the last hidden states `[B, T, width]`."""
+        return output.last_hidden_state
+
+    def observe(self, model: nn.Module, blocks: Blocks | Tensor) -> Tensor:
+        """Return the embeddings `[B, width]` in fp32."""
+        inputs = self.batch(blocks).inputs
+        states = self.result(model(**inputs)).float()
+        return pool(states, inputs.get("attention_mask"), self.pooling)
+
+    def distance(self, teacher: Tensor, student: Tensor) -> float:
+        """Return 1 - cosine of the embeddings, averaged over the texts."""
+        return cosine_distance(teacher, student).item()
+
+    @classmethod
+    def loss_weights(cls, distill: Distill) -> Distill:
+        """Return the options without the KL, for which there are no logits.
+
+        Without weights of their own, the errors of the hidden states and of the embeddings count equally.
+        """
+        own = {} if distill.hidden or distill.embedding else {"hidden": 1.0, "embedding": 1.0}
+        return distill.model_copy(update={"kl": 0.0, **own})
+
+    def save(self, folder: Path) -> None:
+        """Copy the files of sentence-transformers, if the base model has them."""
+        if self.folder is not None:
+            self.folder.copy_to(folder)
+
+    def last_logits(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        """Return the embedding `[width]` of a row."""
+        (states,) = self.read(model, [row])
+        return pool(states[None], None, self.pooling)[0]
 
 
 class Seq2SeqLM(Task):
@@ -337,7 +426,7 @@ class Seq2SeqLM(Task):
 
 
 TASKS: dict[str, type[Task]] = {
-    task.auto_class: task for task in (CausalLM, Seq2SeqLM, MaskedLM, SequenceClassification)
+    task.auto_class: task for task in (CausalLM, Seq2SeqLM, MaskedLM, SequenceClassification, Embedding)
 }
 
 

@@ -18,6 +18,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Config keys that count modules, and a limit far above any model's (Doge has 16,384 experts).
 COUNTS = {re.compile(r"(layers?|blocks?|depth)$"): 2048, re.compile(r"experts?$"): 1 << 15}
 PER_BYTE = 8  # largest number of weights in a byte, at one bit each
+POOLER = "pooler."  # names of the pooler in a model without a head, whose hidden states do not depend on it
 FEW = 1 << 28  # number of weights that fit on any machine
 ONE_MODEL = "The config and the weight files must belong to one model, and no weight file may be missing."
 
@@ -110,7 +111,8 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
     ignored.
 
     transformers would fill missing weights at random. A stored weight that the model does not use is only
-    reported as a Notice, unless the model would be another one with it.
+    reported as a Notice, unless the model would be another one with it. So is a missing pooler of a model
+    without a head.
 
     Args:
         info: the loading info of `from_pretrained`.
@@ -119,8 +121,12 @@ def check_loaded(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> N
         UserError: weights are missing or have another shape, a layer or a bias would be ignored, or there is
             an adapter.
     """
-    if missing := info["missing_keys"]:
+    without_pooler = {name for name in info["missing_keys"] if name.startswith(POOLER)}
+    if missing := info["missing_keys"] - without_pooler:
         raise UserError(*_missing(model, loaded, missing))
+    if without_pooler:
+        text = f"{model}: it has no pooler, so the model gets a new one. Its hidden states do not need it."
+        warnings.warn(text, Notice, stacklevel=2)
     if info["mismatched_keys"]:
         shapes = [f"{name} is {list(here)}, not {list(due)}" for name, here, due in info["mismatched_keys"]]
         raise UserError(

@@ -18,6 +18,13 @@ AUTO_CLASSES: dict[str, Mapping[str, Sequence[str]]] = {
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    # Only encoders: other base models lack the head that they are converted with.
+    "AutoModel": {
+        kind: base
+        for kind, base in modeling_auto.MODEL_MAPPING_NAMES.items()
+        if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and kind not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    },
 }
 # The same for Auto classes that load a model with another head than it was converted with. It may be new.
 HEADS: dict[str, Mapping[str, Sequence[str]]] = {
@@ -109,16 +116,27 @@ def with_head(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     refusal = ValueError(f"this is a linearized {base}: load it with {own}")
     if not isinstance(wanted, str):
         raise refusal
-    before, after = (getattr(transformers, cls).base_model_prefix + "." for cls in (base, wanted))
-    if name == "AutoModel":
-        after = ""
-    elif after != before:  # transformers would not find the weights of the body
+    before, after = (body_prefix(cls, record["base_model_type"]) for cls in (base, wanted))
+    if before and after and after != before:  # transformers would not find the weights of the body
         raise refusal
     config, record = copy.copy(config), dict(record, base_class=wanted)
     record["layers"] = {after + k.removeprefix(before): geometry for k, geometry in record["layers"].items()}
     record["softmax"] = [after + k.removeprefix(before) for k in record["softmax"]]
     config.linearize, config.architectures = record, [PREFIX + wanted]
     return config
+
+
+def body_prefix(cls: str, model_type: str) -> str:
+    """Return the prefix of the body's module names in a class of transformers. It is empty if the class is
+    the body itself.
+
+    Args:
+        cls: the name of the class.
+        model_type: the model type that it belongs to.
+    """
+    if HEADS["AutoModel"].get(model_type) == cls:
+        return ""
+    return getattr(transformers, cls).base_model_prefix + "."
 
 
 def register(*model_classes: type[Any]) -> None:

@@ -9,15 +9,16 @@ import torch
 from linearize_kernels.equation import accumulator
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from linearize_cli.methods.recipe import Distill
 from linearize_cli.models.batch import IGNORED, Batch
+from linearize_cli.models.distances import cosine_distance, pool, total_divergence
 from linearize_cli.runtime.dispatch import attention_implementation
-from linearize_cli.training.chunked_logits import Decoded, decode, decode_all
+from linearize_cli.training.chunked_logits import STATES, Decoded, decode, decode_all
 from linearize_cli.training.objective import Objective
 from linearize_cli.training.parallel import process_mean
 
@@ -25,32 +26,13 @@ TINY = 1e-12  # lower bound of divisors
 LOGITS = 1 << 26  # largest number of logits in memory, for teacher and student each: 256 MB in fp32
 
 
-def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student), averaged over all tokens.
-
-    Args:
-        teacher: log-probabilities `[..., vocab]`.
-        logits: the student's logits `[..., vocab]`.
-    """
-    return total_divergence(teacher, logits) / logits[..., 0].numel()
-
-
-def total_divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student), summed over all tokens.
-
-    Args:
-        teacher: log-probabilities `[..., vocab]`.
-        logits: the student's logits `[..., vocab]`.
-    """
-    return kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
-
-
 class Distillation(Objective):
     """The objective of distillation.
 
-    The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states`.
-    The KL is the mean over the batch's counted tokens (`Batch.counted`), and the cross entropy the mean over
-    the tokens with a label. The error is the squared error relative to the teacher's mean square, row by row.
+    The loss is `kl · KL(teacher ‖ student) + ce · cross entropy + hidden · error of the last hidden states +
+    embedding · (1 - cosine of the embeddings)`. The KL is the mean over the batch's counted tokens
+    (`Batch.counted`), and the cross entropy the mean over the tokens with a label. The error is the squared
+    error relative to the teacher's mean square, row by row. An embedding is pooled from the last hidden states.
 
     A batch with more than `limit` logits is processed a few tokens at a time, and the backward computes their
     logits again. Memory for logits then does not grow with the batch.
@@ -58,10 +40,11 @@ class Distillation(Objective):
     Args:
         student: the linearized model, with or without LoRA.
         native: the attention implementation of the base model (`sdpa`, `eager`).
-        weights: the weights `kl`, `ce` and `hidden` of the three terms, from the recipe.
+        weights: the weights `kl`, `ce`, `hidden` and `embedding` of the four terms, from the recipe.
         teacher: the frozen softmax model. None: the student's own model is the teacher too, with its softmax
             attention and without LoRA, so its weights are in memory once.
         limit: the largest number of logits in memory.
+        pooling: how the hidden states become embeddings (see `pool`).
     """
 
     def __init__(
@@ -71,10 +54,11 @@ class Distillation(Objective):
         weights: Distill,
         teacher: PreTrainedModel | None = None,
         limit: int = LOGITS,
+        pooling: str = "mean",
     ):
         super().__init__()
         self.student, self.native, self.weights, self.teacher = student, native, weights, teacher
-        self.limit = limit
+        self.limit, self.pooling = limit, pooling
 
     @property
     def model(self) -> PreTrainedModel:
@@ -93,19 +77,36 @@ class Distillation(Objective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         weights, vocabulary = self.weights, self.model.config.get_text_config().vocab_size
-        inputs = batch.inputs | ({"output_hidden_states": True} if weights.hidden else {})
+        compares_states = bool(weights.hidden or weights.embedding)
+        inputs = batch.inputs | ({"output_hidden_states": True} if compares_states else {})
         large = batch.labels is not None and batch.labels.numel() * vocabulary > self.limit
         run = decode if large else decode_all
         student, teacher = run(self.model, inputs), None
-        if weights.kl or weights.hidden:
+        if weights.kl or compares_states:
             with self.as_teacher() as model:
                 teacher = run(model, inputs)
-        loss = self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
-        if weights.hidden:
+        loss = torch.zeros((), device=self.model.device)
+        if weights.kl or weights.ce:
+            loss = loss + self.token_loss(student, teacher, batch, max(1, self.limit // vocabulary))
+        if compares_states:
             states = last_hidden(student.output), last_hidden(teacher.output)
-            share = len(batch) / len(batch.whole)
-            loss = loss + weights.hidden * share * relative_error(*states, batch.counted)
+            loss = loss + len(batch) / len(batch.whole) * self.state_loss(*states, batch)
         return loss, {}
+
+    def state_loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """Return the terms of the last hidden states and of the embeddings, weighted (a scalar).
+
+        Args:
+            student, teacher: last hidden states `[B, T, width]`.
+        """
+        loss, weights = student.new_zeros((), dtype=accumulator(student.dtype)), self.weights
+        if weights.hidden:
+            loss = loss + weights.hidden * relative_error(student, teacher, batch.counted)
+        if weights.embedding:
+            mask = batch.inputs.get("attention_mask")
+            texts = (pool(x.to(loss.dtype), mask, self.pooling) for x in (teacher, student))
+            loss = loss + weights.embedding * cosine_distance(*texts)
+        return loss
 
     def token_loss(self, student: Decoded, teacher: Decoded | None, batch: Batch, size: int) -> Tensor:
         """Return the terms that are means over tokens: the KL and the cross entropy, weighted (a scalar).
@@ -193,5 +194,7 @@ def last_hidden(output: ModelOutput) -> Tensor:
     """Return the last hidden states `[B, T, width]` from a model's output. An encoder-decoder gives its
     decoder's.
     """
+    if STATES in output:  # of a model without a head
+        return output[STATES]
     states = output.get("hidden_states") or output.decoder_hidden_states
     return states[-1]

@@ -129,6 +129,17 @@ def test_one_format_is_downloaded(cache, name, weights):
     assert names == weights | small
 
 
+def test_the_modules_of_sentence_transformers_are_downloaded(hub, tmp_path):
+    paths = {"": "Transformer", "1_Pooling": "Pooling", "../2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in paths.items()]
+    added = {"modules.json": json.dumps(modules).encode(), "1_Pooling/config.json": b"{}"}
+    hub.repos["maker/sentences"] = repo(hub.repos["maker/tiny"].files() | added)
+    (loaded,) = load(hub.url, tmp_path, ("maker/sentences", ""))
+    assert loaded["name"] == "maker/sentences"
+    snapshot = next((tmp_path / "hub/models--maker--sentences/snapshots").iterdir())
+    assert {path.name for path in snapshot.iterdir() if path.is_dir()} == {"1_Pooling"}
+
+
 def test_refusals(hub, tmp_path):
     said = load(
         hub.url,

@@ -68,6 +68,8 @@ def test_auto_classes_that_cannot_say_which_can(name, tmp_path):
     ("family", "name", "reason"),
     [
         ("bert", "AutoModelForTokenClassification", None),
+        ("bert-body", "AutoModelForTokenClassification", None),
+        ("bert-body", "AutoModelForMaskedLM", "a linearized BertModel: load it with AutoModel"),
         ("t5", "AutoModel", None),
         (
             "t5",

@@ -61,6 +61,15 @@ ENCODERS = {
     "layoutlm": ("LayoutLMForMaskedLM", BERT),
     "modernbert-classifier": ("ModernBertForSequenceClassification", MODERN),
 }
+# Encoders without a head.
+BODIES = {
+    "bert-body": ("BertModel", BERT),
+    "distilbert-body": (
+        "DistilBertModel",
+        dict(vocab_size=84, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=130, **IDS),
+    ),
+    "modernbert-body": ("ModernBertModel", MODERN),
+}
 SEQ2SEQ = {
     "bart": ("BartForConditionalGeneration", BART),
     "t5": ("T5ForConditionalGeneration", T5),
@@ -69,7 +78,7 @@ SEQ2SEQ = {
 
 def tiny_model(family: str, **changes) -> PreTrainedModel:
     """A random model of the family, in eval mode; changes go to its config."""
-    name, config = {**ENCODERS, **SEQ2SEQ}[family]
+    name, config = {**ENCODERS, **BODIES, **SEQ2SEQ}[family]
     model_class = getattr(transformers, name)
     torch.manual_seed(0)
     return model_class(model_class.config_class(**{**config, **changes})).eval()
