@@ -72,6 +72,7 @@ def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, 
     conversion = prepare(job, text, place, trust_remote_code)
     conversion.measure_teacher()
     conversion.swap()
+    conversion.calibrate()
     steps = Steps.of(conversion)
     if not steps.transfer:
         conversion.keep_softmax()

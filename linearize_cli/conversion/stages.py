@@ -3,7 +3,7 @@
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -15,13 +15,17 @@ from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
 from linearize_cli.data.tokenize import marks_assistant
 from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
 from linearize_cli.metrics.perplexity import observations, perplexity
+from linearize_cli.models.batch import Blocks
 from linearize_cli.models.layer import Layer
 from linearize_cli.runtime import linearize
 from linearize_cli.speculative.medusa import check_heads
+from linearize_cli.training.calibration import calibrate, decaying
 from linearize_cli.training.checkpoint import Session
 from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import LayerBlocks
 from linearize_cli.training.text import TextBlocks
+
+CALIBRATED = 8  # blocks of text that set the decays
 
 
 @dataclass
@@ -144,6 +148,29 @@ class Conversion:
                 "the chat template does not mark the assistant's words, so all tokens are trained on"
             )
 
+    def calibrate(self) -> None:
+        """Set the decays of linear attention from the teacher's attention on a few blocks of text. Do nothing
+        if the method has none, if the recipe says no, without text, or with sharded parameters.
+        """
+        wanted = self.job.recipe.recover.transfer.calibrate and decaying(self.model)
+        if not wanted or self.session.engine.plugin is not None or self.text.held_out is None:
+            return
+        batches = [self.text.task.batch(blocks) for blocks in self.sample(CALIBRATED)]
+        total = sum(len(batch) for batch in batches) * self.text.length
+        with (
+            self.on_device(self.model),
+            self.session.terminal.progress("calibrate", total) as advance,
+        ):
+            calibrate(self.model, self.native, chain.from_iterable(x.parts(1) for x in batches), advance)
+
+    def sample(self, rows: int) -> list[Tensor | Blocks]:
+        """Return about `rows` blocks of the training text in batches on the device, or of the held-out text if
+        nothing is trained.
+        """
+        size = self.job.batch_size
+        stream = self.text.held_out.split(size) if self.text.train is None else self.text.stream()
+        return [ids.to(self.session.engine.device) for ids in islice(stream, -(-rows // size))]
+
     def keep_softmax(self) -> None:
         """Choose the layers of `--keep-softmax auto:N` by their distance from the teacher, and give them their
         softmax attention back. Do nothing otherwise.
@@ -156,9 +183,7 @@ class Conversion:
         if not count:
             return
         if "keep_softmax" not in self.results:
-            started, size = time.monotonic(), self.job.batch_size
-            stream = self.text.held_out.split(size) if self.text.train is None else self.text.stream()
-            batches = [ids.to(session.engine.device) for ids in islice(stream, -(-ROWS // size))]
+            started, batches = time.monotonic(), self.sample(ROWS)
             total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
             model = session.engine.inference(self.model)
             with self.on_device(self.model), session.terminal.progress("distance by layer", total) as advance:

@@ -211,6 +211,8 @@ class Transfer(Stage):
     Attributes:
         share: share of the training tokens. The rest is for distillation.
         lr: learning rate. `auto` is 1e-2 for heads of size 128, and scales with 1 / sqrt(head size).
+        calibrate: set the decays of a memory that forgets from the distances at which the teacher attends,
+            before anything is trained.
         window_dropout: probability that a step shortens the window of every layer at random, so that the
             linear part learns the tokens of the window too. It falls from this value at the first step to 0
             at the last.
@@ -220,6 +222,7 @@ class Transfer(Stage):
 
     share: Share = 0.4
     lr: Rate = 1e-2
+    calibrate: bool = True
     window_dropout: Share = 0.0
     block_layers: Width | None = 0
     linear_lr: ClassVar[None] = None  # transfer trains linear parameters only

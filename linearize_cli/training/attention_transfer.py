@@ -5,7 +5,7 @@ Both get the same inputs, which come from the teacher's own hidden states.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,11 +61,23 @@ def transferring(model: PreTrainedModel, native: str) -> Iterator[dict[str, Tens
             losses[names[module]] = losses.get(names[module], 0) + relative_error(output, target)
         return target, None
 
+    with attending(model, attend, native):
+        yield losses
+
+
+@contextmanager
+def attending(model: PreTrainedModel, attend: Callable, masks: str) -> Iterator[None]:
+    """Let the model attend by a function of our own while the context is open.
+
+    Args:
+        attend: an attention function of transformers' interface.
+        masks: the attention implementation whose masks the function takes (`sdpa`, `eager`).
+    """
     AttentionInterface.register(TRANSFER, attend)
-    AttentionMaskInterface.register(TRANSFER, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    AttentionMaskInterface.register(TRANSFER, ALL_MASK_ATTENTION_FUNCTIONS[masks])
     try:
         with attention_implementation(model, TRANSFER):
-            yield losses
+            yield
     finally:
         AttentionInterface._global_mapping.pop(TRANSFER, None)
         AttentionMaskInterface._global_mapping.pop(TRANSFER, None)
