@@ -32,7 +32,8 @@ ROWS = {
     "lolcats, 1e-3": [*LOLCATS, "--set", "recover.distill.lr=1e-3"],
     "lolcats, 5e-4": [*LOLCATS, "--set", "recover.distill.lr=5e-4"],
     "lolcats, 2e-4": [*LOLCATS, "--set", "recover.distill.lr=2e-4"],
-    "gated-delta": ["--method", "augmented:gated-delta"],
+    "gated-delta": ["--method", "gated-delta"],
+    "gated-delta, not calibrated": ["--method", "gated-delta", "--set", "recover.transfer.calibrate=false"],
     "seed": ["--method", "augmented:flash", *(part for key in SEED_RECIPE for part in ("--set", key))],
 }
 COLUMNS = (

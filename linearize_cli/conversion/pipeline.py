@@ -26,7 +26,7 @@ from linearize_cli.models.stored import dtypes, in_stored_dtypes
 from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.speculative.medusa import MedusaHeads
 from linearize_cli.terminal import Terminal
-from linearize_cli.training.checkpoint import Session
+from linearize_cli.training.checkpoint import FILE, Checkpoint, Session
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
 from linearize_cli.training.medusa import LOG, train_heads
@@ -46,7 +46,7 @@ class Place:
         partial: the workspace in the same parent folder. The artifact is written to `partial/artifact`.
         engine: the training processes.
         terminal: the output to the user.
-        memory: the bytes that the conversion may use. None: what the device has free.
+        memory: the bytes that each process may use. None: what the device has free.
     """
 
     output: Path
@@ -56,8 +56,9 @@ class Place:
     memory: int | None = None
 
     def budget(self) -> int:
-        """Return the bytes that the conversion may use on the device of a process."""
-        return self.memory or round(HEADROOM * free_memory(self.engine.device))
+        """Return the bytes that each process may use. Processes on CPUs share the memory of the machine."""
+        sharing = self.engine.processes if self.engine.device == "cpu" else 1
+        return self.memory or round(HEADROOM * free_memory(self.engine.device) / sharing)
 
 
 def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, Any]:
@@ -99,19 +100,11 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
         UserError: the job, the model or the text cannot be used.
     """
     engine, terminal = place.engine, place.terminal
-    session = Session.open(engine, terminal, place.partial)
-    known = planned(
-        job,
-        engine.device,
-        engine.processes,
-        place.budget(),
-        trust_remote_code,
-        session.checkpoint.results.get("plan", {}),
-    )
+    before = Checkpoint.load(place.partial / FILE).results.get("plan", {})
+    memory = engine.on_main(place.budget)  # all processes must have the same plan
+    known = planned(job, engine.device, engine.processes, memory, trust_remote_code, before)
     job, plan, length = known.job, known.plan, known.length
     terminal.note(plan.line(job, length))
-    session.checkpoint.results["plan"] = plan.to_dict()
-    session.micro.rows = plan.rows
     model, tokenizer = load_stored(
         job.model, job.dtype, "cpu" if plan.block_layers else engine.home, trust_remote_code
     )
@@ -128,6 +121,9 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
     engine.on_main(check_space, place.output, model, hidden_bytes(job, model, by_block))
     text.write_own(model, tokenizer, place.partial / "self.jsonl", length, terminal, engine)
     blocks = text.blocks(job, tokenizer, task, length, terminal)
+    session = Session.open(engine, terminal, place.partial)
+    session.checkpoint.results["plan"] = plan.to_dict()
+    session.micro.rows = plan.rows
     return Conversion(job, model, linear, softmax, blocks, session, stored, by_block)
 
 

@@ -115,7 +115,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     gc.collect()  # older garbage that is freed during a measurement would falsify the peak
     with one_thread():
-        on = machine(device)
+        on = machine(student.device)
         for many, length in cells:
             reason = None
             if length > limit:

@@ -43,7 +43,7 @@ def test_an_artifact_is_whole(whole, teacher):
     assert saved == {key: value for key, value in report.items() if key != "output"}
     assert set(saved) == {
         "schema", "base_model", "method", "layers", "seq_len", "tokens", "perplexity", "ablation", "self_check",
-        "state_bytes", "kv_bytes_per_token", "seconds", "versions", "keep_softmax",
+        "state_bytes", "kv_bytes_per_token", "seconds", "versions", "keep_softmax", "plan",
         "checksums", "fingerprint", "card",
     }  # fmt: skip
     assert saved["layers"] == {

@@ -35,7 +35,7 @@ def refused(tmp_path, monkeypatch):
     def loaded(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "load_teacher", loaded)
+    monkeypatch.setattr(pipeline, "load_stored", loaded)
 
     def refused(output, model="model", data="text.txt", force=True, **options) -> str:
         before = contents(tmp_path)
@@ -194,14 +194,14 @@ def test_the_folder_behind_a_link_is_replaced(teacher):
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(teacher, monkeypatch):
-    output, load = teacher.folder / "late", pipeline.load_teacher
+    output, load = teacher.folder / "late", pipeline.load_stored
 
     def slow(*arguments):
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
         return load(*arguments)
 
-    monkeypatch.setattr(pipeline, "load_teacher", slow)
+    monkeypatch.setattr(pipeline, "load_stored", slow)
     with pytest.raises(UserError, match="already exists"):
         run(teacher, output, train=False)
     assert os.listdir(output) == ["thesis.tex"] and not (teacher.folder / "late.partial").exists()
@@ -230,7 +230,7 @@ def test_an_interruption_before_anything_is_done_leaves_nothing(teacher, monkeyp
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "load_teacher", interrupted)
+    monkeypatch.setattr(pipeline, "load_stored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(teacher, teacher.folder / "early", train=False)
     assert not list(teacher.folder.glob("early*"))

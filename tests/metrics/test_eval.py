@@ -27,7 +27,7 @@ from linearize_cli.models.tasks import last_position
 PNG = b"\x89PNG"
 KEYS = {
     *("schema", "teacher", "method", "data", "contexts", "window", "perplexity", "kl", "top1_agreement"),
-    *("ablation", "recall", "passkey", "generation", "tasks", "dtype", "seed", "versions"),
+    *("ablation", "recall", "passkey", "generation", "embeddings", "tasks", "dtype", "seed", "versions"),
 }
 
 

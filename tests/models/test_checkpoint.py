@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import linearize_cli.demo
 from linearize_cli.errors import Notice, UserError
-from linearize_cli.models.load import load_shape, load_teacher, resolve_model
+from linearize_cli.models.load import load_shape, load_stored, load_teacher, resolve_model
 
 STORIES = Path(__file__).parents[3] / "shared/checkpoints/stories260k-llama"
 
@@ -62,7 +62,7 @@ def test_dtype(folder):
     assert load_teacher(str(folder))[0].dtype == torch.float32
     assert load_teacher(str(folder), dtype="bfloat16")[0].dtype == torch.bfloat16
     LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
-    assert load_teacher(str(folder))[0].dtype == torch.float16
+    assert load_stored(str(folder))[0].dtype == torch.float16
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": "bf17"}, {"dtype": "nn"}, {"device": "gpu"}])

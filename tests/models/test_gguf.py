@@ -19,7 +19,7 @@ from linearize_cli.cli import main  # noqa: E402
 from linearize_cli.conversion.convert import default_output  # noqa: E402
 from linearize_cli.conversion.inspect import inspect  # noqa: E402
 from linearize_cli.errors import Notice, UserError  # noqa: E402
-from linearize_cli.models.load import load_shape, load_teacher, resolve_model  # noqa: E402
+from linearize_cli.models.load import load_shape, load_stored, load_teacher, resolve_model  # noqa: E402
 
 IDS = torch.tensor([[1, 5, 9, 260, 40, 7, 33]])
 LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
@@ -83,7 +83,7 @@ def test_quantised_weights_are_dequantised(tmp_path, model):
 
 def test_half_precision_is_kept(tmp_path, model):
     file = write_gguf(tmp_path / "tiny.gguf", model, "F16")
-    loaded, _ = load_teacher(str(file))
+    loaded, _ = load_stored(str(file))
     assert loaded.dtype == load_shape(str(file)).dtype == torch.float16
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
 
