@@ -10,8 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from linearize_cli.artifact.record import DISTANCES
+from linearize_cli.models.encoders import Embedding
 from linearize_cli.models.gguf import SUFFIX, split_name
-from linearize_cli.models.tasks import TASKS, CausalLM, Embedding
+from linearize_cli.models.tasks import TASKS, CausalLM
 
 NOT_MEASURED = "not measured"
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize_cli.models.tasks import CausalLM, Task, reach
+from linearize_cli.models.positions import reach
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.runtime.dispatch import converted
 
 SEED, BEST = 20240608, 8

@@ -87,7 +87,7 @@ def refuse_linearized(model: str) -> None:
     Raises:
         UserError: the model is linearized.
     """
-    from linearize_cli.models.load import resolve_model
+    from linearize_cli.models.find import resolve_model
 
     if "linearize" in read_config(Path(resolve_model(model, weights=False))):
         raise UserError(
@@ -108,7 +108,7 @@ def enter_own_feature_map(path: str, trust_remote_code: bool) -> None:
     from linearize_kernels.parts.far import FAR_PARTS
     from linearize_kernels.parts.feature_maps import FEATURE_MAPS
 
-    from linearize_cli.models.load import resolve_model
+    from linearize_cli.models.find import resolve_model
     from linearize_cli.runtime.bundle import OWN, load_own_code
 
     folder = resolve_model(path)

@@ -13,7 +13,9 @@ from linearize_cli.data.names import SELF
 from linearize_cli.errors import UserError
 from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.layer import Layer
-from linearize_cli.models.tasks import CausalLM, Task, context_length
+from linearize_cli.models.positions import context_length
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import KEY, LayerBlocks

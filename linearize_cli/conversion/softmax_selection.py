@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize_cli.models.batch import Blocks
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
 

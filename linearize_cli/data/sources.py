@@ -17,7 +17,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.methods.recipe import Recover
 from linearize_cli.models.batch import Blocks
-from linearize_cli.models.tasks import MissingEmbedding, Task
+from linearize_cli.models.task import MissingEmbedding, Task
 
 DEMO_SEED, DEMO_DOCUMENTS = 2, 20_000
 HELD_OUT_SHARE = 0.01

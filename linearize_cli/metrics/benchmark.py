@@ -21,7 +21,8 @@ from linearize_cli.inputs import user_path
 from linearize_cli.metrics import plots
 from linearize_cli.metrics.speed import PHASES, measure, unmeasured
 from linearize_cli.metrics.timing import machine, one_thread
-from linearize_cli.models.tasks import context_length, last_position, task_of
+from linearize_cli.models.positions import context_length, last_position
+from linearize_cli.models.tasks import task_of
 from linearize_cli.tables import number, size, table
 from linearize_cli.terminal import Terminal
 from linearize_cli.versions import versions

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from linearize_cli.errors import UserError
 from linearize_cli.models.decoding import Decoder, marked
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 
 CHUNKS = (7, 1, 13, 64, 2, 33)  # tokens of the chunks of a chunked prefill, repeated in a cycle
 

@@ -28,7 +28,8 @@ from linearize_cli.metrics.teacher_comparison import (
     measure_text,
     window,
 )
-from linearize_cli.models.tasks import CausalLM, context_length, last_position, task_of
+from linearize_cli.models.positions import context_length, last_position
+from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.terminal import Terminal
 from linearize_cli.versions import versions
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 
 NGRAM = 4
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize_cli.metrics.predictions import evaluating, predictions
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 
 
 def perplexity(

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import IGNORED, causal_batch
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.tasks import CausalLM, Task
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 
 AT_ONCE = 8192  # the most tokens in one forward
 LOGITS = 1 << 26  # the most logits in one forward

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from linearize_cli.errors import CheckFailed
 from linearize_cli.metrics.equivalence import Comparison, compare_batch
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.tasks import Task, context_length
+from linearize_cli.models.positions import context_length
+from linearize_cli.models.task import Task
 from linearize_cli.runtime.dispatch import converted
 
 # Largest logit difference allowed, relative to the largest logit. In fp32 this is about 200 roundings. In half

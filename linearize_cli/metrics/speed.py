@@ -24,7 +24,7 @@ from linearize_cli.metrics.memory import cache_bytes
 from linearize_cli.metrics.timing import interleaved, out_of_memory, peak_bytes
 from linearize_cli.models.batch import IGNORED
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 
 REPEATS = 9  # the most timed repeats
 STEPS = 32  # the most timed decoding steps

@@ -16,7 +16,8 @@ from linearize_cli.metrics.harness import Harness
 from linearize_cli.metrics.perplexity import observations
 from linearize_cli.metrics.predictions import predictions
 from linearize_cli.metrics.recall import recall
-from linearize_cli.models.tasks import CausalLM, Task
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.terminal import Terminal
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from linearize_cli.errors import UserError
 from linearize_cli.models.decoding import forward
-from linearize_cli.models.tasks import last_position
+from linearize_cli.models.positions import last_position
 from linearize_cli.speculative.decode import Step
 from linearize_cli.speculative.pairs import Pair
 

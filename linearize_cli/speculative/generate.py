@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, TextStreamer
 
 from linearize_cli.artifact.load import artifact_name, load
 from linearize_cli.errors import UserError
-from linearize_cli.models.load import resolve_model
-from linearize_cli.models.tasks import last_position, task_of
+from linearize_cli.models.find import resolve_model
+from linearize_cli.models.positions import last_position
+from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.accept import Greedy, Rule, Sampling, Typical
 from linearize_cli.speculative.decode import speculate
 from linearize_cli.speculative.drafts import Drafter, Lookup

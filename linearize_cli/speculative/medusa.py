@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from linearize_cli.errors import UserError
 from linearize_cli.files import replacing
-from linearize_cli.models.tasks import CausalLM, Task
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.speculative.decode import cannot_branch, why_no_tree
 from linearize_cli.speculative.drafts import Draft
 from linearize_cli.speculative.trees import Choices, Rates, chain, is_choices

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.artifact.load import artifact_name, enter_own_feature_map, load, refuse_linearized
 from linearize_cli.artifact.record import read_config, read_record
 from linearize_cli.errors import UserError, first_five
-from linearize_cli.models.load import load_teacher, resolve_model
+from linearize_cli.models.find import resolve_model
+from linearize_cli.models.load import load_teacher
 from linearize_cli.models.load_errors import explained
 from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.runtime import linearize

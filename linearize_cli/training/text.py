@@ -11,7 +11,7 @@ from linearize_cli.data import sources as text
 from linearize_cli.data.names import DEMO, SELF
 from linearize_cli.data.self_generated import write_corpus
 from linearize_cli.models.batch import Batch, Blocks
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.job import Job

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.metrics.equivalence import Comparison
 from linearize_cli.metrics.selfcheck import TOLERANCE
 from linearize_cli.models.decoding import forward
-from linearize_cli.models.tasks import CausalLM, Task
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.speculative.decode import why_no_tree
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.verification.speculation import Speculation

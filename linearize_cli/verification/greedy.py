@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from linearize_cli.models.tasks import Task
+from linearize_cli.models.task import Task
 from linearize_cli.speculative.decode import written
 from linearize_cli.verification.check import FAIL, OK, TIE, Finding, Line, Subject
 from linearize_cli.verification.speculation import Speculation

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from linearize_cli.metrics.equivalence import Comparison
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.tasks import CausalLM, reach
+from linearize_cli.models.positions import reach
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.verification.check import Finding, Subject, compared, not_checked
 from linearize_cli.verification.definition import causal_layers, layer_inputs
 

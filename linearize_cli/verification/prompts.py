@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.data.readers import BadRow, BadRows, Chat, read_jsonl
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_text
-from linearize_cli.models.tasks import context_length
+from linearize_cli.models.positions import context_length
 
 PROMPTS = (
     "Once upon a time, there was a little girl",

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from linearize_cli.metrics.equivalence import Comparison, run
 from linearize_cli.models.decoding import Decoder, forward, pad_left
-from linearize_cli.models.tasks import reach
+from linearize_cli.models.positions import reach
 from linearize_cli.runtime.cache import ROLLBACK
 from linearize_cli.verification.check import Finding, Subject, compared, is_linear, refused
 

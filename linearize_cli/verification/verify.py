@@ -23,7 +23,9 @@ from linearize_cli.inputs import user_path
 from linearize_cli.metrics.equivalence import rounding_noise, sample_rows
 from linearize_cli.metrics.selfcheck import TOLERANCE
 from linearize_cli.models.decoding import Decoder
-from linearize_cli.models.tasks import Task, context_length, task_of
+from linearize_cli.models.positions import context_length
+from linearize_cli.models.task import Task
+from linearize_cli.models.tasks import task_of
 from linearize_cli.runtime.dispatch import converted
 from linearize_cli.speculative.drafts import Drafter, Lookup
 from linearize_cli.verification.check import (

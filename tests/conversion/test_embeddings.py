@@ -17,9 +17,10 @@ from linearize_cli.metrics.benchmark import bench
 from linearize_cli.metrics.embeddings import rank_correlation
 from linearize_cli.metrics.evaluation import evaluate
 from linearize_cli.models.distances import pool
+from linearize_cli.models.encoders import Embedding
 from linearize_cli.models.load import load_teacher
 from linearize_cli.models.sentence_folder import SentenceFolder
-from linearize_cli.models.tasks import Embedding, task_of
+from linearize_cli.models.tasks import task_of
 from linearize_cli.speculative.generate import generate
 
 PARTS = ("attention.local.size=4", "attention.conv.width=3", "attention.far.key_weight=false")

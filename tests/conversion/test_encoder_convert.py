@@ -18,7 +18,8 @@ from linearize_cli.errors import UserError
 from linearize_cli.metrics.perplexity import perplexity
 from linearize_cli.models.batch import IGNORED
 from linearize_cli.models.load import load_teacher
-from linearize_cli.models.tasks import context_length, task_of
+from linearize_cli.models.positions import context_length
+from linearize_cli.models.tasks import task_of
 from linearize_cli.runtime import layer as runtime_layer
 from linearize_cli.speculative.generate import generate
 

@@ -13,7 +13,8 @@ from linearize_cli.data import sources as data
 from linearize_cli.data.readers import BadRow, BadRows, Chat
 from linearize_cli.data.tokenize import at_most, encode, marks_assistant
 from linearize_cli.errors import UserError
-from linearize_cli.models.tasks import MissingEmbedding, task_of
+from linearize_cli.models.task import MissingEmbedding
+from linearize_cli.models.tasks import task_of
 from linearize_cli.terminal import Terminal
 
 

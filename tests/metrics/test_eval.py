@@ -22,7 +22,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.metrics import predictions as measure
 from linearize_cli.metrics.perplexity import perplexity
 from linearize_cli.models.load import load_teacher
-from linearize_cli.models.tasks import last_position
+from linearize_cli.models.positions import last_position
 
 PNG = b"\x89PNG"
 KEYS = {

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import linearize_cli.demo
 from linearize_cli.errors import Notice, UserError
-from linearize_cli.models.load import load_shape, load_stored, load_teacher, resolve_model
+from linearize_cli.models.find import resolve_model
+from linearize_cli.models.load import load_shape, load_stored, load_teacher
 
 STORIES = Path(__file__).parents[3] / "shared/checkpoints/stories260k-llama"
 

@@ -19,7 +19,8 @@ from linearize_cli.cli import main  # noqa: E402
 from linearize_cli.conversion.convert import default_output  # noqa: E402
 from linearize_cli.conversion.inspect import inspect  # noqa: E402
 from linearize_cli.errors import Notice, UserError  # noqa: E402
-from linearize_cli.models.load import load_shape, load_stored, load_teacher, resolve_model  # noqa: E402
+from linearize_cli.models.find import resolve_model  # noqa: E402
+from linearize_cli.models.load import load_shape, load_stored, load_teacher  # noqa: E402
 
 IDS = torch.tensor([[1, 5, 9, 260, 40, 7, 33]])
 LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)

@@ -8,7 +8,8 @@ from walk import TYPES, walk
 from linearize_cli.conversion.layer_selection import choose_layers, plan_layers
 from linearize_cli.conversion.phantom import Phantom
 from linearize_cli.errors import UserError
-from linearize_cli.models.tasks import config_value, context_length, last_position
+from linearize_cli.models.positions import context_length, last_position
+from linearize_cli.models.task import config_value
 
 SAMPLE = TYPES[::12]
 

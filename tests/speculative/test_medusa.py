@@ -15,7 +15,8 @@ from linearize_cli.artifact.completeness import artifact_files
 from linearize_cli.conversion.heads import heads as train
 from linearize_cli.errors import UserError
 from linearize_cli.models.batch import IGNORED, Batch
-from linearize_cli.models.tasks import CausalLM, Encoder
+from linearize_cli.models.encoders import Encoder
+from linearize_cli.models.tasks import CausalLM
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads, last_hidden, load_heads
 from linearize_cli.speculative.trees import NAMED, Choices, chain
 from linearize_cli.training.medusa import HeadTraining
