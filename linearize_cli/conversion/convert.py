@@ -11,11 +11,10 @@ from linearize_cli.conversion.estimate import ASSUMED, measured_flops
 from linearize_cli.conversion.layer_selection import measured_count
 from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.pipeline import Place, make_artifact
-from linearize_cli.conversion.plan import HEADROOM, planned
+from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.data.readers import BadRows
-from linearize_cli.errors import UserError
 from linearize_cli.methods.registry import load_recipe
-from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, free_memory
+from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, is_here
 from linearize_cli.models.gguf import SUFFIX, split_name
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
@@ -133,15 +132,12 @@ def plan_report(
     refuse_linearized(job.model)
     if job.data:
         open_sources(job, BadRows(job.skip_bad_rows))
-    here = exists(device)
-    if memory is None and here:
-        memory = round(HEADROOM * free_memory(device))
-    known = planned(job, device, processes, memory, trust_remote_code, {})
+    known = planned(job, device, processes, Memory.of(memory, device), trust_remote_code, {})
     job, plan, estimate = known.job, known.plan, known.estimate
     count = measured_count(job.keep_softmax)
     if flops is None:
         flops, where = ASSUMED, f"assumed for {device}, which is not here. --flops states it"
-        if here:
+        if is_here(device):
             flops = measured_flops(device, checked_dtype(plan.dtype))
             where = f"a matrix product in {plan.dtype}, measured on {device}"
     else:
@@ -164,12 +160,3 @@ def plan_report(
         "plan_line": plan.line(job, known.length),
         "estimate": replace(estimate, flops=flops, source=where).all(),
     }
-
-
-def exists(device: str) -> bool:
-    """Return True if torch can use a device on this machine."""
-    try:
-        chosen_device(device)
-    except UserError:
-        return False
-    return True

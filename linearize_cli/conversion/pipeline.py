@@ -14,13 +14,13 @@ from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.artifact.save import save_artifact, save_report
 from linearize_cli.conversion.layer_selection import chosen_layers
-from linearize_cli.conversion.plan import HEADROOM, planned
+from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.conversion.preflight import check_blocks, check_space, hidden_bytes
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
-from linearize_cli.models.device import checked_dtype, free_memory, in_working_dtype
+from linearize_cli.models.device import checked_dtype, in_working_dtype
 from linearize_cli.models.load import load_stored
 from linearize_cli.models.stored import dtypes, in_stored_dtypes
 from linearize_cli.models.tasks import CausalLM, task_of
@@ -55,10 +55,10 @@ class Place:
     terminal: Terminal
     memory: int | None = None
 
-    def budget(self) -> int:
-        """Return the bytes that each process may use. Processes on CPUs share the memory of the machine."""
+    def budget(self) -> Memory:
+        """Return the memory that each process may use. Processes on CPUs share that of the machine."""
         sharing = self.engine.processes if self.engine.device == "cpu" else 1
-        return self.memory or round(HEADROOM * free_memory(self.engine.device) / sharing)
+        return Memory.of(self.memory, self.engine.device, sharing)
 
 
 def make_artifact(job: Job, place: Place, trust_remote_code: bool) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from linearize_cli.conversion.preflight import (
     with_batch_size,
     with_loss_weights,
 )
+from linearize_cli.data.names import SELF
 from linearize_cli.errors import UserError
-from linearize_cli.models.device import checked_dtype, working_dtype
+from linearize_cli.models.device import checked_dtype, free_memory, is_here, working_dtype
 from linearize_cli.models.layer import Layer
 from linearize_cli.models.load import load_shape
 from linearize_cli.models.tasks import task_class
@@ -28,6 +29,32 @@ from linearize_cli.training.student import checkpointable
 
 HEADROOM = 0.9  # share of the free memory that a plan uses, because other programs need some too
 BLOCKS = (32, 16, 8, 4, 2, 1)  # layers on the device at a time, to choose from
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that a plan may use.
+
+    Attributes:
+        limit: the number of bytes. None: it is not known.
+        stated: True if the user has stated it, so that a plan must fit.
+    """
+
+    limit: int | None
+    stated: bool
+
+    @classmethod
+    def of(cls, asked: int | None, device: str, sharing: int = 1) -> "Memory":
+        """Return the memory that a user asks for, or by default most of what a device has free.
+
+        Args:
+            asked: the number of bytes, or None.
+            sharing: the number of processes that share the device.
+        """
+        if asked is not None:
+            return cls(asked, stated=True)
+        free = round(HEADROOM * free_memory(device) / sharing) if is_here(device) else None
+        return cls(free, stated=False)
 
 
 @dataclass(frozen=True)
@@ -110,14 +137,14 @@ class Planned:
 
 
 def planned(
-    job: Job, device: str, processes: int, memory: int | None, trust_remote_code: bool, before: dict[str, Any]
+    job: Job, device: str, processes: int, memory: Memory, trust_remote_code: bool, before: dict[str, Any]
 ) -> Planned:
     """Check a run configuration with the shapes of its model, and plan the conversion. No weights are read.
 
     Args:
         device: the torch device to plan for. It need not exist.
         processes: the number of training processes.
-        memory: the bytes that the conversion may use on the device. None: no limit is known.
+        memory: the memory that each process may use on the device.
         before: the plan of an interrupted run that is resumed, as JSON data. Empty for a new run. What it
             does in blocks of layers stays.
 
@@ -144,9 +171,11 @@ def planned(
 
 
 def fitting(
-    estimate: Estimate, dtype: str, memory: int | None, checkpointable: bool, before: dict[str, Any]
+    estimate: Estimate, dtype: str, memory: Memory, checkpointable: bool, before: dict[str, Any]
 ) -> Plan:
-    """Return the first plan that fits into `memory` bytes, from the fastest to the smallest.
+    """Return the first plan that fits into the memory, from the fastest to the smallest.
+
+    If none fits into the memory that is free, return the smallest: the estimate may be too high.
 
     Args:
         estimate: the arithmetic, whose rows and recipe are replaced by those of each plan.
@@ -155,17 +184,19 @@ def fitting(
         before: the plan of the run that is resumed.
 
     Raises:
-        UserError: no plan fits.
+        UserError: no plan fits into the memory that the user has stated.
     """
     plans = []
-    for plan in candidates(estimate, dtype, memory, checkpointable, before):
+    for plan in candidates(estimate, dtype, memory.limit, checkpointable, before):
         own = replace(estimate, job=plan.applied(estimate.job), rows=plan.rows)
         plans.append(replace(plan, peak=round(max(own.peaks()))))
-        if memory is None or plans[-1].peak <= memory:
+        if memory.limit is None or plans[-1].peak <= memory.limit:
             return plans[-1]
-    smallest = min(plan.peak for plan in plans)
+    smallest = min(plans, key=lambda plan: plan.peak)
+    if not memory.stated:
+        return smallest
     raise UserError(
-        f"the smallest plan takes {size(smallest)}, and the memory for it is {size(memory)}",
+        f"the smallest plan takes {size(smallest.peak)}, and the memory for it is {size(memory.limit)}",
         "Pass a smaller --seq-len, --dtype bfloat16, or another --device. --dry-run without --memory shows "
         "what takes the memory.",
     )
@@ -177,7 +208,8 @@ def candidates(
     """Yield plans without their peaks, the fastest first: fewer rows at a time, then gradient checkpointing,
     then blocks of layers, then no distillation.
 
-    Keys of the recipe that the user has set are kept, and blocks of layers need a device other than the CPU.
+    Keys of the recipe that the user has set are kept. Blocks of layers need a device other than the CPU, and
+    text that the model does not have to write first.
     """
     transfer, distill = estimate.job.recipe.recover.transfer, estimate.job.recipe.recover.distill
     layers = len(estimate.costs.layers)
@@ -188,6 +220,7 @@ def candidates(
         "block_layers" not in transfer.model_fields_set
         and estimate.device != "cpu"
         and estimate.processes == 1
+        and SELF not in estimate.job.data
     ):
         blocks += [n for n in BLOCKS if n < layers]
         by_hand = any(x.startswith("recover.transfer.share=") for x in estimate.job.overrides)

@@ -43,6 +43,15 @@ def chosen_device(device: str = AUTO) -> str:
     return device
 
 
+def is_here(device: str) -> bool:
+    """Return True if torch can use a device on this machine."""
+    try:
+        chosen_device(device)
+    except UserError:
+        return False
+    return True
+
+
 def checked_dtype(dtype: str | None) -> torch.dtype | None:
     """Return the torch dtype with this name, or None for None and `auto`.
 
