@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor
 
 from linearize_cli.artifact.checksums import checksums
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
@@ -19,7 +18,7 @@ from linearize_cli.conversion.preflight import check_blocks, check_space, hidden
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
-from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
+from linearize_cli.metrics.selfcheck import check_tokens, reload_difference, require_same, self_check
 from linearize_cli.models.device import checked_dtype, in_working_dtype
 from linearize_cli.models.load import load_stored
 from linearize_cli.models.stored import dtypes, in_stored_dtypes
@@ -215,24 +214,18 @@ def save(conversion: Conversion, report: dict[str, Any], heads: MedusaHeads | No
     if heads is not None:
         heads.save(folder, stored)
         shutil.copy(partial / "heads" / LOG, folder)
+    with conversion.on_device(model):
+        ids = check_tokens(model, text.held_out).to(model.device)
+        differences, logits = self_check(text.task, model, ids)
+    model.to("meta")  # there may be no memory for two models
     auto_class = getattr(transformers, text.task.auto_class)
-    loaded = auto_class.from_pretrained(folder, dtype=stored).eval()
+    loaded = auto_class.from_pretrained(folder, dtype=stored).to(place).eval()
     if dtype != stored:
         loaded.to(dtype)
-
-    def read_again(rows: list[Tensor]) -> list[Tensor]:
-        if not conversion.by_block:
-            model.to("cpu")  # a device may not hold two models
-            loaded.to(place)
-        with conversion.on_device(loaded):
-            return text.task.read(loaded, rows)
-
-    with conversion.on_device(model):
-        ids = check_tokens(model, text.held_out).to(place)
-        differences, limit = self_check(text.task, model, read_again, ids)
-    require_same(differences, limit)
-    report["self_check"] = differences
     with conversion.on_device(loaded):
+        differences["reload"] = reload_difference(text.task, loaded, ids, logits)
+        require_same(differences, logits)
+        report["self_check"] = differences
         # Streamed layers keep their dtype: the host might not hold a copy in fp32.
         exact = loaded if conversion.by_block else in_float32(loaded) or loaded
         report["fingerprint"] = fingerprint(text.task, exact, text.tokenizer)

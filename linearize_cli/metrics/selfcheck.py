@@ -1,7 +1,5 @@
 """The self-check of every conversion before it is saved: all ways to compute the logits must agree."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,26 +18,20 @@ PADS, LAST = 11, 8  # pads before a row, and single tokens at the end of a row
 
 
 @torch.no_grad()
-def self_check(
-    task: Task, model: PreTrainedModel, read_again: Callable[[list[Tensor]], list[Tensor]], ids: Tensor
-) -> tuple[dict[str, float | None], float]:
-    """Compare the ways in which a model can compute logits.
+def self_check(task: Task, model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, float | None], Tensor]:
+    """Compare the ways in which a converted model can compute logits.
 
     Args:
-        model: the converted model.
-        read_again: computes the logits of rows of token ids with the model after it was saved and loaded. It
-            is called last, so that a device need not hold both models.
         ids: token ids `[2, L]`.
 
     Returns:
-        The largest logit differences, and the limit for all of them. The differences are:
+        The largest logit differences, and the logits of both rows, with which `reload_difference` compares the
+            saved model. The differences are:
             incremental: one forward against decoding with single tokens and chunks. None for an encoder.
             padded: a row alone against the same row with pads. Decoding with a cache is included.
-            reload: the model in memory against the saved one.
     """
     rows, row = list(ids), ids[0, PADS:]
     logits = torch.stack(task.read(model, rows))
-    size = max(1.0, logits.abs().max().item())
     differences = {
         "incremental": None,
         "padded": largest(task.read(model, [row], extra=PADS)[0], task.read_alone(model, row, PADS)),
@@ -48,11 +40,26 @@ def self_check(
         decoder, _, _ = task.start(model, rows[:1])
         edge = first_edge(model, ids.shape[1])
         differences["incremental"] = incremental_difference(decoder, ids, edge)
-        behind_pads = Comparison(1.0, size)
+        behind_pads = Comparison(1.0, scale(logits))
         compare_padded_decoding(task, model, ids, edge, behind_pads)
         differences["padded"] = max(differences["padded"], behind_pads.diff)
-    differences["reload"] = largest(torch.stack(read_again(rows)), logits)
-    return differences, TOLERANCE[logits.dtype] * size
+    return differences, logits
+
+
+@torch.no_grad()
+def reload_difference(task: Task, loaded: PreTrainedModel, ids: Tensor, logits: Tensor) -> float:
+    """Return the largest difference of a saved and reloaded model's logits from those of the model in memory.
+
+    Args:
+        ids: token ids `[2, L]`.
+        logits: the logits of the model in memory (see `self_check`).
+    """
+    return largest(torch.stack(task.read(loaded, list(ids))), logits)
+
+
+def scale(logits: Tensor) -> float:
+    """Return the largest absolute logit, at least 1, to which differences are compared."""
+    return max(1.0, logits.abs().max().item())
 
 
 def first_edge(model: PreTrainedModel, length: int) -> int:
@@ -65,13 +72,17 @@ def first_edge(model: PreTrainedModel, length: int) -> int:
     return min(length, max(eq.sinks + eq.recent + eq.recent // 3 for eq in equations) + 5)
 
 
-def require_same(differences: dict[str, float | None], limit: float) -> None:
-    """Check that all differences of the self-check are within the limit. A difference of None was not
-    measured.
+def require_same(differences: dict[str, float | None], logits: Tensor) -> None:
+    """Check that all differences of the self-check are within the limit of their dtype. A difference of None was
+    not measured.
+
+    Args:
+        logits: the logits that were compared.
 
     Raises:
         CheckFailed: a difference exceeds the limit. The message names each, and by how much.
     """
+    limit = TOLERANCE[logits.dtype] * scale(logits)
     # `not x <= limit` is also true for NaN.
     failed = [form for form, x in differences.items() if x is not None and not x <= limit]
     if failed:

@@ -58,15 +58,15 @@ def killing_perplexity(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return perplexity(*arguments)
 stages.perplexity = killing_perplexity
-from linearize_cli.models import encoders
-divergence, compared = encoders.divergence, 0
+from linearize_cli.models import task
+divergence, compared = task.divergence, 0
 def killing_divergence(*arguments):
     global compared
     compared += 1
     if moment.startswith("in-divergence") and compared == int(moment.split("-")[-1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return divergence(*arguments)
-encoders.divergence = killing_divergence
+task.divergence = killing_divergence
 for output, moment, keep in json.loads(runs):
     child = os.fork()
     if not child:

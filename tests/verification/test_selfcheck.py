@@ -1,14 +1,19 @@
 """The self-check of a conversion decodes from the first token on, alone and behind pads."""
 
-from functools import partial
-
 import pytest
 import torch
 from families import AUGMENTED, swapped
 from planted_faults import DECODING, GROUPS, LAYOUT, PREFILL, Fault, forget_layouts
 
 from linearize_cli.errors import CheckFailed
-from linearize_cli.metrics.selfcheck import check_tokens, require_same, self_check
+from linearize_cli.metrics.selfcheck import (
+    TOLERANCE,
+    check_tokens,
+    reload_difference,
+    require_same,
+    scale,
+    self_check,
+)
 from linearize_cli.models.tasks import task_of
 
 WIDE = {**AUGMENTED, "local": {"scope": "sliding", "size": 40, "score": "softmax"}, "sinks": 4}
@@ -76,22 +81,24 @@ def new_layouts():
 def differences(model, tokenizer):
     with torch.inference_mode():
         task = task_of(model, tokenizer)
-        return self_check(task, model, partial(task.read, model), check_tokens(model, None))
+        ids = check_tokens(model, None)
+        found, logits = self_check(task, model, ids)
+        return {**found, "reload": reload_difference(task, model, ids, logits)}, logits
 
 
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("attention", [AUGMENTED, WIDE, GROUPS, WIDE_GROUPS])
 def test_sound_models_pass(attention, keep, tokenizer):
-    found, limit = differences(swapped("llama", attention, keep, num_hidden_layers=2), tokenizer)
-    require_same(found, limit)
-    assert max(found.values()) < limit / 4
+    found, logits = differences(swapped("llama", attention, keep, num_hidden_layers=2), tokenizer)
+    require_same(found, logits)
+    assert max(found.values()) < TOLERANCE[logits.dtype] * scale(logits) / 4
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_of_decoding_are_refused(fault, tokenizer, monkeypatch):
     model = swapped("llama", fault.attention, num_hidden_layers=2)
     fault.plant(monkeypatch)
-    found, limit = differences(model, tokenizer)
-    assert found[fault.check] > limit
+    found, logits = differences(model, tokenizer)
+    assert found[fault.check] > TOLERANCE[logits.dtype] * scale(logits)
     with pytest.raises(CheckFailed, match=fault.check):
-        require_same(found, limit)
+        require_same(found, logits)
