@@ -153,7 +153,7 @@ def test_config_alone(tmp_path, model):
     file = write_gguf(tmp_path / "tiny.gguf", model, "Q8_0")
     folder = folder_of(*load_teacher(str(file)), tmp_path / "folder")
     plans = [
-        convert(str(model), tmp_path / "out", dry_run=True, flops=1e12, seq_len=32)
+        convert(str(model), tmp_path / "out", dry_run=True, flops=1e12, seq_len=32, memory=10**9)
         for model in (file, folder)
     ]
     seen = [inspect(str(model)) for model in (file, folder)]
