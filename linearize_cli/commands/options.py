@@ -87,18 +87,21 @@ class Memory(click.ParamType):
     """A number of bytes, such as 24G. `auto` is None."""
 
     name = "auto|SIZE"
-    scales = {"M": 1e6, "G": 1e9, "T": 1e12}
+    scales = {"M": 10**6, "G": 10**9, "T": 10**12, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
     def convert(self, value, param, ctx):
-        if value in (None, "auto"):
+        text = str(value).upper().removesuffix("B")
+        if value is None or text == "AUTO":
             return None
-        scale = self.scales.get(value.upper().removesuffix("B")[-1:], 0.0)
+        digits = text.rstrip("MGTI")
         try:
-            number = float(value.upper().removesuffix("B")[:-1]) * scale
+            number = float(digits) * self.scales.get(text[len(digits) :], 0)
         except ValueError:
             number = 0.0
-        if not 0 < number < float("inf"):
-            self.fail(f"{value!r} is not a size such as 24G or 800M, or auto", param, ctx)
+        if not 0 < number < 1e18:
+            self.fail(
+                f"{value!r} is not a size such as 24G (24 x 10^9 bytes), 24GiB or 800M, or auto", param, ctx
+            )
         return round(number)
 
 

@@ -13,6 +13,7 @@ from linearize_cli.conversion.output import Output, output_folder
 from linearize_cli.conversion.pipeline import Place, make_artifact
 from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.data.readers import BadRows
+from linearize_cli.errors import UserError
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.models.device import AUTO, checked_dtype, chosen_device, is_here
 from linearize_cli.models.gguf import SUFFIX, split_name
@@ -94,6 +95,11 @@ def convert(
         skip_bad_rows=skip_bad_rows,
     )
     device = chosen_device() if device == AUTO else device
+    if processes > 1 and not dry_run:
+        raise UserError(
+            f"--processes {processes} counts with --dry-run alone",
+            f"To run several: accelerate launch --num_processes {processes} -m linearize_cli convert ...",
+        )
     if dry_run:
         return plan_report(job, device, memory, trust_remote_code, processes, flops)
     folder = output_folder(default_output(model, method) if output is None else output)

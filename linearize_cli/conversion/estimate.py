@@ -13,11 +13,11 @@ from linearize_cli.training.job import Job
 TRAINED = 16  # bytes of a trained parameter: itself, its gradient and two averages of AdamW, 4 each
 KEPT = 12  # bytes of a trained parameter in a training checkpoint, which holds no gradient
 ASSUMED = 100e12  # FLOP/s of a GPU that is not here
+HEAD_COPIES = 4  # tensors of all logits of Medusa heads: themselves, log-probabilities, and two gradients
 MEASURED = 3  # tensors of all logits that measuring a perplexity keeps
 COPIES = 6  # tensors of all logits: student and teacher, their log-probabilities, and two gradients
-ALLOCATOR = (
-    0.4  # share of a CPU's freed blocks that the C library keeps, of all memory but the weights (measured)
-)
+# Share of all memory but the weights that the C library of a CPU keeps in freed blocks, at most (measured).
+ALLOCATOR = 0.7
 MEASUREMENTS = ("teacher", "swapped", "transferred", "recovered", "local only", "linear only")
 SEGMENT = 1024  # tokens whose features and scores exist at a time, where the backward computes them again
 
@@ -75,6 +75,8 @@ class Estimate:
             self.transfer_by_blocks()
         self.distillation()
         self.measuring()
+        if self.job.medusa_heads:
+            self.medusa()
         self.disk()
         self.time()
         return self.lines
@@ -82,7 +84,7 @@ class Estimate:
     def peaks(self) -> list[float]:
         """Return the bytes of each stage that the conversion has, as the recipe sets it."""
         recover = self.job.recipe.recover
-        peaks = [self.measuring()]
+        peaks = [self.measuring(), *([self.medusa()] if self.job.medusa_heads else [])]
         if self.budget["transfer"]:
             peaks.append(self.transfer_by_blocks() if recover.transfer.block_layers else self.transfer())
         if self.budget["distill"]:
@@ -201,6 +203,15 @@ class Estimate:
         self.working()
         return self.total(2 if self.shared else 1)
 
+    def medusa(self) -> float:
+        self.section, c = "on the device, Medusa heads" + (", each process" if self.shared else ""), self.costs
+        self.weights()
+        self.trained("heads", self.job.medusa_heads * c.width * (c.width + 1 + c.vocabulary))
+        logits = min(self.tokens * self.job.medusa_heads * c.vocabulary, LOGITS)
+        self.add("logits and loss", f"{HEAD_COPIES} x {logits:,} logits x {FP32} B", HEAD_COPIES * logits * FP32)
+        self.working()
+        return self.total(2 if self.shared else 1)
+
     def weights(self) -> None:
         c = self.costs
         self.add("weights", f"of the checkpoint{self.shared}", c.bytes / self.processes)
@@ -263,8 +274,16 @@ class Estimate:
             "measuring time", arithmetic, forwards * self.job.eval_tokens * per_token / speed, "s"
         )
         again = self.budget["distill"] * (forward + linear + c.stays) / speed
-        self.add("more with gradient checkpointing", "the student's forward again", again, "s")
-        self.add("in all", "the sum without it", seconds, "s")
+        self.add("gradient checkpointing", "the student's forward again", again, "s")
+        if self.job.medusa_heads:
+            tokens, head = sum(self.budget.values()), 6 * c.width * (c.width + c.vocabulary)
+            per_token = forward + linear + c.stays + self.job.medusa_heads * head
+            arithmetic = f"{tokens:,} tokens x (forward + {self.job.medusa_heads} heads x {head:,} FLOP)"
+            seconds += self.add("Medusa heads", arithmetic, tokens * per_token / speed, "s")
+        if self.job.recipe.recover.distill.checkpointing:
+            self.add("in all", "the sum", seconds + again, "s")
+        else:
+            self.add("in all", "the sum without gradient checkpointing", seconds, "s")
 
 
 def measured_flops(device: str, dtype: torch.dtype) -> float:

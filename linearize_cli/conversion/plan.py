@@ -103,13 +103,15 @@ class Plan:
             job: the run configuration, with its batch size resolved.
             length: the number of tokens of a block.
         """
-        parts = [f"{self.device}, {self.dtype}", f"{job.batch_size} blocks of {length} tokens a step"]
+        blocks = f"{job.batch_size} blocks" if job.batch_size > 1 else "1 block"
+        parts = [f"{self.device}, {self.dtype}", f"{blocks} of {length} tokens a step"]
         if self.rows < job.batch_size:
             parts.append(f"{self.rows} at a time")
         if self.checkpointing:
             parts.append("gradient checkpointing")
         if self.block_layers:
-            parts.append(f"transfer of {self.block_layers} layers at a time")
+            layers = f"{self.block_layers} layers" if self.block_layers > 1 else "one layer"
+            parts.append(f"transfer of {layers} at a time")
         if self.transfer_only:
             parts.append("no distillation, because the whole model does not fit")
         limit = "" if self.memory is None else f" of {size(self.memory)}"
@@ -145,8 +147,8 @@ def planned(
         device: the torch device to plan for. It need not exist.
         processes: the number of training processes.
         memory: the memory that each process may use on the device.
-        before: the plan of an interrupted run that is resumed, as JSON data. Empty for a new run. What it
-            does in blocks of layers stays.
+        before: the plan of an interrupted run that is resumed, as JSON data. Empty for a new run. Its
+            `block_layers` and `transfer_only` are kept, because the run's files depend on them.
 
     Raises:
         UserError: the model cannot be converted with this configuration, or no plan fits the memory.
@@ -197,8 +199,8 @@ def fitting(
         return smallest
     raise UserError(
         f"the smallest plan takes {size(smallest.peak)}, and the memory for it is {size(memory.limit)}",
-        "Pass a smaller --seq-len, --dtype bfloat16, or another --device. --dry-run without --memory shows "
-        "what takes the memory.",
+        "Pass a larger --memory, a smaller --seq-len or another --device. --dry-run without --memory shows what "
+        "takes the memory.",
     )
 
 
@@ -229,8 +231,8 @@ def candidates(
     if "checkpointing" not in distill.model_fields_set and checkpointable and layers:
         again = [False, True]
     rows = -(-estimate.job.batch_size // estimate.processes)
-    for transfer_only, checkpointing, block_layers in product(shares, again, blocks):
-        if transfer_only and not block_layers:
+    for transfer_only, block_layers, checkpointing in product(shares, blocks, again):
+        if transfer_only and (checkpointing or not block_layers):
             continue
         for own in halves(rows):
             yield Plan(estimate.device, dtype, memory, own, checkpointing, block_layers, transfer_only, 0)

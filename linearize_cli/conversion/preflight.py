@@ -17,7 +17,7 @@ from linearize_cli.models.positions import context_length
 from linearize_cli.models.task import Task
 from linearize_cli.models.tasks import CausalLM
 from linearize_cli.training.engine import Engine
-from linearize_cli.training.job import Job
+from linearize_cli.training.job import EVAL_TOKENS, Job
 from linearize_cli.training.streamed_layers import KEY, LayerBlocks
 from linearize_cli.training.student import checkpointable
 
@@ -194,6 +194,11 @@ def check_budget(job: Job, length: int, processes: int = 1) -> None:
         raise UserError(
             f"--batch-size {job.batch_size} cannot be divided among {processes} processes",
             "It counts the blocks of all processes. Use a multiple of their number.",
+        )
+    if job.eval_tokens < min(length, EVAL_TOKENS):
+        raise UserError(
+            f"--eval-tokens {job.eval_tokens} is less than one block of {length} tokens",
+            "Raise it, or lower --seq-len.",
         )
     if job.medusa_heads and not job.train:
         raise UserError("--no-train trains no Medusa heads", "Leave out --medusa-heads or --no-train.")

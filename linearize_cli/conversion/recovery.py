@@ -61,6 +61,11 @@ def recover(conversion: Conversion, steps: Steps) -> None:
     conversion.model.requires_grad_(False)
     round_weights(conversion.model, conversion.stored)  # what is measured is what is saved
     conversion.measure("recovered")
+    values = conversion.selected("swapped", "recovered")
+    if None not in values.values() and values["recovered"] > values["swapped"]:
+        conversion.session.terminal.note(
+            "training made the model worse than right after the swap: pass more --tokens, or lower learning rates"
+        )
 
 
 def transfer(conversion: Conversion, steps: Steps) -> None:

@@ -25,7 +25,7 @@ from linearize_cli.training.job import Job
 from linearize_cli.training.streamed_layers import LayerBlocks
 from linearize_cli.training.text import TextBlocks
 
-CALIBRATED = 8  # blocks of text that set the decays
+CALIBRATED, LONGEST = 8, 1024  # blocks of text that set the decays, and the most tokens of each
 
 
 @dataclass
@@ -155,8 +155,12 @@ class Conversion:
         wanted = self.job.recipe.recover.transfer.calibrate and decaying(self.model)
         if not wanted or self.session.engine.plugin is not None or self.text.held_out is None:
             return
-        batches = [self.text.task.batch(blocks) for blocks in self.sample(CALIBRATED)]
-        total = sum(len(batch) for batch in batches) * self.text.length
+        cut = (
+            (blocks if isinstance(blocks, Blocks) else Blocks(blocks)).map(lambda x: x[:, :LONGEST])
+            for blocks in self.sample(CALIBRATED)
+        )
+        batches = list(map(self.text.task.batch, cut))
+        total = sum(batch.inputs["input_ids"].numel() for batch in batches)
         with (
             self.on_device(self.model),
             self.session.terminal.progress("calibrate", total) as advance,

@@ -208,7 +208,7 @@ def hold_out_blocks(source: Source, tokenizer: PreTrainedTokenizerBase, length: 
     held_out = max(2, math.ceil(total * HELD_OUT_SHARE))
     if total <= held_out:
         raise UserError(
-            f"{source.name} holds {total} blocks of {length} tokens, and two of them are needed for evaluation",
+            f"{source.name} holds {total} blocks of {length} tokens, and 3 are needed: 1 to train on, 2 to measure on",
             "Pass a longer text, --eval-data with text to measure on, or a smaller --seq-len.",
         )
     name = f"the last {held_out} blocks of {source.name}"

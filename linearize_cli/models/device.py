@@ -39,7 +39,8 @@ def chosen_device(device: str = AUTO) -> str:
             raise RuntimeError("tensors on the meta device hold no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device `{device}` cannot be used.", brief(error)) from error
+        hint = "Pass --device cpu. --dry-run plans for a device that is not here."
+        raise UserError(f"The device `{device}` cannot be used: {brief(error)}", hint) from error
     return device
 
 

@@ -28,11 +28,10 @@ def calibrate(
     batches: Iterable[Batch],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Set the decay of each head to the geometric distribution that is most likely to have given the teacher's
-    attention to the tokens of the linear part.
+    """Set each head's decay to the rate under which the teacher's attention beyond the window is most likely.
 
-    Tokens in the window and attention sinks do not count, because they are attended exactly. The idea of setting gates
-    from the teacher's attention is from Taylor-Calibrate (arXiv 2606.16429).
+    Attention that falls by a factor of `e^-rate` a token is a geometric distribution over distances. Attention sinks do
+    not count. The idea to set gates from the teacher's attention is from Taylor-Calibrate (arXiv 2606.16429).
 
     Args:
         native: the attention implementation of the base model (`sdpa`, `eager`).
@@ -58,7 +57,7 @@ def calibrate(
     for module, memory in memories.items():
         heads = len(memory.decay_bias)
         rates = RATES[likelihood[module].view(heads, -1, len(RATES)).sum(1).argmax(-1)]
-        memory.decay_bias.copy_(torch.log(torch.expm1(rates)))
+        memory.decay_bias.copy_(torch.log(torch.expm1(rates)))  # the inverse of softplus
 
 
 def log_likelihood(weights: Tensor, window: int, sinks: int) -> Tensor:
@@ -75,11 +74,11 @@ def log_likelihood(weights: Tensor, window: int, sinks: int) -> Tensor:
     position = torch.arange(length, device=weights.device)
     distance = (position[:, None] - position) - max(window, 1)
     counted = (distance >= 0) & (position >= sinks)
-    mass = (weights.double() * counted).sum(0)
+    mass = (weights * counted).sum(0)
     rates = RATES.to(mass.device)
     # A query's normaliser: the sum of e^{-rate d} over its counted tokens, which are consecutive.
     nearest, count = distance.masked_fill(~counted, length).amin(-1)[:, None], counted.sum(-1)[:, None]
     normaliser = torch.log(torch.expm1(-rates * count) / torch.expm1(-rates)) - rates * nearest
     normaliser = normaliser.masked_fill(count == 0, 0.0)
-    travelled = (mass * distance).sum((-1, -2))
-    return -rates * travelled[:, None] - mass.sum(-1) @ normaliser
+    travelled = (mass * distance).sum((-1, -2)).double()
+    return -rates * travelled[:, None] - mass.sum(-1).double() @ normaliser

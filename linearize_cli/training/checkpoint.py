@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize_cli.errors import UserError
 from linearize_cli.files import replacing
+from linearize_cli.hub import brief
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.engine import Engine
 from linearize_cli.training.micro_batches import MicroBatches, Result
@@ -47,8 +49,20 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Read a checkpoint from a file, or return an empty one if there is no file."""
-        return cls(**torch.load(path, weights_only=True, map_location="cpu")) if path.exists() else cls()
+        """Read a checkpoint from a file, or return an empty one if there is no file.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            return cls(**torch.load(path, weights_only=True, map_location="cpu"))
+        except Exception as error:  # torch, zipfile and pickle have types of their own
+            raise UserError(
+                f"{path} is damaged: {brief(error)}",
+                "Start over: the same command with --force, not --resume.",
+            ) from error
 
 
 class Log:

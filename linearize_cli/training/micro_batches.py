@@ -48,8 +48,7 @@ class MicroBatches:
             if rows == 1 or not alone:
                 raise UserError(
                     f"memory ran out with {rows} rows at a time: {what}",
-                    "Pass a smaller --seq-len or --memory, --set recover.distill.checkpointing=true, or "
-                    "--set recover.transfer.block_layers=4.",
+                    "A smaller --memory plans for less, with --resume too. Or start over with a smaller --seq-len.",
                 )
             self.rows = -(-rows // 2)
             clear_device_cache(garbage_collection=True)

@@ -104,7 +104,7 @@ class NamedText:
             job: the run configuration, with its batch size resolved.
 
         Raises:
-            UserError: the evaluation text does not fill one block.
+            UserError: the training text or the evaluation text does not fill one block.
         """
         train, evaluation, held_out = self.train, self.evaluation, None
         if train is not None and evaluation is None:
@@ -112,7 +112,10 @@ class NamedText:
             terminal.note(f"held out for evaluation: {evaluation.name}")
         if evaluation is not None:
             held_out = text.evaluation_blocks(evaluation, tokenizer, length, job.eval_tokens)
-        return TextBlocks(job, tokenizer, task, length, train if job.train else None, held_out)
+        found = TextBlocks(job, tokenizer, task, length, train if job.train else None, held_out)
+        if found.train is not None:
+            next(found.stream())  # text that fills no block is found now, not after the first measurements
+        return found
 
 
 @dataclass(frozen=True)

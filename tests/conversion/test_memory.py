@@ -176,10 +176,10 @@ def test_keys_that_were_set_by_hand_are_kept(llama):
     assert plan["checkpointing"] and plan["rows"] == 8
 
 
-@pytest.mark.parametrize("wrong", ["0", "24", "-1G", "manyG", "1e400G"])
+@pytest.mark.parametrize("wrong", ["0", "24", "-1G", "nanG", "manyG", "3.5.2G", "1e99T"])
 def test_a_size_that_is_none_is_refused(llama, wrong):
     result = CliRunner().invoke(cli, ["convert", str(llama), "--dry-run", "--memory", wrong])
-    assert result.exit_code == 2 and "is not a size such as 24G or 800M, or auto" in result.output
+    assert result.exit_code == 2 and "is not a size such as 24G" in result.output
 
 
 def test_half_precision_is_used_where_it_is_fast(teacher, monkeypatch):
