@@ -58,7 +58,10 @@ class Rates(NamedTuple):
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure a device's rates in a dtype. The fastest of several runs counts."""
+    """Measure how fast a device copies memory (bytes/s) and multiplies matrices (FLOP/s) in a dtype.
+
+    The fastest of several runs counts.
+    """
     size, width = (GPU_COPY, GPU_WIDTH) if device.type == "cuda" else (CPU_COPY, CPU_WIDTH)
     source = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)

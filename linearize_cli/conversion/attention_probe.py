@@ -288,8 +288,8 @@ def one_side(bias: Tensor, reach: int) -> Tensor | None:
 def probe_bias(model: PreTrainedModel, calls: dict[nn.Module, Call], reach: int) -> dict[nn.Module, Tensor]:
     """Return the position bias of each module whose bias is a function of distance alone.
 
-    The embeddings' output is the only tensor that requires gradients during the probe, so a bias that
-    requires gradients depends on the tokens.
+    During the probe, the embeddings' output alone requires gradients. A bias that requires gradients was then
+    computed from the tokens, so it is not a function of distance.
 
     Args:
         calls: the modules and their recorded calls.

@@ -52,16 +52,16 @@ class LayerBytes:
     trained: bool
 
     def attention(self, tokens: int) -> int:
-        """Return the bytes per token of linear attention, with `tokens` tokens in memory."""
+        """Return the bytes per token that autograd keeps in linear attention, with `tokens` tokens in memory."""
         recomputed = tokens > self.stored_up_to
         return self.linear + self.inner + (0 if recomputed else self.recomputable)
 
     def transfer(self, tokens: int) -> int:
-        """Return the bytes per token during transfer, with `tokens` tokens in memory."""
+        """Return the bytes per token that autograd keeps during transfer, with `tokens` tokens in memory."""
         return self.attention(tokens) if self.trained else 0
 
     def distill(self, tokens: int) -> float:
-        """Return the bytes per token during distillation, with `tokens` tokens in memory."""
+        """Return the bytes per token that autograd keeps during distillation, with `tokens` tokens in memory."""
         return self.attention(tokens) + self.softmax + self.around
 
 

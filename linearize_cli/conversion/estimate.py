@@ -204,11 +204,16 @@ class Estimate:
         return self.total(2 if self.shared else 1)
 
     def medusa(self) -> float:
-        self.section, c = "on the device, Medusa heads" + (", each process" if self.shared else ""), self.costs
+        self.section, c = (
+            "on the device, Medusa heads" + (", each process" if self.shared else ""),
+            self.costs,
+        )
         self.weights()
         self.trained("heads", self.job.medusa_heads * c.width * (c.width + 1 + c.vocabulary))
         logits = min(self.tokens * self.job.medusa_heads * c.vocabulary, LOGITS)
-        self.add("logits and loss", f"{HEAD_COPIES} x {logits:,} logits x {FP32} B", HEAD_COPIES * logits * FP32)
+        self.add(
+            "logits and loss", f"{HEAD_COPIES} x {logits:,} logits x {FP32} B", HEAD_COPIES * logits * FP32
+        )
         self.working()
         return self.total(2 if self.shared else 1)
 

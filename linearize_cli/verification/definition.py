@@ -75,8 +75,8 @@ def layer_inputs(subject: Subject, attention: nn.Module) -> tuple[Tensor, Tensor
 def reference_outputs(
     attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None
 ) -> Tensor:
-    """Compute a layer's outputs `[T, heads, Dv]` with the reference `step`, one token at a time in fp64 on
-    the CPU.
+    """Compute a layer's outputs `[T, heads, Dv]` with the reference implementation (`reference.step`), one token
+    at a time in fp64 on the CPU.
 
     Args:
         attention: the layer.

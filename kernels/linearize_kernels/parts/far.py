@@ -302,7 +302,7 @@ def chain(counts: Tensor) -> Tensor:
 
 
 def before(seen: Tensor, counts: Tensor) -> Tensor:
-    """Return the order of N tokens, the last T of which are the nodes of a token tree: `[..., N, N]` bool.
+    """Return which tokens precede which, `[..., N, N]` bool, for N tokens whose last T are nodes of a token tree.
 
     `[i, j]` is True if token j is before token i in the text, or on the node's path.
 

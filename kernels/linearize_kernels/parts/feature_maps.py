@@ -64,9 +64,12 @@ class FeatureMap(nn.Module):
         """Set all parameters to their values at the start of a conversion."""
 
     def estimate_softmax(self) -> float:
-        """Initialize the map so that `φ(q)ᵀ φ(k)` estimates `factor · exp(scale q·k)`, and return the factor.
+        """Initialize the weights so that `φ(q)ᵀ φ(k)` estimates the softmax weight `exp(scale q·k)`, up to a factor.
 
-        A map that cannot estimate it stays as it is and returns 1.
+        `scale` is that of the layer's softmax logits. A map that cannot estimate it does not change.
+
+        Returns:
+            the factor: `φ(q)ᵀ φ(k) ≈ factor · exp(scale q·k)`. 1 if the map does not change.
         """
         return 1.0
 
@@ -146,7 +149,7 @@ class Hedgehog(Projected):
 
     @torch.no_grad()
     def estimate_softmax(self) -> float:
-        """Scale W so that `φ(q)ᵀ φ(k)` estimates `factor · exp(scale q·k)`, and return the factor."""
+        """Scale the projection `weight` so that `φ(q)ᵀ φ(k) ≈ factor · exp(scale q·k)`, and return the factor."""
         self.weight.mul_(math.sqrt(self.scale * self.head_dim))
         return 4 / self.feature_dim
 
