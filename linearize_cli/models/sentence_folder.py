@@ -43,12 +43,13 @@ class SentenceFolder:
         Raises:
             UserError: `modules.json` is damaged, or a module or the pooling is not supported.
         """
-        entries = read_modules(Path(path))
+        file, entries = Path(path, MODULES), read_modules(Path(path))
         kinds = [entry["type"].rpartition(".")[2] for entry in entries]
         if "Pooling" not in kinds:
             return None
-        file = Path(path, MODULES)
-        if foreign := [entry["type"] for entry in entries if not entry["type"].startswith("sentence_transf")]:
+        if foreign := [
+            entry["type"] for entry in entries if not entry["type"].startswith("sentence_transformers.")
+        ]:
             raise UserError(f"{file} names a module that is not the library's own: {foreign[0]}", HINT)
         if kinds[0] != "Transformer" or entries[0]["path"]:
             raise UserError(
@@ -77,7 +78,7 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or an entry has no type or no path.
     """
     file = folder / MODULES
-    entries = read_json(file, HINT) if file.is_file() else []
+    entries = read_json(file, HINT) if file.exists() else []
     if not isinstance(entries, list) or not all(map(is_entry, entries)):
         raise UserError(f"{file} is not a list of modules with a type and a path", HINT)
     return entries
@@ -103,7 +104,7 @@ def read_pooling(folder: Path) -> str:
     config = read_object(file, HINT)
     found = config.get("pooling_mode")
     if found is None:
-        named = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+        named = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
         found = LEGACY.get(named[0], named[0]) if len(named) == 1 else named or "mean"
     if found not in POOLINGS:
         raise UserError(
