@@ -59,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion keeps in memory at a time. None of it changes the result, except `transfer_only`.
+    """The part of a training step that is in memory at a time. None of it changes the result, except `transfer_only`.
 
     Attributes:
         device, dtype: the torch device and the dtype that the work is done in.
@@ -120,7 +120,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known of a conversion from its model's config alone.
+    """A checked and planned conversion, known from its model's config alone.
 
     Attributes:
         job: the run configuration, with its batch size resolved, and with the plan's choices in its recipe.

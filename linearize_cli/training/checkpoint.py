@@ -108,7 +108,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Session:
-    """What a training run needs besides the model: the processes, the terminal, the folder, and the progress
+    """The environment of a training run: the processes, the terminal, the folder, and the progress
     so far.
 
     Attributes:

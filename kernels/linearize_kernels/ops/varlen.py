@@ -83,7 +83,7 @@ def packed_plan(
 
 
 class Layout(NamedTuple):
-    """Where the tokens of packed sequences are copied to: n chunks of C places, each sequence starting at a
+    """The places that the tokens of packed sequences are copied to: n chunks of C places, each sequence starting at a
     chunk.
 
     Attributes:

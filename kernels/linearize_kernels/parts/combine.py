@@ -24,7 +24,7 @@ TINY = 1e-12  # below any normaliser that stands for something
 
 
 class Far(NamedTuple):
-    """What a query has read of its far tokens (outside the window or group).
+    """The sums that a query has read of its far tokens (outside the window or group).
 
     Attributes:
         out: the numerator, Σ of weight times value. The last dimension is Dv.

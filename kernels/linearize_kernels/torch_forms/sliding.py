@@ -110,7 +110,7 @@ def sliding(shape: Shape, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FarPart(NamedTuple):
-    """What all queries have read through the linear part, and the state after them. A chunk has C queries in
+    """The sums that all queries have read through the linear part, and the state after them. A chunk has C queries in
     g heads.
 
     Attributes:
