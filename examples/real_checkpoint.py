@@ -21,7 +21,7 @@ from linearize_cli.tables import size
 from linearize_cli.terminal import Terminal
 
 LENGTH, WINDOW = 512, 64
-DISTANCE = 4 * WINDOW  # tokens, the distance of the table's recall
+DISTANCE = 4 * WINDOW  # tokens, the distance of the table's pass keys
 LOLCATS = ["--method", "lolcats", "--set", "recover.transfer.lr=4e-2"]
 SEED_RECIPE = ["recover.transfer.share=0", "recover.distill.kl=0", "recover.distill.ce=1"]
 ROWS = {
@@ -43,7 +43,7 @@ COLUMNS = (
     "x teacher",
     "local only",
     "linear only",
-    "recall",
+    "pass key",
     "state",
     "s",
 )
@@ -135,8 +135,8 @@ def table(results: dict[str, dict]) -> str:
 
 
 def recalled(result: dict, name: str) -> str:
-    """Return the share of pairs that a model recalls at the table's distance, as text."""
-    rows = result["eval"]["recall"]["by_distance"]
+    """Return the share of pass keys that a model recalls at the table's distance, as text."""
+    rows = result["eval"]["passkey"]["by_distance"]
     return next((f"{row[name]:.0%}" for row in rows if row["distance"] == DISTANCE), "-")
 
 

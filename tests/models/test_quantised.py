@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import edit_json, save_tokenizer, tiny_model
 
 from linearize_cli.errors import Notice, UserError
-from linearize_cli.models.load import load_shape, load_teacher
+from linearize_cli.models.load import load_shape, load_stored, load_teacher
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -71,7 +71,7 @@ def test_dequantised(tmp_path, method, dtype):
     with pytest.warns(
         Notice, match=rf"is quantised \({method}\): its weights are dequantised to {dtype or 'bf'}"
     ):
-        loaded, _ = load_teacher(str(tmp_path / "model"), dtype)
+        loaded, _ = load_stored(str(tmp_path / "model"), dtype)
     wanted = torch.float32 if dtype else torch.bfloat16
     assert {parameter.dtype for parameter in loaded.parameters()} == {wanted}
     assert load_shape(str(tmp_path / "model"), dtype).dtype == wanted
