@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def medusa_heads(conversion: Conversion, steps: Steps) -> tuple[MedusaHeads, dic
     session, folder = conversion.session, conversion.session.folder / "heads"
     if session.engine.main:
         folder.mkdir(exist_ok=True)
-    own = Session.open(session.engine, session.terminal, folder, LOG)
+    own = replace(Session.open(session.engine, session.terminal, folder, LOG), micro=session.micro)
     return train_heads(conversion.job, conversion.model.eval(), conversion.text, own, steps.total)
 
 
