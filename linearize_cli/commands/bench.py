@@ -25,6 +25,13 @@ from linearize_cli.terminal import Terminal
     help="Context lengths. Default: up to 8 times the training length.",
 )
 @click.option("--batch", type=Counts(), metavar="N,N", default="1", show_default=True, help="Batch sizes.")
+@click.option(
+    "--phase",
+    "phases",
+    type=click.Choice(["prefill", "decode", "train"]),
+    multiple=True,
+    help="A phase to measure; repeatable. Default: all.",
+)
 @click.option("--plot", metavar="FILE", help="The figure, a PNG. Default: ARTIFACT/bench.png.")
 @trust_option
 @model_options

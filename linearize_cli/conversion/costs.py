@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.chunked import STORED
+from linearize_kernels.parts.decay import MEMORIES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -258,11 +259,14 @@ def input_bytes(attention: LinearAttention, itemsize: int) -> int:
 
 def inner_bytes(attention: LinearAttention) -> int:
     """Return the bytes per token that autograd keeps inside linear attention: the features twice, the scores
-    four times.
+    four times, and with a decay per feature also the decayed features of each pair of a query and a key.
     """
-    eq = attention.equation
+    eq, memory, compared = attention.equation, MEMORIES[attention.equation.memory], reach(attention)[0]
     features = 2 * (eq.heads + eq.far_heads) * feature_count(attention)
-    return FP32 * (features + 4 * eq.heads * reach(attention)[0])
+    # A pair's decays are kept in transfer, its decayed keys too in distillation: 1.5 times on average. The
+    # delta rule has two more such pairs, of keys with keys.
+    decayed = 1.5 * (3 if memory.unit_keys else 1) * feature_count(attention) if memory.per_channel else 0
+    return round(FP32 * (features + (4 * eq.heads + decayed * eq.far_heads) * compared))
 
 
 def recomputable(attention: LinearAttention) -> bool:

@@ -39,6 +39,7 @@ def bench(
     teacher: str | None = None,
     context: Sequence[int] = (),
     batch: Sequence[int] = (1,),
+    phases: Sequence[str] = (),
     plot: str | Path | None = None,
     seconds: float = SECONDS,
     trust_remote_code: bool = False,
@@ -60,6 +61,7 @@ def bench(
         context: lengths of a row in tokens. If empty, 1, 2, 4 and 8 times the trained length are measured, as
             far as both models have positions and the time allows.
         batch: numbers of rows in a batch.
+        phases: the phases to measure, of `prefill`, `decode` and `train`. If empty, all.
         plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
         trust_remote_code: allow both models to run their own code.
@@ -111,8 +113,11 @@ def bench(
         what = f"not enough memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
         raise UserError(what, "Use a smaller --context or --batch.") from None
     cells = [(rows, length) for rows in batches for length in contexts]
-    phases = [phase for phase in PHASES if phase != "decode" or task.decodes]
-    share, ends = seconds / (len(cells) * len(phases)), time.perf_counter() + seconds
+    wanted = [phase for phase in PHASES if phase in phases or not phases]
+    wanted = [phase for phase in wanted if phase != "decode" or task.decodes]
+    if not wanted:
+        raise UserError("--phase decode: this model does not decode", "Use --phase prefill or --phase train.")
+    share, ends = seconds / (len(cells) * len(wanted)), time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
     gc.collect()  # older garbage that is freed during a measurement would falsify the peak
     with one_thread():
@@ -123,12 +128,13 @@ def bench(
                 reason = f"beyond the {limit:,} positions that the model has learned"
             elif rows and not context and time.perf_counter() > ends:
                 reason = f"not run within {seconds:g} seconds: ask for it with --context {length}"
-            for phase in phases:
+            for phase in wanted:
                 if reason:
                     rows += [unmeasured(name, phase, length, many, reason) for name in models]
                 else:
                     terminal.note(f"{phase}, {length:,} tokens, batch {many}")
                     rows += measure(phase, task, models, ids[:many, :length].contiguous(), share)
+                    terminal.note(f"  {rates(*rows[-2:])}")
     report = {
         "schema": SCHEMA,
         "machine": on,
@@ -201,6 +207,13 @@ def render(report: dict[str, Any]) -> RenderableType:
     on = report["machine"]
     where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread of {on['cores']} cores, {report['dtype']}"
     return Group(rows, "", *reasons, f"{where}; medians, the models timed alternately")
+
+
+def rates(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+    """Return the speeds of a phase as one line, from its two rows in `bench.json`."""
+    speeds = teacher["tokens_per_s"], student["tokens_per_s"]
+    shown = (number(speed, ",.1f") for speed in speeds)
+    return f"{' against '.join(shown)} tokens/s, {number(ratio(*speeds), '.2f')} x teacher"
 
 
 def ratio(teacher: float | None, student: float | None) -> float | None:

@@ -130,8 +130,9 @@ def by_context(report: dict[str, Any]) -> Figure:
     """Draw a report of `bench`: a panel of tokens/s for each phase, and two panels of memory below."""
     phases = list(dict.fromkeys(row["phase"] for row in report["rows"]))
     panels = [(phase, [phase], "tokens_per_s", "tokens/s") for phase in phases]
+    cached = [phase for phase in ("decode", "prefill") if phase in phases][:1]
     panels += [
-        ("cache after the context", ["decode"], "state_bytes", "bytes"),
+        ("cache after the context", cached, "state_bytes", "bytes"),
         ("peak memory", phases, "peak_bytes", "bytes"),
     ]
     drawing = Figure(figsize=(10, 6), layout="constrained")

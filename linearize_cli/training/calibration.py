@@ -57,7 +57,7 @@ def calibrate(
     for module, memory in memories.items():
         heads = len(memory.decay_bias)
         rates = RATES[likelihood[module].view(heads, -1, len(RATES)).sum(1).argmax(-1)]
-        memory.decay_bias.copy_(torch.log(torch.expm1(rates)))  # the inverse of softplus
+        memory.set_rates(rates)
 
 
 def log_likelihood(weights: Tensor, window: int, sinks: int) -> Tensor:

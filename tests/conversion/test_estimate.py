@@ -127,6 +127,8 @@ def test_counts_are_those_of_the_real_model(family, keep):
         ("llama", "hedgehog", "recover.distill.kl=1"),
         ("llama", "lolcats", "recover.distill.kl=1"),
         ("llama", "mamba2", "recover.distill.kl=1"),
+        ("llama", "gla", "recover.distill.kl=1"),
+        ("llama", "kda", "recover.distill.kl=1"),
         ("gpt2", "augmented", "recover.distill.kl=1"),
         ("mixtral", "augmented", "recover.distill.kl=1"),
     ],

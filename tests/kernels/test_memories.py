@@ -30,14 +30,14 @@ def read(attention, q, k, v):
     return out[0]
 
 
-@pytest.mark.parametrize("name", ["retention", "mamba2", "gated-delta"])
+@pytest.mark.parametrize("name", ["retention", "mamba2", "gla", "gated-delta", "kda"])
 def test_a_memory_that_does_not_forget_returns_every_value(name):
     torch.manual_seed(0)
     keys, values = orthonormal(2), torch.randn(2, DIM, VALUE_DIM, dtype=torch.float64)
     asked = torch.tensor(
         [0, 0, 2, 1, 4, 0, 3, 6]
     )  # token t asks for what token asked[t] stored, itself included
-    unscaled = 1 if name == "gated-delta" else 1 / SCALE
+    unscaled = 1 if name in ("gated-delta", "kda") else 1 / SCALE
     q = unscaled * keys[:, asked].repeat_interleave(HEADS // 2, 0)
     out = read(lossless(name), q[None], keys[None], values[None])
     torch.testing.assert_close(out, values[:, asked].repeat_interleave(HEADS // 2, 0))

@@ -7,8 +7,9 @@ from linearize_cli.errors import LINES, WIDTH, UserError
 from linearize_cli.methods.recipe import Distill, Transfer, learning_rates, parse_count, transfer_rate
 from linearize_cli.methods.registry import load_recipe, method_names
 
-BASES = ["based", "flash", "flash-local", "gated-delta", "hedgehog", "linformer", "lolcats", "lolcats-group"]
-BASES += ["mamba2", "performer", "relu", "retention", "transnormer", "window", "yoso", "yoso-e"]
+BASES = ["based", "flash", "flash-local", "gated-delta", "gla", "hedgehog", "kda", "lightning", "linformer"]
+BASES += ["lolcats", "lolcats-group", "mamba2", "performer", "relu", "retention", "transnormer", "window"]
+BASES += ["yoso", "yoso-e"]
 METHODS = ["augmented", *BASES, *(f"augmented:{base}" for base in BASES if base != "hedgehog")]
 
 

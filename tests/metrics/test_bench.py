@@ -190,11 +190,22 @@ def test_command_line(artifact, tmp_path, capfd):
         assert line[5] == f"{speeds[1] / speeds[0]:.2f}"
 
 
+def test_chosen_phases_alone_are_measured_and_told_as_they_come(artifact, tmp_path, capsys):
+    phases = ("--phase", "prefill", "--phase", "decode")
+    assert run_command(artifact, "--context", "16", *phases, "--json", tmp_path / "r.json") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [row["phase"] for row in report["rows"]] == ["prefill"] * 2 + ["decode"] * 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said if "batch 1" in line] == ["prefill", "decode"]
+    assert sum(line.endswith("x teacher") for line in said) == 2
+
+
 def test_bad_input_is_refused(artifact, tmp_path, capsys):
     before = {file.name: file.read_bytes() for file in artifact.iterdir() if file.is_file()}
     cases = [
         ((artifact, "--context", "16,x"), "'x' should be a number of tokens"),
         ((artifact, "--context", "16,7"), "--context 7 is too short"),
+        ((artifact, "--phase", "encode"), "'encode' is not one of"),
         ((artifact, "--batch", "2,0"), "not a list of whole numbers"),
         ((artifact, "--context", "8", "--batch", 10**15), "not enough memory for"),
         ((artifact, "--plot", tmp_path / "none" / "p.png"), "--plot"),

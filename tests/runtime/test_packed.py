@@ -30,6 +30,9 @@ METHODS = {
     "gated-delta": CUT,
     "linformer": CUT,
     "mamba2": CUT,
+    "gla": CUT,
+    "kda": CUT,
+    "lightning": CUT,
     "window": NEAR,
 }
 

@@ -21,6 +21,8 @@ def feature(name, layer, head, x, scale):
         return x * math.sqrt(scale)
     if name == "relu":
         return x.clamp_min(0)
+    if name == "silu":
+        return x / (1 + (-x).exp())
     if name == "elu":
         return torch.where(x > 0, x + 1, x.exp())
     if name == "performer":
@@ -55,12 +57,14 @@ def far_part(layer, head, q, k, v, far):
     phi_q = feature(eq.feature_map, layer.far.q_map, head, q, eq.scale)
     phi_k = feature(eq.feature_map, k_map, own, k, eq.scale)
     memory = layer.far.memory
-    decay, strength = torch.ones(len(k), dtype=q.dtype), None
+    decay, strength = torch.ones(len(k), 1, dtype=q.dtype), None
     if eq.memory == "decay":
         decay = decay / (1 + memory.decay_bias[own].exp())
     elif eq.memory in ("gated", "delta"):
-        decay = 1 / (1 + (v @ memory.decay_weight[own] + memory.decay_bias[own]).exp())
-    if eq.memory == "delta":
+        decay = 1 / (1 + (v @ memory.decay_weight[own] + memory.decay_bias[own]).exp())[:, None]
+    elif eq.memory in ("gated-channels", "delta-channels"):
+        decay = 1 / (1 + (v @ memory.decay_weight[own] + memory.decay_bias[own]).exp())  # [T, F]
+    if eq.memory.startswith("delta"):
         strength = torch.sigmoid(v @ memory.strength_weight[own] + memory.strength_bias[own])
         phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True)
     if eq.key_weight:
@@ -75,10 +79,10 @@ def far_part(layer, head, q, k, v, far):
         )
         for j in far[i].nonzero().flatten().tolist():
             if strength is None:
-                S = decay[j] * S + phi_k[j].outer(v[j])
+                S = decay[j][:, None] * S + phi_k[j].outer(v[j])
             else:
                 erase = torch.eye(len(z), dtype=q.dtype) - strength[j] * phi_k[j].outer(phi_k[j])
-                S = decay[j] * erase @ S + strength[j] * phi_k[j].outer(v[j])
+                S = erase @ (decay[j][:, None] * S) + strength[j] * phi_k[j].outer(v[j])
             z = decay[j] * z + phi_k[j]
         out.append(phi_q[i] @ S)
         mass.append(phi_q[i] @ z)

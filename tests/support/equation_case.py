@@ -33,6 +33,18 @@ FORMS = {
     ),
     "retention": dict(feature_map="linear", memory="decay", combine="rms"),
     "mamba2": dict(feature_map="linear", memory="gated", combine="rms", conv_width=3),
+    "gla": dict(feature_map="linear", memory="gated-channels", combine="rms"),
+    "channels that fade, weighted keys": dict(
+        SLIDING, feature_map="hedgehog", key_weight=True, memory="gated-channels", conv_width=9, sinks=2
+    ),
+    "channels per query head": dict(
+        SLIDING, scope="group", feature_map="elu", per_query_head=True, memory="gated-channels"
+    ),
+    "kda": dict(feature_map="identity", memory="delta-channels", combine="rms"),
+    "kda beside a window": dict(
+        SLIDING, feature_map="linear", memory="delta-channels", combine="gate", sinks=1
+    ),
+    "lightning": dict(feature_map="silu", memory="decay", combine="rms"),
     "based": dict(SLIDING, feature_map="taylor", feature_dim=4, sinks=1),
     "performer": dict(SLIDING, feature_map="performer", feature_dim=9),
     "transnormer": dict(feature_map="elu", combine="rms"),

@@ -170,6 +170,51 @@ def gated_delta(q, k, v, learned, size):
     return rms(torch.stack(out).view(HEADS, q.shape[1], -1), learned["combine.gain"])
 
 
+def channel_gates(v, learned):
+    """exp(-softplus(Wᵀv + b)), a decay per channel: `[H, T, D]`."""
+    weight, bias = learned["far.memory.decay_weight"], learned["far.memory.decay_bias"]
+    return torch.exp(-softplus(torch.einsum("htd,hdf->htf", v, weight) + bias[:, None]))
+
+
+def gla(q, k, v, learned, size):
+    """GLA, arXiv 2312.06635, eq. 3: S_t = Diag(α_t) S_{t-1} + k_tᵀ v_t, o_t = q_t S_t.
+
+    q and k with the root of the softmax's scale, which only the normalisation's epsilon sees.
+    """
+    alpha = channel_gates(v, learned)
+    S, out = torch.zeros(HEADS, q.shape[2], v.shape[2], dtype=q.dtype), []
+    for t in range(q.shape[1]):
+        S = alpha[:, t, :, None] * S + SCALE * k[:, t, :, None] * v[:, t, None, :]
+        out.append(torch.einsum("hd,hde->he", q[:, t], S))
+    return rms(torch.stack(out, 1), learned["combine.gain"])
+
+
+def kda(q, k, v, learned, size):
+    """KDA, arXiv 2510.26692, eq. 1: S = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ, o = S_tᵀ q_t."""
+    q, k, alpha = unit(q), unit(k), channel_gates(v, learned)
+    weight, bias = learned["far.memory.strength_weight"], learned["far.memory.strength_bias"]
+    beta = (torch.einsum("htd,hd->ht", v, weight) + bias[:, None]).sigmoid()
+    out = []
+    for head in range(HEADS):
+        S = torch.zeros(q.shape[2], v.shape[2], dtype=q.dtype)
+        for t in range(q.shape[1]):
+            b, kt, vt = beta[head, t], k[head, t, :, None], v[head, t, :, None]
+            S = (torch.eye(len(kt), dtype=q.dtype) - b * kt @ kt.T) @ alpha[
+                head, t
+            ].diag() @ S + b * kt @ vt.T
+            out.append(S.T @ q[head, t])
+    return rms(torch.stack(out).view(HEADS, q.shape[1], -1), learned["combine.gain"])
+
+
+def lightning(q, k, v, learned, size):
+    """Lightning Attention-2, arXiv 2401.04658, eq. 2: (QKᵀ ⊙ M) V with M_ts = λ^(t-s); SiLU as in arXiv 2501.08313."""
+    q, k = (x / (1 + (-x).exp()) for x in (q, k))
+    decay = (1 - learned["far.memory.decay_bias"].sigmoid())[:, None, None] ** distance(q.shape[1]).clamp_min(
+        0
+    )
+    return rms(causal(q @ k.mT * decay) @ v, learned["combine.gain"])
+
+
 def hedgehog_kernel(q, k, learned):
     """arXiv 2402.04347: φ(x) = [softmax(Wᵀx), softmax(-Wᵀx)]. `[H, T, T]`."""
     q, k = q @ learned["far.q_map.weight"], k @ learned["far.k_map.weight"]
@@ -225,7 +270,10 @@ PAPERS = {
     "flash": flash,
     "flash-local": flash_local,
     "gated-delta": gated_delta,
+    "gla": gla,
     "hedgehog": hedgehog,
+    "kda": kda,
+    "lightning": lightning,
     "linformer": linformer,
     "lolcats": lolcats,
     "lolcats-group": lolcats_group,

@@ -21,6 +21,7 @@ GROUPS = {
 SEPARATE = {**AUGMENTED, "far": {"feature_map": "relu"}, "combine": "gate"}
 DECAY = {"far": {"feature_map": "relu"}, "memory": {"kind": "decay"}, "combine": "rms", "sinks": 2}
 DELTA = {**DECAY, "far": {"feature_map": "identity"}, "memory": {"kind": "delta"}, "sinks": 0}
+CHANNELS = {**DELTA, "memory": {"kind": "delta-channels"}}
 LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "gate"}
 
 DECODING = "linearize_kernels.ops.decode"
@@ -452,16 +453,24 @@ FAULTS = [
     Fault(
         "a delta rule whose answers do not decay",
         f"{FAR}:FeatureMemory.forward",
-        "answers = passed.exp()[..., None] * (phi_k @ S)",
+        "answers = (passed.exp() * phi_k) @ S",
         "answers = phi_k @ S",
         "forms",
         DELTA,
     ),
     Fault(
+        "channels that all decay as the first",
+        f"{MEMORY}:decayed_products",
+        "log_q[..., :, None, :] - log_k[..., None, :, :]",
+        "log_q[..., :, None, :1] - log_k[..., None, :, :1]",
+        "forms",
+        CHANNELS,
+    ),
+    Fault(
         "a decay that leaves out the token's own",
         f"{MEMORY}:elapsed",
-        "return log_decay + before.squeeze(-1)",
-        "return before.squeeze(-1)",
+        "return log_decay + earlier.to(log_decay.dtype)[..., None, :, :] @ log_decay",
+        "return earlier.to(log_decay.dtype)[..., None, :, :] @ log_decay",
         "forms",
         DELTA,
     ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize_kernels.parts.combine import as_affine, by_read_head
-from linearize_kernels.parts.decay import MEMORIES, delta_solve, elapsed
+from linearize_kernels.parts.decay import MEMORIES, decayed_products, delta_solve, elapsed
 from linearize_kernels.parts.feature_maps import FEATURE_MAPS, FeatureMap, unit_norm
 from linearize_kernels.parts.linformer import Projection
 from linearize_kernels.remembered import derived
@@ -53,7 +53,7 @@ class FeatureMemory(nn.Module):
             self.k_map = feature_map(eq.far_heads, eq.key_dim, eq.feature_dim, eq.scale)
         weight = torch.empty(eq.far_heads, eq.key_dim + 1)
         self.key_weight = nn.Parameter(weight) if eq.key_weight else None
-        self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim)
+        self.memory = MEMORIES[eq.memory](eq.far_heads, eq.value_dim, self.q_map.feature_dim)
         self.state_width = (self.q_map.feature_dim, eq.value_dim)
 
     @torch.no_grad()
@@ -180,32 +180,44 @@ class FeatureMemory(nn.Module):
         """
         eq, memory, length = self.equation, self.memory, q.shape[-2]
         phi_q = eq.fold_queries(self.q_map(q), eq.far_heads)
-        read = eq.split_queries(phi_q @ S, length)
-        mass = eq.split_queries(phi_q @ z[..., None], length).squeeze(-1)
         if (
             k.shape[-2] == 0 and not torch.is_grad_enabled()
-        ):  # else every parameter has a gradient, as DDP wants it
-            return read, mass
+        ):  # else every parameter has a gradient: DDP needs it
+            return self.read(phi_q, S, z, length)
         phi_k, values = self.keys(k), eq.to_far_heads(v)
-        products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
-        far = far[..., None, :, :]
         log_decay = memory.log_decay(values)
-        if log_decay is not None:
+        if log_decay is None:
+            read, mass = self.read(phi_q, S, z, length)
+            products = eq.split_queries(phi_q @ phi_k.transpose(-1, -2), length)
+            products = products.masked_fill(~far[..., None, None, :, :], 0.0)
+        else:
             counts = position >= eq.sinks
-            log_decay = log_decay.masked_fill(~counts[..., None, :], 0.0)
+            log_decay = log_decay.masked_fill(~counts[..., None, :, None], 0.0)
             earlier = before(seen, counts) if new else chain(counts)
             passed = elapsed(log_decay, earlier)
-            total = (far.to(q.dtype) @ log_decay[..., None]).squeeze(-1)  # [..., far, T]
-            kept = (total[..., :, None] - passed[..., None, :]).masked_fill(~far, float("-inf")).exp()
-            products, left = products * kept[..., None, :, :], total.exp()[..., None, :]
+            total = far.to(q.dtype)[..., None, :, :] @ log_decay  # [..., far, T, X]
+            each = eq.split_queries(phi_q, length)
+            products = decayed_products(each, phi_k, total, passed, far)
             strength = memory.strength(values)
             if strength is not None:
-                answers = passed.exp()[..., None] * (phi_k @ S)
+                answers = (passed.exp() * phi_k) @ S
                 values = delta_solve(phi_k, strength, passed, earlier, values - answers)
-            read, mass = left[..., None] * read, left * mass
-        products = products.masked_fill(~far[..., None, :, :], 0.0)
+            each = each * total.exp()[..., None, :, :]
+            read, mass = self.read(each.flatten(-3, -2), S, z, length)
         own = eq.split_queries(products.flatten(-3, -2) @ values, length)
         return own + read, products.sum(-1) + mass
+
+    def read(self, phi_q: Tensor, S: Tensor, z: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Compute φ(q)ᵀS `[..., far, g, T, Dv]` and φ(q)ᵀz `[..., far, g, T]`.
+
+        Args:
+            phi_q: `[..., far, g * T, F]`, the features of the queries.
+            S: `[..., far, F, Dv]`.
+            z: `[..., far, F]`.
+            length: T.
+        """
+        split = self.equation.split_queries
+        return split(phi_q @ S, length), split(phi_q @ z[..., None], length).squeeze(-1)
 
     def append(self, S: Tensor, z: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Add N tokens that follow one another to the running sums S and z, and return the new S and z.
@@ -251,19 +263,19 @@ class FeatureMemory(nn.Module):
             states = torch.cat([S[None], phi.transpose(-1, -2) @ cut(values)]).cumsum(0)
             return states, torch.cat([z[None], phi.sum(-2)]).cumsum(0)
         counts = counts.movedim(-2, 0)  # [n, B or 1, C]
-        log_decay = cut(log_decay[..., None]).squeeze(-1).masked_fill(~counts[:, :, None], 0.0)
-        passed = log_decay.cumsum(-1)
+        log_decay = cut(log_decay).masked_fill(~counts[:, :, None, :, None], 0.0)
+        passed = log_decay.cumsum(-2)  # [n, B, far, C, X]
         strength, right = memory.strength(values), cut(values)
-        kept = phi * (passed[..., -1:] - passed).exp()[..., None]
+        kept = phi * (passed[..., -1:, :] - passed).exp()
         if strength is not None:
             strength = cut(strength[..., None]).squeeze(-1)
-            right = torch.cat([right, passed.exp()[..., None] * phi], -1)
+            right = torch.cat([right, passed.exp() * phi], -1)
             right = delta_solve(phi, strength, passed, chain(counts), right)
             right, answers = right[..., : v.shape[-1]], right[..., v.shape[-1] :]
         each_S, each_z = [S], [z]
         for n in range(chunks):
             written = right[n] if strength is None else right[n] - answers[n] @ S
-            decay = passed[n, ..., -1].exp()[..., None]
+            decay = passed[n, ..., -1, :].exp()
             S = decay[..., None] * S + kept[n].transpose(-1, -2) @ written
             z = decay * z + kept[n].sum(-2)
             each_S.append(S)

@@ -102,6 +102,14 @@ class Relu(FeatureMap):
         return x.relu()
 
 
+@feature_map("silu")
+class Silu(FeatureMap):
+    """φ(x) = `x sigmoid(x)` (MiniMax-01, arXiv 2501.08313)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x)
+
+
 @feature_map("elu")
 class Elu(FeatureMap):
     """φ(x) = `1 + elu(x)` (arXiv 2006.16236, eq. 7), which TransNormer uses too (arXiv 2210.10340)."""
