@@ -235,13 +235,13 @@ class Lora(Part):
     Attributes:
         rank: rank of the updates.
         alpha: the updates are multiplied by alpha / rank.
-        targets: the Linear layers that get an update: those of the converted attention modules (`attention`),
-            or all of the decoder layers that contain these (`all`).
+        targets: the Linear layers that get an update: all of the decoder layers that contain converted
+            attention modules (`all`), or those of these modules alone (`attention`).
     """
 
     rank: Dimension = 8
     alpha: Number = 16.0
-    targets: Literal["attention", "all"] = "attention"
+    targets: Literal["attention", "all"] = "all"
 
 
 class Distill(Stage):
@@ -348,10 +348,11 @@ def transfer_rate(transfer: Transfer, head_dim: int) -> float:
 def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
 
-    `auto` is 2e-3 at width 64 and 2e-4 at 4096, and three times that for the parameters that the conversion
-    added. `linear_lr` is None if these have no rate of their own.
+    `auto` is 2e-4 at width 4096 and grows as 1 / width, as Adam's rate should (arXiv 2203.03466), up to 2e-3. It
+    is three times that for the parameters that the conversion added. `linear_lr` is None if these have no rate
+    of their own.
     """
-    rate = 2e-3 * (64 / width) ** 0.5537 if distill.lr == "auto" else distill.lr
+    rate = min(2e-3, 2e-4 * 4096 / width) if distill.lr == "auto" else distill.lr
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
 
 
