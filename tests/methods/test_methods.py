@@ -97,7 +97,7 @@ def check_trees(model) -> None:
 )
 def test_every_method_from_swap_to_tree(method, keep, teacher, tmp_path):
     # The loss that is looked at below and a rate for a small model, whichever are the method's own.
-    rates = ("recover.distill.kl=1", "recover.distill.ce=0", "recover.distill.lr=auto")
+    rates = ("recover.distill.kl=1", "recover.distill.ce=0", "recover.distill.lr=4e-3")
     overrides = (*small(method), *rates)
     common = dict(method=method, overrides=overrides, keep_softmax=keep)
     run(teacher, tmp_path / "swapped", train=False, **common)

@@ -51,7 +51,7 @@ def weights(output):
     [
         "recover.distill.warmup=0.1",
         "recover.distill.clip=1",
-        "recover.distill.lora.targets=attention",
+        "recover.distill.lora.targets=all",
         "recover.distill.linear_lr=auto",
         "recover.transfer.window_dropout=0",
         "recover.distill.evaluate=0",
