@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
+    TOKENS,
     TokenCounts,
     command_options,
     model_options,
@@ -20,6 +21,7 @@ from linearize_cli.terminal import Terminal
 @click.option("--teacher", metavar="MODEL", help="The softmax model. Default: the artifact's base model.")
 @click.option("--data", metavar="SRC", help="Text to measure on. A demo artifact has its own.")
 @skip_option
+@click.option("--tokens", type=TOKENS, help="At most this many tokens of text. Default: all.")
 @click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens per block, such as 1k,8k.")
 @click.option(
     "--tasks", metavar="NAMES", help="Tasks of lm_eval, separated by commas (requires linearize-cli[eval])."

@@ -229,7 +229,7 @@ def test_bad_input_is_refused(teacher, artifact, tmp_path, monkeypatch):
 def test_command_line(teacher, artifact, tmp_path, capsys):
     command = ["eval", str(artifact), "--data", teacher.text, "-q"]
     good = [sys.executable, "-m", "linearize_cli", *command]
-    good += ["--context", "16,0.3k", "--json", str(tmp_path / "out.json")]
+    good += ["--context", "16,0.3k", "--tokens", "700", "--json", str(tmp_path / "out.json")]
     result = subprocess.run(good, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
