@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 from linearize_cli.artifact.contents import LOADED, matches
-from linearize_cli.errors import first_five
+from linearize_cli.artifact.record import read_record
+from linearize_cli.errors import UserError, first_five
 
 CHUNK = 1 << 22  # bytes read at a time
 
@@ -50,3 +51,25 @@ def changed(recorded: dict[str, str], folder: Path) -> str:
         "new": now.keys() - recorded.keys(),
     }
     return "; ".join(f"{kind}: {first_five(names)}" for kind, names in kinds.items() if names)
+
+
+def check_unchanged(folder: Path, name: str) -> None:
+    """Check that an artifact's files are those that were saved. Without recorded checksums, nothing is checked.
+
+    Args:
+        folder: the artifact's folder.
+        name: the artifact's name in the error. It is the folder's own path, or a Hub id, of which not all
+            files may have been downloaded: then missing files are no error.
+
+    Raises:
+        UserError: a file was changed, is missing or is new. The message names it.
+    """
+    recorded = read_record(folder).get("checksums") or {}
+    if name != str(folder):
+        recorded = {file: value for file, value in recorded.items() if (folder / file).is_file()}
+    if recorded and (since := changed(recorded, folder)):
+        raise UserError(
+            f"{name}: its files are not those that were saved: {since}",
+            "Download or convert it again. If you changed it yourself, `linearize seal` records that. `generate`,\n"
+            "`eval` and `bench` load it all the same with --no-checksums.",
+        )

@@ -20,6 +20,7 @@ def load(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     own_code: bool = False,
+    checksums: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a linearized model in eval mode, and its tokenizer.
 
@@ -29,15 +30,20 @@ def load(
         dtype: the name of the weights' torch dtype. None keeps the artifact's.
         trust_remote_code: True if a user's own feature map, whose code is in the artifact, may run.
         own_code: True to run the artifact's code instead of this package's. It requires `trust_remote_code`.
+        checksums: False to load files that differ from the checksums in linearize.json.
 
     Raises:
         UserError: the artifact does not exist, is not a linearized model, or is damaged.
     """
     import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
+    from linearize_cli.artifact.checksums import check_unchanged
+    from linearize_cli.models.find import resolve_model
     from linearize_cli.models.load import load_teacher
     from linearize_cli.runtime.dispatch import converted
 
     path = artifact_name(path)
+    if checksums:
+        check_unchanged(Path(resolve_model(path)), path)
     enter_own_feature_map(path, trust_remote_code)
     own_code = own_code and trust_remote_code
     model, tokenizer = load_teacher(path, dtype, device, own_code, own_code)

@@ -39,7 +39,7 @@ def seal(
     if not report:
         raise UserError(f"{folder} has no linearize.json to seal", "`linearize convert` writes it.")
     options = dict(device=device, trust_remote_code=trust_remote_code, own_code=trust_remote_code)
-    model, tokenizer = load(folder.resolve(), **options)
+    model, tokenizer = load(folder.resolve(), **options, checksums=False)
     sealed, before = checksums(folder), report.get("checksums")
     facts = {
         "artifact": str(artifact),

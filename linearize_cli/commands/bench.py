@@ -7,6 +7,7 @@ import click
 from linearize_cli.commands.options import (
     Counts,
     TokenCounts,
+    checksums_option,
     command_options,
     model_options,
     quiet_libraries,
@@ -34,6 +35,7 @@ from linearize_cli.terminal import Terminal
 )
 @click.option("--plot", metavar="FILE", help="The figure, a PNG. Default: ARTIFACT/bench.png.")
 @trust_option
+@checksums_option
 @model_options
 @command_options
 def bench(terminal: Terminal, context: list[int] | None, **arguments: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import click
 from linearize_cli.commands.options import (
     TOKENS,
     TokenCounts,
+    checksums_option,
     command_options,
     model_options,
     quiet_libraries,
@@ -27,6 +28,7 @@ from linearize_cli.terminal import Terminal
     "--tasks", metavar="NAMES", help="Tasks of lm_eval, separated by commas (requires linearize-cli[eval])."
 )
 @trust_option
+@checksums_option
 @model_options
 @command_options
 def evaluate(

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from linearize_cli.commands.options import (
+    checksums_option,
     command_options,
     model_options,
     quiet_libraries,
@@ -38,6 +39,7 @@ from linearize_cli.terminal import Terminal
 )
 @click.option("--typical", is_flag=True, help="Use typical acceptance of drafts: faster, but LOSSY.")
 @trust_option
+@checksums_option
 @model_options
 @command_options
 def generate(terminal: Terminal, **arguments: Any) -> dict[str, Any]:

@@ -207,3 +207,10 @@ skip_option = click.option(
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that MODEL, ARTIFACT or the recipe contains."
 )
+checksums_option = click.option(
+    "--no-checksums",
+    "checksums",
+    flag_value=False,
+    default=True,
+    help="Load an artifact whose files were changed since it was saved.",
+)

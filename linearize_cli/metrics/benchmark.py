@@ -43,6 +43,7 @@ def bench(
     plot: str | Path | None = None,
     seconds: float = SECONDS,
     trust_remote_code: bool = False,
+    checksums: bool = True,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -65,6 +66,7 @@ def bench(
         plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
         trust_remote_code: allow both models to run their own code.
+        checksums: False to load files that differ from the artifact's checksums.
         device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of the random tokens.
@@ -97,7 +99,11 @@ def bench(
     if figure.suffix.lower() != ".png":
         raise UserError(f"--plot {figure} is not a PNG file", "Name a file that ends in .png.")
     student, tokenizer = load(
-        folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        folder.resolve(),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        checksums=checksums,
     )
     original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
     models, task = {"teacher": original, "student": student}, task_of(student, tokenizer)

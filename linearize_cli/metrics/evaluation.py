@@ -49,6 +49,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     tokens: int | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -72,6 +73,7 @@ def evaluate(
         tasks: tasks of lm_eval, by name or as YAML files.
         tokens: the most tokens of text to read. None reads all of it, or 500,000 of a stream.
         trust_remote_code: allow both models to run their own code.
+        checksums: False to load files that differ from the artifact's checksums.
         device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: the name of the torch dtype to run in. None uses the artifact's.
         seed: the seed of recall probes and of sampled text.
@@ -97,7 +99,11 @@ def evaluate(
     source = open_text(data, demo, text.BadRows(skip_bad_rows))
     harness = Harness(tasks) if tasks else None
     student, tokenizer = load(
-        folder.resolve(), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        folder.resolve(),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        checksums=checksums,
     )
     original = original_model(folder, base, student, tokenizer, dtype, device, trust_remote_code)
     task = task_of(student, tokenizer)

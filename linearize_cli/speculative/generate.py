@@ -32,6 +32,7 @@ def generate(
     top_p: float = 1.0,
     typical: bool = False,
     trust_remote_code: bool = False,
+    checksums: bool = True,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -54,6 +55,7 @@ def generate(
             follows the model's distribution.
         trust_remote_code: allow the artifact to run its own code. If False, an artifact that needs it is
             refused.
+        checksums: False to load files that differ from the artifact's checksums.
         device: the torch device to run on. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype to run in. None uses the artifact's.
         seed: the seed of sampling.
@@ -68,7 +70,9 @@ def generate(
             range or do not go together, the heads or the tree are missing, or the model cannot verify drafts.
     """
     check_options(speculative, tree, temperature, top_p, typical)
-    model, tokenizer = load(artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(
+        artifact, device=device, dtype=dtype, trust_remote_code=trust_remote_code, checksums=checksums
+    )
     task = task_of(model, tokenizer)
     if not task.decodes:
         raise UserError(

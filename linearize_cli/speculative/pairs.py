@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize_cli.artifact.checksums import check_unchanged
 from linearize_cli.artifact.load import artifact_name, enter_own_feature_map, load, refuse_linearized
 from linearize_cli.artifact.record import read_config, read_record
 from linearize_cli.errors import UserError, first_five
@@ -52,6 +53,7 @@ def drafted_by(
     device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> Pair:
     """Load an artifact as the target, and a model that drafts for it. The drafter may be a softmax or a
     linearized model.
@@ -62,13 +64,14 @@ def drafted_by(
         device: the torch device of both. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype. None uses each model's own.
         trust_remote_code: allow both models to run their own code.
+        checksums: False to load files that differ from the artifact's checksums.
 
     Raises:
         UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
             their vocabularies differ.
     """
     options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    target, tokenizer = load(artifact, **options, own_code=trust_remote_code)
+    target, tokenizer = load(artifact, **options, own_code=trust_remote_code, checksums=checksums)
     enter_own_feature_map(drafter, trust_remote_code)
     model, other = load_teacher(drafter, **options)
     check_pair(str(artifact), target, tokenizer, drafter, model, other)
@@ -82,6 +85,7 @@ def drafting_for_teacher(
     device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> Pair:
     """Load the softmax model that an artifact was made from, and the artifact as its drafter.
 
@@ -94,13 +98,16 @@ def drafting_for_teacher(
         device: the torch device of both. `auto` is CUDA if there is one, then MPS, then the CPU.
         dtype: torch's name of the dtype. None uses the artifact's.
         trust_remote_code: allow both models to run their own code.
+        checksums: False to load files that differ from the artifact's checksums.
 
     Raises:
         UserError: one of them cannot be loaded, is not a causal language model or cannot be rolled back, or
             their vocabularies differ.
     """
-    enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     folder = Path(resolve_model(artifact_name(artifact)))
+    if checksums:
+        check_unchanged(folder, artifact_name(artifact))
+    enter_own_feature_map(artifact_name(artifact), trust_remote_code)
     config = read_config(folder)
     record = config.get("linearize")
     if record is None:
@@ -124,7 +131,7 @@ def drafting_for_teacher(
     if shared:
         drafter, other = sharing_weights(target, folder, record), tokenizer
     else:
-        drafter, other = load(artifact, **options)
+        drafter, other = load(artifact, **options, checksums=False)
     check_pair(name, target, tokenizer, str(artifact), drafter, other)
     return Pair(target, drafter, tokenizer, shared)
 

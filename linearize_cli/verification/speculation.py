@@ -112,8 +112,8 @@ def load_drafted(
             softmax teacher.
         tree: the name of a tree, or a JSON file of choices. None chooses the heads' own tree for drafts, and
             a tree of 64 nodes for the check `tree`.
-        options: the arguments `device`, `dtype` and `trust_remote_code` of `load`. With `trust_remote_code`
-            the artifact runs its own code.
+        options: the arguments `device`, `dtype`, `trust_remote_code` and `checksums` of `load`. With
+            `trust_remote_code` the artifact runs its own code.
 
     Returns:
         The model, its tokenizer, and the arguments of `verify_model` that determine the speculation.
