@@ -14,7 +14,7 @@ _API = {
     "evaluate": "linearize_cli.metrics.evaluation",
     "verify": "linearize_cli.verification.verify",
     "bench": "linearize_cli.metrics.benchmark",
-    "push": "linearize_cli.artifact.push",
+    "push": "linearize_cli.publish.push",
 }
 __all__ = list(_API)
 

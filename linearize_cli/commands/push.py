@@ -6,6 +6,8 @@ import click
 
 from linearize_cli.commands.options import (
     command_options,
+    quiet_libraries,
+    trust_option,
 )
 from linearize_cli.terminal import Terminal
 
@@ -19,16 +21,23 @@ from linearize_cli.terminal import Terminal
 @click.option("--commit-message", metavar="M", help="The commit's message.")
 @click.option("--token", metavar="T", help="An access token. Default: the one that you signed in with.")
 @click.option("--dry-run", is_flag=True, help="Show what would be pushed. Push nothing.")
+@click.option("--no-verify", "verify", flag_value=False, default=True, help="Push without checks.")
+@trust_option
 @command_options
 def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
-    """Push ARTIFACT (default: this folder) to the Hub as REPO_ID (default: your name and the folder's)."""
+    """Push ARTIFACT (default: this folder) to the Hub as REPO_ID (default: your name and the folder's).
+
+    Before anything is sent, ARTIFACT is loaded in a new process without this package, and verified (verify
+    --quick).
+    """
     from huggingface_hub.utils import disable_progress_bars
 
-    from linearize_cli.artifact.push import push as run
+    from linearize_cli.publish.push import push as run
     from linearize_cli.tables import pushed
 
+    quiet_libraries()
     if terminal.quiet:
         disable_progress_bars()
-    result = run(**arguments)
+    result = run(**arguments, note=terminal.note)
     terminal.out.print(pushed(result))
     return result

@@ -15,12 +15,12 @@ from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
 PUSH = """
 import json, sys, time, traceback
 from linearize_cli import hub
-from linearize_cli.artifact.push import push
+from linearize_cli.publish.push import push
 from linearize_cli.errors import UserError
 if "stalled" in sys.argv:
     hub.TIMEOUT, time.sleep = dict.fromkeys(hub.TIMEOUT, 0.3), lambda seconds: None
 try:
-    print(json.dumps(push(**json.loads(sys.argv[1]))))
+    print(json.dumps(push(**{"verify": False, **json.loads(sys.argv[1])})))
 except UserError as error:
     print(json.dumps({"what": error.what, "hint": error.hint}))
     traceback.print_exc()  # as --debug does

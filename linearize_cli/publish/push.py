@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -9,10 +10,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from linearize_cli.artifact.completeness import artifact_files
-from linearize_cli.artifact.upload import MALFORMED, create_repository, upload
 from linearize_cli.errors import UserError
 from linearize_cli.hub import cause_of, hub_error, limited_waits, persistent, redacted_chain
 from linearize_cli.inputs import user_path
+from linearize_cli.publish.upload import MALFORMED, create_repository, upload
 
 # Weights of an earlier push under other names would be loaded in the place of the new ones.
 STALE = (
@@ -31,6 +32,9 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Upload an artifact's files to a model repository in one commit. The repository is created if it does
     not exist.
@@ -45,6 +49,10 @@ def push(
         commit_message: title of the commit, and of the pull request. None uses "Upload linearized model".
         token: a Hub access token. None uses that of `hf auth login` or HF_TOKEN.
         dry_run: return what would be pushed, and write nothing on the Hub.
+        verify: before anything is sent, load the artifact in a new process without this package, and run
+            `verify --quick` on it.
+        trust_remote_code: allow these checks to run code in the artifact that is not this package's.
+        note: called with a line of text before each check.
 
     Returns:
         `repo_id`, `url`, `revision`, `commit` (hash), `pull_request` (URL or None), `files` ([{`path`, `size`
@@ -52,6 +60,7 @@ def push(
 
     Raises:
         UserError: the folder is not a complete artifact, or the Hub refuses or cannot be reached.
+        CheckFailed: the artifact does not pass the checks. Nothing was sent.
     """
     folder = user_path(artifact)
     files = [{"path": name, "size": (folder / name).stat().st_size} for name in artifact_files(folder)]
@@ -61,6 +70,10 @@ def push(
             f"--create-pr and --revision {revision} exclude each other",
             "A pull request is always opened against main: leave one of the two out.",
         )
+    if verify:
+        from linearize_cli.publish.gate import check_publishable  # imports torch
+
+        check_publishable(folder, trust_remote_code, note)
     token = (token or get_token() or "").strip()
     api = HfApi(token=token or False)
     commit = pull_request = None

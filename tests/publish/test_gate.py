@@ -1,0 +1,95 @@
+"""Before a push, an artifact is loaded without this package, and verified."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from convert_case import make_teacher
+from safetensors.torch import load_file, save_file
+
+from linearize_cli import convert
+from linearize_cli.artifact.checksums import checksums
+from linearize_cli.cli import main
+from linearize_cli.errors import CheckFailed, UserError
+from linearize_cli.publish import gate
+from linearize_cli.publish.gate import check_loads_alone, check_publishable, other_code
+
+pytest_plugins = ["push_case"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    teacher = make_teacher(tmp_path_factory.mktemp("gate"))
+    convert(teacher.path, teacher.folder / "saved", train=False, seq_len=16)
+    return teacher.folder / "saved"
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def record(folder):
+    return json.loads((folder / "linearize.json").read_text())
+
+
+def test_an_artifact_passes_and_is_pushed(push, hub, saved):
+    pushed = push(saved, "alice/tiny", verify=True)
+    assert pushed.code == 0, pushed.output
+    assert hub.repos["alice/tiny"].files()["config.json"] == (saved / "config.json").read_bytes()
+
+
+def test_nothing_is_sent_of_an_artifact_that_does_not_pass(push, hub, copied):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file({**weights, name: 2 * weights[name]}, path, metadata={"format": "pt"})
+    whole = record(copied)
+    (copied / "linearize.json").write_text(json.dumps({**whole, "checksums": checksums(copied)}))
+    refused = push(copied, "alice/tiny", verify=True)
+    assert refused.code == 1 and "logits differ from those recorded" in refused.data["what"]
+    assert "alice/tiny" not in hub.repos and "--no-verify" in refused.data["hint"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("modeling_linearized.py", "import no_such_module\n", "no_such_module"),
+        ("modeling_linearized.py", "from linearize_cli import load\n", "linearize_cli"),
+        ("config.json", "{", "json"),
+    ],
+)
+def test_it_must_load_without_this_package(copied, file, text, said):
+    (copied / file).write_text(text if file == "config.json" else text + (copied / file).read_text())
+    with pytest.raises(CheckFailed, match="does not load where this package is not installed") as failed:
+        check_loads_alone(copied)
+    assert said.lower() in failed.value.what.lower()
+
+
+def test_code_of_others_does_not_run_unasked(copied, monkeypatch):
+    assert other_code(copied) == []
+    with (copied / "modeling_linearized.py").open("a") as file:
+        file.write("\n# mine\n")
+    (copied / "linearize_own_map.py").write_text("1 / 0\n")
+    monkeypatch.setattr(gate, "check_loads_alone", lambda folder: pytest.fail("its code ran"))
+    with pytest.raises(UserError, match="linearize_own_map.py, modeling_linearized.py") as refused:
+        check_publishable(copied, trust_remote_code=False, note=print)
+    assert "--trust-remote-code" in refused.value.hint
+
+
+def test_weights_that_are_not_finite_are_named(copied):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(CheckFailed, match="not a finite number"):
+        check_loads_alone(copied)
+
+
+def test_the_command_says_what_it_does(copied, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    with pytest.raises(SystemExit) as end:
+        main(["push", str(copied), "alice/tiny", "--dry-run"])
+    said = capsys.readouterr()
+    assert end.value.code in (None, 0) and "alice/tiny" in said.out
+    assert "without this package" in said.err and "checking tree" in said.err
