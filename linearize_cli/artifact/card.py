@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from linearize_cli.artifact import card_measured
 from linearize_cli.artifact.record import DISTANCES
 from linearize_cli.models.encoders import Embedding
 from linearize_cli.models.gguf import SUFFIX, split_name
 from linearize_cli.models.tasks import TASKS, CausalLM
+from linearize_cli.tables import size
 
 NOT_MEASURED = "not measured"
 
@@ -32,25 +35,32 @@ SELF_CHECK = {
     "padded": "with or without padding",
     "reload": "before or after saving and loading",
 }
+GENERATE = """
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+"""
 SENTENCES = (
     " With sentence-transformers: `SentenceTransformer(path, trust_remote_code=True)`. The model's own output "
     "is a hidden state per token."
 )
 
 
-def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
-    """Return the text of README.md: metadata for the Hub, how to load the model, and all measured numbers.
+def card(
+    report: dict, *, repo_name: str, recipe: dict | None = None, measured: dict[str, Any] | None = None
+) -> str:
+    """Return the text of README.md: metadata for the Hub, how to use the model, and all measured numbers.
 
     Args:
         report: the contents of `linearize.json`. A null becomes "not measured".
         repo_name: the title, and the name in the loading example: the folder's name or the Hub id.
-        recipe: the recipe as plain data. Its `summary` and `paper` are shown. None: neither is shown.
+        recipe: the recipe as plain data. Its summary, paper and attention are shown. None: they are not.
+        measured: the reports of `eval` and `bench`, and the names of figures (see `card_measured.measured`).
     """
     base = _base_name(report["base_model"])
     # `--method` may be a file: show its name, never its path.
     method = Path(report["method"]).stem if "/" in report["method"] else report["method"]
     linear, softmax = report["layers"]["linear"], report["layers"]["softmax"]
-    recipe = recipe or {}
+    recipe, measured = recipe or {}, measured or {}
     auto_class = next(name for name, task in TASKS.items() if task.pipeline == _pipeline(report))
     decodes = TASKS[auto_class].decodes
     sections = [
@@ -58,18 +68,24 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         f"# {repo_name}",
         f"{base} with linear attention (`{method}`) in {len(linear)} of {len(linear) + len(softmax)} "
         "attention layers, made with `linearize`. " + _gain(decodes),
-        "## Load",
+        *_method(recipe.get("attention")),
+        "## Use",
         "```python\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
         f'path = "{repo_name}"  # this folder, or its id on the Hub\n'
         f"model = {auto_class}.from_pretrained(path, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
-        "```",
+        + (GENERATE if decodes else "")
+        + "```",
         "The folder contains its own code. Only `transformers` and `torch` are needed."
         + (SENTENCES if auto_class == Embedding.auto_class else ""),
+        *([_with_package(repo_name)] if decodes else []),
         "## Quality",
         *_quality(report),
+        *(card_measured.quality(measured["eval"]) if measured.get("eval") else []),
         *(["## Memory", _memory(report["state_bytes"], report["kv_bytes_per_token"])] if decodes else []),
+        *_speed(measured.get("bench")),
+        *[f"![{name.removesuffix('.png')}]({name})" for name in measured.get("figures", ())],
         "## Self-check",
         "The same tokens are computed in two ways. The largest difference between their logits:",
         _table("check", "difference", SELF_CHECK, report["self_check"], "{:.1e}"),
@@ -77,6 +93,10 @@ def card(report: dict, *, repo_name: str, recipe: dict | None = None) -> str:
         f"- linear attention: {_names(linear)}\n- softmax attention: {_names(softmax)}",
         "## How it was made",
         _making(report, base, method, recipe),
+        *([f"```\n{report['command']}\n```"] if report.get("command") else []),
+        "## Limits",
+        _limits(report, decodes),
+        *_licence(report.get("origin") or {}, base),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -120,8 +140,13 @@ def _metadata(report: dict, method: str, repo_name: str) -> ModelCardData:
                 metric_value=round(saved, 4),
             )
         ]
+    origin = report.get("origin") or {}
     return ModelCardData(
         base_model=base_model,
+        license=origin.get("license"),
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        language=origin.get("language"),
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag=_pipeline(report),
@@ -147,6 +172,69 @@ def _gain(decodes: bool) -> str:
     return "Their cost is linear in the context."
 
 
+def _with_package(repo_name: str) -> str:
+    """Return how to use the model with this package, which adds commands and speculative decoding."""
+    return (
+        f'With the package `linearize-cli`: `linearize generate {repo_name} "Once upon a time"` continues a text, '
+        f"and `linearize verify {repo_name}` checks that all forms of the model agree."
+    )
+
+
+def _method(attention: dict | None) -> list[str]:
+    """Return a paragraph of two sentences about a recipe's attention, or none without a recipe."""
+    if not attention:
+        return []
+    local, far, parts = attention.get("local"), attention.get("far"), []
+    if local:
+        what = "the last {size} tokens" if local["scope"] == "sliding" else "its group of {size} tokens"
+        sinks = f" and the first {attention['sinks']}" if attention["sinks"] else ""
+        kind = "softmax" if local["score"] == "softmax" else f"`{local['score']}`"
+        parts.append(f"A token attends to {what.format(**local)}{sinks} exactly ({kind} attention).")
+    if far:
+        older = "All older tokens" if local else "All tokens"
+        forgets = (
+            ""
+            if attention["memory"]["kind"] == "none"
+            else f", which forgets (`{attention['memory']['kind']}`)"
+        )
+        parts.append(
+            f"{older} are read through `{far['feature_map']}` features from a state of constant size{forgets}."
+        )
+    elif local:
+        parts.append("Older tokens are not seen.")
+    return [" ".join(parts)] if parts else []
+
+
+def _speed(report: dict | None) -> list[str]:
+    """Return the section about a report of `bench`, or nothing without one."""
+    rows = card_measured.speed(report) if report else []
+    return ["## Speed", *rows] if rows else []
+
+
+def _limits(report: dict, decodes: bool) -> str:
+    """Return the Markdown list of what a user of the model should know."""
+    lines = []
+    if decodes and report["layers"]["linear"]:
+        lines.append(
+            "A state of constant size is a summary. A name or a number from further back than the window may be "
+            "lost; `linearize eval` measures this."
+        )
+    if report.get("seq_len"):
+        lines.append(f"The quality was recovered on blocks of {report['seq_len']:,} tokens.")
+    lines.append("What the base model gets wrong, this one gets wrong too.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _licence(origin: dict, base: str) -> list[str]:
+    """Return the section about the base model's licence, or nothing if none is known."""
+    if not origin.get("license"):
+        return []
+    name = origin.get("license_name") or origin["license"]
+    link = origin.get("license_link")
+    shown = f"[{name}]({link})" if link and link.startswith("http") else f"`{name}`"
+    return ["## Licence", f"The licence of the base model {base} is {shown}. It applies to this model too."]
+
+
 def _quality(report: dict) -> list[str]:
     """Return the tables of perplexities. For a task without labels, return the table of the distance from
     the teacher.
@@ -155,9 +243,9 @@ def _quality(report: dict) -> list[str]:
         labels = {name: {**PERPLEXITY, **ABLATION}[name] for name in report[found]}
         return [_table("model", DISTANCES[found], labels, report[found], "{:.4f}")]
     return [
-        _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.2f}"),
+        _table("model", "perplexity", PERPLEXITY, report["perplexity"], "{:,.3f}"),
         "The perplexity of each part of the attention alone:",
-        _table("ablation", "perplexity", ABLATION, report["ablation"], "{:,.2f}"),
+        _table("ablation", "perplexity", ABLATION, report["ablation"], "{:,.3f}"),
     ]
 
 
@@ -175,18 +263,21 @@ def _table(subject: str, measure: str, labels: dict[str, str], values: dict | No
 
 
 def _memory(state_bytes: int | None, kv_bytes_per_token: int | None) -> str:
-    """Return a Markdown table: bytes of the linear layers' state, bytes of the KV cache that it replaces, and
+    """Return a Markdown table: the size of the linear layers' state and of the KV cache that it replaces, and
     the context length at which the state becomes smaller.
     """
-    values = {"state": state_bytes, "kv": kv_bytes_per_token}
+    values: dict[str, str | None] = {
+        "state": state_bytes and size(state_bytes),
+        "kv": kv_bytes_per_token and size(kv_bytes_per_token),
+    }
     labels = {
-        "state": "state of the linear layers, bytes per sequence",
-        "kv": "KV cache that they replace, bytes per token",
+        "state": "state of the linear layers, per sequence",
+        "kv": "KV cache that they replace, per token",
     }
     if state_bytes is not None and kv_bytes_per_token:
-        values["even"] = state_bytes // kv_bytes_per_token + 1
+        values["even"] = f"{int(state_bytes // kv_bytes_per_token) + 1:,}"
     labels["even"] = "context at which the state becomes smaller, tokens"
-    return _table("memory for decoding", "size", labels, values, "{:,}")
+    return _table("memory for decoding", "size", labels, values, "{}")
 
 
 def _names(modules: list[str]) -> str:

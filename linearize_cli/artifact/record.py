@@ -43,6 +43,8 @@ FIELDS: dict[str, Any] = {
     "checksums": Texts,
     "fingerprint": dict[str, Any],
     "card": Text,
+    "command": Text,
+    "origin": dict[str, Any],
 }
 CONVERSION: dict[str, Any] = {
     "base_class": Text,
@@ -53,7 +55,7 @@ CONVERSION: dict[str, Any] = {
     "softmax": list[Text | None],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
-OPTIONAL = (*DISTANCES, "medusa", "task", "checksums", "fingerprint", "card")
+OPTIONAL = (*DISTANCES, "medusa", "task", "checksums", "fingerprint", "card", "command", "origin")
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.card import card
+from linearize_cli.artifact.card_measured import measured
 from linearize_cli.artifact.checksums import sha256
+from linearize_cli.artifact.record import read_record
 from linearize_cli.files import write_json, write_text
+from linearize_cli.inputs import read_yaml
 from linearize_cli.methods.recipe import Recipe
 
 
@@ -38,3 +41,16 @@ def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any])
     write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))
     report["card"] = sha256(folder / "README.md")
     write_json(folder / "linearize.json", report)
+
+
+def refresh_card(folder: Path) -> None:
+    """Write the model card anew, with what `eval` and `bench` have measured since, unless a user has edited it."""
+    report, path = read_record(folder), folder / "README.md"
+    if not report.get("card") or not path.is_file():
+        return
+    recipe = read_yaml(folder / "recipe.yaml", "Convert the model again, or download the artifact again.")
+    text = card(report, repo_name=folder.resolve().name, recipe=recipe, measured=measured(folder))
+    # A killed command may have written the new card, and not yet its sum.
+    if report["card"] == sha256(path) or path.read_text(encoding="utf-8") == text:
+        write_text(path, text)
+        write_json(folder / "linearize.json", {**report, "card": sha256(path)})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from linearize_cli.artifact.card import card
+from linearize_cli.artifact.card_measured import measured
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.artifact.record import read_record
@@ -155,6 +156,7 @@ def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) ->
         facts: the facts about the heads, for the key `medusa`.
     """
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
+    name["measured"] = measured(folder)
     before, report = card(report, **name), {**report, "medusa": facts}
     # A killed run may have written the new card already.
     untouched = path.is_file() and path.read_text() in (before, card(report, **name))

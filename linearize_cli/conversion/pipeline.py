@@ -17,10 +17,13 @@ from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.conversion.preflight import check_blocks, check_space, hidden_bytes
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
+from linearize_cli.methods.registry import method_names
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, reload_difference, require_same, self_check
 from linearize_cli.models.device import checked_dtype, in_working_dtype
+from linearize_cli.models.find import resolve_model
 from linearize_cli.models.load import load_stored
+from linearize_cli.models.origin import origin
 from linearize_cli.models.stored import dtypes, in_stored_dtypes
 from linearize_cli.models.tasks import CausalLM, task_of
 from linearize_cli.speculative.medusa import MedusaHeads
@@ -177,6 +180,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         "kv_bytes_per_token": kv_bytes_per_token(conversion.linear, conversion.dtype),
         "seconds": results.get("seconds", {}),
         "plan": results["plan"],
+        "command": job.command(method_names()),
+        "origin": origin(resolve_model(job.model, weights=False)),
         "versions": versions(),
     }
     if medusa is not None:

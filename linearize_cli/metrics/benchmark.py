@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.save import refresh_card
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
@@ -156,6 +157,7 @@ def bench(
         plots.save(plots.by_context(report), figure)
     if write:
         write_json(folder / "bench.json", report)
+        refresh_card(folder)
     return report
 
 

@@ -10,6 +10,7 @@ import torch
 
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.save import refresh_card
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.data import sources as text
 from linearize_cli.data.names import DEMO, SELF
@@ -140,6 +141,7 @@ def evaluate(
     if write:
         draw(folder, report)
         write_json(folder / "eval.json", report)
+        refresh_card(folder)
     return report
 
 

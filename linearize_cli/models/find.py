@@ -73,7 +73,7 @@ def _download(model: str, weights: bool) -> str:
     def fetch(*patterns: str, commit: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns="*/*"))
 
-    folder = fetch("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken")
+    folder = fetch("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "README.md")
     if not _has_config(folder) and (file := gguf.download(model, commit=folder.name)):
         return file
     _require_checkpoint(model, folder)

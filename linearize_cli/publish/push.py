@@ -10,9 +10,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from linearize_cli.artifact.completeness import artifact_files
+from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.hub import cause_of, hub_error, limited_waits, persistent, redacted_chain
 from linearize_cli.inputs import user_path
+from linearize_cli.models.origin import obstacle
 from linearize_cli.publish.upload import MALFORMED, create_repository, upload
 
 # Weights of an earlier push under other names would be loaded in the place of the new ones.
@@ -33,6 +35,7 @@ def push(
     token: str | None = None,
     dry_run: bool = False,
     verify: bool = True,
+    yes: bool = False,
     trust_remote_code: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict:
@@ -51,6 +54,8 @@ def push(
         dry_run: return what would be pushed, and write nothing on the Hub.
         verify: before anything is sent, load the artifact in a new process without this package, and run
             `verify --quick` on it.
+        yes: publish a copy of a base model that is gated, or whose licence forbids changed copies. Without it,
+            such an artifact is refused.
         trust_remote_code: allow these checks to run code in the artifact that is not this package's.
         note: called with a line of text before each check.
 
@@ -69,6 +74,12 @@ def push(
         raise UserError(
             f"--create-pr and --revision {revision} exclude each other",
             "A pull request is always opened against main: leave one of the two out.",
+        )
+    record = read_record(folder)
+    if not yes and (why := obstacle(record.get("origin") or {})):
+        raise UserError(
+            f"the base model {record['base_model']} {why}",
+            "Read its licence. If you may publish this model, add --yes.",
         )
     if verify:
         from linearize_cli.publish.gate import check_publishable  # imports torch

@@ -1,5 +1,7 @@
 """The run configuration of a conversion."""
 
+import os
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,34 @@ class Job:
     medusa_lr: float | str = "auto"
     skip_bad_rows: int = 0
 
+    def command(self, methods: list[str]) -> str:
+        """Return the `linearize convert` command of this configuration. Paths are shortened to their last part.
+
+        Args:
+            methods: the names of the methods that need no recipe file.
+        """
+        name = self.recipe.name
+        parts = ["linearize", "convert", shown(self.model)]
+        parts += ["--method", name if name in methods else "recipe.yaml"]
+        options = {
+            "--tokens": self.recipe.recover.tokens if self.train else None,
+            "--eval-data": self.eval_data and shown(self.eval_data),
+            "--keep-softmax": self.keep_softmax,
+            "--seq-len": self.seq_len,
+            "--batch-size": self.batch_size,
+            "--dtype": self.dtype,
+            "--medusa-heads": self.medusa_heads or None,
+            "--seed": self.seed or None,
+        }
+        for source in self.data:
+            parts += ["--data", shown(source)]
+        for key, value in options.items():
+            parts += [] if value is None else [key, str(value)]
+        for override in self.overrides if name in methods else ():
+            parts += ["--set", override]
+        parts += [] if self.train else ["--no-train"]
+        return shlex.join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON data."""
         return {
@@ -54,3 +84,9 @@ class Job:
             "data": list(self.data),
             "overrides": list(self.overrides),
         }
+
+
+def shown(name: str) -> str:
+    """Return the last part of a local path, or a name on the Hub unchanged."""
+    local = name.startswith((".", "/", "~")) or os.path.exists(name)
+    return os.path.basename(os.path.abspath(name)) if local else name

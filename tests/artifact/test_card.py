@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from linearize_cli.artifact.card import card
+from linearize_cli.models.origin import obstacle, origin
 
 RECIPE = {
     "name": "augmented",
@@ -80,17 +81,17 @@ def test_every_number_is_shown(report):
     text = card(report, repo_name="llama-relu", recipe=RECIPE)
     assert rows(text) == {
         "model": "perplexity",
-        "teacher (softmax attention)": "3.67",
-        "linear attention, before any training": "1,234.50",
-        "after attention transfer": "4.01",
-        "after distillation": "3.79",
+        "teacher (softmax attention)": "3.670",
+        "linear attention, before any training": "1,234.500",
+        "after attention transfer": "4.010",
+        "after distillation": "3.790",
         "ablation": "perplexity",
-        "full model": "3.79",
-        "local part only": "5.25",
-        "linear part only": "9.50",
+        "full model": "3.790",
+        "local part only": "5.250",
+        "linear part only": "9.500",
         "memory for decoding": "size",
-        "state of the linear layers, bytes per sequence": "2,048,000",
-        "KV cache that they replace, bytes per token": "1,024",
+        "state of the linear layers, per sequence": "2.0 MB",
+        "KV cache that they replace, per token": "1.0 kB",
         "context at which the state becomes smaller, tokens": "2,001",
         "check": "difference",
         "one pass or token by token": "1.2e-06",
@@ -147,3 +148,35 @@ def test_a_local_base_model_shows_its_name_only(report, tmp_path, monkeypatch):
 def test_the_demo_teacher_is_no_base_model_on_the_hub(report):
     text = card(report | {"base_model": "demo"}, repo_name="x")
     assert ModelCard(text).data.base_model is None and "The demo teacher with linear attention" in text
+
+
+def test_the_licence_and_the_languages_of_the_base_model_are_carried_over(report, tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://example.org/l\nlanguage: en\n"
+        "extra_gated_prompt: Agree?\n---\n# base\n"
+    )
+    found = origin(str(tmp_path))
+    assert found["language"] == ["en"] and found["gated"] and "gated" in obstacle(found)
+    text = card(report | {"origin": found}, repo_name="x")
+    data = ModelCard(text).data
+    assert (data.license, data.license_name, data.language) == ("other", "tiny", ["en"])
+    assert "[tiny](https://example.org/l). It applies to this model too" in text
+    assert "does not allow changed copies" in obstacle({"license": "cc-by-nd-4.0"})
+    assert obstacle({"license": "apache-2.0"}) == "" == obstacle({})
+
+
+@pytest.mark.parametrize("text", ["", "# no head", "---\n[", "---\n- a\n---\n", "---\nlicense: 3\n---\n"])
+def test_a_base_model_without_a_card_that_can_be_read_has_no_licence(text, tmp_path):
+    assert origin(str(tmp_path / "none")) == {}
+    (tmp_path / "README.md").write_text(text)
+    assert origin(str(tmp_path)) == {}
+
+
+def test_the_method_is_told_in_two_sentences(report):
+    local = {"scope": "sliding", "size": 64, "score": "softmax"}
+    attention = {"local": local, "far": {"feature_map": "hedgehog"}, "sinks": 4, "memory": {"kind": "none"}}
+    text = card(report, repo_name="x", recipe={**RECIPE, "attention": attention})
+    assert (
+        "A token attends to the last 64 tokens and the first 4 exactly (softmax attention). All older tokens are read "
+        "through `hedgehog` features from a state of constant size." in text
+    )

@@ -93,3 +93,12 @@ def test_the_command_says_what_it_does(copied, capsys, monkeypatch):
     said = capsys.readouterr()
     assert end.value.code in (None, 0) and "alice/tiny" in said.out
     assert "without this package" in said.err and "checking tree" in said.err
+
+
+def test_a_gated_base_model_is_published_on_purpose_only(push, hub, copied):
+    whole = record(copied)
+    (copied / "linearize.json").write_text(json.dumps({**whole, "origin": {"gated": True}}))
+    refused = push(copied, "alice/tiny")
+    assert refused.code == 2 and "is gated" in refused.data["what"] and "--yes" in refused.data["hint"]
+    assert "alice/tiny" not in hub.repos
+    assert push(copied, "alice/tiny", yes=True).code == 0
