@@ -168,7 +168,7 @@ def _gain(decodes: bool) -> str:
         decodes: True if the model generates text, False for an encoder.
     """
     if decodes:
-        return "Their memory for decoding does not grow with the context."
+        return "The memory of these layers does not grow with the context."
     return "Their cost is linear in the context."
 
 

@@ -39,7 +39,7 @@ def quality(report: dict[str, Any]) -> list[str]:
                 f"| {row['distance']:,} | {number(row['teacher'], '.0%')} | {number(row['student'], '.0%')} |"
                 for row in rows
             ]
-            head = "| tokens back | softmax model | this model |\n| ---: | ---: | ---: |"
+            head = "| tokens back, at least | softmax model | this model |\n| ---: | ---: | ---: |"
             parts += [f"Recall of {what} from so many tokens back:", "\n".join([head, *cells])]
     tasks = [
         f"| {task} | {metric} | {pair['teacher']:.4f} | {pair['student']:.4f} |"

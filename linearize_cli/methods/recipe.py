@@ -348,11 +348,14 @@ def transfer_rate(transfer: Transfer, head_dim: int) -> float:
 def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
 
-    `auto` is 2e-4 at width 4096 and grows as 1 / width, as Adam's rate should (arXiv 2203.03466), up to 2e-3. It
-    is three times that for the parameters that the conversion added. `linear_lr` is None if these have no rate
-    of their own.
+    `auto` is 2e-4 at width 4096 and grows as 1 / width, as Adam's rate should (arXiv 2203.03466), up to 2e-3. A
+    loss on hidden states alone has a third of it: at the whole rate, embedding models become worse than before.
+    `auto` is three times the other rate for the parameters that the conversion added. `linear_lr` is None if
+    these have no rate of their own.
     """
-    rate = min(2e-3, 2e-4 * 4096 / width) if distill.lr == "auto" else distill.lr
+    rate = distill.lr
+    if rate == "auto":
+        rate = min(2e-3, 2e-4 * 4096 / width) / (1 if distill.kl or distill.ce else 3)
     return rate, 3 * rate if distill.linear_lr == "auto" else distill.linear_lr
 
 

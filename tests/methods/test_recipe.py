@@ -167,6 +167,8 @@ def test_rates_fall_with_the_width():
     assert learning_rates(auto, 64) == pytest.approx((2e-3, 6e-3))
     assert learning_rates(auto, 1024) == pytest.approx((8e-4, 2.4e-3))
     assert learning_rates(auto, 4096) == pytest.approx((2e-4, 6e-4))
+    embedding = Distill(linear_lr="auto", kl=0.0, hidden=1.0, embedding=1.0)
+    assert learning_rates(embedding, 384) == pytest.approx((2e-3 / 3, 2e-3))
     assert learning_rates(Distill(), 64) == (pytest.approx(2e-3), None)
     assert learning_rates(Distill(lr=1e-3, linear_lr="auto"), 4096) == (1e-3, pytest.approx(3e-3))
     assert learning_rates(Distill(lr=1e-3, linear_lr=1e-2), 4096) == (1e-3, 1e-2)
