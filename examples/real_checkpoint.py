@@ -41,6 +41,8 @@ COLUMNS = (
     "transferred",
     "recovered",
     "x teacher",
+    "KL",
+    "same token",
     "local only",
     "linear only",
     "pass key",
@@ -120,11 +122,13 @@ def table(results: dict[str, dict]) -> str:
         if len(lines) == 2:
             recall = recalled(result, "teacher")
             lines.append(
-                f"| the teacher | - | - | {quality['teacher']:.3f} | 1.000 | - | - | {recall} | - | - |"
+                f"| the teacher | - | - | {quality['teacher']:.3f} | 1.000 | - | - | - | - | {recall} | - | - |"
             )
         cells = [
             *(number(quality[key]) for key in ("swapped", "transferred", "recovered")),
             number(quality["recovered"] / quality["teacher"], ".4f"),
+            number(result["eval"]["kl"], ".4f"),
+            number(result["eval"]["top1_agreement"], ".1%"),
             *(number(ablation[key]) for key in ("local_only", "linear_only")),
             recalled(result, "student"),
             size(report["state_bytes"]),
