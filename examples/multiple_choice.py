@@ -21,16 +21,25 @@ NAME = "next-passage"
 @click.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the task.")
-@click.option("--questions", default=200, show_default=True, help="Number of questions, at most.")
-@click.option("--passage", default=200, show_default=True, help="Words of a passage.")
-@click.option("--continuation", default=12, show_default=True, help="Words of a continuation.")
+@click.option(
+    "--questions",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Number of questions, at most.",
+)
+@click.option("--passage", type=click.IntRange(1), default=200, show_default=True, help="Words of a passage.")
+@click.option(
+    "--continuation", type=click.IntRange(1), default=12, show_default=True, help="Words of a continuation."
+)
 @click.option("--seed", default=0, show_default=True)
 def main(text: Path, out: Path, questions: int, passage: int, continuation: int, seed: int) -> None:
     """Write a task of QUESTIONS from TEXT: a JSONL file and the YAML file that lm_eval reads."""
-    rows = drawn(text.read_text(encoding="utf-8").split(), questions, passage, continuation, seed)
-    if len(rows) < CHOICES:
-        words = CHOICES * (passage + continuation)
-        raise click.ClickException(f"{text} is too short: {words:,} words are needed at least")
+    words = text.read_text(encoding="utf-8").split()
+    least = CHOICES * (passage + continuation)
+    if len(words) < least:
+        raise click.ClickException(f"{text} is too short: {least:,} words are needed at least")
+    rows = sample_questions(words, questions, passage, continuation, seed)
     out.mkdir(parents=True, exist_ok=True)
     data = out.resolve() / f"{NAME}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -38,8 +47,10 @@ def main(text: Path, out: Path, questions: int, passage: int, continuation: int,
     click.echo(f"{len(rows)} questions: linearize eval ARTIFACT --tasks {out / NAME}.yaml")
 
 
-def drawn(words: list[str], questions: int, passage: int, continuation: int, seed: int) -> list[dict]:
-    """Return questions from places of a text that do not overlap, in a random order.
+def sample_questions(
+    words: list[str], questions: int, passage: int, continuation: int, seed: int
+) -> list[dict]:
+    """Sample questions from passages of a text that do not overlap.
 
     Each has the `passage`, the `choices` (each begins with a space), and the index `label` of the true one.
     """
@@ -48,7 +59,7 @@ def drawn(words: list[str], questions: int, passage: int, continuation: int, see
     draw.shuffle(starts)
     ends = {start: " " + " ".join(words[start + passage : start + each]) for start in starts}
     rows = []
-    for start in starts[:questions] if len(starts) >= CHOICES else []:
+    for start in starts[:questions]:
         others = draw.sample([other for other in starts if other != start], CHOICES - 1)
         choices = [ends[place] for place in draw.sample([start, *others], CHOICES)]
         label = choices.index(ends[start])

@@ -24,13 +24,19 @@ def quality(report: dict[str, Any]) -> list[str]:
     """Return the paragraphs about a report of `eval`: perplexity, agreement with the teacher, recall by
     distance and lm_eval's tasks.
     """
-    found, parts = report.get("perplexity"), []
-    if found:
+    found, parts = report.get("perplexity") or {}, []
+    if found.get("student") is not None:
         parts.append(
             f"On {Path(report['data']).name}, in blocks of {report['contexts']['measured'][0]:,} tokens, the "
-            f"perplexity is {found['student']:,.3f}, the softmax model's {found['teacher']:,.3f}. "
+            f"perplexity is {found['student']:,.3f}; that of the softmax model is {found['teacher']:,.3f}. "
             f"KL(softmax ‖ this model) is {number(report.get('kl'), '.4f')} nats, and the most probable token is "
-            f"the same in {number(report.get('top1_agreement'), '.1%')} of the places."
+            f"the same at {number(report.get('top1_agreement'), '.1%')} of positions."
+        )
+    for row in report.get("embeddings") or []:
+        parts.append(
+            f"On {Path(report['data']).name}, in blocks of {row['context']:,} tokens, the distance of the "
+            f"embeddings (1 - cosine) is {number(row['distance'], '.4f')}, and the rank correlation of the "
+            f"similarities of all pairs {number(row['rank_correlation'], '.4f')}."
         )
     for key, what in (("recall", "words of the text"), ("passkey", "a pass key")):
         rows = (report.get(key) or {}).get("by_distance") or []
@@ -40,9 +46,9 @@ def quality(report: dict[str, Any]) -> list[str]:
                 for row in rows
             ]
             head = "| tokens back, at least | softmax model | this model |\n| ---: | ---: | ---: |"
-            parts += [f"Recall of {what} from so many tokens back:", "\n".join([head, *cells])]
+            parts += [f"Recall of {what} by distance:", "\n".join([head, *cells])]
     tasks = [
-        f"| {task} | {metric} | {pair['teacher']:.4f} | {pair['student']:.4f} |"
+        f"| {task} | {metric} | {number(pair['teacher'], '.4f')} | {number(pair['student'], '.4f')} |"
         for task, metrics in (report.get("tasks") or {}).items()
         for metric, pair in metrics.items()
     ]
@@ -79,5 +85,5 @@ def speed(report: dict[str, Any]) -> list[str]:
     )
     head = f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}"
     on = report["machine"]
-    where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread, {report['dtype']}"
-    return ["\n".join([head, *cells]), f"Measured on {where}; the two models by turns, medians."]
+    where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread of {on['cores']} cores, {report['dtype']}"
+    return ["\n".join([head, *cells]), f"{where}; medians, the models timed alternately."]

@@ -58,8 +58,8 @@ def check_unchanged(folder: Path, name: str) -> None:
 
     Args:
         folder: the artifact's folder.
-        name: the artifact's name in the error. It is the folder's own path, or a Hub id, of which not all
-            files may have been downloaded: then missing files are no error.
+        name: the name in the error: the folder's path or a Hub id. For a Hub id, missing files are accepted,
+            because not all are downloaded.
 
     Raises:
         UserError: a file was changed, is missing or is new. The message names it.
@@ -70,6 +70,6 @@ def check_unchanged(folder: Path, name: str) -> None:
     if recorded and (since := changed(recorded, folder)):
         raise UserError(
             f"{name}: its files are not those that were saved: {since}",
-            "Download or convert it again. If you changed it yourself, `linearize seal` records that. `generate`,\n"
-            "`eval` and `bench` load it all the same with --no-checksums.",
+            "Download or convert it again. If you changed it yourself, `linearize seal` records that.\n"
+            "To load it anyway, add --no-checksums (`generate`, `eval`, `bench`).",
         )

@@ -9,9 +9,11 @@ from linearize_cli.artifact.card import card
 from linearize_cli.artifact.card_measured import measured
 from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.record import read_record
+from linearize_cli.errors import UserError
 from linearize_cli.files import write_json, write_text
 from linearize_cli.inputs import read_yaml
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.terminal import Terminal
 
 
 def save_artifact(
@@ -43,14 +45,24 @@ def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any])
     write_json(folder / "linearize.json", report)
 
 
-def refresh_card(folder: Path) -> None:
-    """Write the model card anew, with what `eval` and `bench` have measured since, unless a user has edited it."""
-    report, path = read_record(folder), folder / "README.md"
-    if not report.get("card") or not path.is_file():
+def refresh_card(folder: Path, terminal: Terminal) -> None:
+    """Write the model card again, with what `eval` and `bench` have measured since it was written.
+
+    A card that a user has edited stays as it is, and so does one in the Hub's cache. If a file of the artifact is
+    damaged, a note says so: what was measured is not lost for it.
+    """
+    path, report = folder / "README.md", folder / "linearize.json"
+    if not path.is_file() or path.is_symlink() or report.is_symlink():
         return
-    recipe = read_yaml(folder / "recipe.yaml", "Convert the model again, or download the artifact again.")
-    text = card(report, repo_name=folder.resolve().name, recipe=recipe, measured=measured(folder))
-    # A killed command may have written the new card, and not yet its sum.
-    if report["card"] == sha256(path) or path.read_text(encoding="utf-8") == text:
-        write_text(path, text)
-        write_json(folder / "linearize.json", {**report, "card": sha256(path)})
+    try:
+        record = read_record(folder)
+        recipe = read_yaml(folder / "recipe.yaml")
+        name = folder.resolve().name
+        text = card(record, repo_name=name, recipe=recipe, measured=measured(folder)).encode()
+        # A killed command may have written the new card, and not yet its sum.
+        if record["card"] == sha256(path) or path.read_bytes() == text:
+            write_text(path, text.decode())
+            write_json(report, {**record, "card": sha256(path)})
+    except (UserError, OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        said = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        terminal.note(f"the model card was not written again: {said}")

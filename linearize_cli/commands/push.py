@@ -22,7 +22,7 @@ from linearize_cli.terminal import Terminal
 @click.option("--token", metavar="T", help="An access token. Default: the one that you signed in with.")
 @click.option("--dry-run", is_flag=True, help="Show what would be pushed. Push nothing.")
 @click.option("--no-verify", "verify", flag_value=False, default=True, help="Push without checks.")
-@click.option("--yes", is_flag=True, help="Push a copy of a base model that is gated or forbids copies.")
+@click.option("--yes", is_flag=True, help="Push although the base model is gated or forbids copies.")
 @trust_option
 @command_options
 def push(terminal: Terminal, **arguments: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.card_measured import measured
-from linearize_cli.artifact.checksums import sha256
+from linearize_cli.artifact.checksums import check_unchanged, sha256
 from linearize_cli.artifact.load import load
 from linearize_cli.artifact.record import read_record
 from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
@@ -73,6 +73,8 @@ def heads(
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} already has heads", "Pass --force to replace them.")
     report = read_record(folder, whole=True)
+    if not resume:
+        check_unchanged(folder, str(folder))
     recipe = saved_recipe(folder).with_budget(tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
@@ -113,7 +115,11 @@ def train(
     """
     text = NamedText(job)
     model, tokenizer = load(
-        job.model, device=engine.home, dtype=job.dtype, trust_remote_code=trust_remote_code
+        job.model,
+        device=engine.home,
+        dtype=job.dtype,
+        trust_remote_code=trust_remote_code,
+        checksums=False,  # `heads` has compared them: a killed run may have written new heads since
     )
     task = task_of(model, tokenizer)
     check_heads(model, type(task))

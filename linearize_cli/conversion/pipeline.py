@@ -17,7 +17,7 @@ from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.conversion.preflight import check_blocks, check_space, hidden_bytes
 from linearize_cli.conversion.recovery import Steps, recover
 from linearize_cli.conversion.stages import Conversion
-from linearize_cli.methods.registry import method_names
+from linearize_cli.methods.registry import is_bundled
 from linearize_cli.metrics.memory import kv_bytes_per_token, state_bytes
 from linearize_cli.metrics.selfcheck import check_tokens, reload_difference, require_same, self_check
 from linearize_cli.models.device import checked_dtype, in_working_dtype
@@ -107,6 +107,7 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
     known = planned(job, engine.device, engine.processes, memory, trust_remote_code, before)
     job, plan, length = known.job, known.plan, known.length
     terminal.note(plan.line(job, length))
+    facts = origin(resolve_model(job.model, weights=False))
     model, tokenizer = load_stored(
         job.model, job.dtype, "cpu" if plan.block_layers else engine.home, trust_remote_code
     )
@@ -125,6 +126,7 @@ def prepare(job: Job, text: NamedText, place: Place, trust_remote_code: bool) ->
     blocks = text.blocks(job, tokenizer, task, length, terminal)
     session = Session.open(engine, terminal, place.partial)
     session.checkpoint.results["plan"] = plan.to_dict()
+    session.checkpoint.results["origin"] = facts
     session.micro.rows = plan.rows
     return Conversion(job, model, linear, softmax, blocks, session, stored, by_block)
 
@@ -180,8 +182,8 @@ def make_report(conversion: Conversion, steps: Steps, medusa: dict[str, Any] | N
         "kv_bytes_per_token": kv_bytes_per_token(conversion.linear, conversion.dtype),
         "seconds": results.get("seconds", {}),
         "plan": results["plan"],
-        "command": job.command(method_names()),
-        "origin": origin(resolve_model(job.model, weights=False)),
+        "command": job.command(is_bundled(job.recipe, job.overrides)),
+        "origin": results["origin"],
         "versions": versions(),
     }
     if medusa is not None:

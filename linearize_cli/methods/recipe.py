@@ -349,7 +349,7 @@ def learning_rates(distill: Distill, width: int) -> tuple[float, float | None]:
     """Return `lr` and `linear_lr` of distillation for a model with hidden states of `width` entries.
 
     `auto` is 2e-4 at width 4096 and grows as 1 / width, as Adam's rate should (arXiv 2203.03466), up to 2e-3. A
-    loss on hidden states alone has a third of it: at the whole rate, embedding models become worse than before.
+    loss on hidden states alone uses a third of this rate, because the full rate degrades embedding models.
     `auto` is three times the other rate for the parameters that the conversion added. `linear_lr` is None if
     these have no rate of their own.
     """

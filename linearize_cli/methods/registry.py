@@ -29,6 +29,16 @@ def method_names() -> list[str]:
     return [DEFAULT, *bases, *(f"{DEFAULT}:{base}" for base in bases if base != DEFAULT_BASE)]
 
 
+def is_bundled(recipe: Recipe, overrides: Iterable[str]) -> bool:
+    """Return True if a recipe's attention is that of the package's method of the same name.
+
+    Args:
+        overrides: the `KEY=VALUE` changes that the recipe has already.
+    """
+    known = recipe.name in method_names()
+    return known and read_recipe(recipe.name, overrides).attention == recipe.attention
+
+
 def read_recipe(method: str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe by method name or file, apply `KEY=VALUE` overrides and check it. Code that it names is
     not run.

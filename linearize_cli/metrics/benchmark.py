@@ -120,6 +120,8 @@ def bench(
         what = f"not enough memory for {shape[0]:,} rows of {shape[1]:,} tokens: {brief(error)}"
         raise UserError(what, "Use a smaller --context or --batch.") from None
     cells = [(rows, length) for rows in batches for length in contexts]
+    if unknown := [phase for phase in phases if phase not in PHASES]:
+        raise UserError(f"bench has no phase {unknown[0]!r}", f"Its phases are {', '.join(PHASES)}.")
     wanted = [phase for phase in PHASES if phase in phases or not phases]
     wanted = [phase for phase in wanted if phase != "decode" or task.decodes]
     if not wanted:
@@ -157,7 +159,7 @@ def bench(
         plots.save(plots.by_context(report), figure)
     if write:
         write_json(folder / "bench.json", report)
-        refresh_card(folder)
+        refresh_card(folder, terminal)
     return report
 
 

@@ -141,7 +141,7 @@ def evaluate(
     if write:
         draw(folder, report)
         write_json(folder / "eval.json", report)
-        refresh_card(folder)
+        refresh_card(folder, terminal)
     return report
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import user_path
 from linearize_cli.models.load_errors import NAMES, explained
 from linearize_cli.models.sentence_folder import is_module_folder, read_modules
-
-if TYPE_CHECKING:
-    pass
 
 FORMATS = (
     "A checkpoint holds config.json and model*.safetensors (Hugging Face), or params.json, tokenizer.model\n"

@@ -1,53 +1,66 @@
 """What the model card of a base model says about its licence and its languages."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from linearize_cli.inputs import parse_yaml
 
-KEYS = ("license", "license_name", "license_link", "language")
+TEXTS = ("license", "license_name", "license_link")
 GATED = "extra_gated_"  # begins the keys of a card whose repository asks for consent
+HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+UNREAD = {"unread": True}
 
 
 def origin(source: str) -> dict[str, Any]:
-    """Return the licence, the languages, and whether the repository asks for consent, as far as a base model's
-    card says so.
+    """Return the licence and the languages of a base model, and whether its repository asks for consent, as far
+    as its card says so.
 
     Args:
         source: the base model's local folder. A GGUF file has no card.
 
     Returns:
-        `license`, `license_name`, `license_link` and `language` (a list), those that the card has, and `gated`
-            (True) if it asks for consent. Empty without a card that can be read.
+        those of `license`, `license_name`, `license_link` and `language` (a list) that the card has, and `gated`
+            (True) if it asks for consent. Empty without a card, and `unread` (True) if the card cannot be read.
     """
+    path = Path(source, "README.md")
+    if not path.is_file():
+        return {}
     try:
-        text = Path(source, "README.md").read_text(encoding="utf-8")
-        _, head, _ = text.split("---\n", 2) if text.startswith("---\n") else ("", "", "")
-        data = yaml.safe_load(head)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+        head = HEAD.match(path.read_text(encoding="utf-8-sig"))
+        data = parse_yaml(head[1]) if head else {}
+    except (OSError, ValueError):
+        return dict(UNREAD)
     if not isinstance(data, dict):
-        return {}
-    found = {key: data[key] for key in KEYS if isinstance(data.get(key), (str, list))}
-    if isinstance(found.get("license"), list):  # several licences
-        found["license"], found["license_name"] = "other", ", ".join(map(str, found["license"]))
-    if "language" in found:
-        languages = found["language"]
-        found["language"] = [languages] if isinstance(languages, str) else [str(x) for x in languages]
+        return dict(UNREAD) if head else {}
+    licences = data.get("license")
+    if isinstance(licences, list) and licences:
+        several = len(licences) > 1
+        data["license"] = "other" if several else licences[0]
+        if several:
+            data["license_name"] = ", ".join(map(str, licences))
+    found: dict[str, Any] = {key: data[key] for key in TEXTS if isinstance(data.get(key), str)}
+    languages = data.get("language")
+    if languages is not None:
+        listed = languages if isinstance(languages, list) else [languages]
+        found["language"] = ["no" if x is False else str(x) for x in listed]  # YAML reads Norwegian as False
     if any(str(key).startswith(GATED) for key in data):
         found["gated"] = True
     return found
 
 
 def obstacle(facts: dict[str, Any]) -> str:
-    """Return why a changed copy of a base model may not be published without a further look, as the end of a
-    sentence. Empty if nothing speaks against it.
+    """Return why publishing a changed copy of a base model needs the user's consent, as the end of a sentence. It is
+    empty if nothing is known that speaks against it.
 
     Args:
         facts: the result of `origin`.
     """
-    if "-nd" in str(facts.get("license", "")):
-        return f"has the licence {facts['license']}, which does not allow changed copies to be published"
+    names = f"{facts.get('license', '')}, {facts.get('license_name', '')}".strip(", ")
+    if "-nd" in names:
+        return f"has the licence {names}, which does not allow changed copies to be published"
     if facts.get("gated"):
         return "is gated: its owner asks for consent to terms, which may also bind copies of it"
+    if facts.get("unread"):
+        return "has a model card (README.md) that cannot be read, so its licence is not known"
     return ""

@@ -75,24 +75,26 @@ def push(
             f"--create-pr and --revision {revision} exclude each other",
             "A pull request is always opened against main: leave one of the two out.",
         )
+    token = (token or get_token() or "").strip()
+    if not dry_run:
+        _require_sign_in(token)
+    _check_name(repo_id or folder.resolve().name)
     record = read_record(folder)
     if not yes and (why := obstacle(record.get("origin") or {})):
         raise UserError(
-            f"the base model {record['base_model']} {why}",
+            f"the base model {record.get('base_model')} {why}",
             "Read its licence. If you may publish this model, add --yes.",
         )
     if verify:
         from linearize_cli.publish.gate import check_publishable  # imports torch
 
-        check_publishable(folder, trust_remote_code, note)
-    token = (token or get_token() or "").strip()
+        check_publishable(folder, [file["path"] for file in files], trust_remote_code, note)
     api = HfApi(token=token or False)
     commit = pull_request = None
     try:
         with limited_waits():
             repo_id = _full_repo_id(api, repo_id or folder.resolve().name)
             if not dry_run:
-                _require_sign_in(token)
                 _prepare_repo(api, repo_id, private, revision, create_pr)
                 info, pull_request = upload(
                     api,
@@ -121,8 +123,8 @@ def push(
     }
 
 
-def _full_repo_id(api: HfApi, repo_id: str) -> str:
-    """Return `NAMESPACE/NAME`. The signed-in user is the namespace of a name without one."""
+def _check_name(repo_id: str) -> None:
+    """Check that the Hub allows the name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -130,6 +132,10 @@ def _full_repo_id(api: HfApi, repo_id: str) -> str:
             f"{repo_id!r} cannot name a repository",
             f"{error}\nGive one as REPO_ID: linearize push ARTIFACT NAMESPACE/NAME.",
         ) from error
+
+
+def _full_repo_id(api: HfApi, repo_id: str) -> str:
+    """Return `NAMESPACE/NAME`. The signed-in user is the namespace of a name without one."""
     if "/" in repo_id:
         return repo_id
     _require_sign_in(api.token)

@@ -1,10 +1,12 @@
-"""A program that loads an artifact as a stranger does: by transformers and the artifact's own code.
+"""A program that loads an artifact as a user without this package does: by transformers and the artifact's own
+code.
 
-`publish.gate` runs its text in a process of its own, in which this package cannot be imported. It reads a request
-as JSON from standard input, and writes the answer as JSON to standard output:
+`publish.gate` runs its text in a new process, in which this package cannot be imported. It reads a request as JSON
+from standard input, and writes the answer as JSON to standard output:
 
 - the request: `folder`, `auto_class`, `text`, `seed`, and `sequences`, each with its `length` and `tokens`,
-- the answer: `text`, its token ids, and `logits`, those of each sequence's `tokens` after its last token.
+- the answer: the model's `dtype`, the token ids of `text`, and `logits`, those of each sequence's `tokens` after its
+  last token.
 
 The sequences are random, as in `artifact.fingerprint`.
 """
@@ -17,7 +19,7 @@ OURS = ("linearize_cli", "linearize_kernels")
 
 
 class Hidden(MetaPathFinder):
-    """A finder that lets no import of this package succeed."""
+    """An import hook that makes this package look uninstalled."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in OURS:
@@ -40,7 +42,7 @@ def answer(request: dict) -> dict:
             last = model(torch.randint(*size, generator=generator)).logits[0, -1]
         logits.append(last[sequence["tokens"]].float().tolist())
     ids = tokenizer(request["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    return {"text": ids, "logits": logits}
+    return {"dtype": str(model.dtype).removeprefix("torch."), "text": ids, "logits": logits}
 
 
 if __name__ == "__main__":

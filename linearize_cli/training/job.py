@@ -48,32 +48,37 @@ class Job:
     medusa_lr: float | str = "auto"
     skip_bad_rows: int = 0
 
-    def command(self, methods: list[str]) -> str:
-        """Return the `linearize convert` command of this configuration. Paths are shortened to their last part.
+    def command(self, bundled: bool) -> str:
+        """Return the `linearize convert` command of this configuration. Local paths are shortened to their last
+        part.
 
         Args:
-            methods: the names of the methods that need no recipe file.
+            bundled: True if the recipe is the package's method of its name. Else the command names the
+                artifact's `recipe.yaml`, which has the overrides already.
         """
-        name = self.recipe.name
         parts = ["linearize", "convert", shown(self.model)]
-        parts += ["--method", name if name in methods else "recipe.yaml"]
+        parts += ["--method", self.recipe.name if bundled else "recipe.yaml"]
+        for source in self.data:
+            parts += ["--data", shown(source)]
         options = {
-            "--tokens": self.recipe.recover.tokens if self.train else None,
             "--eval-data": self.eval_data and shown(self.eval_data),
+            "--eval-tokens": self.eval_tokens if self.eval_tokens != EVAL_TOKENS else None,
+            "--tokens": self.recipe.recover.tokens if self.train else None,
             "--keep-softmax": self.keep_softmax,
             "--seq-len": self.seq_len,
             "--batch-size": self.batch_size,
             "--dtype": self.dtype,
             "--medusa-heads": self.medusa_heads or None,
+            "--skip-bad-rows": self.skip_bad_rows or None,
             "--seed": self.seed or None,
         }
-        for source in self.data:
-            parts += ["--data", shown(source)]
         for key, value in options.items():
             parts += [] if value is None else [key, str(value)]
-        for override in self.overrides if name in methods else ():
-            parts += ["--set", override]
+        for override in self.overrides if bundled else ():
+            key, _, value = override.partition("=")
+            parts += ["--set", f"{key}={shown(value)}"]
         parts += [] if self.train else ["--no-train"]
+        parts += ["--keep-adapter"] if self.keep_adapter else []
         return shlex.join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +92,7 @@ class Job:
 
 
 def shown(name: str) -> str:
-    """Return the last part of a local path, or a name on the Hub unchanged."""
-    local = name.startswith((".", "/", "~")) or os.path.exists(name)
-    return os.path.basename(os.path.abspath(name)) if local else name
+    """Return a name on the Hub unchanged, and a local path without its folders. `PATH:PART` keeps its part."""
+    path, colon, part = name.partition(":")
+    local = path.startswith((".", "/", "~")) or os.path.exists(path)
+    return os.path.basename(os.path.abspath(path)) + colon + part if local else name

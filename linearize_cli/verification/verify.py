@@ -255,8 +255,8 @@ def verify(
     if write:
         check_writable(folder / "verify.json")
     texts = None if prompts is None else read_prompts(user_path(prompts))
-    options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    options["checksums"] = False  # a check of its own compares them
+    # A check of its own compares the checksums.
+    options = dict(device=device, dtype=dtype, trust_remote_code=trust_remote_code, checksums=False)
     try:
         model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
     except UserError as error:

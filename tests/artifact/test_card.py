@@ -162,14 +162,39 @@ def test_the_licence_and_the_languages_of_the_base_model_are_carried_over(report
     assert (data.license, data.license_name, data.language) == ("other", "tiny", ["en"])
     assert "[tiny](https://example.org/l). It applies to this model too" in text
     assert "does not allow changed copies" in obstacle({"license": "cc-by-nd-4.0"})
+    assert "does not allow" in obstacle({"license": "other", "license_name": "cc-by-nd-4.0, mit"})
     assert obstacle({"license": "apache-2.0"}) == "" == obstacle({})
 
 
-@pytest.mark.parametrize("text", ["", "# no head", "---\n[", "---\n- a\n---\n", "---\nlicense: 3\n---\n"])
-def test_a_base_model_without_a_card_that_can_be_read_has_no_licence(text, tmp_path):
+@pytest.mark.parametrize("text", ["", "# no head", "---\n[", "---\nlicense: 3\n---\n"])
+def test_a_base_model_whose_card_names_no_licence_has_none(text, tmp_path):
     assert origin(str(tmp_path / "none")) == {}
     (tmp_path / "README.md").write_text(text)
     assert origin(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("\n--- \nlicense: mit\n---", {"license": "mit"}),
+        ("---\n# -----\nlicense: [mit]\n---\n", {"license": "mit"}),
+        (
+            "---\nlicense: [mit, cc-by-nd-4.0]\n---\n",
+            {"license": "other", "license_name": "mit, cc-by-nd-4.0"},
+        ),
+        ("---\nlanguage: no\n---\n", {"language": ["no"]}),
+        ("---\nlanguage: [en, no]\nlicense_link: [a]\n---\n", {"language": ["en", "no"]}),
+        ("---\n- a\n---\n", {"unread": True}),
+        ("---\nx: !!int ''\n---\n", {"unread": True}),
+        ("---\nx: " + "[" * 3000 + "\n---\n", {"unread": True}),
+    ],
+)
+def test_cards_as_people_write_them(text, expected, tmp_path):
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert origin(str(tmp_path)) == expected
+    (tmp_path / "README.md").write_bytes("---\nlicense: é\n---\n".encode("latin-1"))
+    assert origin(str(tmp_path)) == {"unread": True}
 
 
 def test_the_method_is_told_in_two_sentences(report):

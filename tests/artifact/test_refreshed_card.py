@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 from convert_case import make_teacher
+from encoders import tiny_model as tiny_encoder
+from encoders import tokenizer
 
 from linearize_cli import bench, convert, evaluate
 from linearize_cli.artifact.checksums import sha256
+from linearize_cli.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,8 @@ def record(folder):
 
 def test_the_card_has_the_command_without_paths(artifact, teacher):
     command = (
-        "linearize convert teacher --method augmented --data text.jsonl --keep-softmax at:1 --seq-len 16 --batch-size 8 "
-        "--seed 3 --set attention.local.size=8 --no-train"
+        "linearize convert teacher --method augmented --data text.jsonl --keep-softmax at:1 --seq-len 16 "
+        "--batch-size 8 --seed 3 --set attention.local.size=8 --no-train"
     )
     assert record(artifact)["command"] == command
     text = (artifact / "README.md").read_text()
@@ -52,3 +55,24 @@ def test_an_edited_card_stays(artifact):
     (artifact / "README.md").write_text("mine")
     bench(artifact, context=(16,), seconds=0)
     assert (artifact / "README.md").read_text() == "mine"
+
+
+def test_what_was_measured_is_not_lost_for_a_damaged_file(artifact, capsys):
+    (artifact / "eval.json").write_text('{"perplexity": {"student": 3}}')
+    (artifact / "README.md").write_bytes(b"\xe9")
+    assert bench(artifact, context=(16,), seconds=0, terminal=Terminal())["rows"]
+    assert "the model card was not written again: KeyError" in capsys.readouterr().err
+    assert (artifact / "README.md").read_bytes() == b"\xe9"
+
+
+@pytest.mark.parametrize("family", ["bert-body", "roberta-classifier"])
+def test_the_card_of_an_encoder(family, tmp_path):
+    tiny_encoder(family).save_pretrained(tmp_path / family)
+    tokenizer().save_pretrained(tmp_path / family)
+    overrides = ("attention.local.size=4", "attention.conv.width=3")
+    convert(str(tmp_path / family), tmp_path / "out", train=False, seq_len=32, overrides=overrides)
+    (tmp_path / "text.txt").write_text("a fox sat " * 400)
+    found = evaluate(tmp_path / "out", data=str(tmp_path / "text.txt"), context=(32,), tokens=300)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert record(tmp_path / "out")["card"] == sha256(tmp_path / "out" / "README.md")
+    assert ("distance of the embeddings" in text) == bool(found["embeddings"])

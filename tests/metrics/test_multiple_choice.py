@@ -11,7 +11,7 @@ EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples/multiple_choi
 
 def test_each_question_has_its_own_continuation_among_those_of_others():
     words = [f"w{i}" for i in range(1003)]
-    rows = EXAMPLE["drawn"](words, questions=40, passage=13, continuation=4, seed=3)
+    rows = EXAMPLE["sample_questions"](words, questions=40, passage=13, continuation=4, seed=3)
     assert len(rows) == 40 and len({row["label"] for row in rows}) == 4
     for row in rows:
         last = int(row["passage"].split()[-1][1:])

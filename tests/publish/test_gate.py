@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from convert_case import make_teacher
+from encoders import tiny_model as tiny_encoder
+from encoders import tokenizer
 from safetensors.torch import load_file, save_file
 
 from linearize_cli import convert
@@ -28,6 +30,10 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def copied(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
+
+
+def files(folder):
+    return sorted(x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file())
 
 
 def record(folder):
@@ -63,19 +69,51 @@ def test_nothing_is_sent_of_an_artifact_that_does_not_pass(push, hub, copied):
 def test_it_must_load_without_this_package(copied, file, text, said):
     (copied / file).write_text(text if file == "config.json" else text + (copied / file).read_text())
     with pytest.raises(CheckFailed, match="does not load where this package is not installed") as failed:
-        check_loads_alone(copied)
+        check_loads_alone(copied, files(copied))
     assert said.lower() in failed.value.what.lower()
 
 
 def test_code_of_others_does_not_run_unasked(copied, monkeypatch):
-    assert other_code(copied) == []
+    assert other_code(copied, files(copied)) == []
     with (copied / "modeling_linearized.py").open("a") as file:
         file.write("\n# mine\n")
     (copied / "linearize_own_map.py").write_text("1 / 0\n")
-    monkeypatch.setattr(gate, "check_loads_alone", lambda folder: pytest.fail("its code ran"))
+    monkeypatch.setattr(gate, "check_loads_alone", lambda *arguments: pytest.fail("its code ran"))
     with pytest.raises(UserError, match="linearize_own_map.py, modeling_linearized.py") as refused:
-        check_publishable(copied, trust_remote_code=False, note=print)
+        check_publishable(copied, files(copied), trust_remote_code=False, note=print)
     assert "--trust-remote-code" in refused.value.hint
+
+
+@pytest.mark.parametrize("target", ["sub/code.Tokenizer", "owner/name--code.Tokenizer", "json.Tokenizer"])
+def test_a_class_of_others_that_a_config_names_does_not_run_unasked(copied, target):
+    path = copied / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, target]}})
+    )
+    assert other_code(copied, files(copied)) == [target]
+
+
+def test_a_module_in_the_working_folder_does_not_run(copied, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('mine ran')\n")
+    monkeypatch.chdir(tmp_path)
+    check_loads_alone(copied, files(copied))
+
+
+def test_a_damaged_fingerprint_is_named(copied):
+    whole = record(copied)
+    for fingerprint in ({"x": 1}, {**whole["fingerprint"], "sequences": [{"length": 3}]}):
+        (copied / "linearize.json").write_text(json.dumps({**whole, "fingerprint": fingerprint}))
+        with pytest.raises(CheckFailed, match="fingerprint in .* is incomplete"):
+            check_loads_alone(copied, files(copied))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta-classifier", "t5"])
+def test_other_kinds_of_models_pass(family, tmp_path):
+    tiny_encoder(family).save_pretrained(tmp_path / family)
+    tokenizer(sentinels=family == "t5").save_pretrained(tmp_path / family)
+    overrides = ("attention.local.size=4", "attention.conv.width=3")
+    convert(str(tmp_path / family), tmp_path / "out", train=False, seq_len=32, overrides=overrides)
+    check_loads_alone(tmp_path / "out", files(tmp_path / "out"))
 
 
 def test_weights_that_are_not_finite_are_named(copied):
@@ -83,7 +121,7 @@ def test_weights_that_are_not_finite_are_named(copied):
     weights = load_file(path)
     save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, path, {"format": "pt"})
     with pytest.raises(CheckFailed, match="not a finite number"):
-        check_loads_alone(copied)
+        check_loads_alone(copied, files(copied))
 
 
 def test_the_command_says_what_it_does(copied, capsys, monkeypatch):

@@ -94,7 +94,8 @@ class Decay(Sum):
 
     @torch.no_grad()
     def set_rates(self, rates: Tensor) -> None:
-        """Set the decay of each head, whatever the token: `a = e^-rate`.
+        """Set a constant decay per head, `a = e^-rate`: a token's value has no influence until training gives
+        it some.
 
         Args:
             rates: `[heads]`, above 0.
