@@ -8,6 +8,7 @@ conversion is resumed. A row of 135M parameters and 200k tokens takes about an h
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ COLUMNS = (
     "transferred",
     "recovered",
     "x teacher",
+    "2nd half",
     "KL",
     "same token",
     "local only",
@@ -122,11 +124,12 @@ def table(results: dict[str, dict]) -> str:
         if len(lines) == 2:
             recall = recalled(result, "teacher")
             lines.append(
-                f"| the teacher | - | - | {quality['teacher']:.3f} | 1.000 | - | - | - | - | {recall} | - | - |"
+                f"| the teacher | - | - | {quality['teacher']:.3f} | 1.000 | 1.000 | - | - | - | - | {recall} | - | - |"
             )
         cells = [
             *(number(quality[key]) for key in ("swapped", "transferred", "recovered")),
             number(quality["recovered"] / quality["teacher"], ".4f"),
+            number(second_half(result), ".3f"),
             number(result["eval"]["kl"], ".4f"),
             number(result["eval"]["top1_agreement"], ".1%"),
             *(number(ablation[key]) for key in ("local_only", "linear_only")),
@@ -136,6 +139,16 @@ def table(results: dict[str, dict]) -> str:
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def second_half(result: dict) -> float:
+    """Return the perplexity divided by the teacher's, over the second half of the blocks. There the text before a
+    token, which a converted model sees less of, counts most.
+    """
+    rows = [
+        row for row in result["eval"]["perplexity"]["by_position"] if LENGTH // 2 <= row["start"] < LENGTH
+    ]
+    return math.exp(sum(math.log(row["student"] / row["teacher"]) for row in rows) / len(rows))
 
 
 def recalled(result: dict, name: str) -> str:
