@@ -65,7 +65,7 @@ def push(hub, tmp_path):
             env=os.environ | hub_environment | (environment or {}),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.stdout, done.stderr
         output = done.stdout + done.stderr
