@@ -189,8 +189,8 @@ def inspection(report: dict[str, Any]) -> RenderableType:
 
 def method_table(recipes: list[Recipe]) -> RenderableType:
     """Return a table of methods and their parts. The first recipe is the default method."""
-    rows = table("method", "local", "far", "combine", ">conv", ">sinks", ">tokens", "paper")
-    rows.columns[0].no_wrap = True
+    rows = table("method", "local", "far", "memory", "combine", ">conv", ">sinks", ">tokens", "paper")
+    rows.columns[0].no_wrap = rows.columns[3].no_wrap = True
     for recipe in recipes:
         a = recipe.attention
         local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"
@@ -198,6 +198,7 @@ def method_table(recipes: list[Recipe]) -> RenderableType:
             recipe.name + (" (default)" if recipe is recipes[0] else ""),
             local,
             a.far.feature_map if a.far else "-",
+            "-" if a.memory.kind == "none" else a.memory.kind,
             a.combine,
             str(a.conv.width),
             str(a.sinks),
