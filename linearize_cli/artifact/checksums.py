@@ -36,15 +36,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def changed(recorded: dict[str, str], folder: Path) -> str:
+def changed(recorded: dict[str, str], folder: Path, besides: str = "") -> str:
     """Return a list, as text, of the files that differ from their checksums: changed, missing or new.
 
     Return an empty text if none differs.
 
     Args:
         recorded: the SHA-256 sums by relative path.
+        besides: the relative path of a file that does not count. Empty: all count.
     """
     now = checksums(folder)
+    recorded, now = ({k: v for k, v in sums.items() if k != besides} for sums in (recorded, now))
     kinds = {
         "changed": [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]],
         "missing": recorded.keys() - now.keys(),
@@ -53,13 +55,14 @@ def changed(recorded: dict[str, str], folder: Path) -> str:
     return "; ".join(f"{kind}: {first_five(names)}" for kind, names in kinds.items() if names)
 
 
-def check_unchanged(folder: Path, name: str) -> None:
+def check_unchanged(folder: Path, name: str, besides: str = "") -> None:
     """Check that an artifact's files are those that were saved. Without recorded checksums, nothing is checked.
 
     Args:
         folder: the artifact's folder.
         name: the name in the error: the folder's path or a Hub id. For a Hub id, missing files are accepted,
             because not all are downloaded.
+        besides: the relative path of a file that may differ.
 
     Raises:
         UserError: a file was changed, is missing or is new. The message names it.
@@ -67,7 +70,7 @@ def check_unchanged(folder: Path, name: str) -> None:
     recorded = read_record(folder).get("checksums") or {}
     if name != str(folder):
         recorded = {file: value for file, value in recorded.items() if (folder / file).is_file()}
-    if recorded and (since := changed(recorded, folder)):
+    if recorded and (since := changed(recorded, folder, besides)):
         raise UserError(
             f"{name}: its files are not those that were saved: {since}",
             "Download or convert it again. If you changed it yourself, `linearize seal` records that.\n"

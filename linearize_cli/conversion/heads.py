@@ -73,8 +73,7 @@ def heads(
     if (folder / FILE).exists() and not (force or resume):
         raise UserError(f"{artifact} already has heads", "Pass --force to replace them.")
     report = read_record(folder, whole=True)
-    if not resume:
-        check_unchanged(folder, str(folder))
+    check_unchanged(folder, str(folder), besides=FILE)  # the heads are what it makes
     recipe = saved_recipe(folder).with_budget(tokens)
     if report["base_model"] == DEMO:
         data, eval_data = data or (DEMO,), eval_data or (None if data else str(heldout_path()))
@@ -119,7 +118,7 @@ def train(
         device=engine.home,
         dtype=job.dtype,
         trust_remote_code=trust_remote_code,
-        checksums=False,  # `heads` has compared them: a killed run may have written new heads since
+        checksums=False,  # `heads` has compared them
     )
     task = task_of(model, tokenizer)
     check_heads(model, type(task))
