@@ -163,11 +163,12 @@ def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) ->
     path, name = folder / "README.md", {"repo_name": folder.name, "recipe": saved_recipe(folder).to_dict()}
     name["measured"] = measured(folder)
     before, report = card(report, **name), {**report, "medusa": facts}
-    # A killed run may have written the new card already.
-    untouched = path.is_file() and path.read_text() in (before, card(report, **name))
+    new = card(report, **name)
+    # A killed run may have written the new card already. Bytes, because a user's own text may not be UTF-8.
+    untouched = path.is_file() and path.read_bytes() in (before.encode(), new.encode())
     if report.get("checksums"):
         report["checksums"] = {**report["checksums"], FILE: sha256(folder / FILE)}
     if untouched:  # before linearize.json, so that a resumed run can do this again
-        write_text(path, card(report, **name))
+        write_text(path, new)
         report["card"] = sha256(path)
     write_json(folder / "linearize.json", report)

@@ -1,4 +1,4 @@
-"""What the model card of a base model says about its licence and its languages."""
+"""The licence and the languages of a base model, read from its model card."""
 
 import re
 from pathlib import Path
