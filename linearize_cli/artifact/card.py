@@ -14,7 +14,7 @@ from linearize_cli.artifact import card_measured
 from linearize_cli.artifact.record import DISTANCES
 from linearize_cli.models.encoders import Embedding
 from linearize_cli.models.gguf import SUFFIX, split_name
-from linearize_cli.models.tasks import TASKS, CausalLM
+from linearize_cli.models.tasks import TASKS, CausalLM, auto_class_of
 from linearize_cli.tables import size
 
 NOT_MEASURED = "not measured"
@@ -61,7 +61,7 @@ def card(
     method = Path(report["method"]).stem if "/" in report["method"] else report["method"]
     linear, softmax = report["layers"]["linear"], report["layers"]["softmax"]
     recipe, measured = recipe or {}, measured or {}
-    auto_class = next(name for name, task in TASKS.items() if task.pipeline == _pipeline(report))
+    auto_class = auto_class_of(_pipeline(report))
     decodes = TASKS[auto_class].decodes
     sections = [
         f"---\n{_metadata(report, method, repo_name).to_yaml()}\n---",

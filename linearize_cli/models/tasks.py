@@ -142,6 +142,15 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
+def auto_class_of(pipeline: str) -> str | None:
+    """Return the name of the Auto class that loads models of a task, or None if there is no such task.
+
+    Args:
+        pipeline: the Hub's name of the task.
+    """
+    return next((name for name, task in TASKS.items() if task.pipeline == pipeline), None)
+
+
 def task_class(model: PreTrainedModel) -> type[Task]:
     """Return the task class of a model, softmax or linearized. An unknown class counts as a causal language
     model.

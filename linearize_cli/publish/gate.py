@@ -16,7 +16,7 @@ from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import CheckFailed, UserError, first_five
 from linearize_cli.inputs import read_object
 from linearize_cli.metrics.selfcheck import TOLERANCE
-from linearize_cli.models.tasks import TASKS, CausalLM
+from linearize_cli.models.tasks import CausalLM, auto_class_of
 from linearize_cli.runtime.bundle import sources
 from linearize_cli.verification.check import FAIL
 from linearize_cli.verification.report import sentence
@@ -108,7 +108,7 @@ def check_loads_alone(folder: Path, files: list[str]) -> None:
     """
     record = read_record(folder)
     recorded, pipeline = record.get("fingerprint"), record.get("task") or CausalLM.pipeline
-    auto_class = next((name for name, task in TASKS.items() if task.pipeline == pipeline), None)
+    auto_class = auto_class_of(pipeline)
     if auto_class is None:
         raise CheckFailed(f"{folder}/linearize.json names the unknown task {pipeline}", ALL_THE_SAME)
     request = {"auto_class": auto_class, "text": TEXT, "seed": 0, "sequences": []}
