@@ -58,10 +58,12 @@ def kept(report: dict[str, Any]) -> Table:
     The layers that stay softmax are marked "kept".
     """
     chosen = report["keep_softmax"]
-    metric = next(name for name in DISTANCES if name in chosen)
-    rows = table("layer as softmax", f">{DISTANCES[metric]}", "")
-    for name, value in chosen[metric].items():
-        rows.add_row(name, number(value, ".4g"), "kept" if name in chosen["kept"] else "")
+    titles = {**DISTANCES, "repeated_kl": "KL on repeated text"}
+    metrics = [name for name in titles if name in chosen]
+    rows = table("layer as softmax", *(f">{titles[name]}" for name in metrics), "")
+    for name in chosen[metrics[0]]:
+        values = (number(chosen[metric][name], ".4g") for metric in metrics)
+        rows.add_row(name, *values, "kept" if name in chosen["kept"] else "")
     return rows
 
 

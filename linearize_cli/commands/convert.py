@@ -32,7 +32,7 @@ from linearize_cli.terminal import Terminal
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option(
-    "--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Softmax layers to keep. auto:N chooses by KL."
+    "--keep-softmax", metavar="N|auto:N|at:i,j,k", help="Softmax layers to keep. auto:N measures which."
 )
 @click.option("--data", multiple=True, metavar="SRC", help="Text to train on. May be repeated.")
 @click.option("--eval-data", metavar="SRC", help="Text to measure on. Default: 1% of the documents.")

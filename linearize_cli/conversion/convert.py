@@ -156,7 +156,9 @@ def plan_report(
             "linear": [layer.name for layer in known.linear],
             "softmax": {layer.name: layer.refusal or "kept on request" for layer in known.softmax},
         },
-        "keep_softmax": f"{count} of the linear layers, chosen by KL" if count else None,
+        "keep_softmax": f"{count} of the linear layers, chosen by their distance from the teacher"
+        if count
+        else None,
         "tokens": job.recipe.recover.tokens if job.train else None,
         "seq_len": known.length,
         "batch_size": job.batch_size,

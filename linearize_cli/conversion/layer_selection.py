@@ -269,7 +269,7 @@ def kept_indices(keep: str, count: int) -> list[int]:
         return []
     raise UserError(
         f"--keep-softmax {keep}: the model has {count} layers that can be converted",
-        f"Use N (evenly spread) or auto:N (chosen by KL) with N below {count}, or at:i,j,k with indices "
+        f"Use N (evenly spread) or auto:N (chosen by measurement) with N below {count}, or at:i,j,k with indices "
         f"from 0 to {count - 1}.",
     )
 

@@ -1,4 +1,9 @@
-"""`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the distance from the teacher most."""
+"""`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the distance from the teacher most, on
+text and on repeated text.
+
+Repeated text needs recall: the teacher copies the first half of a block by attention to tokens far outside the
+window. Text alone seldom needs it, so that the layers which recall would not be kept.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,19 +18,29 @@ from linearize_cli.runtime.adapt import adapted
 from linearize_cli.runtime.dispatch import attention_implementation, set_config
 
 NONE = "none"  # the key of the model with all layers linear
-ROWS = 32  # blocks of text to measure on
+REPEATED = "repeated_kl"  # the name of the distance on repeated text in reports
+ROWS, TOKENS = 32, 4096  # the most blocks of text to measure on, and about the most tokens
 
 
-def best(distances: dict[str, float], count: int) -> list[str]:
-    """Return the `count` layers that lower the distance most when they are softmax again, in the model's order.
+def best(measures: Sequence[dict[str, float]], count: int) -> list[str]:
+    """Return the `count` layers that lower the distances most when they are softmax again, in the model's order.
+
+    Each measure counts alike: its distances are divided by the distance with every layer linear.
 
     Args:
-        distances: the distance from the teacher under each layer's name, with that layer alone softmax (see
-            `Restorer.distances`).
+        measures: the distances from the teacher on each kind of text, under each layer's name, with that layer
+            alone softmax (see `Restorer.distances`).
     """
-    layers = [name for name in distances if name != NONE]
-    chosen = sorted(layers, key=distances.__getitem__)[:count]
+    layers = [name for name in measures[0] if name != NONE]
+    scores = {name: sum(found[name] / (found[NONE] or 1) for found in measures) for name in layers}
+    chosen = sorted(layers, key=scores.__getitem__)[:count]
     return [name for name in layers if name in chosen]
+
+
+def repeated(batches: Sequence[Blocks | Tensor]) -> list[Tensor]:
+    """Return the first half of the batches, `[B, L]` ids each. The second half of each block repeats its first."""
+    ids = [batch.ids if isinstance(batch, Blocks) else batch for batch in batches[: -(-len(batches) // 2)]]
+    return [torch.cat([x[:, : -(-x.shape[1] // 2)], x[:, : x.shape[1] // 2]], 1) for x in ids]
 
 
 class Restorer:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from linearize_cli.conversion.document_check import check_document_masking
 from linearize_cli.conversion.layer_selection import conversion_record, copy_biases, measured_count
-from linearize_cli.conversion.softmax_selection import ROWS, Restorer, best
+from linearize_cli.conversion.softmax_selection import REPEATED, ROWS, TOKENS, Restorer, best, repeated
 from linearize_cli.data.tokenize import marks_assistant
 from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
 from linearize_cli.metrics.perplexity import observations, perplexity
@@ -177,7 +177,7 @@ class Conversion:
 
     def keep_softmax(self) -> None:
         """Choose the layers of `--keep-softmax auto:N` by their distance from the teacher, and give them their
-        softmax attention back. Do nothing otherwise.
+        softmax attention back. Do nothing otherwise. Only causal language models are measured on repeated text.
 
         It runs after transfer. A layer just swapped would mostly show what it has not learned yet, while a
         trained layer shows what the linear form cannot compute. It runs before distillation, in which the
@@ -187,13 +187,18 @@ class Conversion:
         if not count:
             return
         if "keep_softmax" not in self.results:
-            started, batches = time.monotonic(), self.sample(ROWS)
-            total = sum(ids.numel() for ids in batches) * (1 + len(self.linear))
+            started, batches = time.monotonic(), self.sample(min(ROWS, -(-TOKENS // self.text.length)))
+            texts = {task.metric: batches}
+            if task.decodes and not task.encodes:
+                texts[REPEATED] = repeated(batches)
+            total = sum(ids.numel() for ids in chain(*texts.values())) * (1 + len(self.linear))
             model = session.engine.inference(self.model)
             with self.on_device(self.model), session.terminal.progress("distance by layer", total) as advance:
-                found = self.restorer.distances(task, model, batches, advance)
+                found = {
+                    name: self.restorer.distances(task, model, text, advance) for name, text in texts.items()
+                }
             # Rounding may differ between processes, but the choice must not.
-            chosen = session.engine.on_main(lambda: {task.metric: found, "kept": best(found, count)})
+            chosen = session.engine.on_main(lambda: {**found, "kept": best([*found.values()], count)})
             self.results["keep_softmax"] = chosen
             self.add_seconds("measure", started)
             session.log.write("keep_softmax", **chosen)
