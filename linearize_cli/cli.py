@@ -16,6 +16,7 @@ from linearize_cli.commands.inspect import inspect
 from linearize_cli.commands.methods import methods
 from linearize_cli.commands.push import push
 from linearize_cli.commands.seal import seal
+from linearize_cli.commands.serve import serve
 from linearize_cli.commands.verify import verify
 from linearize_cli.errors import UserError, shortened
 from linearize_cli.inputs import without_surrogates
@@ -31,7 +32,7 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = debug
 
 
-for command in (convert, verify, seal, evaluate, bench, push, generate, heads, inspect, methods, demo):
+for command in (convert, verify, seal, evaluate, bench, push, serve, generate, heads, inspect, methods, demo):
     cli.add_command(command)
 
 

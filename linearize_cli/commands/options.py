@@ -190,9 +190,12 @@ def quiet_libraries() -> None:
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, or torch's name of a device, such as cuda:0."
 )
+dtype_option = click.option(
+    "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."
+)
 model_options = options(
     device_option,
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    dtype_option,
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     ),

@@ -1,0 +1,223 @@
+"""`serve`: the answers are `generate`'s, bad requests are refused, and Ctrl-C ends it."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import openai
+import pytest
+import torch
+from fastapi import HTTPException
+from transformers import GenerationConfig
+
+from linearize_cli import convert, load
+from linearize_cli.cli import main
+from linearize_cli.serving.server import PLAIN_TEMPLATE, Generations
+from linearize_cli.speculative.generate import generate
+
+NEW = 24  # tokens of each answer, some segments of the state
+WORDS = ["The", "coat", "of", "Emma", "was", "black.", "Laura", "always", "ate", "corn", "and", "Walter."]
+USER = {"role": "user", "content": "Emma"}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "artifact"
+    convert("demo", folder, train=False)
+    return folder
+
+
+@contextmanager
+def server(artifact, *options):
+    """A server in a process of its own. Yields its address and the process."""
+    command = [sys.executable, "-m", "linearize_cli", "serve", str(artifact), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stderr.readline, "")
+        found = next(match for line in lines if (match := re.search(r"at (http://\S+)/v1 ", line)))
+        yield found[1], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def interrupt(process):
+    """Send Ctrl-C, and check that the server ends as it should."""
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest
+
+
+@pytest.fixture(scope="module")
+def address(artifact):
+    with server(artifact) as (found, process):
+        yield found
+        interrupt(process)
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (50, 30), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row[: 1 + number % 30]) for number, row in enumerate(picks)]
+
+
+def test_fifty_requests_are_answered_with_the_tokens_of_generate(artifact, client, capsys):
+    model, tokenizer = load(artifact)
+
+    def expected(prompt, chat):
+        if not chat:
+            done = generate(str(artifact), prompt, max_new=NEW)
+            return tokenizer.decode(done["tokens"], skip_special_tokens=True)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=PLAIN_TEMPLATE,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.no_grad():
+            row = model.generate(**ids, max_new_tokens=NEW, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        return tokenizer.decode(row, skip_special_tokens=True)
+
+    def answer(case):
+        prompt, chat, stream = case
+        if chat:
+            messages = [{"role": "user", "content": prompt}]
+            found = client.chat.completions.create(
+                model="artifact", messages=messages, max_tokens=NEW, stream=stream
+            )
+            parts = (part.choices[0].delta.content for part in found) if stream else ()
+            return "".join(part or "" for part in parts) if stream else found.choices[0].message.content
+        found = client.completions.create(model="artifact", prompt=prompt, max_tokens=NEW, stream=stream)
+        return "".join(part.choices[0].text for part in found) if stream else found.choices[0].text
+
+    cases = [(prompt, number % 4 > 1, number % 2 > 0) for number, prompt in enumerate(prompts())]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, cases))
+    for case, found in zip(cases, answers, strict=True):
+        assert found == expected(*case[:2]), case
+    assert len({*answers}) > 25
+
+
+def test_sampling_options_reach_the_model(client):
+    def text(**options):
+        return (
+            client.completions.create(model="artifact", prompt="Emma", max_tokens=NEW, **options)
+            .choices[0]
+            .text
+        )
+
+    greedy = text()
+    assert text(temperature=0) == greedy
+    assert text(temperature=3, seed=1) == text(temperature=3, seed=1) != greedy
+    assert text(temperature=3, seed=1) != text(temperature=3, seed=2)
+    assert text(top_p=0.9, seed=1) != greedy
+    stop = greedy.split()[0]
+    assert text(stop=stop).split() == text(stop=[stop]).split() == [stop] != greedy.split()
+
+
+def test_the_list_of_models_names_the_artifact(client, address):
+    assert [model.id for model in client.models.list()] == ["artifact"]
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+
+
+CHAT, TEXT = "chat/completions", "completions"
+BAD = [
+    (TEXT, {}, "prompt"),
+    (TEXT, {"prompt": [1, 2]}, "prompt"),
+    (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": "many"}, "max_tokens"),
+    (TEXT, {"prompt": "a", "temperature": -1}, "temperature"),
+    (TEXT, {"prompt": "a", "temperature": float("nan")}, "temperature"),
+    (TEXT, {"prompt": "a", "top_p": 0}, "top_p"),
+    (TEXT, {"prompt": "a", "seed": -1}, "seed"),
+    (TEXT, {"prompt": "a", "stop": ""}, "stop"),
+    (TEXT, {"prompt": "a", "n": 2}, "n: "),
+    (TEXT, {"prompt": "a", "logprobs": 3}, "logprobs"),
+    (TEXT, {"prompt": "a", "generation_config": "{"}, "generation_config"),
+    (TEXT, {"prompt": "a", "unknown": 1}, "unknown"),
+    (TEXT, {"prompt": "a", "model": "another"}, "another"),
+    (TEXT, {"prompt": "\ud800"}, "surrogate"),
+    (TEXT, b"{", "JSON"),
+    (TEXT, b"[]", "dictionary"),
+    (TEXT, b"", "dictionary"),
+    ("nothing", {}, "Not Found"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"messages": [{"content": "x"}]}, "role"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "text"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "",
+    ),
+    (CHAT, {"messages": [USER], "logit_bias": {"99999": 1.0}}, "99999"),
+    (CHAT, {"messages": [USER], "chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_object"}}, "response_format"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "named"), BAD)
+def test_a_bad_request_is_refused_with_its_fault_named(address, path, body, named):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/v1/{path}", data, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert 400 <= refused.value.code < 500
+    assert named in refused.value.read().decode()
+
+
+def test_a_request_without_an_answer_does_not_stop_the_server(address, client):
+    """The client goes away in the middle of a stream."""
+    stream = client.completions.create(model="artifact", prompt="Emma", max_tokens=200, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert (
+        client.completions.create(model="artifact", prompt="Emma", max_tokens=2).usage.completion_tokens == 2
+    )
+
+
+def test_control_c_ends_a_busy_server(artifact):
+    with server(artifact) as (address, process), ThreadPoolExecutor(1) as pool:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        long = dict(model="artifact", prompt="Emma", max_tokens=10**6, stream=True)
+        stream = client.completions.create(**long)
+        next(iter(stream))
+        pool.submit(lambda: list(stream))
+        interrupt(process)
+
+
+def test_prompt_and_answer_fit_the_models_positions():
+    class Task:
+        def check_tokens(self, ids):
+            pass
+
+    generations, options = Generations(Task(), 10), GenerationConfig(max_new_tokens=1024)
+    generations.fit({"input_ids": torch.ones(1, 7, dtype=torch.long)}, options)
+    assert options.max_new_tokens == 3
+    for length, words in ((10, "at most 10"), (0, "empty")):
+        with pytest.raises(HTTPException, match=words):
+            generations.fit({"input_ids": torch.ones(1, length, dtype=torch.long)}, options)
+
+
+def test_an_address_in_use_is_refused(artifact, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with pytest.raises(SystemExit) as exit:
+            main(["serve", str(artifact), "--host", "127.0.0.1", "--port", port])
+    assert exit.value.code == 2 and "in use" in capsys.readouterr().err
