@@ -7,6 +7,7 @@ import click
 
 from linearize_cli import __version__
 from linearize_cli.commands.bench import bench
+from linearize_cli.commands.compare import compare
 from linearize_cli.commands.convert import convert
 from linearize_cli.commands.demo import demo
 from linearize_cli.commands.evaluate import evaluate
@@ -15,6 +16,7 @@ from linearize_cli.commands.heads import heads
 from linearize_cli.commands.inspect import inspect
 from linearize_cli.commands.methods import methods
 from linearize_cli.commands.push import push
+from linearize_cli.commands.report import report
 from linearize_cli.commands.seal import seal
 from linearize_cli.commands.serve import serve
 from linearize_cli.commands.verify import verify
@@ -32,7 +34,10 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = debug
 
 
-for command in (convert, verify, seal, evaluate, bench, push, serve, generate, heads, inspect, methods, demo):
+for command in (
+    *(convert, verify, seal, evaluate, bench, report, compare, push, serve),
+    *(generate, heads, inspect, methods, demo),
+):
     cli.add_command(command)
 
 

@@ -310,6 +310,15 @@ def pushed(result: dict[str, Any]) -> RenderableType:
     return Group(rows, "", f"{len(result['files'])} files, {size(result['bytes'])}, {verb} to {where}")
 
 
+def compared(result: dict[str, Any]) -> RenderableType:
+    """Return the report of `compare`: a column for each artifact, and what makes numbers incomparable."""
+    rows = table("", *(f">{name}" for name in result["artifacts"]))
+    for label, values in result["rows"].items():
+        rows.add_row(label, *(value or "-" for value in values))
+    notes = [f"{note}. These numbers cannot be compared." for note in result["notes"]]
+    return Group(rows, *(["", *notes] if notes else []))
+
+
 def demonstration(result: dict[str, Any]) -> RenderableType:
     """Return the report of `demo`: quality, recall, memory, speed and the verdict of `verify`."""
     recall, context = result["recall"], result["context"]

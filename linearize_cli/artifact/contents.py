@@ -32,7 +32,7 @@ SENTENCES = (
 )
 HEADS = ("medusa.safetensors", "medusa.jsonl")
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
-REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png")
+REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png", "report.html")
 # Files that loading an artifact reads; the checksums cover these.
 LOADED = (
     *(*WEIGHTS, *CODE, *TOKENIZER, *SENTENCES, *ADAPTER),

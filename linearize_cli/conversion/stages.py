@@ -202,9 +202,7 @@ class Conversion:
             self.results["keep_softmax"] = chosen
             self.add_seconds("measure", started)
             session.log.write("keep_softmax", **chosen)
-            session.terminal.note(
-                f"layers kept as softmax, by {task.metric.replace('_', ' ')}: {', '.join(chosen['kept'])}"
-            )
+            session.terminal.note(f"layers kept as softmax: {', '.join(chosen['kept'])}")
         kept = self.results["keep_softmax"]["kept"]
         self.restorer.restore(kept)
         self.linear = [layer for layer in self.linear if layer.name not in kept]

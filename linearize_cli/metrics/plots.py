@@ -171,7 +171,7 @@ def draw_panel(
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    legend = axes.legend(frameon=False, fontsize=6)
+    legend = axes.legend(frameon=False, fontsize=7)
     if several:  # the legend goes into the empty panel on the right
         legend.set(loc="upper left", in_layout=False)
         legend.set_bbox_to_anchor((1, 1))

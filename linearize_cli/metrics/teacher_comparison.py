@@ -11,7 +11,7 @@ from linearize_cli.data.demo_corpus import HELDOUT_SEED, generate_documents
 from linearize_cli.metrics import synthetic
 from linearize_cli.metrics.ablation import ABLATIONS, has_both_parts, without
 from linearize_cli.metrics.embeddings import rank_correlation
-from linearize_cli.metrics.generation import generation
+from linearize_cli.metrics.generation import continued, generation, greedy
 from linearize_cli.metrics.harness import Harness
 from linearize_cli.metrics.perplexity import observations
 from linearize_cli.metrics.predictions import predictions
@@ -25,6 +25,8 @@ BINS = 16  # bins of positions
 BATCH = 8  # blocks in one forward of an embedding model
 DOCUMENTS = 100  # documents of the demo for recall
 PROMPT, NEW, PROMPTS = 32, 64, 8  # generation: prompt tokens, new tokens, number of prompts
+# The prompts of the texts that the report quotes. The user's text is not quoted, because the report may be published.
+QUOTED = ("Once upon a time", "The most important thing about water is", "def mean(values):")
 NO_WINDOW = 32  # replaces the window size in recall distances if a method has no window
 
 
@@ -240,7 +242,25 @@ def measure_generation(pair: Pair, length: int) -> dict[str, Any]:
     rows = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]
     total = 4 * len(rows) * (rows.shape[1] - prompt)
     with pair.terminal.progress("generation", total) as advance:
-        return generation(pair.task, pair.models, rows, prompt, pair.seed, advance)
+        measured = generation(pair.task, pair.models, rows, prompt, pair.seed, advance)
+    return {**measured, "samples": [sample(pair, text, length) for text in QUOTED]}
+
+
+def sample(pair: Pair, prompt: str, length: int) -> dict[str, str]:
+    """Return a prompt and the greedy continuation of it by each model, as text.
+
+    Args:
+        length: the largest number of tokens of the prompt and its continuation.
+    """
+    row = torch.tensor([pair.task.prompt(pair.tokenizer, prompt)])[:, : length // 2]
+    new = min(NEW, length - row.shape[1])
+    texts = {
+        name: pair.tokenizer.decode(
+            continued(pair.task, model, row, new, greedy)[0], skip_special_tokens=True
+        )
+        for name, model in pair.models.items()
+    }
+    return {"prompt": prompt, **texts}
 
 
 def measure_tasks(pair: Pair, harness: Harness) -> dict[str, Any]:

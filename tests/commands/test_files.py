@@ -14,7 +14,7 @@ from linearize_cli.files import check_writable, replacing, write_json
 from linearize_cli.metrics import benchmark, evaluation
 from linearize_cli.verification import verify as verification
 
-ARGUMENTS = {"convert": ["absent"], "generate": ["absent", "a"], "inspect": ["absent"]}
+ARGUMENTS = {"compare": ["a", "b"], "convert": ["absent"], "generate": ["absent", "a"], "inspect": ["absent"]}
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
