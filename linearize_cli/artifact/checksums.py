@@ -1,58 +1,42 @@
-"""SHA-256 sums of the files that an artifact is loaded from."""
+"""Comparison of an artifact with its checksums, for the commands."""
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
-from linearize_cli.artifact.contents import LOADED, matches
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import REPORT, SEALED, edited, read_record
 from linearize_cli.errors import UserError, first_five
-
-CHUNK = 1 << 22  # bytes read at a time
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 sums of all files that loading an artifact may read, by relative path."""
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and is_loaded(path.relative_to(folder))
-    )
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+from linearize_cli.inputs import read_object
+from linearize_cli.runtime.checksums import differing
 
 
-def is_loaded(path: Path) -> bool:
-    """Return True if loading an artifact reads this file.
-
-    Args:
-        path: relative to the artifact's folder.
-    """
-    return any(matches(path.parts, pattern.split("/")) for pattern in LOADED)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 sum of a file as a hexadecimal string."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def changed(recorded: dict[str, str], folder: Path, besides: str = "") -> str:
+def changed(record: dict[str, Any], folder: Path, besides: str = "") -> str:
     """Return a list, as text, of the files that differ from their checksums: changed, missing or new.
 
-    Return an empty text if none differs.
+    Return an empty text if none differs, or if no checksums are recorded.
 
     Args:
-        recorded: the SHA-256 sums by relative path.
+        record: the contents of `linearize.json`, which has a sum of its own.
         besides: the relative path of a file that does not count. Empty: all count.
     """
-    now = checksums(folder)
-    recorded, now = ({k: v for k, v in sums.items() if k != besides} for sums in (recorded, now))
-    kinds = {
-        "changed": [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]],
-        "missing": recorded.keys() - now.keys(),
-        "new": now.keys() - recorded.keys(),
-    }
+    recorded = record.get("checksums")
+    kinds = differing(recorded, folder, besides) if recorded else {"changed": set()}
+    if edited(record):
+        kinds["changed"].add(REPORT)
     return "; ".join(f"{kind}: {first_five(names)}" for kind, names in kinds.items() if names)
+
+
+def edited_reports(folder: Path) -> list[str]:
+    """Return the names of the reports of `eval`, `bench` and `verify` that were changed since they were written, or
+    cannot be read.
+    """
+    names = []
+    for name in SEALED:
+        try:
+            if (folder / name).is_file() and edited(read_object(folder / name)):
+                names.append(name)
+        except UserError:
+            names.append(name)
+    return names
 
 
 def check_unchanged(folder: Path, name: str, besides: str = "") -> None:
@@ -67,12 +51,13 @@ def check_unchanged(folder: Path, name: str, besides: str = "") -> None:
     Raises:
         UserError: a file was changed, is missing or is new. The message names it.
     """
-    recorded = read_record(folder).get("checksums") or {}
-    if name != str(folder):
-        recorded = {file: value for file, value in recorded.items() if (folder / file).is_file()}
-    if recorded and (since := changed(recorded, folder, besides)):
+    record = read_record(folder)
+    if name != str(folder) and record.get("checksums") and not edited(record):
+        here = {file: value for file, value in record["checksums"].items() if (folder / file).is_file()}
+        record = {"checksums": here}
+    if since := changed(record, folder, besides):
         raise UserError(
             f"{name}: its files are not those that were saved: {since}",
             "Download or convert it again. If you changed it yourself, `linearize seal` records that.\n"
-            "To load it anyway, add --no-checksums (`generate`, `eval`, `bench`).",
+            "To load it anyway, add --no-checksums (`generate`, `eval`, `bench`, `serve`).",
         )

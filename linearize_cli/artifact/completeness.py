@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from linearize_cli.artifact.checksums import changed
+from linearize_cli.artifact.checksums import changed, edited_reports
 from linearize_cli.artifact.contents import published_files
 from linearize_cli.artifact.record import report_faults
 from linearize_cli.errors import UserError
@@ -69,10 +69,9 @@ def record_faults(record: dict, folder: Path) -> list[str]:
     checksums.
     """
     faults = [f"linearize.json: {fault}" for fault in report_faults(record)]
-    recorded = record.get("checksums")
-    since = changed(recorded, folder) if isinstance(recorded, dict) and recorded else ""
-    if since:
+    if not faults and (since := changed(record, folder)):
         faults.append(f"since it was saved, {since} (`linearize seal` records changes of your own)")
+    faults += [f"{name} was changed since it was written" for name in edited_reports(folder)]
     return faults
 
 

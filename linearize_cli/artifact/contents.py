@@ -3,41 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from linearize_cli.files import SUFFIX
+from linearize_cli.runtime.checksums import LOADED, matches
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-CODE = ("configuration_linearized.py", "modeling_linearized.py", "linearize_*.py")
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
-    *("tokenizer.model", "spiece.model", "spm*.model", "sentencepiece*.model", "source.spm", "target.spm"),
-    *(
-        "vocab.json",
-        "vocab-src.json",
-        "vocab-tgt.json",
-        "target_vocab.json",
-        "entity_vocab.json",
-        "vocab.txt",
-    ),
-    *("merges.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer"),
-    *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
-)
-# Files of sentence-transformers, beside the model and in the folders of its other modules.
-SENTENCES = (
-    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
-    *("[1-9]_*/config.json", "[1-9]_*/model.safetensors", "[1-9]_*/pytorch_model.bin"),
-)
 HEADS = ("medusa.safetensors", "medusa.jsonl")
-ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png", "report.html")
-# Files that loading an artifact reads; the checksums cover these.
-LOADED = (
-    *(*WEIGHTS, *CODE, *TOKENIZER, *SENTENCES, *ADAPTER),
-    *("config.json", "generation_config.json", "recipe.yaml", "medusa.safetensors"),
-)
 # Files that a push publishes.
 PUBLISHED = (*LOADED, *REPORTS, "linearize.json", "README.md", "LICENSE*", "NOTICE*")
 # Files that the commands write into an artifact, or Python when it imports the code.
@@ -75,11 +47,6 @@ def published_files(folder: Path) -> set[str]:
         for path in paths
         if path.as_posix() in named or any(matches(path.parts, pattern) for pattern in patterns)
     }
-
-
-def matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
-    """Return True if the parts of a path match the parts of a pattern. `*` does not match `/`."""
-    return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
 
 
 def recorded(folder: Path) -> set[str]:

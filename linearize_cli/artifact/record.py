@@ -1,17 +1,20 @@
-"""Readers of the two files that describe an artifact: `linearize.json`, and the part `linearize` of
-`config.json`.
-"""
+"""The two files that describe an artifact: `linearize.json`, and the part `linearize` of `config.json`."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from linearize_cli.errors import UserError, first_five
+from linearize_cli.files import write_json
 from linearize_cli.inputs import read_object
 from linearize_cli.methods.recipe import LARGEST, Attention
 
 REPORT, CONFIG = "linearize.json", "config.json"
+SEALED = ("eval.json", "bench.json", "verify.json")  # reports with a sum of their own, like linearize.json
+SUM = "sum"  # its key
 AGAIN = "Convert again, or download the artifact again."
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Texts = dict[str, Text | None]
@@ -41,6 +44,7 @@ FIELDS: dict[str, Any] = {
     "medusa": dict[str, Any],
     "task": Text,
     "checksums": Texts,
+    SUM: Text,
     "fingerprint": dict[str, Any],
     "card": Text,
     "command": Text,
@@ -55,7 +59,33 @@ CONVERSION: dict[str, Any] = {
     "softmax": list[Text | None],
 }
 SIZES = ("heads", "kv_heads", "key_dim", "value_dim")
-OPTIONAL = (*DISTANCES, "medusa", "task", "checksums", "fingerprint", "card", "command", "origin")
+OPTIONAL = (*DISTANCES, "medusa", "task", "checksums", "fingerprint", "card", "command", "origin", SUM)
+
+
+def summed(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the SHA-256 sum of its contents under `sum`. A later change can then be found."""
+    return {**report, SUM: content_sum(report)}
+
+
+def edited(report: dict[str, Any]) -> bool:
+    """Return True if a report was changed since it got its sum. A report without one counts as unchanged."""
+    return SUM in report and report[SUM] != content_sum(report)
+
+
+def content_sum(report: dict[str, Any]) -> str:
+    """Return the SHA-256 sum of a report's contents. It does not depend on the order of keys or on spaces."""
+    plain = json.loads(json.dumps({key: value for key, value in report.items() if key != SUM}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write `linearize.json` atomically. `record` gets its sum.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    record[SUM] = content_sum(record)
+    write_json(folder / REPORT, record)
 
 
 def read_record(folder: Path, whole: bool = False) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.card_measured import measured
-from linearize_cli.artifact.checksums import sha256
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import edited, read_record, write_record
 from linearize_cli.errors import UserError
-from linearize_cli.files import write_json, write_text
+from linearize_cli.files import write_text
 from linearize_cli.inputs import read_yaml
 from linearize_cli.methods.recipe import Recipe
+from linearize_cli.runtime.checksums import sha256
 from linearize_cli.terminal import Terminal
 
 
@@ -42,7 +42,7 @@ def save_report(folder: Path, name: str, recipe: Recipe, report: dict[str, Any])
     """
     write_text(folder / "README.md", card(report, repo_name=name, recipe=recipe.to_dict()))
     report["card"] = sha256(folder / "README.md")
-    write_json(folder / "linearize.json", report)
+    write_record(folder, report)
 
 
 def refresh_card(folder: Path, terminal: Terminal) -> None:
@@ -56,13 +56,15 @@ def refresh_card(folder: Path, terminal: Terminal) -> None:
         return
     try:
         record = read_record(folder)
+        if edited(record):
+            raise UserError(f"{report} was edited")
         recipe = read_yaml(folder / "recipe.yaml")
         name = folder.resolve().name
         text = card(record, repo_name=name, recipe=recipe, measured=measured(folder)).encode()
         # A killed command may have written the new card, and not yet its sum.
         if record["card"] == sha256(path) or path.read_bytes() == text:
             write_text(path, text.decode())
-            write_json(report, {**record, "card": sha256(path)})
+            write_record(folder, {**record, "card": sha256(path)})
     except (UserError, OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         said = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         terminal.note(f"the model card was not written again: {said}")

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from linearize_cli.artifact.checksums import changed, checksums
+from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import read_record, write_record
 from linearize_cli.errors import UserError
-from linearize_cli.files import write_json
 from linearize_cli.inputs import user_path
 from linearize_cli.models.tasks import task_of
+from linearize_cli.runtime.checksums import checksums
 
 
 def seal(
@@ -40,14 +40,14 @@ def seal(
         raise UserError(f"{folder} has no linearize.json to seal", "`linearize convert` writes it.")
     options = dict(device=device, trust_remote_code=trust_remote_code, own_code=trust_remote_code)
     model, tokenizer = load(folder.resolve(), **options, checksums=False)
-    sealed, before = checksums(folder), report.get("checksums")
+    sealed = checksums(folder)
     facts = {
         "artifact": str(artifact),
         "files": len(sealed),
-        "changed": changed(before, folder) if before else "",
+        "changed": changed(report, folder),
     }
     exact = in_float32(model) or model
     report["checksums"] = sealed
     report["fingerprint"] = fingerprint(task_of(model, tokenizer), exact, tokenizer)
-    write_json(folder / "linearize.json", report)
+    write_record(folder, report)
     return facts

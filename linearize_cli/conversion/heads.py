@@ -10,19 +10,20 @@ import torch
 
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.card_measured import measured
-from linearize_cli.artifact.checksums import check_unchanged, sha256
+from linearize_cli.artifact.checksums import check_unchanged
 from linearize_cli.artifact.load import load
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import read_record, write_record
 from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
 from linearize_cli.conversion.workspace import Workspace
 from linearize_cli.data.names import DEMO
 from linearize_cli.demo import heldout_path
 from linearize_cli.errors import UserError
-from linearize_cli.files import check_writable, replacing, write_json, write_text
+from linearize_cli.files import check_writable, replacing, write_text
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.device import AUTO, chosen_device
 from linearize_cli.models.tasks import task_of
+from linearize_cli.runtime.checksums import sha256
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.checkpoint import Session
@@ -171,4 +172,4 @@ def record_heads(folder: Path, report: dict[str, Any], facts: dict[str, Any]) ->
     if untouched:  # before linearize.json, so that a resumed run can do this again
         write_text(path, new)
         report["card"] = sha256(path)
-    write_json(folder / "linearize.json", report)
+    write_record(folder, report)

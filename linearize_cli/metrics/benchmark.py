@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import read_record, summed
 from linearize_cli.artifact.save import refresh_card
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.errors import UserError
@@ -155,6 +155,7 @@ def bench(
         "seed": seed,
         "versions": versions(),
     }
+    report = summed(report)
     if write or plot:
         plots.save(plots.by_context(report), figure)
     if write:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from linearize_cli.artifact.load import check_artifact, load
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import read_record, summed
 from linearize_cli.artifact.save import refresh_card
 from linearize_cli.artifact.teacher import original_model, teacher_name
 from linearize_cli.data import sources as text
@@ -138,6 +138,7 @@ def evaluate(
         "seed": seed,
         "versions": versions(),
     }
+    report = summed(report)
     if write:
         draw(folder, report)
         write_json(folder / "eval.json", report)

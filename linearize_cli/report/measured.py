@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linearize_cli.artifact.checksums import edited_reports
 from linearize_cli.artifact.load import check_artifact
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import REPORT, edited, read_record
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_object, user_path
 from linearize_cli.tables import number, size
@@ -56,9 +57,15 @@ def read_measured(artifact: str | Path) -> Measured:
     """
     folder = user_path(artifact)
     check_artifact(folder)
+    record = read_record(folder, whole=True)
+    if names := [*([REPORT] if edited(record) else []), *edited_reports(folder)]:
+        raise UserError(
+            f"{folder}: {', '.join(names)} was changed since it was written",
+            "Run the command again that writes it, or download the artifact again.",
+        )
     files = {command: folder / f"{command}.json" for command in COMMANDS}
     reports = {command: read_object(file) if file.is_file() else None for command, file in files.items()}
-    return Measured(folder.resolve().name, folder, read_record(folder, whole=True), reports)
+    return Measured(folder.resolve().name, folder, record, reports)
 
 
 @contextmanager

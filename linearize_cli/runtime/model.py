@@ -17,6 +17,7 @@ from transformers.conversion_mapping import (
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
+from linearize_cli.runtime.checksums import check_folder
 from linearize_cli.runtime.config import HEADS, LinearizedConfig, auto_class, base_of, with_head
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import NO_PAGES, linearized
@@ -176,12 +177,27 @@ class AutoLinearized:
         cls._auto_class = auto_class
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config=None, checksums=True, subfolder="", **kwargs
+    ):
+        """Load an artifact (see transformers' `PreTrainedModel.from_pretrained`).
+
+        Args:
+            checksums: False to load files that differ from the checksums in linearize.json. Only the code inside an
+                artifact compares them, for a local folder: `linearize_cli.load` has its own comparison, and the Hub's
+                client compares what it downloads.
+
+        Raises:
+            ValueError: a file differs.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if checksums and not subfolder and folder.is_dir() and not __name__.startswith("linearize_cli."):
+            check_folder(folder)
         if config is None:
             config = LinearizedConfig.from_pretrained(pretrained_model_name_or_path)
         config = with_head(config, cls.auto_class)
         return concrete_model(config).from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, **kwargs
+            pretrained_model_name_or_path, *args, config=config, subfolder=subfolder, **kwargs
         )
 
     @classmethod

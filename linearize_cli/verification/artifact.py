@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from linearize_cli.artifact.checksums import changed
+from linearize_cli.artifact.checksums import changed, edited_reports
 from linearize_cli.artifact.fingerprint import differences, in_float32
 from linearize_cli.artifact.record import REPORT, read_record
 from linearize_cli.errors import first_five
@@ -44,11 +44,17 @@ def files(subject: Subject) -> Finding:
     if not (subject.artifact / REPORT).exists():
         said = "linearize.json is missing: fetch the artifact again, or convert again"
         return Finding(lines=[Line("files", said, "", FAIL)])
-    recorded = read_record(subject.artifact).get("checksums")
-    if recorded is None:
+    record = read_record(subject.artifact)
+    if not record.get("checksums"):
         return not_checked("files", "linearize.json has no checksums; `linearize seal` adds them")
-    differing = changed(recorded, subject.artifact)
-    said = f"since it was saved, {differing}" if differing else f"{len(recorded)} match their checksums"
+    differing = changed(record, subject.artifact)
+    if reports := edited_reports(subject.artifact):
+        differing = "; ".join(filter(None, [differing, f"changed: {first_five(reports)}"]))
+    said = (
+        f"since it was saved, {differing}"
+        if differing
+        else f"{len(record['checksums'])} match their checksums"
+    )
     return Finding({"files": {"changed": differing}}, [Line("files", said, "", FAIL if differing else OK)])
 
 

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize_cli.runtime  # noqa: F401  lets transformers load artifacts
-from linearize_cli.artifact.checksums import changed, checksums
+from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import in_float32
 from linearize_cli.artifact.load import check_artifact
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import read_record, summed
 from linearize_cli.errors import UserError
 from linearize_cli.files import check_writable, write_json
 from linearize_cli.hub import brief
@@ -260,11 +260,11 @@ def verify(
     try:
         model, tokenizer, ways = load_drafted(folder.resolve(), draft, target, tree, options)
     except UserError as error:
-        since = changed(read_record(folder).get("checksums") or checksums(folder), folder)
+        since = changed(read_record(folder), folder)
         hint = f"Since the artifact was saved, {since}." if since else ""
         raise UserError(error.what, f"{error.hint}\n{hint}".strip()) from error
     measured = dict(prompts=texts, max_new=max_new, seed=seed, quick=quick, progress=progress)
-    report = verify_model(model, tokenizer, artifact=folder, **measured, **ways)
+    report = summed(verify_model(model, tokenizer, artifact=folder, **measured, **ways))
     if write:
         write_json(folder / "verify.json", report)
     return report

@@ -14,7 +14,7 @@ ODD = (3, "x", [1], {"a": [1]}, True, "a\0b", 10**30, float("nan"))
 # Values that fit where they stand.
 FIT = {
     3: ("schema", "seq_len", "state_bytes", "kv_bytes_per_token"),
-    "x": ("base_model", "method", "task", "card", "command"),
+    "x": ("base_model", "method", "task", "card", "command", "sum"),
 }
 
 

@@ -44,7 +44,7 @@ def test_an_artifact_is_whole(whole, teacher):
     assert set(saved) == {
         "schema", "base_model", "method", "layers", "seq_len", "tokens", "perplexity", "ablation", "self_check",
         "state_bytes", "kv_bytes_per_token", "seconds", "versions", "keep_softmax", "plan",
-        "checksums", "fingerprint", "card", "command", "origin",
+        "checksums", "fingerprint", "card", "command", "origin", "sum",
     }  # fmt: skip
     assert saved["layers"] == {
         "linear": ["model.layers.0.self_attn", "model.layers.1.self_attn"],

@@ -12,10 +12,10 @@ from convert_case import make_teacher, run
 from fake_artifact import write_artifact
 
 from linearize_cli import convert
-from linearize_cli.artifact.checksums import sha256
 from linearize_cli.artifact.contents import foreign_files
 from linearize_cli.conversion import heads, pipeline
 from linearize_cli.errors import UserError
+from linearize_cli.runtime.checksums import sha256
 
 SUPPORT = Path(__file__).parents[1] / "support"
 

@@ -11,11 +11,12 @@ from encoders import tokenizer
 from safetensors.torch import load_file, save_file
 
 from linearize_cli import convert
-from linearize_cli.artifact.checksums import checksums
+from linearize_cli.artifact.record import write_record
 from linearize_cli.cli import main
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.publish import gate
 from linearize_cli.publish.gate import check_loads_alone, check_publishable, other_code
+from linearize_cli.runtime.checksums import checksums
 
 pytest_plugins = ["push_case"]
 
@@ -52,7 +53,7 @@ def test_nothing_is_sent_of_an_artifact_that_does_not_pass(push, hub, copied):
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     save_file({**weights, name: 2 * weights[name]}, path, metadata={"format": "pt"})
     whole = record(copied)
-    (copied / "linearize.json").write_text(json.dumps({**whole, "checksums": checksums(copied)}))
+    write_record(copied, {**whole, "checksums": checksums(copied)})
     refused = push(copied, "alice/tiny", verify=True)
     assert refused.code == 1 and "logits differ from those recorded" in refused.data["what"]
     assert "alice/tiny" not in hub.repos and "--no-verify" in refused.data["hint"]
@@ -102,7 +103,7 @@ def test_a_module_in_the_working_folder_does_not_run(copied, tmp_path, monkeypat
 def test_a_damaged_fingerprint_is_named(copied):
     whole = record(copied)
     for fingerprint in ({"x": 1}, {**whole["fingerprint"], "sequences": [{"length": 3}]}):
-        (copied / "linearize.json").write_text(json.dumps({**whole, "fingerprint": fingerprint}))
+        write_record(copied, {**whole, "fingerprint": fingerprint})
         with pytest.raises(CheckFailed, match="fingerprint in .* is incomplete"):
             check_loads_alone(copied, files(copied))
 
@@ -120,6 +121,7 @@ def test_weights_that_are_not_finite_are_named(copied):
     path = copied / "model.safetensors"
     weights = load_file(path)
     save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, path, {"format": "pt"})
+    write_record(copied, {**record(copied), "checksums": checksums(copied)})
     with pytest.raises(CheckFailed, match="not a finite number"):
         check_loads_alone(copied, files(copied))
 
@@ -135,7 +137,7 @@ def test_the_command_says_what_it_does(copied, capsys, monkeypatch):
 
 def test_a_gated_base_model_is_published_on_purpose_only(push, hub, copied):
     whole = record(copied)
-    (copied / "linearize.json").write_text(json.dumps({**whole, "origin": {"gated": True}}))
+    write_record(copied, {**whole, "origin": {"gated": True}})
     refused = push(copied, "alice/tiny")
     assert refused.code == 2 and "is gated" in refused.data["what"] and "--yes" in refused.data["hint"]
     assert "alice/tiny" not in hub.repos

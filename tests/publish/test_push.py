@@ -1,14 +1,14 @@
 """push with the real huggingface_hub client against a loopback Hub."""
 
 import filecmp
-import json
 
 import pytest
 from fake_artifact import save_weights, write_json
 from huggingface_hub import snapshot_download
 from loopback_hub import READ_TOKEN, TOKEN, Fault, Repo
 
-from linearize_cli.artifact.checksums import checksums
+from linearize_cli.artifact.record import read_record, write_record
+from linearize_cli.runtime.checksums import checksums
 
 pytest_plugins = ["push_case"]
 
@@ -186,8 +186,7 @@ def test_errors_say_what_to_do(push, hub, artifact, options, environment, what, 
 
 
 def test_files_that_changed_since_they_were_saved_are_refused(push, artifact):
-    path = artifact / "linearize.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "checksums": checksums(artifact)}))
+    write_record(artifact, {**read_record(artifact), "checksums": checksums(artifact)})
     assert push(artifact, "alice/tiny", dry_run=True).code == 0
     (artifact / "recipe.yaml").write_text("name: another")
     refused = push(artifact, "alice/tiny", dry_run=True)

@@ -10,6 +10,7 @@ import pytest
 from convert_case import make_teacher, run
 
 from linearize_cli.artifact.contents import foreign_files
+from linearize_cli.artifact.record import summed
 from linearize_cli.cli import main
 from linearize_cli.errors import UserError
 from linearize_cli.metrics.benchmark import bench
@@ -62,7 +63,7 @@ class Page(HTMLParser):
 def edit(file, change):
     data = json.loads(file.read_text())
     change(data)
-    file.write_text(json.dumps(data))
+    file.write_text(json.dumps(summed(data)))
 
 
 def test_the_page_shows_what_was_measured(artifact):
@@ -110,6 +111,15 @@ def test_a_damaged_report_is_named(artifact, name, contents):
     with pytest.raises(UserError, match=f"{name}.json"):
         report(artifact)
     assert not (artifact / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["linearize", "eval", "bench", "verify"])
+def test_a_report_that_was_changed_is_refused(artifact, name):
+    data = json.loads((artifact / f"{name}.json").read_text())
+    (artifact / f"{name}.json").write_text(json.dumps(data | {"seed": 5, "command": "mine"}))
+    for action in (report, lambda one: compare([one, one])):
+        with pytest.raises(UserError, match=f"{name}.json was changed"):
+            action(artifact)
 
 
 @pytest.mark.parametrize("name", ["config.json", "page", "folder.html"])

@@ -8,8 +8,10 @@ import torch
 from families import swapped
 from safetensors.torch import load_file, save_file
 
+from linearize_cli.artifact.record import summed
 from linearize_cli.artifact.seal import seal
 from linearize_cli.errors import UserError
+from linearize_cli.files import write_json
 from linearize_cli.verification import verify as verification
 from linearize_cli.verification.forms import forms
 from linearize_cli.verification.report import sentence
@@ -147,10 +149,19 @@ def test_seal_renews_after_a_deliberate_change(artifact):
     assert seal(artifact)["changed"] == ""
 
 
-def test_reports_and_figures_are_no_part_of_the_seal(artifact):
-    for name in ("verify.json", "eval.json", "README.md", "eval-recall.png", "log.jsonl"):
+def test_the_card_and_figures_are_no_part_of_the_seal(artifact):
+    for name in ("README.md", "eval-recall.png", "log.jsonl"):
         (artifact / name).write_text("changed")
     assert verified(artifact) == []
+
+
+@pytest.mark.parametrize("name", ["verify.json", "eval.json", "bench.json"])
+def test_a_report_has_a_sum_of_its_own(name, artifact):
+    write_json(artifact / name, summed({"verdict": "FAIL", "rows": [1.5, {"a": None}]}))
+    assert verify(artifact, max_new=2, quick=True, write=False)["failed"] == []
+    edit(artifact / name, "FAIL", "EXACT")
+    report = verify(artifact, max_new=2, quick=True, write=False)
+    assert report["failed"] == ["files"] and name in report["files"]["changed"]
 
 
 @pytest.mark.parametrize(
