@@ -10,6 +10,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +65,9 @@ class Fault:
         body: is answered as it is, in place of an error with `message`.
         stalled: no answer is given, and nothing is done.
         lost: what was asked for is done, but the answer is `status`; none arrives if that is 0.
+        reset: the connection is reset, and nothing is done.
+        truncated: what was asked for is done, but only half of the answer arrives.
+        slow: what was asked for is done, and the answer arrives in small parts.
     """
 
     method: str
@@ -73,6 +78,9 @@ class Fault:
     body: bytes | None = None
     stalled: bool = False
     lost: bool = False
+    reset: bool = False
+    truncated: bool = False
+    slow: bool = False
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -134,12 +142,19 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         url = urlsplit(self.path)
         self.query, path = parse_qs(url.query), unquote(url.path)
-        self.body, self.lost = self.read_body(), None
+        self.body, self.lost, self.fault = self.read_body(), None, None
         fault = self.take_fault(path)
         if fault and fault.stalled:
             self.server.requests.append((self.command, path))
             self.close_connection = self.server.closed.wait()
             return
+        if fault and fault.reset:
+            linger = struct.pack("ii", 1, 0)  # close with RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+            return
+        if fault and (fault.truncated or fault.slow):
+            self.fault, fault = fault, None
         with self.server.lock:
             self.server.requests.append((self.command, path))
             try:
@@ -190,8 +205,17 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.fault and self.fault.truncated:
+            self.close_connection, body = True, body[: len(body) // 2]
+        parts = 4 if self.fault and self.fault.slow else 1
+        step = max(1, -(-len(body) // parts))
+        for first in range(0, len(body), step):
+            self.wfile.write(body[first : first + step])
+            self.wfile.flush()
+            if parts > 1:
+                self.server.closed.wait(0.02)
 
     def repo(self, name: str) -> Repo:
         repo = self.server.repos.get(name)
