@@ -28,8 +28,13 @@ from linearize_cli.terminal import fail
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="linearize")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["error", "warning", "info", "debug"]),
+    help="Show what transformers, datasets and huggingface_hub log.",
+)
 @click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(context: click.Context, debug: bool, log_level: str | None) -> None:
     """Turn a softmax checkpoint into a linear-attention model: constant memory while decoding."""
     context.obj = debug
 

@@ -169,11 +169,12 @@ def quantity(value: float, unit: str) -> str:
 
 def inspection(report: dict[str, Any]) -> RenderableType:
     """Return the report of `inspect`: the layers, and the memory of softmax and linear attention by context."""
-    rows = table("layer", "attention", ">heads", ">kv", ">head size", "convertible")
-    for layer in report["layers"]:
+    rows = table(">", "layer", "attention", ">heads", ">kv", ">head size", "convertible")
+    for index, layer in enumerate(report["layers"]):
         g = layer["geometry"]
         head = f"{g['key_dim']}" if g["key_dim"] == g["value_dim"] else f"{g['key_dim']}/{g['value_dim']}"
         rows.add_row(
+            str(index),
             layer["name"],
             layer["attention"],
             str(g["heads"]),

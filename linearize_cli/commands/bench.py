@@ -16,7 +16,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Compare speed and memory with the teacher.")
 @click.argument("artifact", default=".")
 @click.option("--teacher", metavar="MODEL", help="The softmax model. Default: the artifact's base model.")
 @click.option(

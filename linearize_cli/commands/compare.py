@@ -8,7 +8,7 @@ from linearize_cli.commands.options import command_options
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Show the numbers of artifacts side by side.")
 @click.argument("artifacts", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE.html", help="Also write the table as a page.")
 @command_options

@@ -11,6 +11,7 @@ from linearize_cli.commands.options import (
     METHOD,
     TOKENS,
     command_options,
+    config_option,
     model_options,
     quiet_libraries,
     skip_option,
@@ -19,7 +20,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Convert a model to linear attention.")
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="The output folder. Default: ./MODEL-METHOD.")
 @click.option(
@@ -77,6 +78,7 @@ from linearize_cli.terminal import Terminal
     help="Memory to plan for, such as 24G. auto: what is free.",
 )
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artifact.")
+@config_option
 @trust_option
 @model_options
 @command_options

@@ -13,7 +13,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Run everything on a small model, in minutes.")
 @click.option(
     "-o", "--output", metavar="DIR", default="demo-augmented", show_default=True, help="The output folder."
 )

@@ -17,7 +17,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command("eval")
+@click.command("eval", short_help="Compare quality with the teacher.")
 @click.argument("artifact", default=".")
 @click.option("--teacher", metavar="MODEL", help="The softmax model. Default: the artifact's base model.")
 @click.option("--data", metavar="SRC", help="Text to measure on. A demo artifact has its own.")

@@ -14,7 +14,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Continue a text.")
 @click.argument("artifact")
 @click.argument("prompt")
 @click.option(

@@ -16,7 +16,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Train Medusa heads for speculative decoding.")
 @click.argument("artifact", default=".")
 @click.option(
     "--heads", type=click.IntRange(1), default=4, show_default=True, metavar="K", help="Number of heads."

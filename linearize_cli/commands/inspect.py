@@ -13,7 +13,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Show which layers of a model can be converted.")
 @click.argument("model")
 @trust_option
 @model_options

@@ -11,7 +11,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="List the methods, or print a recipe.")
 @click.argument("name", type=METHOD, required=False)
 @command_options
 def methods(terminal: Terminal, name: str | None) -> Any:

@@ -1,5 +1,6 @@
 """Options and parameter types that several commands share."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,8 +9,9 @@ from functools import wraps
 from typing import Any
 
 import click
+import yaml
 
-from linearize_cli.errors import CheckFailed, Notice, shortened
+from linearize_cli.errors import CheckFailed, Notice, UserError, first_five, shortened
 from linearize_cli.files import check_writable, write_json
 from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.terminal import Terminal
@@ -173,11 +175,18 @@ def notices(terminal: Terminal) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Hide the warnings and progress bars of other libraries until the process ends."""
+    """Hide the warnings and progress bars of other libraries until the process ends. With `--log-level`, show what
+    they log instead.
+    """
     import datasets
     import huggingface_hub
     import transformers
 
+    level = click.get_current_context().find_root().params.get("log_level")
+    if level:
+        for library in (transformers, huggingface_hub, datasets):
+            library.utils.logging.set_verbosity(getattr(logging, level.upper()))
+        return
     warnings.filterwarnings("ignore", category=FutureWarning)
     for known in ("find_unused_parameters", "fan_in_fan_out"):  # torch and peft warn about intended settings
         warnings.filterwarnings("ignore", message=known)
@@ -209,6 +218,61 @@ skip_option = click.option(
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that MODEL, ARTIFACT or the recipe contains."
+)
+
+
+def use_config(context: click.Context, option: click.Parameter, file: str | None) -> None:
+    """Take the values of a command's options from a YAML file. The command line overrides them.
+
+    The file's keys are the options' names without dashes in front, such as `seq-len`. A repeatable option is a list,
+    `set` may be a mapping, and `model` is the argument.
+
+    Raises:
+        UserError: the file cannot be read, or is no mapping of options to values.
+    """
+    if file is None:
+        return
+    hint = f"`linearize {context.info_name} --help` lists the options."
+    found = read_yaml(user_path(file), hint)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"--config {file} holds no options", f"Write one a line, such as `seq-len: 512`. {hint}"
+        )
+    known = {
+        name.removeprefix("--"): parameter
+        for parameter in context.command.params
+        for name in parameter.opts
+        if parameter is not option
+    }
+    if unknown := found.keys() - known.keys():
+        raise UserError(f"--config {file}: there is no option {first_five(map(str, unknown))}", hint)
+    for name, value in found.items():
+        if isinstance(value, (list, dict)) and not getattr(known[name], "multiple", False):
+            raise UserError(f"--config {file}: {name} takes one value, not {value!r:.60}", hint)
+    context.default_map = {
+        str(known[name].name): as_typed(value) for name, value in found.items() if value is not None
+    }
+
+
+def as_typed(value: Any) -> Any:
+    """Return a value of a YAML file as it would be typed on the command line. A flag stays True or False."""
+    if isinstance(value, dict):
+        return [
+            f"{key}={yaml.safe_dump(part, default_flow_style=True).split(chr(10))[0]}"
+            for key, part in value.items()
+        ]
+    if isinstance(value, list):
+        return [as_typed(part) for part in value]
+    return value if isinstance(value, bool) else str(value)
+
+
+config_option = click.option(
+    "--config",
+    metavar="FILE.yaml",
+    is_eager=True,
+    expose_value=False,
+    callback=use_config,
+    help="Take options from a YAML file. The command line overrides it.",
 )
 checksums_option = click.option(
     "--no-checksums",

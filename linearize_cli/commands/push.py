@@ -12,7 +12,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Publish an artifact on the Hub.")
 @click.argument("artifact", default=".")
 @click.argument("repo_id", required=False)
 @click.option("--private/--no-private", default=None, help="Visibility of a new repository.")

@@ -8,7 +8,7 @@ from linearize_cli.commands.options import command_options
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Write a page about an artifact.")
 @click.argument("artifact", default=".")
 @click.option("-o", "--output", metavar="FILE.html", help="The page. Default: report.html in ARTIFACT.")
 @command_options

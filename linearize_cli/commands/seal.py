@@ -13,7 +13,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Renew checksums after a change of your own.")
 @click.argument("artifact", default=".")
 @trust_option
 @device_option

@@ -16,7 +16,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Serve an artifact behind OpenAI's API.")
 @click.argument("artifact", default=".")
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on.")
 @click.option(

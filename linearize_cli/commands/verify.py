@@ -13,7 +13,7 @@ from linearize_cli.commands.options import (
 from linearize_cli.terminal import Terminal
 
 
-@click.command()
+@click.command(short_help="Check that all forms of an artifact agree.")
 @click.argument("artifact", default=".")
 @click.option("--prompts", metavar="FILE", help="Prompts of the greedy check: one per line, or JSONL.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens per prompt.")

@@ -14,7 +14,6 @@ from linearize_cli.errors import UserError
 from linearize_cli.inputs import DEEPEST, parse_yaml, read_yaml, user_path
 from linearize_cli.methods.compatibility import misfits
 from linearize_cli.methods.recipe import Recipe, names_code
-from linearize_cli.runtime.bundle import load_own_code
 
 DEFAULT, DEFAULT_BASE = "augmented", "hedgehog"
 ALL_KEYS = "`linearize methods augmented` prints a recipe with every key."
@@ -189,6 +188,8 @@ def enter_own_feature_map(data: dict, where: str, path: Path) -> None:
     Raises:
         UserError: the file fails, or has no such feature map.
     """
+    from linearize_cli.runtime.bundle import load_own_code  # slow to import: it needs transformers
+
     far, cls = data["attention"]["far"], feature_map_of(data).rpartition(":")[2]
     try:
         found = getattr(load_own_code(path), cls, None)
