@@ -1,7 +1,6 @@
 """linearize: turn a softmax checkpoint into a linear-attention model.
 
-`convert`, `load`, `evaluate`, `verify`, `bench` and `push` are imported on first use, so that the command line
-answers at once.
+The functions in `__all__` are imported on first use, so that the command line answers at once.
 """
 
 from importlib import import_module
@@ -14,6 +13,8 @@ _API = {
     "evaluate": "linearize_cli.metrics.evaluation",
     "verify": "linearize_cli.verification.verify",
     "bench": "linearize_cli.metrics.benchmark",
+    "report": "linearize_cli.pages.page",
+    "compare": "linearize_cli.pages.compare",
     "push": "linearize_cli.publish.push",
 }
 __all__ = list(_API)

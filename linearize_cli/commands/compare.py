@@ -18,7 +18,7 @@ def compare(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     The numbers are those that `convert`, `eval`, `bench` and `verify` have written into each folder. A note says
     which of them were measured on different text.
     """
-    from linearize_cli.report.page import comparison as run
+    from linearize_cli.pages.page import comparison as run
     from linearize_cli.tables import compared
 
     result = run(**arguments)

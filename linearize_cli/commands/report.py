@@ -18,7 +18,7 @@ def report(terminal: Terminal, **arguments: Any) -> dict[str, Any]:
     It shows what `convert`, `eval`, `bench` and `verify` have measured. Run these first; the page says what is
     missing.
     """
-    from linearize_cli.report.page import report as run
+    from linearize_cli.pages.page import report as run
 
     result = run(**arguments)
     terminal.out.print(f"written: {result['output']}", soft_wrap=True)

@@ -15,8 +15,8 @@ from linearize_cli.cli import main
 from linearize_cli.errors import UserError
 from linearize_cli.metrics.benchmark import bench
 from linearize_cli.metrics.evaluation import evaluate
-from linearize_cli.report.compare import compare, in_order
-from linearize_cli.report.page import report
+from linearize_cli.pages.compare import compare, in_order
+from linearize_cli.pages.page import report
 from linearize_cli.verification.verify import verify
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,9 +15,9 @@ from linearize_cli.errors import UserError
 from linearize_cli.files import cannot_write, check_writable, write_text
 from linearize_cli.inputs import user_path
 from linearize_cli.metrics import plots
-from linearize_cli.report import figures
-from linearize_cli.report.compare import compare
-from linearize_cli.report.measured import Measured, damaged, part, read_measured, speeds
+from linearize_cli.pages import figures
+from linearize_cli.pages.compare import compare
+from linearize_cli.pages.measured import Measured, damaged, part, read_measured, speeds
 from linearize_cli.tables import WEAK_RECALL, number, size
 
 # The numbers at the top of the page.
@@ -98,7 +98,7 @@ def write_page(file: Path, template: str, values: dict[str, Any]) -> None:
 
 def render(template: str, values: dict[str, Any]) -> str:
     """Return a page of this folder's template. All text in `values` is escaped."""
-    loader = PackageLoader("linearize_cli.report", "templates")
+    loader = PackageLoader("linearize_cli.pages", "templates")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return pages.get_template(template).render(values)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize_cli.errors import UserError
-from linearize_cli.report.measured import Measured, read_measured
+from linearize_cli.pages.measured import Measured, read_measured
 
 # Numbers that mean the same for two artifacts only if these are equal too.
 SHARED = ("base model", "eval: text")
