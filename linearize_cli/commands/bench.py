@@ -33,7 +33,7 @@ from linearize_cli.terminal import Terminal
     multiple=True,
     help="A phase to measure; repeatable. Default: all.",
 )
-@click.option("--plot", metavar="FILE", help="The figure, a PNG. Default: ARTIFACT/bench.png.")
+@click.option("--plot", metavar="FILE", help="Also write the figure (bench.png) to this PNG file.")
 @trust_option
 @checksums_option
 @model_options

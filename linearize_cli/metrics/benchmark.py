@@ -64,7 +64,7 @@ def bench(
             far as both models have positions and the time allows.
         batch: numbers of rows in a batch.
         phases: the phases to measure, of `prefill`, `decode` and `train`. If empty, all.
-        plot: the figure's path. None writes `bench.png` into the artifact, if `write` is set.
+        plot: another file for the figure, besides `bench.png` in the artifact.
         seconds: time for all repeats together. Contexts that were asked for run at least once.
         trust_remote_code: allow both models to run their own code.
         checksums: False to load files that differ from the artifact's checksums.
@@ -92,13 +92,14 @@ def bench(
     record = read_record(folder)
     base = teacher_name(folder, record, teacher)
     check_sizes(context, batch)
-    figure = user_path(plot) if plot else folder / "bench.png"
+    named = [user_path(plot)] if plot else []
+    figures = named + ([folder / "bench.png"] if write else [])
     if write:
         check_writable(folder / "bench.json")
-    if write or plot:
-        check_writable(figure, "--plot" if plot else "")
-    if figure.suffix.lower() != ".png":
-        raise UserError(f"--plot {figure} is not a PNG file", "Name a file that ends in .png.")
+    for figure in figures:
+        check_writable(figure, "--plot" if figure in named else "")
+    if any(figure.suffix.lower() != ".png" for figure in named):
+        raise UserError(f"--plot {named[0]} is not a PNG file", "Name a file that ends in .png.")
     student, tokenizer = load(
         folder.resolve(),
         device=device,
@@ -156,7 +157,7 @@ def bench(
         "versions": versions(),
     }
     report = summed(report)
-    if write or plot:
+    for figure in figures:
         plots.save(plots.by_context(report), figure)
     if write:
         write_json(folder / "bench.json", report)

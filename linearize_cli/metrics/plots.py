@@ -8,12 +8,14 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
 
 from linearize_cli.files import cannot_write, replacing
+from linearize_cli.tables import size
 
 TEACHER, STUDENT = {"color": "0.45", "linestyle": "--"}, {"color": "C0"}
 MARKERS = "os^vDP"
+MEMORY = "memory"  # the label of an axis in bytes, which are shown as MB or GB
 SMOOTHED = 50  # the most points of a training curve, each the mean of several steps
 
 
@@ -50,6 +52,11 @@ def save(drawing: Figure, path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
+def titled(what: str, report: dict[str, Any]) -> str:
+    """Return a figure's title: what it shows, of which method, in which dtype."""
+    return f"{what} ({report['method']}, {report['dtype']})"
+
+
 def by_position(report: dict[str, Any]) -> Figure | None:
     """Draw the perplexity of both models by position in the block, from a report of `eval`. Return None
     without data.
@@ -57,7 +64,9 @@ def by_position(report: dict[str, Any]) -> Figure | None:
     parts = [part for part in report["perplexity"]["by_position"] or () if part["teacher"] is not None]
     if not parts:
         return None
-    drawing, axes = figure("perplexity by position", "position in the block, tokens", "perplexity")
+    drawing, axes = figure(
+        titled("perplexity by position", report), "position in the block, tokens", "perplexity"
+    )
     middles = [(part["start"] + part["end"]) / 2 for part in parts]
     for name, style in (("teacher", TEACHER), ("student", STUDENT)):
         axes.plot(middles, [part[name] for part in parts], label=name, marker="o", markersize=3, **style)
@@ -77,7 +86,9 @@ def by_distance(report: dict[str, Any]) -> Figure | None:
     measures = {name: report[name] for name in ("recall", "passkey") if report[name]}
     if not measures:
         return None
-    drawing, axes = figure("recall by distance", "tokens since the fact was stated", "share recalled")
+    drawing, axes = figure(
+        titled("recall by distance", report), "tokens since the fact was stated", "share recalled"
+    )
     for (measure, values), marker in zip(measures.items(), "os", strict=False):
         parts = [part for part in values["by_distance"] if part["teacher"] is not None]
         at = [(part["distance"] + part.get("until", part["distance"])) / 2 for part in parts]
@@ -132,10 +143,12 @@ def by_context(report: dict[str, Any]) -> Figure:
     panels = [(phase, [phase], "tokens_per_s", "tokens/s") for phase in phases]
     cached = [phase for phase in ("decode", "prefill") if phase in phases][:1]
     panels += [
-        ("cache after the context", cached, "state_bytes", "bytes"),
-        ("peak memory", phases, "peak_bytes", "bytes"),
+        ("cache after the context", cached, "state_bytes", MEMORY),
+        ("peak memory", phases, "peak_bytes", MEMORY),
     ]
     drawing = Figure(figsize=(10, 6), layout="constrained")
+    on = report["machine"]
+    drawing.suptitle(f"{report['method']} and its teacher, {report['dtype']}, {on['gpu'] or on['cpu']}")
     grid = [*drawing.subplots(2, 3).flat]
     for axes in (*grid[len(phases) : 3], grid[5]):
         axes.set_axis_off()
@@ -166,8 +179,10 @@ def draw_panel(
         return
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if unit == "bytes":
+    if unit == MEMORY:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -2,16 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from convert_case import make_teacher
 from encoders import tiny_model as tiny_encoder
 from encoders import tokenizer
+from families import tiny_model
+from huggingface_hub import snapshot_download
+from loopback_hub import TOKEN
 from safetensors.torch import load_file, save_file
 
-from linearize_cli import convert
+from linearize_cli import convert, load
 from linearize_cli.artifact.record import write_record
+from linearize_cli.artifact.seal import seal
 from linearize_cli.cli import main
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.publish import gate
@@ -115,6 +121,51 @@ def test_other_kinds_of_models_pass(family, tmp_path):
     overrides = ("attention.local.size=4", "attention.conv.width=3")
     convert(str(tmp_path / family), tmp_path / "out", train=False, seq_len=32, overrides=overrides)
     check_loads_alone(tmp_path / "out", files(tmp_path / "out"))
+
+
+ALONE = """
+import json, sys
+sys.modules.update(linearize_cli=None, linearize_kernels=None)
+import torch, transformers
+folder, kind = sys.argv[1:]
+loader = getattr(transformers, kind)
+model = loader.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+ids = torch.tensor([[3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 4, 5]])
+print(json.dumps(model.generate(ids, max_new_tokens=20, do_sample=False).tolist()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("mixtral", "bfloat16"),
+        ("bart", "float32"),
+        *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in ("gemma2", "lfm2")),
+    ],
+)
+def test_a_download_generates_the_same_tokens_without_this_package(push, hub, tmp_path, family, dtype):
+    """Sharded, and: experts in bf16, tied embeddings, a hybrid, an encoder-decoder."""
+    folder, encoder = tmp_path / "teacher", family == "bart"
+    (tiny_encoder(family) if encoder else tiny_model(family)).to(getattr(torch, dtype)).save_pretrained(
+        folder
+    )
+    tokenizer(sentinels=encoder).save_pretrained(folder)
+    overrides = ("attention.local.size=4", "attention.conv.width=3")
+    out = tmp_path / "out"
+    convert(str(folder), out, train=False, seq_len=32, overrides=overrides)
+    model, _ = load(out, dtype=dtype)
+    (out / "model.safetensors").unlink()
+    model.save_pretrained(out, max_shard_size="40KB")
+    seal(out)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert push(out, "alice/tiny").code == 0
+    copy = snapshot_download("alice/tiny", endpoint=hub.url, token=TOKEN, local_dir=tmp_path / "copy")
+    kind = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
+    done = subprocess.run([sys.executable, "-c", ALONE, copy, kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ids = torch.tensor([[3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 4, 5]])
+    expected = load(out, dtype=dtype)[0].generate(ids, max_new_tokens=20, do_sample=False)
+    assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
 
 
 def test_weights_that_are_not_finite_are_named(copied):
