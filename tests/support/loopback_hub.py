@@ -308,6 +308,8 @@ class Handler(BaseHTTPRequestHandler):
             if kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
+                if value["oid"] not in self.server.objects:
+                    raise Refusal(422, f"there is no LFS object {value['oid']}")
                 files[value["path"]] = self.server.objects[value["oid"]]
             elif kind == "deletedFile":
                 del files[value["path"]]
