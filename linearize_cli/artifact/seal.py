@@ -7,7 +7,7 @@ from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.record import read_record, write_record
-from linearize_cli.errors import UserError
+from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import user_path
 from linearize_cli.models.tasks import task_of
 from linearize_cli.runtime.checksums import checksums
@@ -41,6 +41,9 @@ def seal(
     options = dict(device=device, trust_remote_code=trust_remote_code, own_code=trust_remote_code)
     model, tokenizer = load(folder.resolve(), **options, checksums=False)
     sealed = checksums(folder)
+    gone = [name for name in report.get("checksums") or () if name.endswith(".py") and name not in sealed]
+    if gone:
+        raise UserError(f"{folder} lacks its code files: {first_five(gone)}", "Download or convert it again.")
     facts = {
         "artifact": str(artifact),
         "files": len(sealed),

@@ -1,19 +1,21 @@
 """Options and parameter types that several commands share."""
 
+import difflib
+import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from linearize_cli.errors import CheckFailed, Notice, UserError, first_five, shortened
 from linearize_cli.files import check_writable, write_json
-from linearize_cli.inputs import read_yaml, user_path
+from linearize_cli.inputs import parse_yaml, read_yaml, user_path
 from linearize_cli.terminal import Terminal
 
 
@@ -133,6 +135,7 @@ def command_options(function: Callable) -> Callable:
     def run(json_file: str | None, quiet: bool, **kwargs: Any) -> None:
         if json_file:
             check_writable(user_path(json_file), "--json")
+            check_replaceable(user_path(json_file), [kwargs.get("output")])
         terminal = Terminal(quiet)
         with notices(terminal):
             if kwargs.get("device") == "auto":
@@ -146,6 +149,24 @@ def command_options(function: Callable) -> Callable:
     json_option = click.option("--json", "json_file", metavar="FILE", help="Also write the result as JSON.")
     quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
     return json_option(quiet_option(run))
+
+
+def check_replaceable(file: Path, others: list[str | None]) -> None:
+    """Check that the file of `--json` is neither a part of an artifact nor another file that the command writes.
+
+    Args:
+        others: the paths of the other files. None is no file.
+
+    Raises:
+        UserError: it is.
+    """
+    if (file.parent / "linearize.json").is_file():
+        from linearize_cli.runtime.checksums import is_loaded  # slow to import: it needs torch
+
+        if is_loaded(Path(file.name)) or file.name in ("linearize.json", "README.md", "report.html"):
+            raise UserError(f"--json {file} is a part of an artifact", "Choose another file.")
+    if any(name and user_path(name) == file for name in others):
+        raise UserError(f"--json {file} is also the output", "Choose two files.")
 
 
 def announced_device(terminal: Terminal) -> str:
@@ -224,8 +245,8 @@ trust_option = click.option(
 def use_config(context: click.Context, option: click.Parameter, file: str | None) -> None:
     """Take the values of a command's options from a YAML file. The command line overrides them.
 
-    The file's keys are the options' names without dashes in front, such as `seq-len`. A repeatable option is a list,
-    `set` may be a mapping, and `model` is the argument.
+    The file's keys are the options' names without the dashes in front, such as `seq-len`, and the argument's name,
+    `model`. A repeatable option takes one value or a list, and `set` also a mapping.
 
     Raises:
         UserError: the file cannot be read, or is no mapping of options to values.
@@ -244,26 +265,53 @@ def use_config(context: click.Context, option: click.Parameter, file: str | None
         for name in parameter.opts
         if parameter is not option
     }
-    if unknown := found.keys() - known.keys():
-        raise UserError(f"--config {file}: there is no option {first_five(map(str, unknown))}", hint)
-    for name, value in found.items():
-        if isinstance(value, (list, dict)) and not getattr(known[name], "multiple", False):
-            raise UserError(f"--config {file}: {name} takes one value, not {value!r:.60}", hint)
-    context.default_map = {
-        str(known[name].name): as_typed(value) for name, value in found.items() if value is not None
-    }
+    if unknown := {str(name) for name in found} - known.keys():
+        near = difflib.get_close_matches(min(unknown), known, 1)
+        hint = f"Did you mean {near[0]}? {hint}" if near else hint
+        raise UserError(f"--config {file}: there is no option {first_five(unknown)}", hint)
+    try:
+        context.default_map = {
+            str(known[name].name): as_typed(name, known[name], value)
+            for name, value in found.items()
+            if value is not None
+        }
+    except ValueError as error:
+        raise UserError(f"--config {file}: {error}", hint) from None
 
 
-def as_typed(value: Any) -> Any:
-    """Return a value of a YAML file as it would be typed on the command line. A flag stays True or False."""
-    if isinstance(value, dict):
+def as_typed(name: str, option: click.Parameter, value: Any) -> Any:
+    """Return an option's value in a YAML file as it would be typed on the command line: texts, or a bool for a flag.
+
+    Args:
+        name: the option's name.
+
+    Raises:
+        ValueError: the option takes no such value.
+    """
+    if getattr(option, "is_flag", False):
+        return value if isinstance(value, bool) else str(value)
+    if getattr(option, "multiple", False):
+        if name == "set" and isinstance(value, dict):
+            return [f"{key}={as_yaml(part)}" for key, part in value.items()]
         return [
-            f"{key}={yaml.safe_dump(part, default_flow_style=True).split(chr(10))[0]}"
-            for key, part in value.items()
+            as_typed(name, click.Option(["--one"]), part)
+            for part in (value if isinstance(value, list) else [value])
         ]
-    if isinstance(value, list):
-        return [as_typed(part) for part in value]
-    return value if isinstance(value, bool) else str(value)
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{name} takes one value, not {value!r:.60}")
+    if isinstance(value, bool):
+        raise ValueError(f"{name} is the YAML value {str(value).lower()}: write the text in quotes")
+    return str(value)
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value as one line of YAML, as `--set KEY=VALUE` takes it. A text is quoted only if YAML needs that."""
+    try:
+        if isinstance(value, str) and parse_yaml(value) == value:
+            return value
+    except ValueError:
+        pass
+    return json.dumps(value, ensure_ascii=False)
 
 
 config_option = click.option(

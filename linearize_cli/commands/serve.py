@@ -1,5 +1,6 @@
 """The `linearize serve` command."""
 
+from functools import partial
 from typing import Any
 
 import click
@@ -41,4 +42,6 @@ def serve(terminal: Terminal, **arguments: Any) -> None:
             f"serve needs packages that cannot be imported: {error}",
             'Install them: pip install "linearize-cli[serve]"',
         ) from None
-    run(**arguments, quiet=terminal.quiet, note=terminal.note)
+    run(
+        **arguments, quiet=terminal.quiet, say=partial(terminal.out.print, soft_wrap=True), note=terminal.note
+    )

@@ -1,8 +1,8 @@
 """`--keep-softmax auto:N`: keep the layers whose return to softmax lowers the distance from the teacher most, on
 text and on repeated text.
 
-Repeated text needs recall: the teacher copies the first half of a block by attention to tokens far outside the
-window. Text alone seldom needs it, so that the layers which recall would not be kept.
+On repeated text the teacher copies the first half of a block, by attention to tokens far outside the window. Ordinary
+text seldom needs this. Without repeated text, the layers that copy might not be chosen.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -129,7 +129,7 @@ def transfer(log: Path) -> Figure | None:
         steps, losses = zip(
             *((part[-1][0], sum(x for _, x in part) / len(part)) for part in means), strict=True
         )
-        colour = colours(number / max(1, len(curves) - 1) * 0.9)
+        colour = colours(0.2 + number / max(1, len(curves) - 1) * 0.7)
         axes.plot(steps, losses, label=layer, color=colour, linewidth=1)
     axes.set_yscale("log")
     if len(curves) <= 12:

@@ -11,7 +11,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.pages.measured import Measured, read_measured
 
 # Numbers that mean the same for two artifacts only if these are equal too.
-SHARED = ("base model", "eval: text")
+SHARED = ("base model", "perplexity, teacher", "eval: text")
 
 
 def compare(artifacts: Sequence[str | Path]) -> dict[str, Any]:
@@ -27,27 +27,24 @@ def compare(artifacts: Sequence[str | Path]) -> dict[str, Any]:
     Raises:
         UserError: there are fewer than two artifacts, one is no artifact, or a report is damaged.
     """
-    if len(artifacts) < 2:
+    if isinstance(artifacts, str | Path) or len(artifacts) < 2:
         raise UserError("compare needs at least two artifacts", "Pass their folders.")
-    return compared([read_measured(artifact) for artifact in artifacts])
+    return side_by_side([read_measured(artifact) for artifact in artifacts])
 
 
-def compared(found: list[Measured]) -> dict[str, Any]:
+def side_by_side(found: list[Measured]) -> dict[str, Any]:
     """Return the numbers of artifacts side by side (see `compare`)."""
     numbers = [one.numbers() for one in found]
     labels = in_order(numbers)
     rows = {label: [one.get(label) for one in numbers] for label in labels}
-    notes = [
-        f"{label} differs: {', '.join(sorted({value or 'not measured' for value in rows[label]}))}"
-        for label in SHARED
-        if label in rows and len({*rows[label]}) > 1
-    ]
+    values = {label: sorted({*rows.get(label, ())} - {None, "-"}) for label in SHARED}
+    notes = [f"{label} differs: {'; '.join(found)}" for label, found in values.items() if len(found) > 1]
     return {"artifacts": names(found), "rows": rows, "notes": notes}
 
 
 def in_order(numbers: list[dict[str, str]]) -> list[str]:
-    """Return all labels of several artifacts, each once. A label that only a later artifact has follows the label
-    that is before it there.
+    """Return the labels of all artifacts, each once. A label that the first artifact lacks is placed behind the label
+    that it follows in its own artifact.
     """
     labels = list(numbers[0])
     for one in numbers[1:]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
+from markupsafe import escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, StrMethodFormatter
@@ -23,7 +24,8 @@ def svg(name: str, draw: Callable[[], Figure | None]) -> str | None:
     """Return a figure as an SVG element, or None if there is none to draw.
 
     Args:
-        name: makes the ids in the SVG different from those of other figures on the page.
+        name: says what the figure shows, for readers who do not see it. No other figure of the page may have it,
+            because the ids in the SVG follow from it.
         draw: returns the figure.
     """
     style = {**dict.fromkeys(INKS, INK), "svg.fonttype": "none", "svg.hashsalt": name}
@@ -35,9 +37,8 @@ def svg(name: str, draw: Callable[[], Figure | None]) -> str | None:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     element = text.getvalue()
     element = element[element.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(
-        r' width="[\d.]+pt" height="[\d.]+pt"', f' role="img" aria-label="{name}"', element, count=1
-    )
+    label = f' role="img" aria-label="{escape(name)}"'
+    return re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', lambda size: label, element, count=1)
 
 
 def memory(record: dict[str, Any]) -> Figure | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize_cli.artifact.checksums import edited_reports
+from jinja2 import UndefinedError
+
+from linearize_cli.artifact.checksums import check_unchanged, edited_reports
 from linearize_cli.artifact.load import check_artifact
-from linearize_cli.artifact.record import REPORT, edited, read_record
+from linearize_cli.artifact.record import read_record
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_object, user_path
 from linearize_cli.tables import number, size
@@ -41,7 +43,7 @@ class Measured:
         Raises:
             UserError: a report is damaged.
         """
-        found = part("linearize.json", conversion, self.record)
+        found = part(f"{self.folder}/linearize.json", conversion, self.record)
         for command, read in (("eval", quality), ("bench", speed), ("verify", exactness)):
             report = self.reports[command]
             if report is not None:
@@ -58,10 +60,12 @@ def read_measured(artifact: str | Path) -> Measured:
     folder = user_path(artifact)
     check_artifact(folder)
     record = read_record(folder, whole=True)
-    if names := [*([REPORT] if edited(record) else []), *edited_reports(folder)]:
+    check_unchanged(folder, str(folder))
+    if names := edited_reports(folder):
+        commands = " and ".join(f"`linearize {name.removesuffix('.json')} {folder}`" for name in names)
         raise UserError(
-            f"{folder}: {', '.join(names)} was changed since it was written",
-            "Run the command again that writes it, or download the artifact again.",
+            f"{folder}: {', '.join(names)} cannot be read, or was changed since it was written",
+            f"Run {commands} again, or remove the file.",
         )
     files = {command: folder / f"{command}.json" for command in COMMANDS}
     reports = {command: read_object(file) if file.is_file() else None for command, file in files.items()}
@@ -70,21 +74,36 @@ def read_measured(artifact: str | Path) -> Measured:
 
 @contextmanager
 def damaged(file: str) -> Iterator[None]:
-    """Turn the errors of reading a report with wrong contents into a UserError, while the context is open."""
+    """Raise a UserError if a report turns out to be damaged while the context is open.
+
+    Args:
+        file: the report's file, for the error.
+    """
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        UndefinedError,
+    ) as error:
         raise UserError(
-            f"{file} does not have the contents of its command ({type(error).__name__}: {error})",
-            "Run the command again, or remove the file.",
+            f"{file} is damaged: {type(error).__name__}, {error}",
+            "Run the command that writes it again, or download the artifact again.",
         ) from None
 
 
 def part(file: str, read: Callable[[dict[str, Any]], Any], report: dict[str, Any]) -> Any:
-    """Return what `read` makes of a report.
+    """Return `read(report)`.
+
+    Args:
+        file: the report's file, for the error.
 
     Raises:
-        UserError: the report does not have the contents that `read` expects.
+        UserError: the report lacks something that `read` needs, or has it in another form.
     """
     with damaged(file):
         return read(report)
@@ -99,7 +118,7 @@ def conversion(record: dict[str, Any]) -> Numbers:
     student = next((value for value in stages if value is not None), None)
     found = {
         "method": record["method"],
-        "base model": Path(record["base_model"]).name,
+        "base model": base_name(record["base_model"]),
         "linear layers": f"{linear} of {linear + softmax}",
         "training tokens": f"{sum(value or 0 for value in tokens.values()):,}",
         "perplexity, teacher": number(teacher),
@@ -112,10 +131,16 @@ def conversion(record: dict[str, Any]) -> Numbers:
     return found
 
 
+def base_name(model: str) -> str:
+    """Return the name of a base model: a Hub id as it is, and the folder's name of a path."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
+
+
 def quality(report: dict[str, Any]) -> Numbers:
     """Return the numbers of `eval.json`."""
-    found = {"eval: text": f"{report['data']}, blocks of {report['contexts']['measured'][0]:,}"}
-    perplexity = report["perplexity"] or {}
+    perplexity, length = report["perplexity"] or {}, report["contexts"]["measured"][0]
+    measured = perplexity.get("by_context") or report["embeddings"] or [{}]
+    found = {"eval: text": f"{report['data']}, {measured[0].get('blocks', 0):,} blocks of {length:,}"}
     if perplexity.get("student"):
         found["eval: x teacher"] = number(perplexity["student"] / perplexity["teacher"], ".4f")
     if report["kl"] is not None:
@@ -126,7 +151,8 @@ def quality(report: dict[str, Any]) -> Numbers:
     for key, label in (("recall", "recall"), ("passkey", "pass key")):
         for row in (report[key] or {}).get("by_distance", []):
             pair = " / ".join(number(row[name], ".0%") for name in ("student", "teacher"))
-            found[f"eval: {label} at {row['distance']:,}, student / teacher"] = pair
+            until = f" to {row['until'] - 1:,}" if "until" in row else ""
+            found[f"eval: {label} at {row['distance']:,}{until}, student / teacher"] = pair
     return found
 
 

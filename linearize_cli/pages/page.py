@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from os.path import commonprefix
@@ -22,7 +23,7 @@ from linearize_cli.tables import WEAK_RECALL, number, size
 
 # The numbers at the top of the page.
 HEADLINES = (
-    "perplexity, x teacher",
+    "eval: x teacher",
     "eval: KL, nats",
     "eval: same top token",
     "state",
@@ -54,7 +55,10 @@ def report(artifact: str | Path = ".", output: str | Path | None = None) -> dict
     """
     found = read_measured(artifact)
     file = found.folder / "report.html" if output is None else html_file(output)
-    write_page(file, "report.html", contents(found))
+    check_writable(file, "" if output is None else "-o")
+    with damaged(f"a report in {found.folder}"):
+        text = render("report.html", contents(found))
+    write_page(file, text)
     return {"output": str(file), "missing": [name for name, made in found.reports.items() if made is None]}
 
 
@@ -65,9 +69,11 @@ def comparison(artifacts: Sequence[str | Path], output: str | Path | None = None
         UserError: as `compare`, or the file cannot be written.
     """
     file = None if output is None else html_file(output)
+    if file:
+        check_writable(file, "-o")
     result = compare(artifacts)
     if file:
-        write_page(file, "compare.html", result)
+        write_page(file, render("compare.html", result))
     return result
 
 
@@ -83,15 +89,14 @@ def html_file(output: str | Path) -> Path:
     return file
 
 
-def write_page(file: Path, template: str, values: dict[str, Any]) -> None:
+def write_page(file: Path, text: str) -> None:
     """Write a page atomically.
 
     Raises:
         UserError: the file cannot be written.
     """
-    check_writable(file, "-o")
     try:
-        write_text(file, render(template, values))
+        write_text(file, text)
     except OSError as error:
         raise cannot_write(file, error) from error
 
@@ -112,6 +117,7 @@ def contents(found: Measured) -> dict[str, Any]:
     numbers, record = found.numbers(), found.record
     values = {
         "name": found.name,
+        "quoted": shlex.quote(str(found.folder)),
         "base": Path(record["base_model"]).name,
         "method": record["method"],
         "headlines": {label: numbers[label] for label in HEADLINES if numbers.get(label, "-") != "-"},
@@ -119,7 +125,7 @@ def contents(found: Measured) -> dict[str, Any]:
         "versions": record["versions"] or {},
         "layers": record["layers"],
     }
-    with damaged("linearize.json"):
+    with damaged(f"{found.folder}/linearize.json"):
         values["conversion"] = conversion(found)
     for command, read in (("eval", quality), ("bench", speed), ("verify", exactness)):
         made = found.reports[command]
@@ -128,7 +134,7 @@ def contents(found: Measured) -> dict[str, Any]:
 
 
 def conversion(found: Measured) -> dict[str, Any]:
-    """Return what the page says of the conversion: the quality after each stage, figures of memory and transfer, and
+    """Return the page's values from `linearize.json`: the quality after each stage, figures of memory and transfer, and
     the table of `--keep-softmax auto:N`.
     """
     record = found.record
@@ -152,7 +158,9 @@ def conversion(found: Measured) -> dict[str, Any]:
 
 
 def quality(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page says of a report of `eval`."""
+    """Return the page's values from a report of `eval`: figures by position and by distance, texts of both models,
+    embeddings, and lm_eval's tasks.
+    """
     has_text = report["perplexity"] is not None
     weak = [
         label
@@ -161,7 +169,7 @@ def quality(report: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "text": report["data"],
-        "context": report["contexts"]["measured"][0],
+        "contexts": " and ".join(f"{length:,}" for length in report["contexts"]["measured"]),
         "dtype": report["dtype"],
         "positions": figures.svg("perplexity by position", partial(plots.by_position, report))
         if has_text
@@ -182,12 +190,14 @@ def quality(report: dict[str, Any]) -> dict[str, Any]:
 def compared_texts(sample: dict[str, str]) -> dict[str, str]:
     """Return the texts of both models after one prompt: the part that they `share`, then the rest of each."""
     shared = commonprefix([sample["teacher"], sample["student"]])
+    if shared not in (sample["teacher"], sample["student"]):
+        shared = shared[: shared.rfind(" ") + 1]  # the first word that differs, from its start
     rest = {name: sample[name][len(shared) :] for name in ("teacher", "student")}
     return {"prompt": sample["prompt"], "shared": shared, **rest}
 
 
 def speed(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page says of a report of `bench`."""
+    """Return the page's values from a report of `bench`: a figure for each phase, and a table of all rows."""
     on, rows = report["machine"], speeds(report)
     phases = dict.fromkeys(row["phase"] for row in rows)
     cells = [
@@ -218,7 +228,7 @@ def bytes_of(count: int | None) -> str:
 
 
 def exactness(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page says of a report of `verify`."""
+    """Return the page's values from a report of `verify`: the verdict and its checks."""
     return {
         "verdict": report["verdict"],
         "dtype": report["dtype"],

@@ -76,9 +76,10 @@ def push(
             "A pull request is always opened against main: leave one of the two out.",
         )
     token = (token or get_token() or "").strip()
-    if not dry_run:
+    name = repo_id or folder.resolve().name
+    if not dry_run or "/" not in name:
         _require_sign_in(token)
-    _check_name(repo_id or folder.resolve().name)
+    _check_name(name)
     record = read_record(folder)
     if not yes and (why := obstacle(record.get("origin") or {})):
         raise UserError(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
 from asyncio import CancelledError
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
 import torch
 import uvicorn
-from fastapi import Body, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -29,10 +32,11 @@ from linearize_cli.errors import UserError
 from linearize_cli.models.positions import reach
 from linearize_cli.models.task import Task
 from linearize_cli.models.tasks import CausalLM, task_of
-from linearize_cli.serving.requests import ChatRequest, CompletionRequest, checked
+from linearize_cli.serving.requests import ChatRequest, Checked, CompletionRequest, checked
 
 GRACE = 2  # seconds that running requests have to end after Ctrl-C
-NO_BODY = Body(None)
+# Set when the client of the request at hand has gone.
+GONE: ContextVar[Event] = ContextVar("gone")
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -40,10 +44,10 @@ PLAIN_TEMPLATE = (
 
 
 class OneModel(ModelManager):
-    """The models of the server: one, which is loaded already.
+    """A manager of models that serves one model, which is loaded already.
 
     Args:
-        name: the name that clients ask for.
+        name: the model's name for clients.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -57,12 +61,15 @@ class OneModel(ModelManager):
         return self.loaded
 
 
-class Generations(GenerateManager):
-    """The generation of answers, one after the other. It refuses prompts that the model cannot read.
+class Answers(GenerateManager):
+    """Computes the answers, one after the other. It refuses prompts that the model cannot read.
 
     Args:
         task: the model's task.
         limit: the most tokens of a prompt and its answer, or None if the model has no limit.
+
+    Attributes:
+        ended: True if the server ends. Every answer then ends after its next token.
     """
 
     def __init__(self, task: Task, limit: int | None):
@@ -70,26 +77,19 @@ class Generations(GenerateManager):
         self.task, self.limit, self.ended = task, limit, False
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        self.fit(inputs, gen_config)
+        self.prepare(inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        self.fit(inputs, gen_config)
+        self.prepare(inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
 
-    def stop(self) -> None:
-        """End the running answer after its next token, and wait for that. The interpreter must not end while torch
-        computes in a thread.
-        """
-        self.ended = True
-        self.submit(lambda: None).result()
-
-    def fit(self, inputs: dict[str, Any], generation: GenerationConfig) -> None:
-        """Reduce the number of new tokens to what the model can read after the prompt. Let `stop` end the answer.
+    def prepare(self, inputs: dict[str, Any], generation: GenerationConfig) -> None:
+        """Check a prompt, and complete the arguments of the model's `generate`.
 
         Args:
-            inputs: the arguments of the model's `generate`, which get a stopping criterion.
-            generation: its config, which gets the number of new tokens.
+            inputs: the arguments. They get a criterion that ends the answer if its client has gone or the server ends.
+            generation: the config. Its number of new tokens is reduced to what the model can read after the prompt.
 
         Raises:
             HTTPException: status 400. The prompt is empty or too long, or has a token without an embedding.
@@ -108,41 +108,51 @@ class Generations(GenerateManager):
                     400, f"the prompt has {length} tokens; prompt and answer have at most {self.limit}"
                 )
             generation.max_new_tokens = min(generation.max_new_tokens, self.limit - length)
-        inputs["stopping_criteria"] = StoppingCriteriaList([self.stopped])
+        gone = GONE.get()
 
-    def stopped(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Return True for each row if the server ends, the criterion of `generate` (`ids` `[B, T]`)."""
-        return torch.full(ids.shape[:1], self.ended, device=ids.device)
+        def stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            return torch.full(ids.shape[:1], self.ended or gone.is_set(), device=ids.device)
+
+        inputs["stopping_criteria"] = StoppingCriteriaList([stopped])
+
+    def stop(self) -> None:
+        """Wait until the thread of the answers is idle or dead. If torch still computed in it, the interpreter would
+        abort at its end.
+        """
+        self.ended = True
+        idle, thread = self.submit(lambda: None), self._thread._thread
+        while thread.is_alive() and not idle.done():
+            time.sleep(0.02)
 
 
-class Generator(GenerationState):
-    """The state of the server's generation, which uses one `Generations` for all requests."""
+class State(GenerationState):
+    """The state that transformers' handlers share: it gives all of them the same `Answers`."""
 
-    def __init__(self, generations: Generations):
+    def __init__(self, answers: Answers):
         super().__init__()
-        self.generations = generations
+        self.answers = answers
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> Generations:
-        return self.generations
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Answers:
+        return self.answers
 
 
-def sampled(body: dict[str, Any], generation: GenerationConfig) -> GenerationConfig:
-    """Let the answer be sampled if the request has a temperature above 0, or only a `top_p`. transformers' server
-    ignores both unless the model's generation_config.json turns sampling on.
+class Sampled:
+    """A part of both handlers that turns sampling on for a request with a temperature above 0, or with a `top_p` and
+    no temperature. transformers' server ignores both unless the model's generation_config.json turns sampling on.
     """
-    if body.get("temperature", 1 if "top_p" in body else 0):
-        generation.do_sample = True
-    return generation
-
-
-class Chat(ChatCompletionHandler):
-    """The handler of `POST /v1/chat/completions`."""
 
     def _build_generation_config(self, body, model_generation_config, use_cb=False):
-        return sampled(body, super()._build_generation_config(body, model_generation_config, use_cb))
+        generation = super()._build_generation_config(body, model_generation_config, use_cb)
+        if body.get("temperature", 1 if "top_p" in body else 0):
+            generation.do_sample = True
+        return generation
 
 
-class Completions(CompletionHandler):
+class Chat(Sampled, ChatCompletionHandler):
+    """The handler of `POST /v1/chat/completions`."""
+
+
+class Completions(Sampled, CompletionHandler):
     """The handler of `POST /v1/completions`. A prompt starts with the BOS token, as in training."""
 
     async def handle_request(self, body, request_id):
@@ -152,52 +162,100 @@ class Completions(CompletionHandler):
             body = {**body, "prompt": tokenizer.bos_token + body["prompt"]}
         return await super().handle_request(body, request_id)
 
-    def _build_generation_config(self, body, model_generation_config, use_cb=False):
-        return sampled(body, super()._build_generation_config(body, model_generation_config, use_cb))
+
+class Server(uvicorn.Server):
+    """A server that ends its answers after their next token when Ctrl-C or SIGTERM ends it.
+
+    Args:
+        answers: computes the answers.
+    """
+
+    def __init__(self, config: uvicorn.Config, answers: Answers):
+        super().__init__(config)
+        self.answers = answers
+
+    def handle_exit(self, sig, frame):
+        self.answers.ended = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets=None):
+        await super().shutdown(sockets)
+        self.answers.stop()
 
 
-async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-    """Return the answer to a bad request, in the form that OpenAI's clients show."""
-    body = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
-    return JSONResponse({"error": body}, error.status_code)
+def error_answer(status: int, message: str) -> JSONResponse:
+    """Return an answer with an error, in the form that OpenAI's clients show."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
-def application(models: OneModel, generations: Generations) -> FastAPI:
+async def watch(request: Request, gone: Event) -> None:
+    """Set `gone` when the client of a request has gone."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+    gone.set()
+
+
+async def answer(handler: Any, kind: type[Checked], request: Request) -> Response:
+    """Return the answer of one of transformers' handlers to a request.
+
+    Args:
+        handler: the handler.
+        kind: the class that checks the request.
+
+    Raises:
+        HTTPException: status 400 or 422. The request is wrong.
+    """
+    gone = Event()
+    GONE.set(gone)
+    body = checked(kind, await request.body())
+    watching = asyncio.create_task(watch(request, gone))
+    try:
+        return await handler.handle_request(body, request.headers.get(X_REQUEST_ID, str(uuid4())))
+    except (TemplateError, ValueError, RecursionError) as error:  # from the chat template, or from `generate`
+        raise HTTPException(400, str(error) or type(error).__name__) from None
+    finally:
+        watching.cancel()
+
+
+def application(models: OneModel, answers: Answers) -> FastAPI:
     """Return the server's application: chat and text completions, streamed or not, the list of models, and
     `/health`.
 
     Args:
         models: the model, a causal one in eval mode, and its fast tokenizer with a chat template.
-        generations: the generation of the answers.
+        answers: computes the answers.
     """
-    name, started, state = models.force_model, int(time.time()), Generator(generations)
+    name, started, state = models.force_model, int(time.time()), State(answers)
     chat, completions = Chat(models, state), Completions(models, state)
-    app = FastAPI(title=f"linearize serve {name}")
-    app.exception_handler(StarletteHTTPException)(refused)
+    app = FastAPI(title=f"linearize serve {name}", docs_url=None, redoc_url=None, openapi_url=None)
+    entry = {"id": name, "object": "model", "created": started, "owned_by": "linearize"}
 
-    async def answer(handler, kind, body: Any, request: Request):
-        try:
-            return await handler.handle_request(
-                checked(kind, body), request.headers.get(X_REQUEST_ID, str(uuid4()))
-            )
-        except (
-            TemplateError,
-            ValueError,
-        ) as error:  # the template refuses the messages, or generate an option
-            raise HTTPException(400, str(error)) from None
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException):
+        return error_answer(error.status_code, error.detail)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception):
+        return error_answer(500, f"{type(error).__name__}: {error}")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: Any = NO_BODY):
-        return await answer(chat, ChatRequest, body, request)
+    async def chat_completions(request: Request):
+        return await answer(chat, ChatRequest, request)
 
     @app.post("/v1/completions")
-    async def text_completions(request: Request, body: Any = NO_BODY):
-        return await answer(completions, CompletionRequest, body, request)
+    async def text_completions(request: Request):
+        return await answer(completions, CompletionRequest, request)
 
     @app.get("/v1/models")
     def list_models():
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "linearize"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{model:path}")
+    def describe_model(model: str):
+        if model != name:
+            raise HTTPException(404, f"there is no model {model!r}, only {name!r}")
+        return entry
 
     @app.get("/health")
     def health():
@@ -216,6 +274,7 @@ def serve(
     trust_remote_code: bool = False,
     checksums: bool = True,
     quiet: bool = False,
+    say: Callable[[str], None] = print,
     note: Callable[[str], None] = print,
 ) -> None:
     """Serve an artifact behind OpenAI's API until Ctrl-C.
@@ -228,7 +287,8 @@ def serve(
         trust_remote_code: allow the artifact to run its own code.
         checksums: False to load files that differ from the artifact's checksums.
         quiet: True to log no requests.
-        note: shows a line of text.
+        say: shows the address.
+        note: shows a line about the progress.
 
     Raises:
         UserError: the address is not free, the artifact cannot be loaded, or it is no causal language model with
@@ -255,19 +315,20 @@ def serve(
             note("no chat template: messages are written as `role: content`, one a line")
         name = Path(artifact_name(artifact)).name if Path(artifact).is_dir() else artifact
         bound = listener.getsockname()[1]
-        generations = Generations(task, reach(model))
+        answers = Answers(task, reach(model))
         config = uvicorn.Config(
-            application(OneModel(name, model, tokenizer), generations),
+            application(OneModel(name, model, tokenizer), answers),
             log_level="warning" if quiet else "info",
             timeout_graceful_shutdown=GRACE,
         )
         logging.getLogger("uvicorn.error").addFilter(unless_cancelled)
+        shown = f"[{host}]" if ":" in host else host
         try:
-            note(f"serving {name} at http://{host}:{bound}/v1 (Ctrl-C to stop)")
-            uvicorn.Server(config).run(sockets=[listener])
+            say(f"serving {name} at http://{shown}:{bound}/v1 (Ctrl-C to stop)")
+            Server(config, answers).run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again when all requests have ended
-            generations.stop()
-            note("stopped")
+            pass
+        note("stopped")
 
 
 def unless_cancelled(record: logging.LogRecord) -> bool:

@@ -11,14 +11,17 @@ from transformers.utils import logging
 
 from linearize_cli.cli import cli, main
 from linearize_cli.commands import convert as command
+from linearize_cli.commands.options import as_yaml
+from linearize_cli.inputs import parse_yaml
 
+LONG = "/data/" + "a long folder name " * 20 + "x.txt"
 OPTIONS = {
     "model": "tiny",
     "method": "lolcats",
     "seq-len": 64,
     "tokens": "5k",
     "data": ["a.txt", "b.txt"],
-    "set": {"attention.local.size": 16, "recover.distill.lr": 1e-3, "attention.conv.width": None},
+    "set": {"attention.local.size": 16, "recover.distill.lr": 1e-3, "attention.conv.width": None, "a": LONG},
     "no-train": True,
     "keep-softmax": 2,
     "eval-data": None,
@@ -35,7 +38,12 @@ MODEL_AND_OPTIONS = [
     "2",
 ]
 MODEL_AND_OPTIONS += ["--data", "a.txt", "--data", "b.txt", "--no-train"]
-for value in ("attention.local.size=16", "recover.distill.lr=0.001", "attention.conv.width=null"):
+for value in (
+    "attention.local.size=16",
+    "recover.distill.lr=0.001",
+    "attention.conv.width=null",
+    f"a={LONG}",
+):
     MODEL_AND_OPTIONS += ["--set", value]
 
 
@@ -72,10 +80,34 @@ def test_the_command_line_overrides_the_file(called, tmp_path):
     assert options["seq_len"] == 64
 
 
+def test_one_value_of_a_repeatable_option_needs_no_list(called, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: tiny\ndata: a.txt\nset: 'a=[1, 2]'\n")
+    assert run("--config", file) == 0 and run("tiny", "--data", "a.txt", "--set", "a=[1, 2]") == 0
+    assert called[0] == called[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a: b", '"a: b"'),
+        ("x\ny", '"x\\ny"'),
+        ('"q', '"\\"q"'),
+        ("true", '"true"'),
+        ([1, {"a": "é"}], '[1, {"a": "é"}]'),
+    ],
+)
+def test_a_value_is_written_so_that_it_is_read_again(value, text):
+    assert as_yaml(value) == text and parse_yaml(text) == value
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("seq-lenn: 3\nmodel: tiny", "no option seq-lenn"),
+        ("seq_len: 3\nmodel: tiny", "Did you mean seq-len"),
+        ("method: no\nmodel: tiny", "write the text in quotes"),
+        ("data: {a: b}\nmodel: tiny", "data takes one value"),
         ("- 1", "holds no options"),
         ("", "holds no options"),
         ("seq-len: many\nmodel: tiny", "'many' is not a valid integer"),

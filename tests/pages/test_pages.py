@@ -16,7 +16,7 @@ from linearize_cli.errors import UserError
 from linearize_cli.metrics.benchmark import bench
 from linearize_cli.metrics.evaluation import evaluate
 from linearize_cli.pages.compare import compare, in_order
-from linearize_cli.pages.page import report
+from linearize_cli.pages.page import compared_texts, report
 from linearize_cli.verification.verify import verify
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -89,9 +89,10 @@ def test_the_page_needs_no_other_file_and_runs_no_code(artifact):
     edit(artifact / "eval.json", lambda data: data["generation"]["samples"][0].update(student=HOSTILE))
     edit(artifact / "eval.json", lambda data: data.update(data=HOSTILE))
     edit(artifact / "linearize.json", lambda data: data.update(command=HOSTILE))
+    edit(artifact / "bench.json", lambda data: data["rows"][0].update(phase=f'\\q">{HOSTILE}'))
     report(artifact)
     page = Page((artifact / "report.html").read_text())
-    assert "script" not in page.tags and page.text.count(HOSTILE) == 3
+    assert "script" not in page.tags and page.text.count(HOSTILE) >= 4
     assert all(link.startswith("#") for link in page.links)
     assert page.tags.count("svg") >= 4
 
@@ -101,7 +102,7 @@ def test_the_page_says_what_is_missing(artifact):
         (artifact / f"{name}.json").unlink()
     assert report(artifact)["missing"] == ["eval", "bench", "verify"]
     text = Page((artifact / "report.html").read_text()).text
-    assert all(f"Run linearize {name} measured" in text for name in ("eval", "bench", "verify"))
+    assert all(f"Run linearize {name} {artifact}" in text for name in ("eval", "bench", "verify"))
 
 
 @pytest.mark.parametrize("name", ["eval", "bench", "verify"])
@@ -118,8 +119,48 @@ def test_a_report_that_was_changed_is_refused(artifact, name):
     data = json.loads((artifact / f"{name}.json").read_text())
     (artifact / f"{name}.json").write_text(json.dumps(data | {"seed": 5, "command": "mine"}))
     for action in (report, lambda one: compare([one, one])):
-        with pytest.raises(UserError, match=f"{name}.json was changed"):
+        with pytest.raises(UserError, match=f"{name}.json"):
             action(artifact)
+
+
+def test_an_artifact_whose_weights_have_changed_has_no_page(artifact):
+    data = bytearray((artifact / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (artifact / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="changed: model.safetensors"):
+        report(artifact)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("verify", lambda data: data.update(checks=[{"name": "a"}])),
+        ("linearize", lambda data: data.update(keep_softmax={"kept": 5, "kl": {"a": "b"}})),
+        ("eval", lambda data: data.update(embeddings=[{"context": 8, "distance": 0.5, "blocks": 3}])),
+    ],
+)
+def test_a_report_in_another_form_is_named(artifact, name, change):
+    edit(artifact / f"{name}.json", change)
+    with pytest.raises(UserError, match="is damaged"):
+        report(artifact)
+
+
+@pytest.mark.parametrize("command", [["report"], ["compare", "-o", "page.html"]])
+def test_the_result_as_json_does_not_replace_another_file(artifact, tmp_path, command, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = [
+        *(artifact / name for name in ("linearize.json", "model.safetensors", "report.html")),
+        "page.html",
+    ]
+    for file in files[: 2 + len(command)]:
+        with pytest.raises(SystemExit) as exit:
+            main([*command, str(artifact), *[str(artifact)] * (len(command) > 1), "--json", str(file)])
+        assert exit.value.code == 2 and "--json" in capsys.readouterr().err
+
+
+def test_the_difference_of_two_texts_begins_at_a_word():
+    found = compared_texts({"prompt": "p", "teacher": "a they b", "student": "a the b"})
+    assert (found["shared"], found["teacher"], found["student"]) == ("a ", "they b", "the b")
 
 
 @pytest.mark.parametrize("name", ["config.json", "page", "folder.html"])
