@@ -94,7 +94,9 @@ def check_writable(path: str | Path, option: str = "") -> None:
     if not temporary.parent.is_dir():
         raise UserError(f"{name}: its folder does not exist", "Create it, or choose another path.")
     try:
+        there = temporary.exists()
         temporary.touch()
-        temporary.unlink()
+        if not there:  # it may be a file of the user
+            temporary.unlink()
     except OSError as error:
         raise cannot_write(name, error) from error

@@ -92,8 +92,8 @@ def conversion(report: dict[str, Any]) -> RenderableType:
     ]
     if per_token:
         lines.append(
-            f"memory of one sequence in the linear layers: {size(state)} at any context; softmax attention would need "
-            f"{size(per_token)} per token, which is more from {state // per_token + 1:,} tokens"
+            f"memory of one sequence in the linear layers: {size(state)} at any context; softmax attention needs "
+            f"{size(per_token)} per token, so more than this from {state // per_token + 1:,} tokens on"
         )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
     measured += [distances(report, metric) for metric in DISTANCES if report.get(metric)]

@@ -16,7 +16,7 @@ def changed(record: dict[str, Any], folder: Path, besides: str = "") -> str:
 
     Args:
         record: the contents of `linearize.json`, which has a sum of its own.
-        besides: the relative path of a file that does not count. Empty: all count.
+        besides: the relative path of a file to leave out. Empty: compare all.
     """
     recorded = record.get("checksums")
     kinds = differing(recorded, folder, besides) if recorded else {"changed": set()}
@@ -44,9 +44,9 @@ def check_unchanged(folder: Path, name: str, besides: str = "") -> None:
 
     Args:
         folder: the artifact's folder.
-        name: the name in the error: the folder's path or a Hub id. For a Hub id, missing files are accepted,
-            because not all are downloaded.
-        besides: the relative path of a file that may differ.
+        name: the name in the error: the folder's path or a Hub id. For a Hub id, files that were not downloaded are
+            left out.
+        besides: the relative path of a file to leave out.
 
     Raises:
         UserError: a file was changed, is missing or is new. The message names it.

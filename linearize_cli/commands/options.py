@@ -88,7 +88,7 @@ class Flops(click.ParamType):
 
 
 class Memory(click.ParamType):
-    """A number of bytes, such as 24G. `auto` is None."""
+    """A number of bytes, such as 24G. The word `auto` becomes None."""
 
     name = "auto|SIZE"
     scales = {"M": 10**6, "G": 10**9, "T": 10**12, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -32,7 +32,7 @@ from linearize_cli.terminal import Terminal
 @click.option(
     "--tree", metavar="NAME|FILE", help="auto (with heads), chain, mc_sim_7b_63, or a JSON file of choices."
 )
-@click.option("--quick", is_flag=True, help="Skip rows, drafts, definition, long and most of sampling.")
+@click.option("--quick", is_flag=True, help="Skip the slow checks: long rows, many batches, other drafts.")
 @trust_option
 @model_options
 @command_options

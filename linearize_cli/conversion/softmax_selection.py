@@ -25,7 +25,7 @@ ROWS, TOKENS = 32, 4096  # the most blocks of text to measure on, and about the 
 def best(measures: Sequence[dict[str, float]], count: int) -> list[str]:
     """Return the `count` layers that lower the distances most when they are softmax again, in the model's order.
 
-    Each measure counts alike: its distances are divided by the distance with every layer linear.
+    All measures have the same weight: the distances of each are divided by its distance with every layer linear.
 
     Args:
         measures: the distances from the teacher on each kind of text, under each layer's name, with that layer

@@ -73,7 +73,7 @@ def differing(recorded: dict[str, str], folder: Path, besides: str = "") -> dict
 
     Args:
         recorded: the sums by relative path.
-        besides: the relative path of a file that does not count. Empty: all count.
+        besides: the relative path of a file to leave out. Empty: compare all.
     """
     now = checksums(folder)
     recorded, now = ({k: v for k, v in sums.items() if k != besides} for sums in (recorded, now))
@@ -85,7 +85,7 @@ def differing(recorded: dict[str, str], folder: Path, besides: str = "") -> dict
 
 
 def check_folder(folder: Path) -> None:
-    """Check that an artifact's files are those that `linearize.json` records, if it does.
+    """Compare an artifact's files with the sums in `linearize.json`. Do nothing without that file, or without sums.
 
     Raises:
         ValueError: a file was changed, is missing or is new.

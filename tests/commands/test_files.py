@@ -52,6 +52,12 @@ def test_a_link_is_followed(tmp_path):
     assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
 
 
+def test_the_check_leaves_a_file_of_the_user(tmp_path):
+    (tmp_path / "a.json.partial").write_text("mine")
+    check_writable(tmp_path / "a.json")
+    assert (tmp_path / "a.json.partial").read_text() == "mine" and os.listdir(tmp_path) == ["a.json.partial"]
+
+
 def test_a_pipe_is_written_to(tmp_path):
     """/dev/stdout may be a pipe, for example."""
     pipe, found = tmp_path / "pipe", []
