@@ -176,7 +176,9 @@ def _with_package(repo_name: str) -> str:
     """Return how to use the model with this package, which adds commands and speculative decoding."""
     return (
         f'With the package `linearize-cli`: `linearize generate {repo_name} "Once upon a time"` continues a text, '
-        f"and `linearize verify {repo_name}` checks that all forms of the model agree."
+        f"`linearize verify {repo_name}` checks that all forms of the model agree, and "
+        f"`linearize serve {repo_name}` answers clients of OpenAI's API. vLLM, SGLang, llama.cpp and Ollama cannot run "
+        "it, because they replace its attention by their own."
     )
 
 

@@ -1,6 +1,8 @@
 """The model class of a linearized checkpoint: its base model's class with converted layers."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto import modeling_auto
 
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
@@ -146,7 +149,23 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if mapping is not None:
                 register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
                 break
+        add_to_tasks(base.__name__, name)
     return _classes[base]
+
+
+def add_to_tasks(base: str, name: str) -> None:
+    """Add a linearized class to transformers' lists of the models of each task. A pipeline logs an error of 200 lines
+    about a model whose class is in none.
+
+    Args:
+        base: the name of the base model's class.
+        name: the name of the linearized class. As a key it is no model type, so that nothing else finds the entry.
+    """
+    for models in vars(modeling_auto).values():
+        if type(models) is OrderedDict:  # the lazy mappings would import every model
+            known = chain.from_iterable([x] if isinstance(x, str) else x for x in models.values())
+            if base in known:
+                models[name] = name
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
