@@ -79,7 +79,7 @@ def card(
         + "```",
         "The folder contains its own code. Only `transformers` and `torch` are needed."
         + (SENTENCES if auto_class == Embedding.auto_class else ""),
-        *([_with_package(repo_name)] if decodes else []),
+        *([_with_package(repo_name, auto_class == CausalLM.auto_class)] if decodes else []),
         "## Quality",
         *_quality(report),
         *(card_measured.quality(measured["eval"]) if measured.get("eval") else []),
@@ -172,14 +172,22 @@ def _gain(decodes: bool) -> str:
     return "Their cost is linear in the context."
 
 
-def _with_package(repo_name: str) -> str:
-    """Return how to use the model with this package, which adds commands and speculative decoding."""
-    return (
-        f'With the package `linearize-cli`: `linearize generate {repo_name} "Once upon a time"` continues a text, '
-        f"`linearize verify {repo_name}` checks that all forms of the model agree, and "
-        f"`linearize serve {repo_name}` answers clients of OpenAI's API. vLLM, SGLang, llama.cpp and Ollama cannot run "
-        "it, because they replace its attention by their own."
-    )
+def _with_package(repo_name: str, served: bool) -> str:
+    """Return how to use the model with this package, which adds commands and speculative decoding.
+
+    Args:
+        served: True if `serve` takes it.
+    """
+    lines = [
+        f'With the package `linearize-cli`: `linearize generate {repo_name} "Once upon a time"` continues a text, and '
+        f"`linearize verify {repo_name}` checks that all forms of the model agree."
+    ]
+    if served:
+        lines.append(
+            f"`linearize serve {repo_name}` answers clients of OpenAI's API. vLLM, SGLang, llama.cpp and Ollama cannot "
+            "run this model, because they replace its attention by their own."
+        )
+    return " ".join(lines)
 
 
 def _method(attention: dict | None) -> list[str]:
