@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize_cli.artifact.record import REPORT, SEALED, edited, read_record
+from linearize_cli.checksums import differing
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import read_object
-from linearize_cli.runtime.checksums import differing
 
 
 def changed(record: dict[str, Any], folder: Path, besides: str = "") -> str:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from linearize_cli.checksums import LOADED, matches
 from linearize_cli.files import SUFFIX
-from linearize_cli.runtime.checksums import LOADED, matches
 
 HEADS = ("medusa.safetensors", "medusa.jsonl")
 REPORTS = ("verify.json", "eval.json", "eval-*.png", "bench.json", "bench.png", "report.html")

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize_cli.artifact.card import card
 from linearize_cli.artifact.card_measured import measured
 from linearize_cli.artifact.record import edited, read_record, write_record
+from linearize_cli.checksums import sha256
 from linearize_cli.errors import UserError
 from linearize_cli.files import write_text
 from linearize_cli.inputs import read_yaml
 from linearize_cli.methods.recipe import Recipe
-from linearize_cli.runtime.checksums import sha256
 from linearize_cli.terminal import Terminal
 
 

@@ -7,10 +7,10 @@ from linearize_cli.artifact.checksums import changed
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import check_artifact, load
 from linearize_cli.artifact.record import read_record, write_record
+from linearize_cli.checksums import checksums
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.inputs import user_path
 from linearize_cli.models.tasks import task_of
-from linearize_cli.runtime.checksums import checksums
 
 
 def seal(

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from linearize_cli.checksums import is_loaded
 from linearize_cli.errors import CheckFailed, Notice, UserError, first_five, shortened
 from linearize_cli.files import check_writable, write_json
 from linearize_cli.inputs import parse_yaml, read_yaml, user_path
@@ -160,11 +161,9 @@ def check_replaceable(file: Path, others: list[str | None]) -> None:
     Raises:
         UserError: it is.
     """
-    if (file.parent / "linearize.json").is_file():
-        from linearize_cli.runtime.checksums import is_loaded  # slow to import: it needs torch
-
-        if is_loaded(Path(file.name)) or file.name in ("linearize.json", "README.md", "report.html"):
-            raise UserError(f"--json {file} is a part of an artifact", "Choose another file.")
+    part = is_loaded(Path(file.name)) or file.name in ("linearize.json", "README.md", "report.html")
+    if part and (file.parent / "linearize.json").is_file():
+        raise UserError(f"--json {file} is a part of an artifact", "Choose another file.")
     if any(name and user_path(name) == file for name in others):
         raise UserError(f"--json {file} is also the output", "Choose two files.")
 

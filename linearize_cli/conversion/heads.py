@@ -13,6 +13,7 @@ from linearize_cli.artifact.card_measured import measured
 from linearize_cli.artifact.checksums import check_unchanged
 from linearize_cli.artifact.load import load
 from linearize_cli.artifact.record import read_record, write_record
+from linearize_cli.checksums import sha256
 from linearize_cli.conversion.preflight import check_budget, check_length, with_batch_size
 from linearize_cli.conversion.workspace import Workspace
 from linearize_cli.data.names import DEMO
@@ -23,7 +24,6 @@ from linearize_cli.inputs import read_yaml, user_path
 from linearize_cli.methods.recipe import Recipe
 from linearize_cli.models.device import AUTO, chosen_device
 from linearize_cli.models.tasks import task_of
-from linearize_cli.runtime.checksums import sha256
 from linearize_cli.speculative.medusa import FILE, MedusaHeads, check_heads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.checkpoint import Session

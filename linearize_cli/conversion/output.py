@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from linearize_cli.artifact.contents import foreign_files
+from linearize_cli.checksums import sha256
 from linearize_cli.conversion.workspace import NEW, OLD, Workspace
 from linearize_cli.data.names import DEMO, SELF
 from linearize_cli.errors import UserError, first_five
 from linearize_cli.files import SUFFIX
 from linearize_cli.inputs import user_path
-from linearize_cli.runtime.checksums import sha256
 from linearize_cli.training.job import Job
 
 ELSEWHERE = "Pass -o DIR to write elsewhere."

@@ -11,6 +11,7 @@ import transformers
 from linearize_cli.artifact.fingerprint import fingerprint, in_float32
 from linearize_cli.artifact.load import refuse_linearized
 from linearize_cli.artifact.save import save_artifact, save_report
+from linearize_cli.checksums import checksums
 from linearize_cli.conversion.layer_selection import chosen_layers
 from linearize_cli.conversion.plan import Memory, planned
 from linearize_cli.conversion.preflight import check_blocks, check_space, hidden_bytes
@@ -25,7 +26,6 @@ from linearize_cli.models.load import load_stored
 from linearize_cli.models.origin import origin
 from linearize_cli.models.stored import dtypes, in_stored_dtypes
 from linearize_cli.models.tasks import CausalLM, task_of
-from linearize_cli.runtime.checksums import checksums
 from linearize_cli.speculative.medusa import MedusaHeads
 from linearize_cli.terminal import Terminal
 from linearize_cli.training.checkpoint import FILE, Checkpoint, Session

@@ -23,6 +23,7 @@ FLAT = {
     "linearize_cli.runtime.config": "configuration_linearized",
     "linearize_cli.runtime.model": "modeling_linearized",
     "linearize_cli.runtime": "linearize_runtime",
+    "linearize_cli.checksums": "linearize_checksums",
     "linearize_kernels": "linearize_kernels",
 }
 OWN = "linearize_own_"  # prefix of modules with a user's feature map

@@ -18,9 +18,9 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 
+from linearize_cli.checksums import check_folder
 from linearize_cli.runtime.adapt import adapt
 from linearize_cli.runtime.bundle import auto_map, copy_code
-from linearize_cli.runtime.checksums import check_folder
 from linearize_cli.runtime.config import HEADS, LinearizedConfig, auto_class, base_of, with_head
 from linearize_cli.runtime.dispatch import attach
 from linearize_cli.runtime.layer import NO_PAGES, linearized

@@ -16,9 +16,9 @@ from convert_case import make_teacher, run
 from linearize_cli import load
 from linearize_cli.artifact.completeness import artifact_files
 from linearize_cli.artifact.record import SEALED
+from linearize_cli.checksums import check_folder, is_loaded
 from linearize_cli.errors import UserError
 from linearize_cli.metrics.evaluation import evaluate
-from linearize_cli.runtime.checksums import check_folder, is_loaded
 from linearize_cli.verification import artifact as checks
 from linearize_cli.verification.check import FAIL
 from linearize_cli.verification.verify import verify
@@ -127,9 +127,12 @@ def refusal(action, folder):
 
 
 def verified(folder):
-    """What `verify` says of the files that it refuses."""
+    """What `verify` says of the files that it refuses, by its check of the files or since it cannot load them."""
     lines = checks.files(SimpleNamespace(artifact=folder)).lines
-    return next((line.measured for line in lines if line.verdict == FAIL), None)
+    said = next((line.measured for line in lines if line.verdict == FAIL), None)
+    if said is None:
+        load(folder, checksums=False)
+    return said
 
 
 def unchanged(folder, saved, name):

@@ -9,7 +9,7 @@ from encoders import tiny_model as tiny_encoder
 from encoders import tokenizer
 
 from linearize_cli import bench, convert, evaluate
-from linearize_cli.runtime.checksums import sha256
+from linearize_cli.checksums import sha256
 from linearize_cli.terminal import Terminal
 
 

@@ -13,9 +13,9 @@ from fake_artifact import write_artifact
 
 from linearize_cli import convert
 from linearize_cli.artifact.contents import foreign_files
+from linearize_cli.checksums import sha256
 from linearize_cli.conversion import heads, pipeline
 from linearize_cli.errors import UserError
-from linearize_cli.runtime.checksums import sha256
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -259,15 +259,15 @@ def test_an_interrupted_report_of_heads_is_completed(teacher, monkeypatch):
     output, facts = teacher.folder / "told", {"heads": 1, "tree_nodes": 2, "expected_tokens_per_step": 1.5}
     run(teacher, output, train=False)
     (output / heads.FILE).write_text("heads")
-    report, write = json.loads((output / "linearize.json").read_text()), heads.write_json
+    report, write = json.loads((output / "linearize.json").read_text()), heads.write_record
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(heads, "write_json", interrupted)
+    monkeypatch.setattr(heads, "write_record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         heads.record_heads(output, report, facts)
-    monkeypatch.setattr(heads, "write_json", write)
+    monkeypatch.setattr(heads, "write_record", write)
     heads.record_heads(output, json.loads((output / "linearize.json").read_text()), facts)
     assert "1.50 expected tokens" in (output / "README.md").read_text()
     told = json.loads((output / "linearize.json").read_text())

@@ -17,6 +17,7 @@ from families import tiny_model as tiny_family
 from transformers import AutoTokenizer
 
 from linearize_cli import convert, evaluate, load
+from linearize_cli.artifact.record import write_record
 from linearize_cli.cli import main
 from linearize_cli.errors import UserError
 from linearize_cli.metrics import predictions as measure
@@ -28,6 +29,7 @@ PNG = b"\x89PNG"
 KEYS = {
     *("schema", "teacher", "method", "data", "contexts", "window", "perplexity", "kl", "top1_agreement"),
     *("ablation", "recall", "passkey", "generation", "embeddings", "tasks", "dtype", "seed", "versions"),
+    "sum",
 }
 
 
@@ -189,7 +191,7 @@ def copy(artifact, tmp_path):
 
 def test_an_artifact_without_its_teacher_asks_for_it(teacher, copy):
     record = json.loads((copy / "linearize.json").read_text())
-    (copy / "linearize.json").write_text(json.dumps({**record, "base_model": "./moved"}))
+    write_record(copy, {**record, "base_model": "./moved"})
     with pytest.raises(UserError, match="moved") as refusal:
         evaluate(copy, data=teacher.text)
     assert "--teacher" in refusal.value.hint

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from linearize_cli import convert, load
 from linearize_cli.artifact.record import write_record
 from linearize_cli.artifact.seal import seal
+from linearize_cli.checksums import checksums
 from linearize_cli.cli import main
 from linearize_cli.errors import CheckFailed, UserError
 from linearize_cli.publish import gate
 from linearize_cli.publish.gate import check_loads_alone, check_publishable, other_code
-from linearize_cli.runtime.checksums import checksums
 
 pytest_plugins = ["push_case"]
 

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from loopback_hub import READ_TOKEN, TOKEN, Fault, Repo
 
 from linearize_cli.artifact.record import read_record, write_record
-from linearize_cli.runtime.checksums import checksums
+from linearize_cli.checksums import checksums
 
 pytest_plugins = ["push_case"]
 

@@ -1,4 +1,4 @@
-"""SHA-256 sums of the files that an artifact is loaded from."""
+"""SHA-256 sums of the files that an artifact is loaded from. A copy of this module is inside every artifact."""
 
 import hashlib
 import json
