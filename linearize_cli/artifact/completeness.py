@@ -69,7 +69,7 @@ def record_faults(record: dict, folder: Path) -> list[str]:
     checksums.
     """
     faults = [f"linearize.json: {fault}" for fault in report_faults(record)]
-    if not faults and (since := changed(record, folder)):
+    if isinstance(record.get("checksums") or {}, dict) and (since := changed(record, folder)):
         faults.append(f"since it was saved, {since} (`linearize seal` records changes of your own)")
     faults += [f"{name} was changed since it was written" for name in edited_reports(folder)]
     return faults

@@ -289,13 +289,22 @@ def as_typed(name: str, option: click.Parameter, value: Any) -> Any:
     """
     if getattr(option, "is_flag", False):
         return value if isinstance(value, bool) else str(value)
-    if getattr(option, "multiple", False):
-        if name == "set" and isinstance(value, dict):
-            return [f"{key}={as_yaml(part)}" for key, part in value.items()]
-        return [
-            as_typed(name, click.Option(["--one"]), part)
-            for part in (value if isinstance(value, list) else [value])
-        ]
+    if not getattr(option, "multiple", False):
+        return as_text(name, value)
+    if name == "set" and isinstance(value, dict):
+        return [f"{key}={as_yaml(part)}" for key, part in value.items()]
+    return [as_text(name, part) for part in (value if isinstance(value, list) else [value])]
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return one value of an option in a YAML file as text.
+
+    Args:
+        name: the option's name.
+
+    Raises:
+        ValueError: the value is a list, a mapping or a bool.
+    """
     if isinstance(value, (list, dict)):
         raise ValueError(f"{name} takes one value, not {value!r:.60}")
     if isinstance(value, bool):

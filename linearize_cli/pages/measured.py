@@ -1,4 +1,4 @@
-"""What has been measured of an artifact: the reports in its folder, and the numbers that are compared."""
+"""An artifact's measurements: the reports in its folder, and the numbers by which artifacts are compared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from jinja2 import UndefinedError
 
 from linearize_cli.artifact.checksums import check_unchanged, edited_reports
 from linearize_cli.artifact.load import check_artifact
-from linearize_cli.artifact.record import read_record
+from linearize_cli.artifact.record import SEALED, read_record
 from linearize_cli.errors import UserError
 from linearize_cli.inputs import read_object, user_path
 from linearize_cli.tables import number, size
 
-COMMANDS = ("eval", "bench", "verify")  # the commands whose reports are JSON files in the artifact's folder
 Numbers = dict[str, str]
 
 
@@ -67,8 +66,8 @@ def read_measured(artifact: str | Path) -> Measured:
             f"{folder}: {', '.join(names)} cannot be read, or was changed since it was written",
             f"Run {commands} again, or remove the file.",
         )
-    files = {command: folder / f"{command}.json" for command in COMMANDS}
-    reports = {command: read_object(file) if file.is_file() else None for command, file in files.items()}
+    files = [folder / name for name in SEALED]
+    reports = {file.stem: read_object(file) if file.is_file() else None for file in files}
     return Measured(folder.resolve().name, folder, record, reports)
 
 

@@ -127,7 +127,7 @@ def refusal(action, folder):
 
 
 def verified(folder):
-    """What `verify` says of the files that it refuses, by its check of the files or since it cannot load them."""
+    """Return the reason why `verify` refuses a folder: its check of the files fails, or it cannot load them."""
     lines = checks.files(SimpleNamespace(artifact=folder)).lines
     said = next((line.measured for line in lines if line.verdict == FAIL), None)
     if said is None:
