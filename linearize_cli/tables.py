@@ -1,5 +1,6 @@
 """The printed tables of all commands."""
 
+import re
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,10 +14,14 @@ WEAK_RECALL = 0.1  # below this recall of the teacher, the student's recall mean
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """Return an empty table without borders. Columns that start with `>` are aligned to the right."""
-    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    """Return an empty table without borders. Columns that start with `>` are aligned to the right.
+
+    A cell that is too wide goes on in the next line, so that nothing is cut off.
+    """
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        result.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+        justify = "right" if column.startswith(">") else "left"
+        result.add_column(column.lstrip(">"), justify=justify, overflow="fold")
     return result
 
 
@@ -61,8 +66,9 @@ def kept(report: dict[str, Any]) -> Table:
     titles = {**DISTANCES, "repeated_kl": "KL on repeated text"}
     metrics = [name for name in titles if name in chosen]
     rows = table("layer as softmax", *(f">{titles[name]}" for name in metrics), "")
+    rows.columns[0].no_wrap = True
     for name in chosen[metrics[0]]:
-        values = (number(chosen[metric][name], ".4g") for metric in metrics)
+        values = (number(chosen[metric][name], ".4f") for metric in metrics)
         rows.add_row(name, *values, "kept" if name in chosen["kept"] else "")
     return rows
 
@@ -191,24 +197,29 @@ def inspection(report: dict[str, Any]) -> RenderableType:
 
 
 def method_table(recipes: list[Recipe]) -> RenderableType:
-    """Return a table of methods and their parts. The first recipe is the default method."""
-    rows = table("method", "local", "far", "memory", "combine", ">conv", ">sinks", ">tokens", "paper")
-    rows.columns[0].no_wrap = rows.columns[3].no_wrap = True
+    """Return a table of methods and their parts, and a line about their augmented forms.
+
+    Args:
+        recipes: the default method first. Augmented forms of the others are not listed one by one.
+    """
+    rows = table("method", "local", "features", "memory", "combine", "arXiv")
     for recipe in recipes:
         a = recipe.attention
-        local = f"{a.local.scope} {a.local.size} {a.local.score}" if a.local else "-"
-        rows.add_row(
-            recipe.name + (" (default)" if recipe is recipes[0] else ""),
-            local,
-            a.far.feature_map if a.far else "-",
-            "-" if a.memory.kind == "none" else a.memory.kind,
-            a.combine,
-            str(a.conv.width),
-            str(a.sinks),
-            f"{recipe.recover.tokens / 1e6:g}M",
-            recipe.paper,
-        )
-    return rows
+        if ":" not in recipe.name:
+            rows.add_row(
+                recipe.name + (" (default)" if recipe is recipes[0] else ""),
+                f"{a.local.scope} {a.local.size}" if a.local else "-",
+                a.far.feature_map if a.far else "-",
+                "-" if a.memory.kind == "none" else a.memory.kind,
+                a.combine,
+                "\n".join(re.findall(r"\d{4}\.\d{5}", recipe.paper)),
+            )
+    forms = sum(":" in recipe.name for recipe in recipes)
+    more = (
+        f"{forms} more: augmented:NAME adds a window, sinks and a convolution to a method, for example "
+        "augmented:gated-delta.\n`linearize methods NAME` prints a recipe with every key."
+    )
+    return Group(rows, "", more)
 
 
 def evaluation(report: dict[str, Any]) -> RenderableType:
@@ -261,14 +272,15 @@ def recall(report: dict[str, Any]) -> list[RenderableType]:
         return []
     parts = {name: {part["distance"]: part for part in x["by_distance"]} for name, x in measures.items()}
     columns = [(measure, name) for measure in measures for name in ("teacher", "student")]
-    rows = table(">distance, tokens", *(f">{measure}, {name}" for measure, name in columns))
+    titles = {"recall": "recall", "passkey": "pass key"}
+    rows = table(">tokens back", *(f">{titles[measure]},\n{name}" for measure, name in columns))
     for distance in sorted(set().union(*parts.values())):
         until = next(found[distance] for found in parts.values() if distance in found).get("until")
         shares = (parts[measure].get(distance, {}).get(name) for measure, name in columns)
         where = f"{distance:,} to {until - 1:,}" if until else f"{distance:,}"
         rows.add_row(where, *(number(share, ".1%") for share in shares))
     rows.add_row("all", *(number(measures[measure][name], ".1%") for measure, name in columns))
-    weak = [name for name, values in measures.items() if (values["teacher"] or 0) < WEAK_RECALL]
+    weak = [titles[name] for name, values in measures.items() if (values["teacher"] or 0) < WEAK_RECALL]
     said = (
         f"{' and '.join(weak)}: the teacher's own is below {WEAK_RECALL:.0%}, so the student's means nothing"
     )
@@ -314,6 +326,7 @@ def pushed(result: dict[str, Any]) -> RenderableType:
 def compared(result: dict[str, Any]) -> RenderableType:
     """Return the report of `compare`: a column for each artifact, and what makes numbers incomparable."""
     rows = table("", *(f">{name}" for name in result["artifacts"]))
+    rows.columns[0].no_wrap = True
     for label, values in result["rows"].items():
         rows.add_row(label, *(value or "-" for value in values))
     notes = [f"{note}. These numbers cannot be compared." for note in result["notes"]]

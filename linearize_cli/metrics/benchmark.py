@@ -188,12 +188,11 @@ def random_tokens(
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """Return a report of `bench` as a table: tokens/s, cache size and peak memory of both models, side by
-    side.
-    """
+    """Return a report of `bench` as two tables, both models side by side: their speed, and their memory."""
     names = ("teacher", "student")
     columns = [f">{what}\n{name}" for what in ("tokens/s", "cache", "peak") for name in names]
-    rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher", *columns[2:])
+    rows = table("phase", ">batch", ">context", *columns[:2], ">student\nx teacher")
+    memory = table("phase", ">batch", ">context", *columns[2:])
     found = {(r["phase"], r["batch"], r["context"], r["model"]): r for r in report["rows"]}
     cells = list(dict.fromkeys(key[:3] for key in found))
     reasons: list[str] = []
@@ -203,14 +202,11 @@ def render(report: dict[str, Any]) -> RenderableType:
             [row[key] for row in pair] for key in ("tokens_per_s", "state_bytes", "peak_bytes")
         )
         phase, batch, context = cell
-        rows.add_row(
-            phase,
-            str(batch),
-            f"{context:,}",
-            *(number(speed, ",.0f" if (speed or 0) >= 100 else ",.3g") for speed in speeds),
-            number(ratio(*speeds), ".2f"),
-            *("-" if count is None else size(count) for count in (*caches, *peaks)),
-        )
+        named = phase, str(batch), f"{context:,}"
+        shown = (number(speed, ",.0f" if (speed or 0) >= 100 else ",.3g") for speed in speeds)
+        rows.add_row(*named, *shown, number(ratio(*speeds), ".2f"))
+        sizes = ("-" if count is None else size(count) for count in (*caches, *peaks))
+        memory.add_row(*named, *sizes)
         reasons += [
             f"{phase}, {context:,} tokens, batch {batch}, {row['model']}: {row['reason']}"
             for row in pair
@@ -218,7 +214,7 @@ def render(report: dict[str, Any]) -> RenderableType:
         ]
     on = report["machine"]
     where = f"{on['gpu'] or on['cpu']}, {on['threads']} thread of {on['cores']} cores, {report['dtype']}"
-    return Group(rows, "", *reasons, f"{where}; medians, the models timed alternately")
+    return Group(rows, "", memory, "", *reasons, f"{where}; medians, the models timed alternately")
 
 
 def rates(teacher: dict[str, Any], student: dict[str, Any]) -> str:

@@ -149,9 +149,9 @@ def quality(report: dict[str, Any]) -> Numbers:
         found[f"eval: distance of embeddings at {row['context']:,}"] = number(row["distance"], ".4f")
     for key, label in (("recall", "recall"), ("passkey", "pass key")):
         for row in (report[key] or {}).get("by_distance", []):
-            pair = " / ".join(number(row[name], ".0%") for name in ("student", "teacher"))
+            student, teacher = (number(row[name], ".0%") for name in ("student", "teacher"))
             until = f" to {row['until'] - 1:,}" if "until" in row else ""
-            found[f"eval: {label} at {row['distance']:,}{until}, student / teacher"] = pair
+            found[f"eval: {label} at {row['distance']:,}{until} (teacher)"] = f"{student} ({teacher})"
     return found
 
 

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import is_peft_available
 
 from linearize_cli.checksums import check_folder
 from linearize_cli.runtime.adapt import adapt
@@ -150,6 +151,7 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
                 break
         add_to_tasks(base.__name__, name)
+        add_lora_targets(base_type)
     return _classes[base]
 
 
@@ -166,6 +168,19 @@ def add_to_tasks(base: str, name: str) -> None:
             known = chain.from_iterable([x] if isinstance(x, str) else x for x in models.values())
             if base in known:
                 models[name] = name
+
+
+def add_lora_targets(base_type: str) -> None:
+    """Let PEFT's `LoraConfig` without `target_modules` take the modules that it takes in the base model.
+
+    Args:
+        base_type: the model type of the base model. PEFT goes by the model type, which linearized models share.
+    """
+    if is_peft_available():
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
+
+        own = LinearizedConfig.model_type
+        targets[own] = list(dict.fromkeys([*targets.get(own, ()), *targets.get(base_type, ())]))
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

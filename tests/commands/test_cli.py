@@ -86,7 +86,8 @@ def test_the_default_output_is_the_model_and_the_method(folder):
 
 def test_methods_lists_all_and_prints_one(tmp_path):
     listing = linearize("methods", "--json", tmp_path / "methods.json")
-    assert listing.returncode == 0 and all(name in listing.stdout for name in method_names())
+    assert listing.returncode == 0
+    assert all(name in listing.stdout for name in method_names() if ":" not in name)
     assert [
         recipe["name"] for recipe in json.loads((tmp_path / "methods.json").read_text())
     ] == method_names()

@@ -69,6 +69,7 @@ def test_threads(keep):
 @pytest.mark.parametrize(
     "options",
     [
+        {},
         dict(target_modules="all-linear"),
         dict(target_modules=["q_proj", "v_proj"], use_dora=True),
         dict(target_modules=["q_proj"], modules_to_save=["linear_attention"]),
@@ -86,6 +87,14 @@ def test_lora(options, keep, tmp_path):
         run(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval(), ids), expected
     )
     close(run(tuned.merge_and_unload(), ids), expected)
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_lora_without_targets(base):
+    """PEFT's default modules are those of the base model."""
+    peft = pytest.importorskip("peft")
+    tuned, expected = (peft.get_peft_model(make(base), peft.LoraConfig()) for make in (swapped, tiny_model))
+    assert tuned.targeted_module_names == expected.targeted_module_names
 
 
 @KEEP
