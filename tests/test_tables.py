@@ -1,10 +1,11 @@
 """The printed tables can be read in a terminal of 80 columns: no cell is cut, and no number or name is broken."""
 
 import pytest
-from linearize_cli import tables
-from linearize_cli.metrics import benchmark
-from linearize_cli.methods.registry import method_names, read_recipe
 from rich.console import Console
+
+from linearize_cli import tables
+from linearize_cli.methods.registry import method_names, read_recipe
+from linearize_cli.metrics import benchmark
 
 WIDTH = 80
 
