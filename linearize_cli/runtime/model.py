@@ -138,8 +138,7 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__module__": __name__,
             "config_class": LinearizedConfig.concrete(base_type),
             "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "linear_attention"},
-            # vLLM's transformers backend would run the modules without their state.
-            "_supports_attention_backend": False,
+            "_supports_attention_backend": AutoLinearized._supports_attention_backend,
             # Linear layers read pads from the mask of softmax layers, which a BlockMask does not allow.
             "_supports_flex_attn": False,
         }
@@ -205,6 +204,13 @@ class AutoLinearized:
 
     auto_class: str
     _auto_class = None
+    # Servers that bring their own attention and KV cache (vLLM, SGLang) read these two, and then refuse the model. They
+    # would run it without its state.
+    _supports_attention_backend = False
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        return False
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

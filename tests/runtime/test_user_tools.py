@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, TorchAoConfig
 from user_case import KEEP, generate, run
 
-import linearize_cli.runtime  # noqa: F401
+from linearize_cli.runtime.model import AUTO_MODELS
 
 
 def gradients(model, loss) -> torch.Tensor:
@@ -151,6 +151,13 @@ def test_what_export_refuses():
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="an attention mask of 2 dimensions"):
         exported(model, ids, {"attention_mask": mask})
+
+
+@pytest.mark.parametrize("entry", [*AUTO_MODELS.values(), None])
+def test_servers_with_a_cache_of_their_own_are_told_not_to_run_it(entry):
+    """SGLang asks the class that `auto_map` names, and takes a missing answer for yes."""
+    found = entry or type(swapped("llama", num_hidden_layers=1))
+    assert not found.is_backend_compatible() and not found._supports_attention_backend
 
 
 @KEEP
