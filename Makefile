@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all test-oldest lint
 
 demo: $(INSTALLED)
 	$(BIN)/linearize demo --force
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+# On the oldest transformers that pyproject.toml allows: how models run, are converted and are verified.
+test-oldest:
+	test -d $(VENV)-oldest || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.17.0 -e ".[test]"
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadscope -m "not slow" tests/runtime tests/conversion/test_convert.py tests/verification
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -226,10 +226,12 @@ def _load_config(
     Args:
         header: the header of the GGUF file. None for another checkpoint.
     """
+    import transformers
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     from linearize_cli.models.gguf import read_config
     from linearize_cli.models.quantised import request_dequantisation
+    from linearize_cli.runtime.compatibility import fault
 
     file = header.file.name if header else None
     raw, _ = PreTrainedConfig.get_config_dict(source, gguf_file=file)
@@ -249,6 +251,10 @@ def _load_config(
     if name is None:
         what = f"{model}: `{kind}` in config.json is not a causal LM, encoder-decoder or encoder."
         raise UserError(what, "Choose a model that AutoModelForCausalLM loads, for example.")
+    wrong = fault(config.model_type, causal="CausalLM" in name)
+    if wrong:
+        what = f"{model}: transformers {transformers.__version__} computes `{kind}` wrongly: {wrong}."
+        raise UserError(what, "Update it: pip install --upgrade 'transformers>=5.23'")
     return config, name
 
 

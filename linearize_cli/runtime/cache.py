@@ -11,7 +11,7 @@ from linearize_kernels.ops.chunked import chunked, commit
 from linearize_kernels.ops.decode import Decoding
 from linearize_kernels.remembered import forget_derived
 from linearize_kernels.state import State
-from linearize_kernels.triton.nodes import decode_one_token, why_not
+from linearize_kernels.triton.nodes import decode_one_token, trial, why_not
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -70,7 +70,8 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
     last_state: State | None
     is_compileable = True
     is_croppable = True
-    is_sliding = False
+    # Neither True nor False: transformers takes the sizes of a mask from the first layer of either kind.
+    is_sliding: bool | None = None
     supports_early_init = False
 
     def __init__(self, record_past: bool = False):
@@ -200,7 +201,7 @@ class LinearCacheLayer(MappedRows, LinearAttentionCacheLayerMixin, CacheLayerMix
         if not self.owned:
             state = state.fork()
             self.state, self.owned = state, True
-        if why_not(attention, state, q) is not None:
+        if why_not(attention, state, q) is not None or trial(attention, q) is not None:
             return None
         attention.ran = "triton"
         return state

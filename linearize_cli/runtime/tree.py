@@ -22,9 +22,10 @@ from linearize_kernels.triton.nodes import tree as attend_tree
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.compatibility import DummyLayer
 from linearize_cli.runtime.offload import loaded
 
 

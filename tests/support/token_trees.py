@@ -6,10 +6,10 @@ import random
 import torch
 from families import SMALL
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer
 
 from linearize_cli.models.decoding import forward, pad_left
 from linearize_cli.runtime.cache import LinearCacheLayer
+from linearize_cli.runtime.compatibility import DummyLayer
 from linearize_cli.runtime.tree import read_tree
 
 GROUPS = {

@@ -2,7 +2,8 @@
 equation.
 
 `attention.impl` asks for "auto" (Triton on a GPU where its kernels can run, else torch), "torch" or "triton".
-"triton" raises ValueError where no kernel can run. Nothing here imports Triton before a kernel is to run.
+"auto" first tries the kernels on a few tokens (`ops.trial`). "triton" raises ValueError where no kernel can run.
+Nothing here imports Triton before a kernel is to run.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.ops.prefill import grouped_segment, sliding_segment
+from linearize_kernels.ops.trial import failure
 from linearize_kernels.state import State
 from linearize_kernels.torch_forms.grouped import grouped
 from linearize_kernels.torch_forms.sliding import sliding
@@ -123,14 +125,26 @@ def prefill(
         return None
     own = eq.size if eq.scope == "group" else chunk
     if wants_triton(attention, q):
-        reason = why_not_prefill(attention, *heads, own or eq.chunk, packed)
+        plan = Prefill("triton", form, own or eq.chunk, q.dtype)
+        reason = why_not_prefill(attention, *heads, plan.chunk, packed)
+        if reason is None and attention.impl == "auto":
+            reason = trial(attention, plan, q)
         if reason is None:
-            return Prefill("triton", form, own or eq.chunk, q.dtype)
+            return plan
         if attention.impl == "triton":
             raise ValueError(f"Triton's kernels cannot run: {reason}. Use impl='auto'.")
     rows = 64 if eq.value_dim > 32 else 32  # wider heads have a larger S by chunk
     size = eq.size if eq.scope == "group" else min(own or rows, length)
     return Prefill("torch", form, size, accumulator(q.dtype))
+
+
+def trial(attention: LinearAttention, plan: Prefill, q: Tensor) -> str | None:
+    """Return why a layer's Triton kernels fail on the device of q, or None if they run (see `ops.trial`)."""
+
+    def run(*heads: Tensor) -> Tensor:
+        return plan(attention, attention.empty_state(1, q.device, q.dtype), 0, *heads)[0]
+
+    return failure(attention, q, "prefill and training", 2 * plan.chunk, run)
 
 
 def wants_triton(attention: LinearAttention, q: Tensor) -> bool:

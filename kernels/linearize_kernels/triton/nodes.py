@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.equation import LinearAttention
+from linearize_kernels.ops.trial import failure
 from linearize_kernels.parts.feature_maps import Hedgehog
 from linearize_kernels.state import State
 from linearize_kernels.triton.tuning import WIDEST, limit
@@ -153,6 +154,25 @@ def decode_one_token(attention: LinearAttention, state: State, q: Tensor, k: Ten
         recent = oldest(attention, state, 0)  # the new token is now the last recent one
         attend(attention, state, q, phi_q, recent, out, left=(phi_left, left_v))
     return out
+
+
+def trial(attention: LinearAttention, q: Tensor) -> str | None:
+    """Return why the kernels fail on the device of q, or None if they run or `impl` is not "auto" (see `ops.trial`).
+
+    The caller must check with `why_not` that they compute the layer's equation.
+    """
+    if attention.impl != "auto":
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state = attention.empty_state(1, q.device, q.dtype)
+        out = decode_one_token(attention, state, q, k, v)
+        place = torch.ones(1, 1, dtype=torch.int64, device=q.device)
+        tree(attention, state, q, k, v, place, place.bool())
+        commit_(attention, state, k, v)
+        return out
+
+    return failure(attention, q, "decoding", 1, run)
 
 
 def refuse(attention: LinearAttention, state: State, q: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNKS = (16, 32, 64, 128)
 WIDEST = 256  # the most dimensions of heads and of features
+OLDEST = (3, 3)  # Triton 3.2 ends the process when it compiles some of the kernels
 SEGMENT = 8  # chunks that a program of `fold` sums
 
 
@@ -111,9 +112,13 @@ def limit(
         chunks: what the reason calls a chunk, for example "groups".
     """
     try:
+        import triton
+
         from linearize_kernels.triton.common import INTERPRETED
     except ImportError:
         return "triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer compiles the kernels"
     if not (q.is_cuda or INTERPRETED):
         return f"Triton needs a CUDA device, and the tensors are on {q.device}"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
