@@ -120,7 +120,7 @@ def prefill(
             raise ValueError(
                 "no Triton kernel computes this: there are kernels for a sliding softmax window with weights as far "
                 "features and one normaliser, and for squared ReLU in groups with a sum over all before, both without "
-                "pads. Use impl='auto'."
+                "pads between tokens. Use impl='auto'."
             )
         return None
     own = eq.size if eq.scope == "group" else chunk

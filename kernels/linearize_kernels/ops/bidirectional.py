@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 from linearize_kernels.equation import LinearAttention, accumulator
 from linearize_kernels.ops.backend import prefill
 from linearize_kernels.ops.chunked import next_positions, rows_count, take
+from linearize_kernels.ops.rows import by_groups, rows_alike
 from linearize_kernels.reference.block import evaluate
 from linearize_kernels.reference.visibility import lay_out
 from linearize_kernels.state import State
@@ -40,6 +41,13 @@ def bidirectional(
     Raises:
         ValueError: `attention.impl` is "triton" and no kernel can run, or is not a known name.
     """
+    groups = None if valid is None else rows_alike(attention, None, valid, q, sink_logits is not None)
+    if groups is not None:
+
+        def group(before: None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+            return bidirectional(attention, q, k, v, None, sink_logits, chunk), None
+
+        return by_groups(groups, None, q, k, v, group)[0]
     plan = prefill(attention, (q, k, v), rows_count(None, valid), sink_logits is not None, chunk)
     if plan is None:
         attention.ran = "block"

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from linearize_kernels.equation import LinearAttention
 from linearize_kernels.ops.backend import Prefill, prefill, segment_tokens
 from linearize_kernels.ops.prefill import after
+from linearize_kernels.ops.rows import by_groups, rows_alike
 from linearize_kernels.reference.block import block, evaluate
 from linearize_kernels.reference.visibility import ancestors, behind, chain, shared_layout
 from linearize_kernels.state import State
@@ -272,9 +273,17 @@ def chunked(
     Returns:
         `[B, heads, T, Dv]` in q's dtype, and the state after the last token.
     """
-    count, in_step = rows_count(state, valid), state is None and valid is None
+    in_step = state is None and valid is None
+    groups = rows_alike(attention, state, valid, q, sink_logits is not None)
     if state is None:
         state = attention.empty_state(q.shape[0], q.device, k.dtype)
+    if groups is not None and (valid is not None or len(groups) > 1):
+
+        def group(before: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+            return chunked(attention, before, q, k, v, None, sink_logits, chunk, segment)
+
+        return by_groups(groups, state, q, k, v, group)
+    count = groups[0].before if groups else 0 if in_step else rows_count(state, valid)
     plan = prefill(attention, (q, k, v), count, sink_logits is not None, chunk)
     segment = segment or segment_tokens(plan, q)
     # `split` puts the gradients of the segments together once, where slices would add them up.
