@@ -292,6 +292,15 @@ def test_the_benchmark_of_the_kernels_runs(tmp_path):
         assert row["x_sdpa"] == pytest.approx(softmax["seconds"] / row["seconds"])
 
 
+def test_the_check_of_a_gpu_is_rehearsed(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/gpu_check.py", "--rehearse", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert done.returncode == 0 and all(step["ended"] == "passed" for step in summary.values()), summary
+    assert list(summary) == ["imports", "correctness", "attention", "model"]
+    assert {f"{name}.txt" for name in summary} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_the_benchmark_of_a_whole_model_runs(tmp_path):
     script = ROOT / "benchmarks" / "model.py"
     shape = dict(layers=2, hidden=32, intermediate=48, heads=2, vocab=50, dtype="float32", device="cpu")

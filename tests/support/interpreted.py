@@ -1,4 +1,7 @@
-"""The output of a case file that runs as a script, in a process with Triton's interpreter."""
+"""The output of a case file that runs as a script, in a process of its own.
+
+On the device "cpu" its kernels run in Triton's interpreter, on another one they are compiled.
+"""
 
 import json
 import os
@@ -11,10 +14,10 @@ from typing import Any
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
-def printed(case: ModuleType) -> Any:
+def printed(case: ModuleType, device: str = "cpu") -> Any:
     path = os.pathsep.join([str(KERNELS), *sys.path])
     made = subprocess.run(
-        [sys.executable, case.__file__],
+        [sys.executable, case.__file__, device],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         check=True,

@@ -1,7 +1,8 @@
-"""The chunked forms in Triton's interpreter, against `sliding.sliding` and `grouped.grouped` in fp64.
+"""The chunked forms in Triton, against `sliding.sliding` and `grouped.grouped` in fp64.
 
 Packed sequences are compared with `chunked` on each sequence, and tree nodes with `block`. Run as a script, it
-prints the relative error of every output and gradient of every case as JSON.
+prints the relative error of every output and gradient of every case as JSON. Its argument is the device: with "cpu"
+the kernels run in Triton's interpreter, with "cuda" they are compiled.
 """
 
 import copy
@@ -195,7 +196,7 @@ def results(function, shape, tokens, dtype=None):
     """
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tokens]
     out = dict(zip(("out", "S after", "z after"), function(*shape, type(tokens)(*leaves)), strict=False))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     d_out = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in out.values()]
     names = [name for name, x in zip(tokens._fields, leaves, strict=True) if x is not None]
     wanted = [x for x in leaves if x is not None]
@@ -328,7 +329,10 @@ def layer_errors(**parts):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    device = sys.argv[1]
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    torch.set_default_device(device)
     from linearize_kernels.torch_forms import grouped, sliding
     from linearize_kernels.triton import forms
     from triton_node_case import NODE_CASES, node_errors

@@ -1,4 +1,4 @@
-"""Trees, paths and decoding steps in Triton's interpreter, against `block`, `commit` and `chunked` in fp64."""
+"""Trees, paths and decoding steps in Triton, against `block`, `commit` and `chunked` in fp64."""
 
 import copy
 from dataclasses import replace
