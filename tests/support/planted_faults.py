@@ -25,8 +25,9 @@ CHANNELS = {**DELTA, "memory": {"kind": "delta-channels"}}
 LINFORMER = {**AUGMENTED, "far": {"feature_map": "linformer", "feature_dim": 8}, "combine": "gate"}
 
 DECODING = "linearize_kernels.ops.decode"
-CHUNKED, BLOCK, LAYOUT = (
+CHUNKED, ROWS, BLOCK, LAYOUT = (
     "linearize_kernels.ops.chunked",
+    "linearize_kernels.ops.rows",
     "linearize_kernels.reference.block",
     "linearize_kernels.reference.visibility",
 )
@@ -166,6 +167,28 @@ FAULTS = [
         "min(counts) == max(counts)",
         "counts[0] == counts[-1]",
         "rows",
+        SEPARATE,
+    ),
+    Fault(
+        "rows of different lengths that are taken for the first one's",
+        f"{ROWS}:rows_alike",
+        "groups[key].append(row)",
+        "groups[next(iter(groups), key)].append(row)",
+        "rows",
+    ),
+    Fault(
+        "groups of rows whose states stay in the order of the groups",
+        f"{ROWS}:by_groups",
+        "device=q.device).argsort()",
+        "device=q.device).sort()[0]",
+        "rows",
+    ),
+    Fault(
+        "a row's last token that is taken for a pad behind it",
+        f"{ROWS}:rows_alike",
+        "end = torch.where(valid, place + 1, 0).amax(-1)",
+        "end = torch.where(valid, place + 1, 0).amax(-1) - (valid.sum(-1) > 8).long()",
+        "rows",
     ),
     Fault(
         "a long turn whose rows all have the first one's positions",
@@ -173,6 +196,7 @@ FAULTS = [
         "chunk, in_step)",
         "chunk, valid is None)",
         "rows",
+        SEPARATE,
     ),
     Fault(
         "beams that are not put in order",
@@ -231,6 +255,7 @@ FAULTS = [
         "torch.where(sinks < state.count[..., None], sinks, -1)",
         "torch.where(sinks <= state.count[..., None], sinks, -1)",
         "padding",
+        SEPARATE,
     ),
     # One token after the other.
     Fault(
@@ -524,8 +549,8 @@ FAULTS = [
     Fault(
         "many rows without a cache whose queries are too long",
         f"{CHUNKED}:chunked",
-        "count, in_step = rows_count(state, valid), state is None and valid is None",
-        "q, count, in_step = q * (1 + (len(q) > 20)), rows_count(state, valid), state is None and valid is None",
+        "in_step = state is None and valid is None",
+        "q, in_step = q * (1 + (len(q) > 20)), state is None and valid is None",
         "rows",
     ),
     Fault(
