@@ -101,6 +101,12 @@ def conversion(report: dict[str, Any]) -> RenderableType:
             f"memory of one sequence in the linear layers: {size(state)} at any context; softmax attention needs "
             f"{size(per_token)} per token, so more than this from {state // per_token + 1:,} tokens on"
         )
+    recovered, transferred = (report["perplexity"].get(name) for name in ("recovered", "transferred"))
+    if recovered and transferred and recovered > transferred:
+        lines.append(
+            "distillation raised the perplexity: it follows the teacher, not the text. `linearize eval` shows the KL "
+            "from the teacher"
+        )
     measured = [perplexities(report)] if any(report["perplexity"].values()) else []
     measured += [distances(report, metric) for metric in DISTANCES if report.get(metric)]
     if report["keep_softmax"]:
@@ -139,7 +145,7 @@ def plan(report: dict[str, Any]) -> RenderableType:
         rows,
         "",
         *chosen,
-        f"{budget} in blocks of {report['seq_len']}, {report['batch_size']} blocks per step; nothing was written",
+        f"{budget} in blocks of {report['seq_len']}, {report['batch_size']} per step; nothing was written",
         report["plan_line"],
         "",
         estimated(report["estimate"]),
@@ -329,7 +335,7 @@ def compared(result: dict[str, Any]) -> RenderableType:
     rows.columns[0].no_wrap = True
     for label, values in result["rows"].items():
         rows.add_row(label, *(value or "-" for value in values))
-    notes = [f"{note}. These numbers cannot be compared." for note in result["notes"]]
+    notes = [f"{note}. Perplexities and KL cannot be compared." for note in result["notes"]]
     return Group(rows, *(["", *notes] if notes else []))
 
 

@@ -43,7 +43,8 @@ def artifact_files(folder: Path) -> list[str]:
     if faults:
         raise UserError(
             f"{folder} is not a whole linearize artifact: {'; '.join(faults)}",
-            "`linearize convert MODEL -o DIR` writes one; an interrupted convert is finished by --resume.",
+            "Run the command of a changed report again (eval, bench, verify), or remove the report. For other files,\n"
+            "`linearize convert MODEL -o DIR` writes an artifact; an interrupted convert is finished by --resume.",
         )
     return sorted(names)
 

@@ -71,7 +71,10 @@ def check_artifact(folder: Path) -> None:
         UserError: the folder is no artifact. The message says what it is instead.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", "Pass the folder that `linearize convert` wrote.")
+        hint = "Pass the folder that `linearize convert` wrote."
+        if not folder.exists() and len(folder.parts) == 2:
+            hint += f"\nAn artifact on the Hub: hf download {folder} --local-dir {folder.name}"
+        raise UserError(f"{folder} is not a folder", hint)
     if not (folder / CONFIG).exists():
         hint = "Pass the folder that `linearize convert` wrote."
         raise UserError(f"{folder} is not a linearized artifact: it has no config.json", hint)

@@ -25,7 +25,7 @@ from linearize_cli.terminal import Terminal
 @click.option("--tokens", type=TOKENS, help="At most this many tokens of text. Default: all.")
 @click.option("--context", type=TokenCounts(), metavar="N,N", help="Tokens per block, such as 1k,8k.")
 @click.option(
-    "--tasks", metavar="NAMES", help="Tasks of lm_eval, separated by commas (requires linearize-cli[eval])."
+    "--tasks", metavar="NAMES", help="Tasks of lm_eval, separated by commas (requires the package lm_eval)."
 )
 @trust_option
 @checksums_option

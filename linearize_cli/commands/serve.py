@@ -40,7 +40,7 @@ def serve(terminal: Terminal, **arguments: Any) -> None:
     except ImportError as error:
         raise UserError(
             f"serve needs packages that cannot be imported: {error}",
-            'Install them: pip install "linearize-cli[serve]"',
+            "Install them: pip install 'transformers[serving]'",
         ) from None
     run(
         **arguments, quiet=terminal.quiet, say=partial(terminal.out.print, soft_wrap=True), note=terminal.note

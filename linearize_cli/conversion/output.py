@@ -82,10 +82,13 @@ class Output(Workspace):
         folder = self.folder
         if not os.path.lexists(folder):
             return
+        why = reason_to_keep(folder, job)
+        if force and why:
+            raise UserError(f"{folder} {why}, so --force does not delete it", ELSEWHERE)
+        if why:
+            raise UserError(f"{folder} already exists. It {why}", ELSEWHERE)
         if not force:
             raise UserError(f"{folder} already exists", f"Pass --force to replace it. {ELSEWHERE}")
-        if why := reason_to_keep(folder, job):
-            raise UserError(f"{folder} {why}, so --force does not delete it", ELSEWHERE)
 
     def put_in_place(self, job: Job, report: dict[str, Any]) -> None:
         """Rename the new artifact to DIR. If the run is killed, DIR is either the old or the new artifact.

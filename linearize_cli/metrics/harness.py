@@ -28,7 +28,7 @@ class Harness:
         except ImportError as error:
             raise UserError(
                 f"--tasks needs lm_eval, which cannot be imported: {error}",
-                'Install it: pip install "linearize-cli[eval]"',
+                "Install it: pip install 'lm_eval>=0.4.9'",
             ) from None
         self.evaluate, self.model, self.names = lm_eval.simple_evaluate, HFLM, list(names)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

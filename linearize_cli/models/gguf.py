@@ -174,7 +174,7 @@ def read_header(file: Path) -> Header:
     if not is_gguf_available():
         raise UserError(
             f"{file} needs the package gguf, which is not installed.",
-            "Install it: pip install 'linearize-cli[gguf]'",
+            "Install it: pip install 'gguf>=0.10.0'",
         )
     try:
         header = _parsed(file)

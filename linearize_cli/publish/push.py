@@ -1,6 +1,7 @@
 """`push`: upload an artifact to the Hugging Face Hub."""
 
 import glob
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ def push(
         from linearize_cli.publish.gate import check_publishable  # imports torch
 
         check_publishable(folder, [file["path"] for file in files], trust_remote_code, note)
+    if named := naming_folders(folder, [file["path"] for file in files]):
+        note(f"these files name folders of this machine, which the Hub will show: {', '.join(named)}")
     api = HfApi(token=token or False)
     commit = pull_request = None
     try:
@@ -108,6 +111,8 @@ def push(
                     delete_patterns=list(STALE),
                 )
                 commit = info.oid
+                if create_pr and pull_request is None:
+                    note("the repository has these files already: no pull request was opened")
     except (HTTPError, OSError, RuntimeError, *MALFORMED) as error:
         raise _explained(
             error, api.endpoint, repo_id or "the repository", revision, token, create_pr
@@ -122,6 +127,19 @@ def push(
         "bytes": sum(file["size"] for file in files),
         "dry_run": dry_run,
     }
+
+
+def naming_folders(folder: Path, files: list[str]) -> list[str]:
+    """Return the JSON and YAML files that name files or folders of this machine by their absolute paths."""
+    found = []
+    for name in files:
+        if name.endswith((".json", ".yaml")) and not name.startswith("tokenizer"):
+            paths = re.findall(
+                r'(?:"|: |- )(/[^"\n]+)', (folder / name).read_text(encoding="utf-8", errors="replace")
+            )
+            if any(os.path.exists(path) for path in paths):
+                found.append(name)
+    return found
 
 
 def _check_name(repo_id: str) -> None:

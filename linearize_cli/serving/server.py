@@ -20,6 +20,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -37,6 +38,8 @@ from linearize_cli.serving.requests import ChatRequest, Checked, CompletionReque
 GRACE = 2  # seconds that running requests have to end after Ctrl-C
 # Set when the client of the request at hand has gone.
 GONE: ContextVar[Event] = ContextVar("gone")
+# True while the request at hand continues a text, whose last word and the first new one are then apart as they should.
+CONTINUES: ContextVar[bool] = ContextVar("continues", default=False)
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -78,11 +81,29 @@ class Answers(GenerateManager):
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.prepare(inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        runs: list[Callable] = []
+        self.submit = runs.append  # the run has to wait until its streamer is complete
+        try:
+            queue, streamer = super().generate_streaming(
+                model, processor, inputs, gen_config, *args, **kwargs
+            )
+        finally:
+            del self.submit
+        if CONTINUES.get():
+            streamer._decode_stream = DecodeStream(inputs["input_ids"][0].tolist(), skip_special_tokens=True)
+        self.submit(*runs)
+        return queue, streamer
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.prepare(inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        text, length, ids = await super().generate_non_streaming(
+            model, processor, inputs, gen_config, *args, **kwargs
+        )
+        if self.ended:
+            raise HTTPException(503, "the server was stopped before the answer was complete")
+        if CONTINUES.get():
+            text = continuation(processor, inputs["input_ids"][0].tolist(), ids.tolist(), text)
+        return text, length, ids
 
     def prepare(self, inputs: dict[str, Any], generation: GenerationConfig) -> None:
         """Check a prompt, and complete the arguments of the model's `generate`.
@@ -125,6 +146,17 @@ class Answers(GenerateManager):
             time.sleep(0.02)
 
 
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int], alone: str) -> str:
+    """Return the text of new tokens after a prompt. Decoded alone, a first word may lose the space before it.
+
+    Args:
+        prompt, new: tokens.
+        alone: the text of the new tokens alone, for a tokenizer that decodes a prompt differently if more follows.
+    """
+    before, all_of_it = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
+    return all_of_it[len(before) :] if all_of_it.startswith(before) else alone
+
+
 class State(GenerationState):
     """The state that transformers' handlers share: it gives all of them the same `Answers`."""
 
@@ -160,6 +192,7 @@ class Completions(Sampled, CompletionHandler):
         bos = tokenizer.bos_token_id
         if bos is not None and tokenizer(body["prompt"])["input_ids"][:1] != [bos]:
             body = {**body, "prompt": tokenizer.bos_token + body["prompt"]}
+        CONTINUES.set(True)
         return await super().handle_request(body, request_id)
 
 

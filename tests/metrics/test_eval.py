@@ -244,7 +244,7 @@ def test_command_line(teacher, artifact, tmp_path, capsys):
 
 
 def test_lm_eval_task_of_ones_own(teacher, artifact, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'linearize-cli[eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval")
     lines = [{"question": "a fox", "choices": ["a", "sat"], "label": i % 2} for i in range(6)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = tmp_path / "foxes.yaml"

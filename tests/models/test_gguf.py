@@ -266,7 +266,7 @@ def test_sizes_beyond_the_file_are_refused_at_once(tmp_path, model):
 def test_no_package(file, monkeypatch):
     monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
     message = refusal(file)
-    assert f"{file} needs the package gguf" in message and "pip install 'linearize-cli[gguf]'" in message
+    assert f"{file} needs the package gguf" in message and "pip install 'gguf>=0.10.0'" in message
 
 
 def test_the_command_writes_nothing(file, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`serve`: the answers are `generate`'s, bad requests are refused, and Ctrl-C ends it."""
 
+import asyncio
 import json
 import re
 import signal
@@ -12,16 +13,18 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
 from fastapi import HTTPException
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from linearize_cli import convert, load
 from linearize_cli.cli import main
-from linearize_cli.serving.server import GONE, PLAIN_TEMPLATE, Answers
+from linearize_cli.serving.server import CONTINUES, GONE, PLAIN_TEMPLATE, Answers, continuation
 from linearize_cli.speculative.generate import generate
 
 NEW = 24  # tokens of each answer, some segments of the state
@@ -82,8 +85,10 @@ def test_fifty_requests_are_answered_with_the_tokens_of_generate(artifact, clien
 
     def expected(prompt, chat):
         if not chat:
-            done = generate(str(artifact), prompt, max_new=NEW)
-            return tokenizer.decode(done["tokens"], skip_special_tokens=True)
+            new, ids = generate(str(artifact), prompt, max_new=NEW)["tokens"], tokenizer(prompt)["input_ids"]
+            before, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (ids, ids + new))
+            assert text.startswith(before)
+            return text[len(before) :]
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             chat_template=PLAIN_TEMPLATE,
@@ -113,6 +118,52 @@ def test_fifty_requests_are_answered_with_the_tokens_of_generate(artifact, clien
     for case, found in zip(cases, answers, strict=True):
         assert found == expected(*case[:2]), case
     assert len({*answers}) > 25
+
+
+def words_with_spaces():
+    """A tokenizer whose words hold the space before them, as SentencePiece's do. Its decoder drops the first one."""
+    words = {f"▁{word}": number for number, word in enumerate(("once", "upon", "a", "time"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="▁a"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    tokenizer = words_with_spaces()
+    prompt, new = [tokenizer(text)["input_ids"] for text in ("once upon", "a time")]
+    assert tokenizer.decode(new) == "a time"
+    assert continuation(tokenizer, prompt, new, "a time") == " a time"
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_streamed_continuation_too(continues, monkeypatch):
+    tokenizer, parts = words_with_spaces(), []
+    prompt, new = [tokenizer(text)["input_ids"] for text in ("once upon", "a time")]
+
+    class Model:
+        def generate(self, input_ids, streamer, **options):
+            streamer.put(input_ids)
+            for token in new:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+
+    async def run():
+        answers = Answers(task_of_all_tokens(), None)
+        CONTINUES.set(continues)
+        GONE.set(Event())
+        inputs = {"input_ids": torch.tensor([prompt])}
+        queue, _ = answers.generate_streaming(
+            Model(), tokenizer, inputs, GenerationConfig(max_new_tokens=2), "request"
+        )
+        while (part := await queue.get()) is not None:
+            parts.append(part)
+
+    asyncio.run(run())
+    assert "".join(parts) == (" a time" if continues else "a time")
+
+
+def task_of_all_tokens():
+    return SimpleNamespace(check_tokens=lambda ids: None)
 
 
 def test_sampling_options_reach_the_model(client):
