@@ -17,7 +17,6 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto import modeling_auto
-from transformers.utils import is_peft_available
 
 from linearize_cli.checksums import check_folder
 from linearize_cli.runtime.adapt import adapt
@@ -175,11 +174,12 @@ def add_lora_targets(base_type: str) -> None:
     Args:
         base_type: the model type of the base model. PEFT goes by the model type, which linearized models share.
     """
-    if is_peft_available():
+    try:  # transformers' loader of remote code requires every package that is imported outside a `try`
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
-
-        own = LinearizedConfig.model_type
-        targets[own] = list(dict.fromkeys([*targets.get(own, ()), *targets.get(base_type, ())]))
+    except ImportError:
+        return
+    own = LinearizedConfig.model_type
+    targets[own] = list(dict.fromkeys([*targets.get(own, ()), *targets.get(base_type, ())]))
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

@@ -1,13 +1,11 @@
 """Triton's forms against the references in fp64: outputs, states and the chunked forms' gradients."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton_case
 from interpreted import printed
-from linearize_kernels import triton as triton_folder
 from linearize_kernels.ops.backend import prefill, why_not_prefill
 from linearize_kernels.torch_forms.grouped import Groups
 from linearize_kernels.torch_forms.sliding import Tokens
@@ -16,6 +14,8 @@ from linearize_kernels.triton.nodes import why_not as why_not_nodes
 from transformers.dynamic_module_utils import get_imports
 from triton_case import CASES, CAUSAL, GROUP_CASES, LAYERS, PACKED, layer
 from triton_node_case import NODE_CASES, NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
+
+from linearize_cli.runtime.bundle import copy_code
 
 pytest.importorskip("triton")
 
@@ -149,7 +149,9 @@ def test_without_triton(monkeypatch):
     assert why_not_prefill(attention, *heads, chunk) == "triton is not installed"
 
 
-def test_a_loader_of_artifacts_does_not_demand_triton():
-    paths = list(Path(triton_folder.__file__).parent.glob("*.py"))
-    assert len(paths) > 3
-    assert all("triton" not in get_imports(path) for path in paths)
+def test_a_loader_of_artifacts_demands_torch_and_transformers_alone(tmp_path):
+    copy_code(tmp_path, None)
+    paths = list(tmp_path.glob("*.py"))
+    assert len(paths) > 30
+    demanded = {package for path in paths for package in get_imports(path)}
+    assert demanded <= {"torch", "transformers"}, demanded
