@@ -184,10 +184,10 @@ FAULTS = [
         "rows",
     ),
     Fault(
-        "a row's last token that is taken for a pad behind it",
+        "rows behind pads that lose their last token",
         f"{ROWS}:rows_alike",
-        "end = torch.where(valid, place + 1, 0).amax(-1)",
-        "end = torch.where(valid, place + 1, 0).amax(-1) - (valid.sum(-1) > 8).long()",
+        "slice(*span)",
+        "slice(span[0], span[1] - (span[0] > 0))",
         "rows",
     ),
     Fault(
