@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers that this package supports, 5.17 to 5.23."""
+"""The differences between the versions of transformers that this package supports, 5.17 to 5.23."""
 
 import transformers
 

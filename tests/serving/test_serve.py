@@ -24,7 +24,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from linearize_cli import convert, load
 from linearize_cli.cli import main
-from linearize_cli.serving.server import CONTINUES, GONE, PLAIN_TEMPLATE, Answers, continuation
+from linearize_cli.serving.answers import CONTINUES, GONE, Answers, continuation
+from linearize_cli.serving.server import PLAIN_TEMPLATE
 from linearize_cli.speculative.generate import generate
 
 NEW = 24  # tokens of each answer, some segments of the state
