@@ -268,14 +268,19 @@ def use_config(context: click.Context, option: click.Parameter, file: str | None
         near = difflib.get_close_matches(min(unknown), known, 1)
         hint = f"Did you mean {near[0]}? {hint}" if near else hint
         raise UserError(f"--config {file}: there is no option {first_five(unknown)}", hint)
-    try:
-        context.default_map = {
-            str(known[name].name): as_typed(name, known[name], value)
-            for name, value in found.items()
-            if value is not None
-        }
-    except ValueError as error:
-        raise UserError(f"--config {file}: {error}", hint) from None
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        if value is None:
+            continue
+        parameter = known[name]
+        try:
+            values[str(parameter.name)] = as_typed(name, parameter, value)
+            parameter.type_cast_value(context, values[str(parameter.name)])
+        except ValueError as error:
+            raise UserError(f"--config {file}: {error}", hint) from None
+        except click.BadParameter as error:
+            raise UserError(f"--config {file}: {name}: {error.message}", hint) from None
+    context.default_map = values
 
 
 def as_typed(name: str, option: click.Parameter, value: Any) -> Any:

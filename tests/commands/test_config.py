@@ -110,12 +110,12 @@ def test_a_value_is_written_so_that_it_is_read_again(value, text):
         ("data: {a: b}\nmodel: tiny", "data takes one value"),
         ("- 1", "holds no options"),
         ("", "holds no options"),
-        ("seq-len: many\nmodel: tiny", "'many' is not a valid integer"),
+        ("seq-len: many\nmodel: tiny", "run.yaml: seq-len: 'many' is not a valid integer"),
         ("a: [", "run.yaml"),
         ("config: other.yaml", "no option config"),
         ("seq-len: 64", "Missing argument 'MODEL'"),
         ("seq-len: [1, 2]\nmodel: tiny", "seq-len takes one value"),
-        ("no-train: 5\nmodel: tiny", "--no-train"),
+        ("no-train: 5\nmodel: tiny", "run.yaml: no-train: "),
     ],
 )
 def test_a_wrong_file_is_refused(called, tmp_path, capsys, text, words):
