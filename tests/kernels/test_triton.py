@@ -13,6 +13,7 @@ from linearize_kernels.triton.nodes import commit_, decode_one_token, tree
 from linearize_kernels.triton.nodes import why_not as why_not_nodes
 from transformers.dynamic_module_utils import get_imports
 from triton_case import CASES, CAUSAL, GROUP_CASES, LAYERS, PACKED, layer
+from triton_fused_case import FUSED
 from triton_node_case import NODE_CASES, NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 from linearize_cli.runtime.bundle import copy_code
@@ -48,6 +49,13 @@ def test_outputs_and_gradients(form, name, errors):
 @pytest.mark.parametrize("form", LAYERS)
 def test_a_layer_that_triton_computes(form, errors):
     assert max(errors["layers"][form]) < 1e-4, errors["layers"][form]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_prefill(name, errors):
+    found = errors["fused"][name]
+    bound = BOUNDS[FUSED[name].get("dtype", torch.float32)]
+    assert max(found.values()) <= (2e-6 if bound == 1e-5 else bound), found
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -135,7 +135,8 @@ def compiled(kernel, values, chip):
             signature[parameter.name] = TYPES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or parameter.name == "rows":
+        aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor) or (aligned and not parameter.is_constexpr):  # as a launch does
             divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

@@ -335,6 +335,7 @@ if __name__ == "__main__":
     torch.set_default_device(device)
     from linearize_kernels.torch_forms import grouped, sliding
     from linearize_kernels.triton import forms
+    from triton_fused_case import FUSED, fused_errors
     from triton_node_case import NODE_CASES, node_errors
 
     found = {
@@ -351,4 +352,6 @@ if __name__ == "__main__":
     sys.modules["linearize_kernels.ops.varlen"].SEGMENT = 2  # so that short sequences have several
     found["packed"] = {name: packed_errors(**case) for name, case in PACKED.items()}
     found["leaks"] = {name: leaks(**LAYERS[name]) for name in CAUSAL}
+    sys.modules["linearize_kernels.ops.fused"].SEGMENT = 64  # so that short texts have several
+    found["fused"] = {name: fused_errors(**case) for name, case in FUSED.items()}
     print(json.dumps(found))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.equation import LinearAttention, accumulator
+from linearize_kernels.ops import fused
 from linearize_kernels.ops.prefill import grouped_segment, sliding_segment
 from linearize_kernels.ops.trial import failure
 from linearize_kernels.state import State
@@ -34,16 +35,18 @@ class Form(NamedTuple):
         segment: the function that prepares the inputs of a segment (consecutive tokens) and runs `torch` or
             `triton`.
         torch, triton: the two implementations, with the same arguments and results.
+        fused: the function that computes a segment in Triton without preparing anything.
     """
 
     segment: Callable
     torch: Callable
     triton: Callable
+    fused: Callable
 
 
 FORMS = {  # by scope, score and combine
-    ("sliding", "softmax", "shared"): Form(sliding_segment, sliding, triton_sliding),
-    ("group", "relu2", "none"): Form(grouped_segment, grouped, triton_grouped),
+    ("sliding", "softmax", "shared"): Form(sliding_segment, sliding, triton_sliding, fused.sliding),
+    ("group", "relu2", "none"): Form(grouped_segment, grouped, triton_grouped, fused.grouped),
 }
 
 
@@ -57,21 +60,24 @@ class Prefill(NamedTuple):
         chunk: tokens in a chunk.
         dtype: the dtype in which q, k, v and features are passed to the implementation. It is the inputs'
             dtype for Triton, which sums products in fp32. For torch it is fp32 (or fp64 for fp64 inputs).
+        is_fused: True if Triton's fused kernels compute the segment (see `ops.fused`).
     """
 
     name: str
     form: Form
     chunk: int
     dtype: torch.dtype
+    is_fused: bool = False
 
     def __call__(
-        self, attention: LinearAttention, state: State, count: int, *heads: Tensor
+        self, attention: LinearAttention, state: State | None, count: int, *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the attention of one segment, T consecutive tokens.
 
         Args:
             attention: the layer's parameters.
-            state: the state after the tokens before the segment.
+            state: the state after the tokens before the segment. It may be None before the first token, if the
+                kernels are fused.
             count: the number of tokens before the segment, the same in every row.
             heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
 
@@ -84,6 +90,8 @@ class Prefill(NamedTuple):
         with torch.autocast(
             heads[0].device.type, enabled=False
         ):  # it would narrow some products, and not others
+            if self.is_fused:
+                return self.form.fused(attention, state, count, heads, self.chunk)
             return self.form.segment(attention, state, count, heads, self.chunk, self.dtype, run)
 
 
@@ -125,7 +133,7 @@ def prefill(
         return None
     own = eq.size if eq.scope == "group" else chunk
     if wants_triton(attention, q):
-        plan = Prefill("triton", form, own or eq.chunk, q.dtype)
+        plan = Prefill("triton", form, own or eq.chunk, q.dtype, fused.can_fuse(attention, q) and not packed)
         reason = why_not_prefill(attention, *heads, plan.chunk, packed)
         if reason is None and attention.impl == "auto":
             reason = trial(attention, plan, q)

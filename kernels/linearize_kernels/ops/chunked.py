@@ -210,7 +210,7 @@ def append(attention: LinearAttention, state: State, count: int, k: Tensor, v: T
         position = torch.arange(folds.start, length, device=k.device)[None] + (count - eq.recent)
         dropped_k, dropped_v = dropped
         S, z = attention.far.append(S, z, dropped_k, dropped_v, position)
-    return after(state, S, z, count, k, v)
+    return after(attention, state, S, z, count, k, v)
 
 
 def nodes(
@@ -275,14 +275,13 @@ def chunked(
     """
     in_step = state is None and valid is None
     groups = rows_alike(attention, state, valid, q, sink_logits is not None)
-    if state is None:
-        state = attention.empty_state(q.shape[0], q.device, k.dtype)
+    empty = partial(attention.empty_state, q.shape[0], q.device, k.dtype)
     if groups is not None and (valid is not None or len(groups) > 1):
 
         def group(before: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
             return chunked(attention, before, q, k, v, None, sink_logits, chunk, segment)
 
-        return by_groups(groups, state, q, k, v, group)
+        return by_groups(groups, state or empty(), q, k, v, group)
     count = groups[0].before if groups else 0 if in_step else rows_count(state, valid)
     plan = prefill(attention, (q, k, v), count, sink_logits is not None, chunk)
     segment = segment or segment_tokens(plan, q)
@@ -294,22 +293,26 @@ def chunked(
     for own_q, own_k, own_v, own in zip(*parts, pads, strict=True):
         size = own_q.shape[-2]
         plan = prefill(attention, (own_q, own_k, own_v), count, sink_logits is not None, chunk)
+        if state is None and (plan is None or not plan.is_fused or size < attention.equation.recent):
+            state = empty()
         if plan is not None and count is not None:
             compute = partial(recompute, plan) if recomputes else plan
             out, S, z = compute(attention, state, count, own_q, own_k, own_v)
-            state = after(state, S, z, count, own_k, own_v)
+            state = after(attention, state, S, z, count, own_k, own_v)
         else:
+            assert state is not None
             attention.ran = "block"
             slots = chunk or attention.equation.chunk
             heads = own_q, own_k, own_v
             out, state = run_segment(attention, state, count, *heads, own, sink_logits, slots, in_step)
         outputs.append(out.to(q.dtype))
         count = None if count is None else count + size
+    assert state is not None  # there is at least one token
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2), state
 
 
 def recompute(
-    plan: Prefill, attention: LinearAttention, state: State, count: int, *heads: Tensor
+    plan: Prefill, attention: LinearAttention, state: State | None, count: int, *heads: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a segment with gradient checkpointing: its activations are recomputed in the backward.
 
@@ -327,7 +330,7 @@ def recompute(
     """
     equation = attention.equation
 
-    def compute(state: State, count: int, *heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(state: State | None, count: int, *heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         current, attention.equation = attention.equation, equation
         try:
             return plan(attention, state, count, *heads)

@@ -55,7 +55,7 @@ def sliding_segment(
     q = copy_pad(q.contiguous().unflatten(1, (eq.far_heads, -1)), fill)
     keys = eq.to_far_heads(timeline(state.recent_k, k, count, fill, ahead, copy_pad))
     values = eq.to_far_heads(timeline(state.recent_v, v, count, fill, ahead))
-    sinks = (eq.to_far_heads(x) for x in sinks_with(state, count, k, v))
+    sinks = (eq.to_far_heads(x) for x in sinks_with(state, count, k, v, eq.sinks))
     phi_q = phi_k = mix = None
     far = far_read(attention)
     if far is not None:
@@ -224,16 +224,20 @@ def far_factor(attention: LinearAttention, q: Tensor, position: Tensor, length: 
     return factor.masked_fill(nothing, float("-inf"))
 
 
-def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
+def sinks_with(state: State | None, count: int, k: Tensor, v: Tensor, sinks: int) -> list[Tensor]:
     """Return the sinks' keys `[B, kv, sinks, D]` and values `[B, kv, sinks, Dv]` after new tokens.
 
     Args:
-        state: the state before them.
+        state: the state before them. None before the first token, if there are at least `sinks` new ones.
         count: the number of earlier tokens, the same in every row.
         k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`. They are sinks if they are among a row's
             first.
+        sinks: the number of attention sinks.
     """
-    sinks = state.sink_k.shape[-2]
+    if not sinks:
+        return [x.new_empty(*x.shape[:-2], 0, x.shape[-1]) for x in (k, v)]
+    if state is None:
+        return [x[..., :sinks, :].clone(memory_format=torch.contiguous_format) for x in (k, v)]
     first, second = (min(tokens, sinks) for tokens in (count, count + k.shape[-2]))
     if first == sinks:
         return [state.sink_k, state.sink_v]
@@ -243,32 +247,36 @@ def sinks_with(state: State, count: int, k: Tensor, v: Tensor) -> list[Tensor]:
     ]
 
 
-def after(state: State, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor) -> State:
+def after(
+    attention: LinearAttention, state: State | None, S: Tensor, z: Tensor, count: int, k: Tensor, v: Tensor
+) -> State:
     """Return the state after new tokens, with given S and z. This function updates the sinks, the recent
     tokens and the count.
 
     Args:
-        state: the state before the tokens.
+        state: the state before the tokens. None before the first token, if there are at least R new ones.
         S, z: those after the tokens, `[B, far, F, Dv]` and `[B, far, F]`.
         count: the number of earlier tokens, the same in every row.
         k, v: the new tokens, `[B, kv, T, D]` and `[B, kv, T, Dv]`.
     """
-    recent, length = state.recent_k.shape[-2], k.shape[-2]
+    eq, batch, length = attention.equation, len(k), k.shape[-2]
+    end, whole = count + length, length >= eq.recent
 
-    def last(old: Tensor, new: Tensor) -> Tensor:
-        kept = old[..., min(length, recent) :, :]
-        return torch.cat([kept, new[..., max(length - recent, 0) :, :]], -2)
+    def last(old: Tensor | None, new: Tensor) -> Tensor:
+        recent = new[..., max(length - eq.recent, 0) :, :]
+        if old is None or whole:
+            return recent.clone(memory_format=torch.contiguous_format)
+        return torch.cat([old[..., length:, :], recent], -2)
 
-    end = count + length
-    position = torch.arange(end - recent, end, device=S.device).clamp_min(-1)
-    sink_k, sink_v = sinks_with(state, count, k, v)
+    position = torch.arange(end - eq.recent, end, device=S.device)
+    sink_k, sink_v = sinks_with(state, count, k, v, eq.sinks)
     return State(
         S,
         z,
         sink_k,
         sink_v,
-        recent_k=last(state.recent_k, k),
-        recent_v=last(state.recent_v, v),
-        recent_position=position.expand_as(state.recent_position),
-        count=state.count + length,
+        recent_k=last(None if state is None else state.recent_k, k),
+        recent_v=last(None if state is None else state.recent_v, v),
+        recent_position=(position if end >= eq.recent else position.clamp_min(-1)).expand(batch, -1),
+        count=torch.full((batch,), length, device=S.device) if state is None else state.count + length,
     )

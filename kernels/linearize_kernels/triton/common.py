@@ -157,30 +157,44 @@ def fold(
             tl.store(z + f, mass, mask=f < F)
 
 
-@triton.jit(do_not_specialize=("segments",))
-def carry(sums, totals, firsts, segments, SIZE: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=("segments", "cut"))
+def carry(
+    sums, totals, firsts, initial, segments, cut, SIZE: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     """Replace the sum of each segment of one packed sequence by the sum of all segments before it (an
     exclusive prefix sum).
 
     Args:
         sums: `[N, s, SIZE]`, replaced in place.
         totals: `[N, sequences, SIZE]`, receives the sum of each sequence, or None.
-        firsts: `[sequences + 1]`, the first segment of each sequence, and s.
+        firsts: `[sequences + 1]`, the first segment of each sequence, and s. None for one sequence of s - 1
+            segments. The last sum is then that of a part of a segment, and the total is the sum of the first
+            `cut` segments and of this part.
+        initial: `[N, SIZE]`, a sum before the first segment, or None.
         REVERSE: sum the segments after it instead.
     """
     state_head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
-    begin, end = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    if initial is not None:
+        total += tl.load(initial + state_head * SIZE + element, mask=element < SIZE, other=0.0).to(tl.float32)
+    if firsts is None:
+        begin, end = 0, segments - 1
+        rest = sums + (state_head * segments + end) * SIZE + element
+        last = total + tl.load(rest, mask=element < SIZE, other=0.0)
+    else:
+        begin, end = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+        last = total
     for step in range(begin, end):
         segment = begin + end - 1 - step if REVERSE else step
         pointers = sums + (state_head * segments + segment) * SIZE + element
         value = tl.load(pointers, mask=element < SIZE, other=0.0)
         tl.store(pointers, total, mask=element < SIZE)
         total += value
+        last += tl.where(segment < cut, value, 0.0)
     if totals is not None:
         pointers = totals + (state_head * tl.num_programs(1) + sequence) * SIZE + element
-        tl.store(pointers, total, mask=element < SIZE)
+        tl.store(pointers, last, mask=element < SIZE)
 
 
 INTERPRETED = not isinstance(fold, triton.JITFunction)
@@ -349,4 +363,4 @@ def carry_segments(sums: Tensor, totals: Tensor | None, packed: Packed, reverse:
     size = sums[0, 0].numel()
     grid = (heads, len(packed.firsts) - 1, triton.cdiv(size, WIDTH))
     options = dict(SIZE=size, REVERSE=reverse, WIDTH=WIDTH, num_warps=4, num_stages=2)
-    carry[grid](sums, totals, packed.firsts, segments, **options)
+    carry[grid](sums, totals, packed.firsts, None, segments, segments, **options)
