@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from linearize_cli.methods.registry import load_recipe
 from linearize_cli.metrics.timing import Run
+from linearize_cli.runtime.cache import LinearCacheLayer
 from linearize_cli.runtime.layer import equation
 
 METHODS = ("augmented", "augmented:flash")
@@ -95,8 +96,9 @@ def ours(method: str, sizes: Sizes, device: torch.device, generator: torch.Gener
     attention.to(device)
 
     def decoder(q: Tensor, k: Tensor, v: Tensor) -> Run:
-        state = chunked(attention, None, q, k, v)[1].compact()
-        return partial(chunked, attention, state, *(x[..., -1:, :] for x in (q, k, v)))
+        layer = LinearCacheLayer()
+        layer.attend(attention, q, k, v, None, None)
+        return partial(layer.attend, attention, *(x[..., -1:, :] for x in (q, k, v)), None, None)
 
     return Form(
         lambda q, k, v: chunked(attention, None, q, k, v)[0],

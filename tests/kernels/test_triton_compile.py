@@ -14,8 +14,18 @@ from triton_node_case import NODE_GROUP, NODE_SLIDING, draw_tokens, node_layer
 
 triton = pytest.importorskip("triton")
 
+from linearize_kernels import Equation, LinearAttention  # noqa: E402
+from linearize_kernels.ops.backend import FORMS, Prefill  # noqa: E402
 from linearize_kernels.ops.varlen import laid_out  # noqa: E402
-from linearize_kernels.triton import common, grouped, node_kernels, node_state  # noqa: E402
+from linearize_kernels.triton import (  # noqa: E402
+    common,
+    fused,
+    fused_grouped,
+    fused_sliding,
+    grouped,
+    node_kernels,
+    node_state,
+)
 from linearize_kernels.triton import sliding_bwd as backward  # noqa: E402
 from linearize_kernels.triton import sliding_fwd as forward  # noqa: E402
 from linearize_kernels.triton.nodes import commit_, decode_one_token, tree  # noqa: E402
@@ -37,6 +47,15 @@ GROUP = {
     "group_slot_gradients": grouped,
 }
 CARRY = {"carry": common}  # launched for packed sequences only
+FUSED = {
+    "sliding": {
+        "write_features": fused,
+        "segment_sums": fused,
+        "carry": fused,
+        "attend_segment": fused_sliding,
+    },
+    "group": {"segment_sums": fused, "carry": fused, "attend_groups": fused_grouped},
+}
 NODES = {"take_in": node_state, "attend_nodes": node_kernels, "fold_path": node_state}
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes of shared memory of a program
 SPILLED = 0  # bytes of stack that a thread may spill to
@@ -70,9 +89,10 @@ def recorded(chip, kernels, monkeypatch):
     recorders = {name: Recorder(getattr(module, name)) for name, module in kernels.items()}
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, recorders[name])
-    monkeypatch.setattr(
-        "linearize_kernels.triton.tuning.capability", lambda device: 8 if chip < 90 else chip // 10
-    )
+    for module in ("tuning", "fused"):
+        monkeypatch.setattr(
+            f"linearize_kernels.triton.{module}.capability", lambda device: 8 if chip < 90 else chip // 10
+        )
     return recorders
 
 
@@ -204,6 +224,55 @@ def check_fit(some, chip, tmp_path):
         print(f"{kernel.__name__} sm_{chip}: {registers} {stack} {binary.metadata.shared}")
         assert binary.metadata.shared <= SHARED[chip], kernel.__name__
         assert stack <= SPILLED, kernel.__name__
+
+
+FUSED_FORMS = {
+    "sliding": dict(size=64, feature_map="hedgehog", feature_dim=64, key_weight=True, conv_width=32, sinks=4),
+    "group": dict(
+        scope="group", size=64, score="relu2", feature_map="identity", combine="none", conv_width=32
+    ),
+}
+
+
+def fused_launches(form, chip, width, monkeypatch, dtype=torch.bfloat16, **parts):
+    """Record the launches of a text's first and second part."""
+    recorders = recorded(chip, FUSED["sliding"] | FUSED[form], monkeypatch)
+    geometry = dict(heads=4, kv_heads=2, key_dim=width, value_dim=width, scale=width**-0.5)
+    attention = LinearAttention(Equation(**geometry, **FUSED_FORMS[form] | parts))
+    eq = attention.equation
+    plan = Prefill("triton", FORMS[eq.scope, eq.score, eq.combine], 64, dtype, is_fused=True)
+    q, k, v = (torch.empty(1, 200, heads, width, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
+    with torch.no_grad():
+        plan(attention, None, 0, q, k, v)
+        plan(attention, attention.empty_state(1, "cpu", dtype), 200, q, k, v)
+    return launched(recorders)
+
+
+@pytest.mark.parametrize(
+    "form, chip, width",
+    [
+        pytest.param(form, chip, width, marks=() if (chip, width) == (90, 128) else pytest.mark.slow)
+        for form in FUSED
+        for chip in SHARED
+        for width in (64, 128)
+    ],
+)
+def test_fused_kernels_fit(form, chip, width, monkeypatch, tmp_path):
+    some = fused_launches(form, chip, width, monkeypatch)
+    assert {kernel.__name__ for kernel, _ in some} == FUSED[form].keys()
+    check_fit(some, chip, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form, feature_map", [("sliding", "relu"), ("sliding", "elu"), ("group", "hedgehog")]
+)
+@pytest.mark.parametrize("width", [40, 128])
+def test_other_fused_kernels_compile(form, feature_map, width, monkeypatch):
+    """Cases: other maps, odd widths, fp16, no conv, and features per query head."""
+    parts = dict(feature_map=feature_map, conv_width=0, per_query_head=True, feature_dim=48)
+    for kernel, values in fused_launches(form, 90, width, monkeypatch, torch.float16, **parts):
+        assert compiled(kernel, values, 90).metadata.shared <= SHARED[90], kernel.__name__
 
 
 NODE_FORMS = {

@@ -150,6 +150,8 @@ def trial(attention: LinearAttention, plan: Prefill, q: Tensor) -> str | None:
     """Return why a layer's Triton kernels fail on the device of q, or None if they run (see `ops.trial`)."""
 
     def run(*heads: Tensor) -> Tensor:
+        if plan.is_fused:  # compiled apart from the kernels that read a state
+            plan(attention, None, 0, *heads)
         return plan(attention, attention.empty_state(1, q.device, q.dtype), 0, *heads)[0]
 
     return failure(attention, q, "prefill and training", 2 * plan.chunk, run)

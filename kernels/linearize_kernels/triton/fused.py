@@ -368,8 +368,8 @@ def sums(heads: Heads, phi: Features, far_heads: int, place: Place) -> tuple[Ten
     before_S = q.new_empty(count, places, options["F"], v.shape[-1], dtype=torch.float32)
     before_z = before_S.new_empty(before_S.shape[:-1])
     segment_sums[(count, places, triton.cdiv(v.shape[-1], options["BV"]))](
-        read_k, v, read_recent_k, recent_v, phi.k, phi.key_weight, before_S, before_z, length, place.lead + length, place.skip,
-        place.lead, place.cut, *strides(k, v), BS=64, **options | dict(num_stages=2),
+        read_k, v, read_recent_k, recent_v, phi.k, phi.key_weight, before_S, before_z, length, place.lead + length,
+        place.skip, place.lead, place.cut, *strides(k, v), BS=64, **options | dict(num_stages=2),
     )  # fmt: skip
     after = []
     for total, initial in ((before_S, S), (before_z, z)):
