@@ -38,7 +38,8 @@ def fails_in_the_backward(*arguments):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """kernels(function): on this machine, Triton's sliding form is `function`."""
+    """kernels(function): on this machine, Triton's sliding form is `function`, and there is no fused prefill."""
+    monkeypatch.setattr(backend.fused, "can_fuse", lambda *arguments: False)
     monkeypatch.setattr(backend, "wants_triton", lambda attention, q: attention.impl != "torch")
     monkeypatch.setattr(backend, "why_not_prefill", lambda *arguments: None)
     monkeypatch.setattr(trial, "_said", set())
@@ -91,6 +92,18 @@ def test_the_backward_is_tried_for_training_alone(kernels, heads):
     with pytest.warns(UserWarning, match="out of resource: shared memory$"):
         attended(attention, heads).sum().backward()
     assert attention.ran == "torch" and attention.conv.grad is not None
+
+
+def test_fused_prefill_is_tried_too(kernels, heads, monkeypatch):
+    kernels(sliding)
+    monkeypatch.setattr(backend.fused, "can_fuse", lambda *arguments: not torch.is_grad_enabled())
+    monkeypatch.setitem(backend.FORMS, FORM, backend.FORMS[FORM]._replace(fused=fails))
+    attention = layer(**LAYERS["sliding"])
+    with torch.no_grad(), pytest.warns(UserWarning, match="no C compiler found$"):
+        attended(attention, heads)
+    assert attention.ran == "torch"
+    attended(attention, heads)  # with gradients, the other kernels run
+    assert attention.ran == "triton"
 
 
 def test_triton_by_name_raises_the_error_itself(kernels, heads):
