@@ -1,10 +1,10 @@
 """What the fused forward kernels of both chunked forms share: tokens in place, features, and sums by segment.
 
 The kernels read q, k and v where the model's projections wrote them, in any layout, and compute features, key weights
-and masks themselves. Nothing is copied or stored between q, k, v and the outputs but the sums S and z before each
-segment, which is a row of SPAN chunks that one program works through. `common` explains the names in capitals.
+and masks themselves. In memory they keep only Hedgehog's features, and the sums S and z before each segment. A segment
+is SPAN chunks that follow one another, and one program works through it. `common` explains the names in capitals.
 
-A slot is the place of one token's key and value, as in `torch_forms.chunks`: slot s holds the new token `s - LEAD`.
+A slot is the place of one token's key and value, as in `torch_forms.chunks`: slot s holds the new token `s - lead`.
 Tokens below 0 are those of `recent_k` and `recent_v`, the last R of a state. Slots below `skip` are empty, or hold
 attention sinks.
 """
