@@ -15,6 +15,7 @@ import click
 import torch
 from linearize_kernels import LinearAttention, chunked
 from linearize_kernels.triton import fused, fused_grouped, fused_sliding
+from linearize_kernels.triton.fused_inputs import TILE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +47,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_s
 
 
 class Count(NamedTuple):
-    """What one layer's prefill moves, in bytes a token and head.
+    """Memory traffic of one layer's prefill, in bytes a token and head.
 
     Attributes:
         launches: torch operations that start work on the device.
@@ -91,7 +92,7 @@ class Recorded:
 
 
 def size(x: torch.Tensor) -> int:
-    """Return the bytes of a tensor, of which dimensions that are expanded count once."""
+    """Return the bytes of a tensor, counting expanded dimensions once."""
     return (
         x.element_size() * torch.Size(n for n, step in zip(x.shape, x.stride(), strict=True) if step).numel()
     )
@@ -127,8 +128,8 @@ def count(method: str, length: int, heads: int = 32, kv_heads: int = 32) -> Coun
 
 
 def flops(method: str) -> float:
-    """Return the kernels' FLOPs a token and head, with the tiles of an H200 and as many features as dimensions."""
-    parts, tile, square = load_recipe(method).to_dict()["attention"], fused_sliding.TILE, 2 * DIM * DIM
+    """Return the kernels' FLOPs a token and query head, with one KV head for each, and the tiles of an H200."""
+    parts, tile, square = load_recipe(method).to_dict()["attention"], TILE, 2 * DIM * DIM
     window, taps = parts["local"]["size"], parts["conv"]["width"] if parts.get("conv") else 0
     programs = -(-DIM // fused.VALUES)  # that repeat the scores
     sums = 3 * square  # S of a segment, S within the segment, and φ(q) S
@@ -136,16 +137,16 @@ def flops(method: str) -> float:
         columns = (window + tile) / 2
         return sums + 2 * DIM * columns * (programs + 1) + 2 * DIM * taps / 2
     columns = tile + window
-    projections = 4 * square / 2  # W of q and k, as two products of bfloat16
+    projections = 4 * square / 2  # W of q and k: fp32, so two products of bfloat16
     return sums + projections + 2 * DIM * (columns * (programs + 1) + tile * programs + tile + taps)
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--context", type=click.IntRange(1), default=1 << 15, show_default=True, help="Tokens.")
+@click.option("--context", type=click.IntRange(1024), default=1 << 15, show_default=True, help="Tokens.")
 @click.option("--heads", type=click.IntRange(1), default=32, show_default=True, help="Number of query heads.")
 @click.option("--kv-heads", type=click.IntRange(1), default=32, show_default=True, help="Number of KV heads.")
 def main(context: int, heads: int, kv_heads: int) -> None:
-    """Count both methods that have Triton kernels, and print what they move."""
+    """Count two methods that have Triton kernels, and print what they move."""
     softmax = 2 * DIM * context * context * heads / PEAK
     for method in METHODS:
         found = count(method, context, heads, kv_heads)

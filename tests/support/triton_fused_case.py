@@ -1,7 +1,7 @@
 """Triton's fused prefill, without gradients, against the torch forms in fp64: outputs and every part of the state."""
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -22,6 +22,8 @@ FUSED = {  # `turns` are the tokens of consecutive calls; a call with few tokens
     "conv beyond the window": dict(
         turns=(50, 31), **SLIDING | dict(size=9, conv_width=24, feature_map="relu")
     ),
+    "vectors that are not contiguous": dict(turns=(40, 30), transposed=True, **SLIDING),
+    "a state with noise in its empty slots": dict(turns=(4, 40), noise=True, **SLIDING),
     "odd widths": dict(turns=(50, 31), width=24, values=40, **SLIDING | dict(feature_dim=12)),
     "bfloat16": dict(turns=(75, 20), dtype=torch.bfloat16, **SLIDING),
     "float16": dict(turns=(75, 20), dtype=torch.float16, **SLIDING),
@@ -33,6 +35,8 @@ FUSED = {  # `turns` are the tokens of consecutive calls; a call with few tokens
         turns=(70, 70), **GROUP | dict(feature_map="hedgehog", feature_dim=24, conv_width=17)
     ),
     "group, conv beyond a group": dict(turns=(40, 70), **GROUP | dict(conv_width=40)),
+    "group, vectors that are not contiguous": dict(turns=(40, 30), transposed=True, **GROUP),
+    "group, a state with noise in its empty slots": dict(turns=(4, 40), noise=True, **GROUP),
     "group, elu, no conv": dict(
         turns=(10, 70, 70), kv_heads=2, **GROUP | dict(feature_map="elu", conv_width=0)
     ),
@@ -41,10 +45,21 @@ FUSED = {  # `turns` are the tokens of consecutive calls; a call with few tokens
 }
 
 
-def fused_errors(turns, dtype=torch.float32, chunk=32, kv_heads=1, width=16, values=16, **parts):
+def fused_errors(
+    turns,
+    dtype=torch.float32,
+    chunk=32,
+    kv_heads=1,
+    width=16,
+    values=16,
+    transposed=False,
+    noise=False,
+    **parts,
+):
     """Compute the relative errors of the outputs, and of the state after all turns, by name.
 
-    q, k and v are views of tensors `[B, T, heads, X]`, as a model's projections make them.
+    q, k and v are views of tensors `[B, T, heads, X]`, as a model's projections make them. With `transposed`, their
+    last dimension is not contiguous. With `noise`, the state has large numbers where it has no recent tokens.
     """
     from linearize_kernels import Equation, LinearAttention, chunked
 
@@ -56,6 +71,8 @@ def fused_errors(turns, dtype=torch.float32, chunk=32, kv_heads=1, width=16, val
             parameter.add_(0.2 * torch.randn_like(parameter))
     shapes = (2, width), (kv_heads, width), (kv_heads, values)
     heads = [(torch.randn(2, sum(turns), n, x) + 0.3).to(dtype).transpose(1, 2) for n, x in shapes]
+    if transposed:
+        heads = [x.mT.contiguous().mT for x in heads]
     found = []
     for impl, wide in (("triton", dtype), ("torch", torch.float64)):
         copied = copy.deepcopy(attention).to(torch.float64 if impl == "torch" else torch.float32)
@@ -64,6 +81,10 @@ def fused_errors(turns, dtype=torch.float32, chunk=32, kv_heads=1, width=16, val
             for turn in zip(*(x.to(wide).split(turns, -2) for x in heads), strict=True):
                 out, state = chunked(copied, state, *turn, chunk=None if "scope" in parts else chunk)
                 outputs.append(out)
+                if noise:
+                    empty = (state.recent_position < 0)[:, None, :, None]
+                    recent = (x.masked_fill(empty, 100.0) for x in (state.recent_k, state.recent_v))
+                    state = replace(state, **dict(zip(("recent_k", "recent_v"), recent, strict=True)))
         states = {field.name: getattr(state, field.name) for field in fields(state)}
         found.append(dict(out=torch.cat(outputs, -2)) | states)
     errors = {}

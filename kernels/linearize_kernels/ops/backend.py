@@ -35,7 +35,7 @@ class Form(NamedTuple):
         segment: the function that prepares the inputs of a segment (consecutive tokens) and runs `torch` or
             `triton`.
         torch, triton: the two implementations, with the same arguments and results.
-        fused: the function that computes a segment in Triton without preparing anything.
+        fused: the function that computes a segment in Triton directly from q, k and v.
     """
 
     segment: Callable

@@ -296,8 +296,10 @@ def chunked(
         if state is None and (plan is None or not plan.is_fused or size < attention.equation.recent):
             state = empty()
         if plan is not None and count is not None:
-            compute = partial(recompute, plan) if recomputes else plan
-            out, S, z = compute(attention, state, count, own_q, own_k, own_v)
+            if recomputes and state is not None:
+                out, S, z = recompute(plan, attention, state, count, own_q, own_k, own_v)
+            else:
+                out, S, z = plan(attention, state, count, own_q, own_k, own_v)
             state = after(attention, state, S, z, count, own_k, own_v)
         else:
             assert state is not None
@@ -312,7 +314,7 @@ def chunked(
 
 
 def recompute(
-    plan: Prefill, attention: LinearAttention, state: State | None, count: int, *heads: Tensor
+    plan: Prefill, attention: LinearAttention, state: State, count: int, *heads: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a segment with gradient checkpointing: its activations are recomputed in the backward.
 
@@ -330,7 +332,7 @@ def recompute(
     """
     equation = attention.equation
 
-    def compute(state: State | None, count: int, *heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(state: State, count: int, *heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         current, attention.equation = attention.equation, equation
         try:
             return plan(attention, state, count, *heads)

@@ -12,18 +12,19 @@ from linearize_kernels.ops.prefill import far_read, sinks_with
 from linearize_kernels.parts.far import FeatureMemory
 from linearize_kernels.parts.feature_maps import Elu, FeatureMap, Hedgehog, Identity, Relu
 from linearize_kernels.state import State
+from linearize_kernels.torch_forms.chunks import zero_pad
 from linearize_kernels.triton.fused_inputs import TILE, Features, Heads, Place, Window
 
 MAPS: dict[type[FeatureMap], str] = {Hedgehog: "hedgehog", Identity: "identity", Elu: "elu", Relu: "relu"}
 SEGMENT = 1024  # slots of a segment
-WIDEST = 128  # the most dimensions of heads and of features: wider ones do not fit into registers
+MOST_DIMENSIONS = 128  # of heads and features: larger tiles do not fit into registers
 
 
 def can_fuse(attention: LinearAttention, q: Tensor) -> bool:
-    """Return True if the fused kernels compute the attention of q `[..., T, D]`, by an equation of which
-    `backend.form_of` has said that it has a fast form.
+    """Return True if the fused kernels can compute the attention of q `[..., T, D]`. `backend.form_of` must
+    already have found a fast form.
 
-    They do not compute gradients. On a GPU they need 16-bit dtypes, because products of fp32 need more registers.
+    They have no backward. On a GPU they need 16-bit dtypes, because products of fp32 need more registers.
     """
     eq, far = attention.equation, far_read(attention)
     if torch.is_grad_enabled() or not eq.causal or type(far) is not FeatureMemory:
@@ -31,7 +32,7 @@ def can_fuse(attention: LinearAttention, q: Tensor) -> bool:
     if type(far.q_map) not in MAPS or type(far.writing_map) is not type(far.q_map):
         return False
     narrow = not q.is_cuda or q.element_size() == 2
-    return narrow and max(eq.key_dim, *far.state_width) <= WIDEST
+    return narrow and max(eq.key_dim, *far.state_width) <= MOST_DIMENSIONS
 
 
 def sliding(
@@ -47,7 +48,7 @@ def sliding(
         state: the state before the tokens, or None before the first token.
         count: the number of earlier tokens, the same in every row.
         heads: q `[B, heads, T, D]`, k `[B, kv, T, D]` and v `[B, kv, T, Dv]`.
-        chunk: tokens in a chunk. The kernels work on at most `triton.fused.TILE` together.
+        chunk: tokens in a chunk. The kernels work on at most `TILE` together.
 
     Returns:
         The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the tokens.
@@ -55,15 +56,15 @@ def sliding(
     from linearize_kernels.triton import fused_sliding
     from linearize_kernels.triton.fused import given_features
 
-    eq, (_, k, v), length = attention.equation, heads, heads[0].shape[-2]
+    eq, length = attention.equation, heads[0].shape[-2]
     skip = max(0, eq.recent + eq.sinks - count)
     place = Place(min(chunk, TILE), eq.recent, skip, lead=eq.recent, rows=length, cut=length, segment=SEGMENT)
-    sinks = (
-        (x[..., : eq.sinks, :] for x in (k, v)) if state is None else sinks_with(state, count, k, v, eq.sinks)
-    )
-    window = Window(eq.size, eq.scale, count, attention.combine.mix, *sinks)
-    inputs, (name, weights, key_weight) = in_place(state, heads), parameters(attention)
-    with torch.cuda.device_of(k):
+    inputs, (name, weights, key_weight) = kernel_inputs(state, count, heads), parameters(attention)
+    sink_k, sink_v = (x[..., : eq.sinks, :] for x in (inputs.k, inputs.v))
+    if state is not None:
+        sink_k, sink_v = (x.contiguous() for x in sinks_with(state, count, inputs.k, inputs.v, eq.sinks))
+    window = Window(eq.size, eq.scale, count, attention.combine.mix, sink_k, sink_v)
+    with torch.cuda.device_of(inputs.k):
         phi, logits = given_features(inputs, name, weights, key_weight, eq.far_heads, place, window)
         assert logits is not None
         return fused_sliding.forward(inputs, phi, logits, eq.far_heads, place, window, attention.conv)
@@ -97,22 +98,31 @@ def grouped(
     place = Place(
         chunk, eq.recent, lead - before, lead, rows=end, cut=max(0, end - eq.recent), segment=SEGMENT
     )
-    inputs, (name, weights, key_weight) = in_place(state, heads), parameters(attention)
+    inputs, (name, weights, key_weight) = kernel_inputs(state, count, heads), parameters(attention)
     phi = Features(name, None, None, key_weight)
     factor = attention.combine.factor
     assert factor is not None
     with torch.cuda.device_of(heads[0]):
-        if weights[0] is not None:
+        if name == "hedgehog":
             phi, _ = given_features(inputs, name, weights, key_weight, eq.far_heads, place)
         return fused_grouped.forward(inputs, phi, eq.far_heads, place, factor, attention.conv)
 
 
-def in_place(state: State | None, heads: tuple[Tensor, Tensor, Tensor]) -> Heads:
-    """Return the inputs of the kernels: q, k and v, copied only if their vectors are not contiguous, and the state."""
+def kernel_inputs(state: State | None, count: int, heads: tuple[Tensor, Tensor, Tensor]) -> Heads:
+    """Return q, k, v and the state for the kernels. Only tensors whose last dimension is not contiguous are copied.
+
+    A state may hold anything in its slots of missing recent tokens. The kernels' conv reads them, so they are
+    set to zero.
+
+    Args:
+        count: the number of earlier tokens.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in heads)
     if state is None:
         return Heads(q, k, v, None, None, None, None)
-    return Heads(q, k, v, *(x.contiguous() for x in (state.recent_k, state.recent_v, state.S, state.z)))
+    missing = max(0, state.recent_k.shape[-2] - count)
+    recent_k, recent_v = (zero_pad(x[..., missing:, :], missing) for x in (state.recent_k, state.recent_v))
+    return Heads(q, k, v, *(x.contiguous() for x in (recent_k, recent_v, state.S, state.z)))
 
 
 def parameters(attention: LinearAttention) -> tuple[str, tuple[Tensor | None, Tensor | None], Tensor | None]:

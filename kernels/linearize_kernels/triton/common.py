@@ -161,16 +161,18 @@ def fold(
 def carry(
     sums, totals, firsts, initial, segments, cut, SIZE: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Replace the sum of each segment of one packed sequence by the sum of all segments before it (an
+    """Replace the sum of each segment of one sequence by the sum of all segments before it (an
     exclusive prefix sum).
 
     Args:
         sums: `[N, s, SIZE]`, replaced in place.
         totals: `[N, sequences, SIZE]`, receives the sum of each sequence, or None.
-        firsts: `[sequences + 1]`, the first segment of each sequence, and s. None for one sequence of s - 1
-            segments. The last sum is then that of a part of a segment, and the total is the sum of the first
-            `cut` segments and of this part.
+        firsts: `[sequences + 1]`, the first segment of each sequence, and s. With None there is one sequence of
+            s - 1 segments. The last entry of `sums` then holds a part of a segment, and the total is that of the
+            first `cut` segments plus this entry.
         initial: `[N, SIZE]`, a sum before the first segment, or None.
+        segments: s.
+        cut: see `firsts`. For packed sequences, at least s.
         REVERSE: sum the segments after it instead.
     """
     state_head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)

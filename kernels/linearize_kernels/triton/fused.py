@@ -1,12 +1,13 @@
-"""What the fused forward kernels of both chunked forms share: tokens in place, features, and sums by segment.
+"""Device functions and launchers that both fused forward kernels share: loading tokens, features, and sums by segment.
 
 The kernels read q, k and v where the model's projections wrote them, in any layout, and compute features, key weights
-and masks themselves. In memory they keep only Hedgehog's features, and the sums S and z before each segment. A segment
-is SPAN chunks that follow one another, and one program works through it. `common` explains the names in capitals.
+and masks themselves. In memory they keep only features (the group form only Hedgehog's), logits, and the sums S and z
+before each segment. A segment is SPAN chunks that follow one another, and one program works through it. `common`
+explains the names in capitals.
 
 A slot is the place of one token's key and value, as in `torch_forms.chunks`: slot s holds the new token `s - lead`.
-Tokens below 0 are those of `recent_k` and `recent_v`, the last R of a state. Slots below `skip` are empty, or hold
-attention sinks.
+Tokens below 0 are those of `recent_k` and `recent_v`, the last R of a state. Slots below `skip` are empty, hold
+attention sinks, or stand for tokens that are in S already.
 """
 
 from typing import Any
@@ -143,7 +144,7 @@ def write_features(
     """Compute the features of queries or keys, times ω(x) for keys. For the queries of the sliding form, compute the
     logits of the linear part and of the sinks, too.
 
-    Hedgehog's are `[softmax(x W), softmax(-x W)]`. The other maps have no W, and D features.
+    Hedgehog's features are `[softmax(x W), softmax(-x W)]`. The other maps have no W, and D features.
 
     Args:
         x, recent: `[B, HEADS, length, D]`, and the tokens before them `[B, HEADS, R, D]` or None.
@@ -211,7 +212,7 @@ def segment_sums(
 ):  # fmt: skip
     """Compute the sums of `φ(k) vᵀ` and of φ(k) over the slots of each segment, in fp32.
 
-    The last program of a head sums what remains of the slots below `cut` after the last whole segment below it.
+    The last program of each head sums the slots from the last whole segment below `cut` up to `cut`.
 
     Args:
         k, recent_k: None if the features are given.
@@ -260,8 +261,8 @@ def segment_sums(
 
 @triton.jit
 def read_sums(phi, S, z, WIDE: tl.constexpr):
-    """Compute `φ S` and `φ z` of some rows. The product with S is one of bfloat16, because S overflows fp16, or with
-    WIDE of fp32.
+    """Compute `φ S` and `φ z` of some rows. The product with S is in bfloat16, because S overflows fp16. With
+    WIDE it is in fp32.
     """
     mass = tl.sum(phi.to(tl.float32) * z[None, :], 1)
     if not WIDE:
@@ -274,7 +275,7 @@ def constants(heads: Heads, phi: Features, far_heads: int, place: Place, values:
 
     Args:
         far_heads: the number of heads of S.
-        values: dimensions of the values that a program works on, if there are more.
+        values: the most dimensions of the values in a program.
     """
     key_dim, value_dim = heads.q.shape[-1], heads.v.shape[-1]
     width = key_dim if phi.k is None else phi.k.shape[-1]
@@ -303,7 +304,7 @@ def few_values(q: Tensor) -> int:
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Return the strides of tensors `[B, heads, T, X]`, but for those of X, which are 1."""
+    """Return the strides of tensors `[B, heads, T, X]`, without the last one, which is 1."""
     return tuple(step for x in tensors for step in x.stride()[:-1])
 
 
@@ -358,8 +359,8 @@ def sums(heads: Heads, phi: Features, far_heads: int, place: Place) -> tuple[Ten
         far_heads: the number of heads of S.
 
     Returns:
-        S `[B far, segments + 1, F, Dv]` and z `[B far, segments + 1, F]`, the sums before each segment. The last place
-        of each head is another sum. Then S `[B, far, F, Dv]` and z `[B, far, F]` after the text.
+        S `[B far, segments + 1, F, Dv]` and z `[B far, segments + 1, F]`, the sums before each segment. The last entry
+        of each head holds a part of a segment. Then S `[B, far, F, Dv]` and z `[B, far, F]` after the text.
     """
     q, k, v, recent_k, recent_v, S, z = heads
     read_k, read_recent_k = (k, recent_k) if phi.k is None else (None, None)

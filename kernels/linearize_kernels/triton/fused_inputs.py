@@ -50,8 +50,8 @@ class Place(NamedTuple):
         recent: R, the recent tokens of a state.
         skip: the first slot that is neither empty nor a sink.
         lead: the slot of the first new token.
-        rows: the number of slots, from the first row on, that outputs are computed for.
-        cut: the sums after the text are those of the slots below.
+        rows: the number of query rows. In the group form, those before the first new token count too.
+        cut: the sums after the text include the slots below it.
         segment: slots in a segment.
     """
 
@@ -75,7 +75,7 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What the logits of the sliding form need.
+    """The window and the sinks of the sliding form.
 
     Attributes:
         size: tokens in the window.

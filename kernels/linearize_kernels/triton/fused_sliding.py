@@ -1,7 +1,7 @@
 """The fused forward kernel of the sliding form, without gradients. `fused` explains slots and segments.
 
-A program computes one head of a segment, chunk after chunk. It keeps S and z, to which it adds each chunk's oldest C
-slots after the chunk's queries have read it. `sliding_fwd` explains which keys are local and which are far.
+A program computes one head of a segment, chunk after chunk. After the chunk's queries have read S and z, the oldest C
+slots that the chunk reads are added to them. `sliding_fwd` explains which keys are local and which are far.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from linearize_kernels.triton.fused import (
     strides,
     sums,
 )
-from linearize_kernels.triton.fused_inputs import TILE, Features, Heads, Place, Window
+from linearize_kernels.triton.fused_inputs import Features, Heads, Place, Window
 from linearize_kernels.triton.sliding_fwd import load_vector, scores
 
 try:  # transformers' loader of remote code requires every package that is imported outside a `try`
@@ -36,7 +36,7 @@ def attend_segment(
     out_head, out_token, SPAN: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
     HEADS: tl.constexpr, KV: tl.constexpr, FAR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     MAP: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BS: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Compute the outputs of one segment of one query head, BV dimensions of the values.
 
@@ -47,7 +47,7 @@ def attend_segment(
         S, z: `[B FAR, places, F, Dv]` and `[B FAR, places, F]`, the sums before each segment.
         out: `[B, HEADS, T, Dv]`, is written.
         length: T.
-        skip: the first slot that holds a key, and no sink.
+        skip: the first slot that holds a key other than a sink's.
     """
     index, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = index // HEADS, index % HEADS
@@ -86,10 +86,10 @@ def attend_segment(
             value = load_vector(sink_v + sink * sink_token, e, DV)
             acc = acc * rescale[:, None] + weight[:, None] * value[None, :]
         q_tile = load_tokens(q, None, first, length, q_token, d, D, C, R, UPCAST)
-        for s in range(first, first + C + R, BS):
-            slot = s + tl.arange(0, BS)
-            keys = load_tokens(k, recent_k, s - R, length, k_token, d, D, BS, R, UPCAST)
-            values = load_tokens(v, recent_v, s - R, length, v_token, e, DV, BS, R, UPCAST)
+        for s in range(first, first + C + R, C):
+            slot = s + tl.arange(0, C)
+            keys = load_tokens(k, recent_k, s - R, length, k_token, d, D, C, R, UPCAST)
+            values = load_tokens(v, recent_v, s - R, length, v_token, e, DV, C, R, UPCAST)
             delay = R + row[:, None] - slot[None, :]
             local = scores(q_tile, keys, (delay >= 0) & (delay < SIZE) & (slot >= skip)[None, :], scale)
             new_max = tl.maximum(running_max, tl.max(local, 1))
@@ -100,7 +100,7 @@ def attend_segment(
                 k_features = load_tile(phi_k, slot, slots, f, F, UPCAST)
                 far = tl.exp(mix - running_max)[:, None] * dot(q_features, tl.trans(k_features))
                 weights += tl.where(delay >= SIZE, far, 0.0)
-                if R > SIZE or C % BS != 0:
+                if R > SIZE:
                     k_features = tl.where((slot < first + C)[:, None], k_features, 0.0)
                 state_z += tl.sum(k_features.to(tl.float32), 0)
                 state_S += dot(tl.trans(k_features), values)
@@ -108,9 +108,9 @@ def attend_segment(
             acc = acc * rescale[:, None] + dot(weights, values)
         acc /= tl.maximum(total, TINY_TOTAL)[:, None]
         if W > 0:
-            for s in range(first + max(R - W + 1, 0) // BS * BS, first + C + R, BS):
-                slot = s + tl.arange(0, BS)
-                values = load_tokens(v, recent_v, s - R, length, v_token, e, DV, BS, R, UPCAST)
+            for s in range(first + max(R - W + 1, 0) // C * C, first + C + R, C):
+                slot = s + tl.arange(0, C)
+                values = load_tokens(v, recent_v, s - R, length, v_token, e, DV, C, R, UPCAST)
                 acc += dot(load_taps(conv + head * W, R + row[:, None] - slot[None, :], W), values)
         pointers = out + first.to(tl.int64) * out_token + tl.arange(0, C)[:, None] * out_token + e[None, :]
         tl.store(pointers, acc.to(out.dtype.element_ty), mask=(row < length)[:, None] & (e < DV)[None, :])
@@ -143,7 +143,6 @@ def forward(
     attend_segment[(batch * count, place.segments, triton.cdiv(v.shape[-1], options["BV"]))](
         q, k, v, heads.recent_k, heads.recent_v, sink_v, phi.q, phi.k, logits, conv, S, z, out, length,
         place.lead + length, place.skip, S.shape[1], window.scale, *strides(q, k, v, sink_v, out), SIZE=window.size,
-        HEADS=count, W=0 if conv is None else conv.shape[-1], SINKS=sink_v.shape[2], BS=min(TILE, place.chunk),
-        **options,
+        HEADS=count, W=0 if conv is None else conv.shape[-1], SINKS=sink_v.shape[2], **options,
     )  # fmt: skip
     return out, S_after, z_after
