@@ -39,7 +39,7 @@ def fails_in_the_backward(*arguments):
 @pytest.fixture
 def kernels(monkeypatch):
     """kernels(function): on this machine, Triton's sliding form is `function`, and there is no fused prefill."""
-    monkeypatch.setattr(backend.fused, "can_fuse", lambda *arguments: False)
+    monkeypatch.setattr(backend, "can_fuse", lambda *arguments: False)
     monkeypatch.setattr(backend, "wants_triton", lambda attention, q: attention.impl != "torch")
     monkeypatch.setattr(backend, "why_not_prefill", lambda *arguments: None)
     monkeypatch.setattr(trial, "_said", set())
@@ -96,7 +96,7 @@ def test_the_backward_is_tried_for_training_alone(kernels, heads):
 
 def test_fused_prefill_is_tried_too(kernels, heads, monkeypatch):
     kernels(sliding)
-    monkeypatch.setattr(backend.fused, "can_fuse", lambda *arguments: not torch.is_grad_enabled())
+    monkeypatch.setattr(backend, "can_fuse", lambda *arguments: not torch.is_grad_enabled())
     monkeypatch.setitem(backend.FORMS, FORM, backend.FORMS[FORM]._replace(fused=fails))
     attention = layer(**LAYERS["sliding"])
     with torch.no_grad(), pytest.warns(UserWarning, match="no C compiler found$"):

@@ -102,15 +102,15 @@ FAULTS = [
     Fault(
         "z that is not carried from segment to segment",
         f"{CHUNKED}:chunked",
-        "state = after(state, S, z, count,",
-        "state = after(state, S, z * (count < 4096), count,",
+        "state = after(attention, state, S, z, count,",
+        "state = after(attention, state, S, z * (count < 4096), count,",
         "long",
     ),
     Fault(
         "S that is not carried from segment to segment of a group form",
         f"{CHUNKED}:chunked",
-        "state = after(state, S, z, count,",
-        "state = after(state, S * (count < 4096), z, count,",
+        "state = after(attention, state, S, z, count,",
+        "state = after(attention, state, S * (count < 4096), z, count,",
         "long",
         GROUPS,
     ),
@@ -156,8 +156,8 @@ FAULTS = [
     Fault(
         "a state whose count stops at 2,048",
         f"{PREFILL}:after",
-        "count=state.count + length",
-        "count=(state.count + length).clamp_max(2048)",
+        "else state.count + length",
+        "else (state.count + length).clamp_max(2048)",
         "long",
     ),
     # Rows of a batch.
@@ -502,8 +502,8 @@ FAULTS = [
     Fault(
         "an open group that is not folded",
         f"{CHUNKED}:append",
-        "return after(state, S, z, count, k, v)",
-        "return after(state, state.S, z, count, k, v)",
+        "return after(attention, state, S, z, count, k, v)",
+        "return after(attention, state, state.S, z, count, k, v)",
         "rollback",
         GROUPS,
     ),
@@ -524,8 +524,8 @@ FAULTS = [
     Fault(
         "recent tokens of which a short prefill drops one",
         f"{PREFILL}:after",
-        "kept = old[..., min(length, recent) :, :]",
-        "kept = old[..., min(length, recent) :, :].roll(1, -2)",
+        "torch.cat([old[..., length:, :], recent], -2)",
+        "torch.cat([old[..., length:, :].roll(1, -2), recent], -2)",
         "rollback",
     ),
     # Half precision.

@@ -48,8 +48,8 @@ FAULTS = [
     Fault(
         "a conv tail that is lost once the window is full",
         f"{PREFILL}:after",
-        "recent_v=last(state.recent_v, v),",
-        "recent_v=last(state.recent_v * (count < recent), v),",
+        "recent_v=last(None if state is None else state.recent_v, v),",
+        "recent_v=last(None if state is None else state.recent_v * (count < eq.recent), v),",
         "incremental",
         WIDE,
     ),

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.equation import LinearAttention, accumulator
-from linearize_kernels.ops import fused
+from linearize_kernels.ops.fused import can_fuse
+from linearize_kernels.ops.fused import grouped as fused_grouped
+from linearize_kernels.ops.fused import sliding as fused_sliding
 from linearize_kernels.ops.prefill import grouped_segment, sliding_segment
 from linearize_kernels.ops.trial import failure
 from linearize_kernels.state import State
@@ -45,8 +47,8 @@ class Form(NamedTuple):
 
 
 FORMS = {  # by scope, score and combine
-    ("sliding", "softmax", "shared"): Form(sliding_segment, sliding, triton_sliding, fused.sliding),
-    ("group", "relu2", "none"): Form(grouped_segment, grouped, triton_grouped, fused.grouped),
+    ("sliding", "softmax", "shared"): Form(sliding_segment, sliding, triton_sliding, fused_sliding),
+    ("group", "relu2", "none"): Form(grouped_segment, grouped, triton_grouped, fused_grouped),
 }
 
 
@@ -133,7 +135,7 @@ def prefill(
         return None
     own = eq.size if eq.scope == "group" else chunk
     if wants_triton(attention, q):
-        plan = Prefill("triton", form, own or eq.chunk, q.dtype, fused.can_fuse(attention, q) and not packed)
+        plan = Prefill("triton", form, own or eq.chunk, q.dtype, can_fuse(attention, q) and not packed)
         reason = why_not_prefill(attention, *heads, plan.chunk, packed)
         if reason is None and attention.impl == "auto":
             reason = trial(attention, plan, q)

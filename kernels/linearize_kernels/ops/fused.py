@@ -53,8 +53,8 @@ def sliding(
     Returns:
         The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the tokens.
     """
-    from linearize_kernels.triton import fused_sliding
     from linearize_kernels.triton.fused import given_features
+    from linearize_kernels.triton.fused_sliding import forward
 
     eq, length = attention.equation, heads[0].shape[-2]
     skip = max(0, eq.recent + eq.sinks - count)
@@ -67,7 +67,7 @@ def sliding(
     with torch.cuda.device_of(inputs.k):
         phi, logits = given_features(inputs, name, weights, key_weight, eq.far_heads, place, window)
         assert logits is not None
-        return fused_sliding.forward(inputs, phi, logits, eq.far_heads, place, window, attention.conv)
+        return forward(inputs, phi, logits, eq.far_heads, place, window, attention.conv)
 
 
 def grouped(
@@ -88,8 +88,8 @@ def grouped(
     Returns:
         The outputs `[B, heads, T, Dv]`, and the running sums S and z of the linear part after the tokens.
     """
-    from linearize_kernels.triton import fused_grouped
     from linearize_kernels.triton.fused import given_features
+    from linearize_kernels.triton.fused_grouped import forward
 
     eq, length = attention.equation, heads[0].shape[-2]
     opened, before = count % chunk, min(count, eq.recent)
@@ -105,7 +105,7 @@ def grouped(
     with torch.cuda.device_of(heads[0]):
         if name == "hedgehog":
             phi, _ = given_features(inputs, name, weights, key_weight, eq.far_heads, place)
-        return fused_grouped.forward(inputs, phi, eq.far_heads, place, factor, attention.conv)
+        return forward(inputs, phi, eq.far_heads, place, factor, attention.conv)
 
 
 def kernel_inputs(state: State | None, count: int, heads: tuple[Tensor, Tensor, Tensor]) -> Heads:
