@@ -111,9 +111,8 @@ def count(method: str, length: int, heads: int = 32, kv_heads: int = 32) -> Coun
         for module, names in KERNELS.items():
             for name in names:
                 stack.enter_context(patch.object(module, name, Recorded(name, found)))
-        stack.enter_context(
-            patch("linearize_kernels.triton.common.INTERPRETED", True)
-        )  # no CUDA device is asked for
+        # No CUDA device is asked for.
+        stack.enter_context(patch("linearize_kernels.triton.common.INTERPRETED", True))
         stack.enter_context(patch("linearize_kernels.triton.fused.capability", lambda device: 9))
         stack.enter_context(
             patch("linearize_kernels.ops.backend.torch.autocast", lambda *_, **__: nullcontext())

@@ -1,4 +1,4 @@
-"""What a layer's prefill moves on a GPU, counted on meta tensors."""
+"""The bytes and launches of a layer's prefill on a GPU, counted on meta tensors."""
 
 from pathlib import Path
 

@@ -40,9 +40,9 @@ def attend_groups(
     """Compute the outputs of one segment of one query head, BV dimensions of the values.
 
     Args:
-        phi_q, phi_k: see `fused.Features`.
+        phi_q, phi_k: see `fused_inputs.Features`.
         factor: `[heads]`, the linear part's factor.
-        S, z: `[B far, places, F, Dv]` and `[B far, places, F]`, the sums before each segment.
+        S, z: `[B FAR, places, F, Dv]` and `[B FAR, places, F]`, the sums before each segment.
         out: `[B, heads, T, Dv]`, is written.
         length: T.
         skip: the first slot that holds a token.
